@@ -1,0 +1,97 @@
+# Every target sets up what it needs: .venv holds everything, and a stamp file in it says what is
+# installed. Needs Python 3.11 or newer and make; `make PYTHON=/path/to/python3` names the Python.
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+REQUIREMENTS := pyproject.toml constraints.txt
+PYTHONS := $(or $(PYTHON),python3 python3.14 python3.13 python3.12 python3.11)
+
+# The main job, and the same in seconds for a check of an installation.
+RUN := runs/digits_rdm_simsiam
+ONE_EPOCH := rdm train digits_rdm_simsiam --optim.epochs 1 --optim.warmup-epochs 0 --log.knn-every 0
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.DELETE_ON_ERROR:
+.PHONY: help train test lint format types bench bench-check package check clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
+
+train: $(VENV)/.base ## train the embedded default on a CPU or GPU, then evaluate it
+	$(BIN)/python train.py
+	$(BIN)/python eval_linear.py $(RUN)
+
+test: $(VENV)/.dev ## run all tests
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.dev ## check style and formatting
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(VENV)/.dev ## format, and mend what can be mended
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+types: $(VENV)/.dev ## check types
+	$(BIN)/mypy
+
+bench: $(VENV)/.dev ## run the benchmarks
+	@mkdir -p .benchmarks
+	$(BIN)/python -m pytest bench --benchmark-columns=median,iqr,rounds,iterations \
+	  --benchmark-group-by=func,param:filtered,param:B,param:D --benchmark-json=.benchmarks/latest.json
+
+bench-check: $(VENV)/.dev ## run every benchmark once, untimed
+	$(BIN)/python -m pytest bench --benchmark-disable
+
+# The wheel is built from the sdist, so what the sdist lacks is missed here.
+package: $(VENV)/.dev ## build sdist and wheel, install the wheel in a clean environment, run it
+	rm -rf dist
+	$(BIN)/python -m build --quiet --outdir dist .
+	@set -eu; room=$$(mktemp -d); trap 'rm -rf "$$room"' EXIT; \
+	echo "installing the wheel in a clean environment"; \
+	$(BIN)/python -m venv "$$room/venv"; \
+	"$$room/venv/bin/python" -m pip --disable-pip-version-check install --quiet -c constraints.txt dist/*.whl; \
+	cd "$$room"; PATH="$$room/venv/bin:$$PATH"; \
+	python -c 'import rdm_fast, rdm_kernels; print(rdm_fast.__file__, rdm_kernels.__file__)'; \
+	$(ONE_EPOCH) --out "$$room/run"
+
+check: ## all that CI does
+	.ci/run
+
+clean: ## delete what was built and cached; runs/ and .venv/ stay
+	rm -rf dist .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+$(VENV)/.base: $(VENV)/.python $(REQUIREMENTS)
+	@echo "installing rdm-fast into $(VENV) (once; torch takes minutes and about 6 GB)"
+	@$(PIP) install --quiet -c constraints.txt -e .
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.python $(REQUIREMENTS)
+	@echo "installing rdm-fast and its tools into $(VENV) (once; torch takes minutes and about 6 GB)"
+	@$(PIP) install --quiet -c constraints.txt -e '.[dev]'
+	@touch $(VENV)/.base $@
+
+# An environment that is already there is kept, whoever made it.
+$(VENV)/.python:
+	@usable='import sys, pip; sys.exit(sys.version_info < (3, 11))'; \
+	if [ -e $(VENV) ]; then \
+	  $(BIN)/python -c "$$usable" 2>/dev/null || { \
+	    echo "error: $(VENV) has no Python 3.11 or newer with pip: delete it and run make again" >&2; exit 1; }; \
+	else \
+	  found=; complete=; \
+	  for python in $(PYTHONS); do \
+	    "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || continue; \
+	    found=$$python; \
+	    "$$python" -c 'import ensurepip, venv' 2>/dev/null || continue; \
+	    complete=$$python; break; \
+	  done; \
+	  [ -n "$$found" ] || { \
+	    echo "error: no Python 3.11 or newer among: $(PYTHONS): install one, or name it with make PYTHON=..." >&2; exit 1; }; \
+	  [ -n "$$complete" ] || { \
+	    echo "error: $$found lacks venv and ensurepip: install them (on Debian: python3-venv)" >&2; exit 1; }; \
+	  "$$complete" -m venv $(VENV) || { rm -rf $(VENV); exit 1; }; \
+	fi; \
+	touch $@

@@ -1,0 +1,38 @@
+"""rdm-fast: fast self-supervised learning with spectral filters.
+
+    from rdm_fast import FilterConfig, SpectralPredictor, spectral_loss
+
+The public names load torch only when they are used, so that a command line can be checked first.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rdm_fast.config import FilterConfig
+    from rdm_fast.spectral import SpectralPredictor, spectral_loss
+    from rdm_fast.spectrum import effective_rank, rank_difference
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "FilterConfig",
+    "SpectralPredictor",
+    "effective_rank",
+    "rank_difference",
+    "spectral_loss",
+]
+
+_ROOM = {
+    "FilterConfig": "config",
+    "SpectralPredictor": "spectral",
+    "spectral_loss": "spectral",
+    "effective_rank": "spectrum",
+    "rank_difference": "spectrum",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _ROOM:
+        raise AttributeError(f"module 'rdm_fast' has no attribute {name!r}")
+    return getattr(import_module(f"rdm_fast.{_ROOM[name]}"), name)

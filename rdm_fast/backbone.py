@@ -1,0 +1,95 @@
+"""Backbones: torchvision's ResNets with a stem that suits the image size, and a ResNet-8 for CPUs.
+
+The stems differ in their first convolution and in the max-pool after it:
+
+    imagenet    7x7, stride 2, padding 3, then max-pool    224 -> 56
+    cifar       3x3, stride 1, padding 1, no max-pool       32 -> 32
+    cifar_pad2  3x3, stride 1, padding 2, no max-pool       32 -> 34, as RDM's released code has it
+
+Everything else keeps torchvision's module names, so that weights move to and from it as they are.
+"""
+
+from collections import OrderedDict
+
+from torch import nn
+from torchvision.models import resnet18, resnet34, resnet50
+from torchvision.models.resnet import BasicBlock
+
+from rdm_fast.config import ModelConfig
+
+TORCHVISION = {"resnet18": resnet18, "resnet34": resnet34, "resnet50": resnet50}
+
+
+def build_backbone(model: ModelConfig, channels: int) -> tuple[nn.Module, int]:
+    """A randomly initialised backbone.
+
+    Args:
+        model: which backbone and stem.
+        channels: of the images, 1 or 3.
+
+    Returns:
+        The module, from views [B, channels, H, W] to embeddings [B, d_emb]; and d_emb.
+
+    Raises:
+        ValueError: model.stem does not exist for model.backbone.
+    """
+    if model.backbone == "resnet8":
+        return _resnet8(model, channels), 4 * model.width
+    backbone = TORCHVISION[model.backbone](
+        weights=None, zero_init_residual=model.zero_init_residual
+    )
+    width = backbone.conv1.out_channels
+    if model.stem != "imagenet":
+        padding = 1 if model.stem == "cifar" else 2
+        backbone.conv1 = nn.Conv2d(channels, width, 3, padding=padding, bias=False)
+        backbone.maxpool = nn.Identity()
+    elif channels != 3:
+        backbone.conv1 = nn.Conv2d(channels, width, 7, stride=2, padding=3, bias=False)
+    _initialise_convolutions(backbone.conv1)  # a replaced one would keep nn.Conv2d's default
+    d_emb = backbone.fc.in_features
+    backbone.fc = nn.Identity()
+    return backbone, d_emb
+
+
+def _resnet8(model: ModelConfig, channels: int) -> nn.Module:
+    """One basic block a stage, of widths w, 2w and 4w at full, half and quarter size."""
+    if model.stem != "cifar":
+        raise ValueError(
+            f"model.stem={model.stem} does not exist for model.backbone=resnet8: "
+            "use model.stem=cifar, or a larger backbone such as resnet18"
+        )
+    w = model.width
+    backbone = nn.Sequential(
+        OrderedDict(
+            conv1=nn.Conv2d(channels, w, 3, padding=1, bias=False),
+            bn1=nn.BatchNorm2d(w),
+            relu=nn.ReLU(inplace=True),
+            layer1=_stage(w, w, stride=1),
+            layer2=_stage(w, 2 * w, stride=2),
+            layer3=_stage(2 * w, 4 * w, stride=2),
+            avgpool=nn.AdaptiveAvgPool2d(1),
+            flatten=nn.Flatten(),
+        )
+    )
+    _initialise_convolutions(backbone)
+    if model.zero_init_residual:
+        for module in backbone.modules():
+            if isinstance(module, BasicBlock):
+                nn.init.zeros_(module.bn2.weight)
+    return backbone
+
+
+def _stage(inputs: int, outputs: int, stride: int) -> nn.Module:
+    shortcut = None
+    if inputs != outputs:
+        shortcut = nn.Sequential(
+            nn.Conv2d(inputs, outputs, 1, stride=stride, bias=False), nn.BatchNorm2d(outputs)
+        )
+    return nn.Sequential(BasicBlock(inputs, outputs, stride, shortcut))
+
+
+def _initialise_convolutions(module: nn.Module) -> None:
+    """Kaiming-normal by fan-out (He et al., arXiv:1502.01852), as torchvision's ResNets have it."""
+    for part in module.modules():
+        if isinstance(part, nn.Conv2d):
+            nn.init.kaiming_normal_(part.weight, mode="fan_out", nonlinearity="relu")

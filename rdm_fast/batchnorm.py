@@ -1,0 +1,180 @@
+"""Batch norm over the global batch, on GPUs and on CPUs, and a way to leave its memory alone.
+
+torch's SyncBatchNorm exists on GPUs only. `CpuSyncBatchNorm` is the same map for CPUs, with the
+rows i of all ranks:
+
+    y_i  = (x_i - m) r w + b          m = mean_i x_i,  v = mean_i (x_i - m)^2,  r = (v + eps)^-1/2
+    dx_i = (dy_i - mean_j dy_j - h_i mean_j (dy_j h_j)) r w          h_i = (x_i - m) r
+
+(Ioffe & Szegedy, arXiv:1502.03167). Forward is one gather of every rank's mean, variance and
+count; backward is one all-reduce of the two sums, because the gradient flows through m and v too.
+No other collective of this project lies in the autograd graph.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from rdm_fast.distributed import gather_rows, world_size
+
+
+def synchronise(module: nn.Module, device: torch.device) -> nn.Module:
+    """Let every batch norm in a module take its statistics over the global batch.
+
+    Args:
+        module: changed in place; parameters, buffers and their names stay as they are.
+        device: where it will run: torch's SyncBatchNorm on CUDA, `CpuSyncBatchNorm` elsewhere.
+
+    Returns:
+        The module; a new one only where it is a batch norm itself.
+    """
+    if device.type == "cuda":
+        return nn.SyncBatchNorm.convert_sync_batchnorm(module)
+    if isinstance(module, _BatchNorm):
+        return CpuSyncBatchNorm.take_over(module)
+    for name, child in module.named_children():
+        setattr(module, name, synchronise(child, device))
+    return module
+
+
+@contextmanager
+def frozen_running_statistics(module: nn.Module) -> Iterator[None]:
+    """Training-mode forwards in this context leave no trace in any batch norm's buffers.
+
+    Running mean, variance and the count of batches get their old values back when the context is
+    left, however it is left. Backward may run inside it or after it.
+    """
+    buffers = [
+        buffer
+        for norm in module.modules()
+        if isinstance(norm, _BatchNorm)
+        for buffer in norm.buffers(recurse=False)
+    ]
+    kept = [buffer.clone() for buffer in buffers]
+    try:
+        yield
+    finally:
+        for buffer, old in zip(buffers, kept, strict=True):
+            # .data: autograd saved the buffer with the forward, though training never reads it,
+            # and must not take this for a change that spoils the backward
+            buffer.data.copy_(old)
+
+
+class CpuSyncBatchNorm(_BatchNorm):
+    """Batch norm over the rows of all ranks; with one rank, or in eval mode, plain batch norm.
+
+    Statistics are float32 (float64 for float64 inputs), whatever autocast does; the output has
+    the input's dtype. Ranks may hold different numbers of rows, but at least one each.
+    """
+
+    @classmethod
+    def take_over(cls, norm: _BatchNorm) -> "CpuSyncBatchNorm":
+        """A synchronised twin that owns the very parameters and buffers of `norm`."""
+        twin = cls(
+            norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats
+        )
+        twin.weight, twin.bias = norm.weight, norm.bias
+        twin.running_mean, twin.running_var = norm.running_mean, norm.running_var
+        twin.num_batches_tracked = norm.num_batches_tracked
+        return twin.train(norm.training)
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.dim() < 2:
+            raise ValueError(f"batch norm needs rows and channels [B, C, ...], got {input.shape}")
+
+    def forward(self, input: Tensor) -> Tensor:
+        """input: [B, C, ...], any memory format. Returns the same shape, dtype and format."""
+        self._check_input_dim(input)
+        of_this_batch = self.training or self.running_mean is None
+        if not of_this_batch or world_size() == 1:
+            return super().forward(input)
+        mean, var, count = _global_statistics(input)
+        if self.training:
+            self._remember(mean, var * (count / (count - 1)))
+        y: Tensor = _Normalise.apply(input, self.weight, self.bias, mean, var, count, self.eps)
+        return y
+
+    @torch.no_grad()
+    def _remember(self, mean: Tensor, unbiased_var: Tensor) -> None:
+        if self.running_mean is None or self.running_var is None:
+            return
+        assert self.num_batches_tracked is not None
+        self.num_batches_tracked += 1
+        # momentum=None is torch's cumulative average
+        share = 1 / int(self.num_batches_tracked) if self.momentum is None else self.momentum
+        self.running_mean.lerp_(mean.to(self.running_mean.dtype), share)
+        self.running_var.lerp_(unbiased_var.to(self.running_var.dtype), share)
+
+
+@torch.no_grad()
+def _global_statistics(x: Tensor) -> tuple[Tensor, Tensor, float]:
+    """Mean [C], biased variance [C] and number of values per channel, over all ranks.
+
+    Every rank sends its own mean and variance, which are merged about the global mean (Chan,
+    Golub & LeVeque 1979), in rank order: sums of squares would cancel where the mean is large.
+    """
+    x, axes, shape = _accurate(x), _axes(x), _shape(x)
+    C = x.shape[1]
+    mean = x.mean(axes)
+    var = (x - mean.view(shape)).square().mean(axes)
+    own = torch.cat([mean, var, mean.new_tensor([x.numel() / C])])
+    of_ranks = gather_rows(own.view(1, 1, -1))[0]  # [R, 2 C + 1]
+    means, variances, counts = of_ranks.split([C, C, 1], dim=1)
+    total = counts.sum()
+    mean = (counts * means).sum(0) / total
+    var = (counts * (variances + (means - mean).square())).sum(0) / total
+    return mean, var, float(total)
+
+
+class _Normalise(torch.autograd.Function):
+    """y from x and the global statistics; backward counts their dependence on every rank's x."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        mean: Tensor,
+        var: Tensor,
+        count: float,
+        eps: float,
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight, mean, (var + eps).rsqrt())
+        ctx.count = count
+        return F.batch_norm(x, mean, var, weight, bias, training=False, eps=eps)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, mean, r = ctx.saved_tensors
+        axes, shape = _axes(x), _shape(x)
+        h = (_accurate(x) - mean.view(shape)) * r.view(shape)
+        dy = _accurate(dy)
+        db, dw = dy.sum(axes), (dy * h).sum(axes)  # of this rank's rows, as every gradient
+        sums = torch.stack([db, dw])
+        dist.all_reduce(sums)
+        mean_dy, mean_dy_h = (sums / ctx.count).view(2, *shape)
+        scale = r if weight is None else r * weight
+        dx = (dy - mean_dy - h * mean_dy_h) * scale.view(shape)
+        affine = (None, None) if weight is None else (dw.to(weight.dtype), db.to(weight.dtype))
+        return dx.to(x.dtype), *affine, None, None, None, None
+
+
+def _accurate(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _axes(x: Tensor) -> list[int]:
+    """Every axis but the channels'."""
+    return [0, *range(2, x.dim())]
+
+
+def _shape(x: Tensor) -> list[int]:
+    """A vector over channels, shaped to broadcast against x."""
+    return [1, -1, *[1] * (x.dim() - 2)]

@@ -1,0 +1,195 @@
+"""The commands: what train.py, eval_linear.py and `rdm` do with their words.
+
+Every mistake of a user ends in one `error:` line and an exit code that says what kind it was
+(rdm_fast.errors). torch is loaded only once the command line is known to be good.
+"""
+
+import contextlib
+import difflib
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, NoReturn
+
+import yaml
+
+from rdm_fast.command_line import (
+    EvaluateCommand,
+    TrainCommand,
+    check_ranks,
+    parse_evaluate,
+    parse_train,
+)
+from rdm_fast.config import Config
+from rdm_fast.errors import Interrupted, UsageError, UserError
+from rdm_fast.evaluation.protocols import PROTOCOLS
+
+if TYPE_CHECKING:
+    from rdm_fast.run_folder import RunFolder
+
+
+def main(argv: Sequence[str] | None = None) -> NoReturn:
+    """`rdm train ...` and `rdm eval ...`, the same as train.py and eval_linear.py."""
+    words = sys.argv[1:] if argv is None else list(argv)
+    if not words or words[0] in ("-h", "--help"):
+        print("usage: rdm {" + ",".join(COMMANDS) + "} ...; rdm COMMAND --help says more")
+        raise SystemExit(0 if words else 2)
+    if words[0] not in COMMANDS:
+        near = difflib.get_close_matches(words[0], COMMANDS, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"commands: {', '.join(COMMANDS)}"
+        _exit_with(UsageError(f"unknown command {words[0]}: {hint}"))
+    COMMANDS[words[0]](words[1:], f"rdm {words[0]}")
+
+
+def train(argv: Sequence[str] | None = None, prog: str = "train.py") -> NoReturn:
+    """Train, or go on training; the exit code is 0 when the run is complete."""
+    words = sys.argv[1:] if argv is None else argv
+    _run(lambda: _train(parse_train(words, prog)), debug="--debug" in words)
+
+
+def evaluate(argv: Sequence[str] | None = None, prog: str = "eval_linear.py") -> NoReturn:
+    """Linear probe and kNN on a checkpoint's frozen features."""
+    words = sys.argv[1:] if argv is None else argv
+    _run(lambda: _evaluate(parse_evaluate(words, prog)), debug="--debug" in words)
+
+
+COMMANDS: dict[str, Callable[[Sequence[str], str], NoReturn]] = {
+    "train": train,
+    "eval": evaluate,
+}
+
+
+# ---- errors ----------------------------------------------------------------------------------
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def _exit_with(error: UserError) -> NoReturn:
+    if _rank() == 0:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    raise SystemExit(error.code)
+
+
+def _run(command: Callable[[], None], *, debug: bool) -> NoReturn:
+    """Run a command to its exit code."""
+    try:
+        command()
+    except UserError as error:
+        if debug:
+            traceback.print_exc()
+        _exit_with(error)
+    except KeyboardInterrupt:
+        raise SystemExit(128 + signal.SIGINT) from None
+    except Exception as error:
+        if debug:
+            raise
+        _exit_with(UserError(f"{type(error).__name__}: {error}; this is a bug, --debug shows where"))
+    raise SystemExit(0)
+
+
+# ---- train -----------------------------------------------------------------------------------
+
+
+def _train(command: TrainCommand) -> None:
+    from rdm_fast.run_folder import RunFolder, read_config
+    from rdm_fast.saved_config import config_to_dict
+
+    config = command.config
+    if command.resume is not None:
+        config = replace(read_config(Path(command.resume)), out=command.resume)
+        check_ranks(config)
+    if command.print_config:
+        print(yaml.safe_dump(config_to_dict(config), sort_keys=False), end="")
+        return
+    rank = _rank()
+    with RunFolder.open(config.out, config, overwrite=command.overwrite, rank=rank) as folder:
+        if folder.is_new:
+            folder.write_status("running", step=0)
+        elif rank == 0:
+            folder.accept(config, command.allow_change)
+        with _reported(folder):
+            _train_in(folder, config, extend=bool(command.allow_change))
+
+
+def _train_in(folder: "RunFolder", config: Config, *, extend: bool) -> None:
+    from rdm_fast import distributed
+    from rdm_fast.run_folder import read_status
+    from rdm_fast.trainer import Trainer
+
+    device = distributed.choose_device(config.device)
+    distributed.start(device)
+    try:
+        if read_status(folder.path)["state"] == "finished" and not extend:
+            distributed.print0(
+                f"the run in {folder.path} is finished: evaluate it with eval_linear.py, "
+                "or start anew with --overwrite or another --out"
+            )
+            return
+        trainer = Trainer(config, folder, device)
+        trainer.fit()
+        if distributed.rank() == 0:
+            path = f"step-{trainer.step:08d}"
+            folder.write_status("finished", step=trainer.step, checkpoint=path)
+        distributed.print0(f"finished: {folder.path}")
+    finally:
+        distributed.stop()
+
+
+@contextlib.contextmanager
+def _reported(folder: "RunFolder") -> Iterator[None]:
+    """Leave in the run folder how the run ended, if not well."""
+    from rdm_fast.run_folder import read_status
+
+    try:
+        yield
+    except BaseException as error:
+        log = folder.logs / f"rank{_rank()}.err"
+        with contextlib.suppress(OSError):
+            log.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
+        if not isinstance(error, Exception):
+            raise
+        if not isinstance(error, UserError):
+            error = UserError(f"{type(error).__name__}: {error} (a bug; the traceback is in {log})")
+        if _rank() != 0:  # usually all ranks fail alike; rank zero then speaks for them
+            time.sleep(1.0)
+            if read_status(folder.path)["state"] == "running":
+                print(f"error: rank {_rank()}: {error}", file=sys.stderr, flush=True)
+        state = "interrupted" if isinstance(error, Interrupted) else "failed"
+        with contextlib.suppress(OSError, UserError):
+            status = read_status(folder.path)
+            folder.write_status(
+                state,  # type: ignore[arg-type]
+                step=status["step"], checkpoint=status.get("checkpoint", ""), code=error.code,
+                message=str(error),
+            )  # fmt: skip
+        raise error from None
+
+
+# ---- evaluate --------------------------------------------------------------------------------
+
+
+def _evaluate(command: EvaluateCommand) -> None:
+    from rdm_fast import distributed
+    from rdm_fast.evaluation.run import evaluate_checkpoint, find_checkpoint
+
+    path = find_checkpoint(Path(command.checkpoint))
+    device = distributed.choose_device(command.device)
+    distributed.start(device)
+    try:
+        evaluate_checkpoint(
+            path,
+            PROTOCOLS[command.protocol],
+            device=device,
+            data_root=command.data_root,
+            batch=command.batch,
+            seed=command.seed,
+        )
+    finally:
+        distributed.stop()

@@ -1,0 +1,8 @@
+"""From image bytes to normalised views on the device."""
+
+from rdm_fast.data.batch import Batch, Loader
+from rdm_fast.data.images import ImageSet
+from rdm_fast.data.loader import build_loader, evaluation_batches
+from rdm_fast.data.sources import load
+
+__all__ = ["Batch", "ImageSet", "Loader", "build_loader", "evaluation_batches", "load"]

@@ -1,0 +1,58 @@
+"""What a loader gives to the trainer."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from rdm_fast.config import Config
+from rdm_fast.data.images import ImageSet
+from rdm_fast.data.sampler import ViewParameters, draw_views
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """This rank's images of one step."""
+
+    view1: Tensor
+    """float32 [b, C, S, S], normalised, channels_last, on the device."""
+    view2: Tensor
+    """The second view of the same images."""
+    labels: Tensor
+    """int64 [b], on the device; -1 for an image without a label."""
+    indices: Tensor
+    """int64 [b], of the images in the data set, on the CPU."""
+
+
+class Loader(Protocol):
+    """Batches of an epoch. Which they are depends on nothing but configuration and images."""
+
+    name: ClassVar[str]
+    steps_per_epoch: int
+
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
+        """This rank's batches of an epoch, from `start_step` on; a last partial one is dropped."""
+        ...
+
+
+def draw_pair(
+    config: Config, images: ImageSet, epoch: int, indices: NDArray[np.int64]
+) -> tuple[ViewParameters, ViewParameters]:
+    """The parameters of both views of some images."""
+    heights, widths = images.sizes[indices].T
+    view1, view2 = (
+        draw_views(view, config.seed, epoch, indices, number, heights, widths)
+        for number, view in enumerate((config.augment.view1, config.augment.view2))
+    )
+    return view1, view2
+
+
+def labels_of(images: ImageSet, indices: NDArray[np.int64]) -> Tensor:
+    """int64 [b]; -1 for an image without a label."""
+    if images.labels is None:
+        return torch.full((len(indices),), -1)
+    return torch.from_numpy(images.labels[indices])

@@ -1,0 +1,136 @@
+"""From a data set to batches: two augmented views to train on, or plain images to evaluate."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+
+from rdm_fast.config import AugmentConfig, Config
+from rdm_fast.data.augment import normalise
+from rdm_fast.data.batch import Loader
+from rdm_fast.data.images import ImageSet, Pixels
+from rdm_fast.data.resident import ResidentLoader
+from rdm_fast.data.torch_pipeline import TorchLoader, in_workers
+from rdm_fast.errors import UsageError
+
+RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+MARGIN = (256, 224)
+"""The usual evaluation shows the middle 224 of 256 pixels."""
+NO_MARGIN_BELOW = 64
+
+
+def build_loader(
+    config: Config, images: ImageSet, *, rank: int, world_size: int, device: torch.device
+) -> Loader:
+    """The loader that `data.loader` names; auto takes resident for decoded images of one size.
+
+    Raises:
+        UsageError: the images do not fit the configuration: too few for a step, another number
+            of channels, or not resident though data.loader says so.
+    """
+    name, batch = config.data.name, config.optim.global_batch
+    _require_channels(images, config.augment, f"--data.name {name}")
+    if len(images) < batch:
+        raise UsageError(
+            f"--optim.global-batch {batch} is more than the {len(images)} training images of "
+            f"{name}: give {len(images)} or less"
+        )
+    config.optim.local_batch(world_size)  # refuses a batch that does not divide
+    if config.data.loader == "torch" or (config.data.loader == "auto" and images.pixels is None):
+        return TorchLoader(config, images, rank=rank, world_size=world_size, device=device)
+    if images.pixels is None:
+        raise UsageError(
+            f"--data.loader resident needs small images of one size, and those of {name} are "
+            "decoded one by one: use --data.loader torch"
+        )
+    return ResidentLoader(
+        config, images, images.pixels, rank=rank, world_size=world_size, device=device
+    )
+
+
+def evaluation_batches(
+    images: ImageSet,
+    augment: AugmentConfig,
+    *,
+    batch: int,
+    device: torch.device,
+    rank: int = 0,
+    world_size: int = 1,
+    workers: int = 0,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Every image once over all ranks, without augmentation.
+
+    Rank r has images r, r + world_size, ...; the last batch of a rank may be smaller.
+
+    Args:
+        images: to be shown.
+        augment: side, interpolation and normalisation.
+        batch: images of a rank at a time.
+        device: where they go.
+        workers: processes that decode; decoded images need none.
+
+    Yields:
+        Images, float32 [b, C, S, S], channels_last, on the device; and their indices, int64 [b],
+        on the CPU.
+
+    Raises:
+        UsageError: the number of channels differs.
+        DataError: an image cannot be decoded.
+    """
+    _require_channels(images, augment, "the data set")
+    own = np.arange(rank, len(images), world_size)
+    parts = [own[start : start + batch] for start in range(0, len(own), batch)]
+    make = _CentreViews(images, augment)
+    for pixels, indices in in_workers(make, parts, workers, device):
+        levels = pixels.to(device, non_blocking=True).permute(0, 3, 1, 2)
+        yield normalise(levels, augment), indices
+
+
+class _CentreViews:
+    def __init__(self, images: ImageSet, augment: AugmentConfig) -> None:
+        self.images, self.augment = images, augment
+
+    def __call__(self, indices: NDArray[np.int64]) -> tuple[Tensor, ...]:
+        images, S = self.images, self.augment.size
+        if images.pixels is not None and images.pixels.shape[1:3] == (S, S):
+            pixels = images.pixels[indices]
+        else:
+            views = [centre_view(images.read(int(i)), self.augment) for i in indices]
+            pixels = np.stack(views)
+        return torch.from_numpy(pixels), torch.from_numpy(indices)
+
+
+def centre_view(image: Pixels, augment: AugmentConfig) -> Pixels:
+    """An image as evaluation sees it: resized (antialiased) and cropped to its middle.
+
+    The shorter side becomes 256 / 224 of the view (the view itself under 64 pixels); sides and
+    corner are rounded as torchvision's Resize and CenterCrop do.
+
+    Args:
+        image: [H, W, C].
+        augment: side S and interpolation.
+
+    Returns:
+        [S, S, C]; an image that has this size already is returned as it is.
+    """
+    S = augment.size
+    H, W, C = image.shape
+    if (H, W) == (S, S):
+        return image
+    short = round(S * MARGIN[0] / MARGIN[1]) if S >= NO_MARGIN_BELOW else S
+    height, width = (short, int(short * W / H)) if H <= W else (int(short * H / W), short)
+    whole = Image.fromarray(image[:, :, 0] if C == 1 else image)
+    resized = whole.resize((width, height), RESAMPLING[augment.interpolation])
+    top, left = round((height - S) / 2), round((width - S) / 2)
+    return np.asarray(resized.crop((left, top, left + S, top + S))).reshape(S, S, C)
+
+
+def _require_channels(images: ImageSet, augment: AugmentConfig, name: str) -> None:
+    if images.channels != augment.channels:
+        raise UsageError(
+            f"--augment.mean and --augment.std have {augment.channels} channel(s), the images of "
+            f"{name} have {images.channels}: give {images.channels} number(s) to both"
+        )

@@ -1,0 +1,127 @@
+"""The data sets, by name. Every one becomes an `ImageSet`."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import numpy as np
+from PIL import Image
+
+from rdm_fast.config import DataConfig, DataName
+from rdm_fast.data.arrays import load_arrays
+from rdm_fast.data.folder import listing, load_folder, require_folder
+from rdm_fast.data.images import ImageSet, PixelImages, Pixels
+from rdm_fast.errors import DataError, InputMissing, Unavailable
+
+Split = Literal["train", "test"]
+
+DIGITS_SIDE = 16
+DIGITS_TRAIN = 1400
+DIGITS_MAX = 16  # scikit-learn's digits count pixels of a 4 x 4 block
+
+
+def load(config: DataConfig, split: Split) -> ImageSet:
+    """The train or test images of a data set.
+
+    Raises:
+        InputMissing: they are not where --data.root says; the message shows what is there.
+        DataError: they are there and cannot be used; the message names the first bad file.
+        Unavailable: --data.download could not fetch them.
+    """
+    root = Path(config.root).expanduser()
+    if config.name == "digits":
+        return load_digits(split)
+    if config.name == "folder":
+        return load_folder(root, split)
+    if config.name == "arrays":
+        return load_arrays(root, split)
+    return load_torchvision(config.name, root, split, config.download)
+
+
+def load_digits(split: Split) -> PixelImages:
+    """scikit-learn's 1,797 handwritten digits, 8 x 8, enlarged to 16 x 16 (bilinear), grey.
+
+    A fixed random 1,400 are for training, the other 397 for testing.
+    """
+    from sklearn.datasets import load_digits as bundled  # slow to import, and only needed here
+
+    digits = bundled()
+    levels = np.rint(digits.images * (255 / DIGITS_MAX)).astype(np.uint8)
+    order = np.random.default_rng(0).permutation(len(levels))
+    chosen = order[:DIGITS_TRAIN] if split == "train" else order[DIGITS_TRAIN:]
+    side = (DIGITS_SIDE, DIGITS_SIDE)
+    pixels = np.stack(
+        [
+            np.asarray(Image.fromarray(levels[i]).resize(side, Image.Resampling.BILINEAR))
+            for i in chosen
+        ]
+    )
+    labels = digits.target[chosen].astype(np.int64)
+    return PixelImages(pixels[..., None], labels, [str(name) for name in digits.target_names])
+
+
+@dataclass(frozen=True)
+class _Torchvision:
+    title: str
+    class_name: str
+    folder: str
+    """Where torchvision keeps it under its root."""
+    arguments: Callable[[Split], dict[str, object]]
+
+
+def _by_flag(split: Split) -> dict[str, object]:
+    return {"train": split == "train"}
+
+
+def _stl_split(split: Split) -> dict[str, object]:
+    return {"split": "train+unlabeled" if split == "train" else "test"}
+
+
+TORCHVISION: dict[DataName, _Torchvision] = {
+    "cifar10": _Torchvision("CIFAR-10", "CIFAR10", "cifar-10-batches-py", _by_flag),
+    "cifar100": _Torchvision("CIFAR-100", "CIFAR100", "cifar-100-python", _by_flag),
+    "stl10": _Torchvision("STL-10", "STL10", "stl10_binary", _stl_split),
+    "fashion_mnist": _Torchvision("Fashion-MNIST", "FashionMNIST", "FashionMNIST/raw", _by_flag),
+}
+
+
+def load_torchvision(name: DataName, root: Path, split: Split, download: bool) -> PixelImages:
+    """A data set in torchvision's layout under `root`, fetched first if `download`.
+
+    STL-10's training images include its 100,000 unlabelled ones, with label -1.
+    """
+    from torchvision import datasets  # imports torch: not before it is needed
+
+    known = TORCHVISION[name]
+    if not download:
+        require_folder(root)
+    try:
+        found: Any = getattr(datasets, known.class_name)(
+            str(root), **known.arguments(split), download=download
+        )
+    except (RuntimeError, OSError) as error:  # URLError is an OSError
+        if download:
+            raise Unavailable(
+                f"--data.download could not fetch {known.title} into {root} ({_line(error)}): "
+                "fetch it elsewhere and copy it there"
+            ) from error
+        if not (root / known.folder).is_dir():
+            raise InputMissing(
+                f"--data.root {root} has no {known.title}: looked for {known.folder}, found "
+                f"{listing(root)}; add --data.download to fetch it"
+            ) from error
+        raise DataError(
+            f"{root / known.folder} is not a whole {known.title} ({_line(error)}): "
+            "remove it and add --data.download"
+        ) from error
+    data = np.asarray(found.data)
+    if name == "stl10":
+        data = data.transpose(0, 2, 3, 1)  # torchvision keeps it [N, C, H, W]
+    labels = found.labels if name == "stl10" else found.targets
+    pixels = cast(Pixels, data if data.ndim == 4 else data[..., None])
+    return PixelImages(pixels, np.asarray(labels, dtype=np.int64), list(found.classes))
+
+
+def _line(error: Exception) -> str:
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -1,0 +1,118 @@
+"""The loader for images that are decoded when needed: torch's worker processes, image by image.
+
+A worker makes whole batches, as uint8; the device normalises. Nothing is drawn in a worker: what
+it does follows from the images' indices alone, so the number of workers changes nothing.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import ClassVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from rdm_fast.config import Config
+from rdm_fast.data.augment import normalise, view_of_image
+from rdm_fast.data.batch import Batch, draw_pair, labels_of
+from rdm_fast.data.images import ImageSet, Pixels
+from rdm_fast.data.sampler import ViewParameters, epoch_order, step_indices
+from rdm_fast.errors import UserError
+
+Indices = NDArray[np.int64]
+Made = tuple[Tensor, ...] | UserError
+"""A batch from a worker, or what went wrong there: an exception that crosses processes as a value
+keeps its message, torch would bury it in a traceback."""
+
+
+class TorchLoader:
+    """Views made by torchvision and Pillow in `data.workers` processes a rank."""
+
+    name: ClassVar[str] = "torch"
+
+    def __init__(
+        self, config: Config, images: ImageSet, *, rank: int, world_size: int, device: torch.device
+    ) -> None:
+        self.config, self.images, self.device = config, images, device
+        self.rank, self.world_size = rank, world_size
+        self.steps_per_epoch = len(images) // config.optim.global_batch
+
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
+        config, device = self.config, self.device
+        order = epoch_order(config.seed, epoch, len(self.images))
+        steps = [
+            step_indices(order, step, config.optim.global_batch, self.rank, self.world_size)
+            for step in range(start_step, self.steps_per_epoch)
+        ]
+        make = PairOfViews(config, self.images, epoch)
+        for view1, view2, labels, indices in in_workers(make, steps, config.data.workers, device):
+            yield Batch(
+                to_device(view1, config, device),
+                to_device(view2, config, device),
+                labels.to(device, non_blocking=True),
+                indices,
+            )
+
+
+class PairOfViews:
+    """Makes both views of some images, as uint8 [b, S, S, C], with labels and indices."""
+
+    def __init__(self, config: Config, images: ImageSet, epoch: int) -> None:
+        self.config, self.images, self.epoch = config, images, epoch
+
+    def __call__(self, indices: Indices) -> tuple[Tensor, ...]:
+        parameters = draw_pair(self.config, self.images, self.epoch, indices)
+        pairs = [self._pair(parameters, row, int(i)) for row, i in enumerate(indices)]
+        view1, view2 = (torch.from_numpy(np.stack(views)) for views in zip(*pairs, strict=True))
+        return view1, view2, labels_of(self.images, indices), torch.from_numpy(indices)
+
+    def _pair(
+        self, parameters: tuple[ViewParameters, ViewParameters], row: int, i: int
+    ) -> tuple[Pixels, Pixels]:
+        image = self.images.read(i)  # decoded once for both
+        view1, view2 = (view_of_image(image, p, row, self.config.augment) for p in parameters)
+        return view1, view2
+
+
+def to_device(view: Tensor, config: Config, device: torch.device) -> Tensor:
+    """uint8 [b, S, S, C] to the normalised view, float32 [b, C, S, S] on the device."""
+    return normalise(view.to(device, non_blocking=True).permute(0, 3, 1, 2), config.augment)
+
+
+def in_workers(
+    make: Callable[[Indices], tuple[Tensor, ...]],
+    parts: list[Indices],
+    workers: int,
+    device: torch.device,
+) -> Iterator[tuple[Tensor, ...]]:
+    """make(part) of each part in turn, computed ahead in worker processes (here if there are none).
+
+    Raises:
+        UserError: what `make` raised, without a worker's traceback.
+    """
+    loader: DataLoader[Made] = DataLoader(
+        _Parts(make, parts),
+        batch_size=None,
+        num_workers=workers,
+        pin_memory=device.type == "cuda",
+        generator=torch.Generator(),  # else every epoch would draw from the global generator
+    )
+    for made in loader:
+        if isinstance(made, UserError):
+            raise made
+        yield made
+
+
+class _Parts(Dataset[Made]):
+    def __init__(self, make: Callable[[Indices], tuple[Tensor, ...]], parts: list[Indices]) -> None:
+        self.make, self.parts = make, parts
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+    def __getitem__(self, part: int) -> Made:
+        try:
+            return self.make(self.parts[part])
+        except UserError as error:
+            return error

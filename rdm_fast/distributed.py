@@ -1,0 +1,108 @@
+"""Ranks: the process group that torchrun describes, and gathers that carry no gradient.
+
+Nothing here joins the autograd graph. Features are gathered detached; each rank then computes
+the rows of the gradient that belong to its own images, and DistributedDataParallel averages
+parameter gradients. So every rank holds exactly its part of the global batch's gradient.
+"""
+
+import ctypes
+import os
+import signal
+import sys
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from rdm_fast.errors import Unavailable
+
+TIMEOUT = timedelta(minutes=10)
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+def world_size() -> int:
+    """Number of ranks; 1 outside torchrun."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    """This process's rank; 0 outside torchrun."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def print0(text: str) -> None:
+    """Print on rank zero only, at once."""
+    if rank() == 0:
+        print(text, flush=True)
+
+
+def choose_device(asked: str) -> torch.device:
+    """The device of this rank.
+
+    Raises:
+        Unavailable: cuda was asked for by name and there is no GPU for this rank.
+    """
+    local = int(os.environ.get("LOCAL_RANK", "0"))
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if asked == "cpu" or (asked == "auto" and count == 0):
+        return torch.device("cpu")
+    if local >= count:
+        raise Unavailable(
+            f"--device {asked} has {count} GPU(s) here and this is local rank {local}: "
+            "use --device cpu, or start at most one rank a GPU"
+        )
+    return torch.device("cuda", local)
+
+
+def start(device: torch.device) -> None:
+    """Join torchrun's process group (NCCL on GPUs, gloo on CPUs); nothing to do without one."""
+    if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return
+    if sys.platform == "linux":  # a rank must not outlive a launcher that was killed
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        dist.init_process_group("nccl", timeout=TIMEOUT, device_id=device)
+    else:
+        dist.init_process_group("gloo", timeout=TIMEOUT)
+
+
+def stop() -> None:
+    """Leave the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+@torch.no_grad()
+def gather_rows(rows: Tensor) -> Tensor:
+    """All ranks' rows, in rank order, without gradient.
+
+    Args:
+        rows: [v, b, D], the same shape on every rank; the dtype travels as it is, so 16-bit
+            projections cost 16 bits.
+
+    Returns:
+        [v, R * b, D]; row r * b + i of each view is row i of rank r.
+    """
+    rows = rows.detach()
+    if world_size() == 1:
+        return rows
+    v, b, D = rows.shape
+    gathered = rows.new_empty(world_size() * v, b, D)
+    dist.all_gather_into_tensor(gathered, rows.contiguous())
+    return gathered.view(-1, v, b, D).transpose(0, 1).reshape(v, -1, D)
+
+
+def local_rows(local: int) -> slice:
+    """Which rows of a gathered matrix are this rank's own."""
+    return slice(rank() * local, (rank() + 1) * local)
+
+
+def all_reduce_max(value: int, device: torch.device) -> int:
+    """The largest of all ranks' values; waits for the device."""
+    if world_size() == 1:
+        return value
+    tensor = torch.tensor(value, device=device)
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return int(tensor)

@@ -1,0 +1,41 @@
+"""Writing so that a crash leaves either the old content or the new one, never a mixture.
+
+A rename within one folder is atomic on POSIX file systems, but it becomes durable only once the
+file and then the folder that holds its name have been flushed to the disk (fsync).
+"""
+
+import os
+from pathlib import Path
+
+TEMPORARY = ".tmp-"  # begins every name whose content is not complete yet
+
+
+def sync(path: Path) -> None:
+    """Flush a file, or the names in a folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write(path: Path, text: str) -> None:
+    """Write a UTF-8 file and flush it; not atomic, for folders that are renamed as a whole."""
+    path.write_bytes(text.encode())
+    sync(path)
+
+
+def replace(path: Path, text: str) -> None:
+    """Write a UTF-8 file that appears under its name complete or not at all.
+
+    Raises:
+        OSError: it cannot be written; what was there before is untouched.
+    """
+    temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
+    try:
+        write(temporary, text)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync(path.parent)

@@ -1,0 +1,73 @@
+"""What a number in a log depends on besides the seed: versions, machine, ranks, choices made."""
+
+import platform
+import subprocess
+from contextlib import suppress
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rdm_fast.config import Config
+from rdm_fast.run_folder import version
+from rdm_fast.saved_config import config_to_dict
+
+
+def describe_environment(
+    config: Config, *, device: torch.device, world_size: int, loader: str, engine: str
+) -> dict[str, Any]:
+    """The first line of `metrics.jsonl`, as JSON values.
+
+    Args:
+        loader: the one in use, so never `auto`.
+        engine: likewise the filter's, or "none".
+    """
+    return {
+        "rdm_fast": version(),
+        "git": _git_commit(),
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "torchvision": _installed("torchvision"),
+        "triton": _installed("triton"),
+        "device": _device_name(device),
+        "world_size": world_size,
+        "global_batch": config.optim.global_batch,
+        "local_batch": config.optim.local_batch(world_size),
+        "loader": loader,
+        "engine": engine,
+        "precision": config.precision,
+        "config": config_to_dict(config),
+    }
+
+
+def _installed(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _git_commit() -> str | None:
+    """Commit of the checkout this file lies in, `-dirty` if changed; None outside a checkout."""
+    root = Path(__file__).resolve().parents[1]
+    if not (root / ".git").exists():  # an installed copy may lie inside another project's checkout
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        done = subprocess.run(
+            [*command, "--exclude=*"], capture_output=True, text=True, timeout=10, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def _device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.machine()

@@ -1,0 +1,182 @@
+"""Embeddings of a frozen backbone: every image exactly once, on any number of ranks, cached.
+
+A rank writes the rows of its own images into a matrix of zeros; the sum over ranks is then the
+whole matrix, whatever share each rank had, and the sum of the counts proves that no image was
+missed or embedded twice.
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from rdm_fast.config import Precision
+from rdm_fast.distributed import all_reduce_max, print0, rank, world_size
+
+ROWS = 16_384
+"""Rows that travel in one collective, which bounds its device memory."""
+
+
+@torch.no_grad()
+def extract(
+    backbone: nn.Module,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    n: int,
+    *,
+    precision: Precision = "fp32",
+) -> Tensor:
+    """Embeddings of a whole data set, from the backbone in evaluation mode.
+
+    Args:
+        backbone: images [b, C, S, S] -> embeddings [b, d_emb]. Its modules' training flags are
+            as before afterwards, and nothing in it changes.
+        batches: this rank's share as (images, indices [b] int64), images on the backbone's
+            device. All ranks' shares together hold each of 0 .. n - 1 once, in any order.
+        n: images in the data set.
+        precision: arithmetic of the backbone: fp32, or autocast to bf16 or fp16.
+
+    Returns:
+        [n, d_emb] float32 on the CPU, row i from image i; the same on every rank. A rank needs
+        memory for this matrix once.
+
+    Raises:
+        ValueError: an image was missing, came twice or is not one of the n.
+    """
+    features, counts = torch.empty(0, 0), torch.zeros(n, dtype=torch.int64)
+    was_training = {module: module.training for module in backbone.modules()}
+    backbone.eval()
+    try:
+        for images, indices in batches:
+            with torch.autocast(
+                images.device.type,
+                dtype=torch.float16 if precision == "fp16" else torch.bfloat16,
+                enabled=precision != "fp32",
+            ):
+                rows = backbone(images).float().cpu()  # [b, d_emb]; waits for the device
+            indices = indices.cpu()
+            _check_batch(rows, indices, n)
+            if features.numel() == 0:
+                features = torch.zeros(n, rows.shape[1])
+            features[indices] = rows
+            counts += torch.bincount(indices, minlength=n)
+    finally:
+        for module, training in was_training.items():
+            module.training = training
+    return gather_features(features, counts)
+
+
+def _check_batch(rows: Tensor, indices: Tensor, n: int) -> None:
+    if rows.ndim != 2 or indices.shape != rows.shape[:1]:
+        raise ValueError(
+            f"a batch of embeddings must be [b, d_emb] with [b] indices: got {tuple(rows.shape)} "
+            f"and {tuple(indices.shape)}"
+        )
+    if len(indices) and (int(indices.min()) < 0 or int(indices.max()) >= n):
+        raise ValueError(
+            f"image indices run from {int(indices.min())} to {int(indices.max())}, but the data "
+            f"set has {n} images"
+        )
+
+
+@torch.no_grad()
+def gather_features(features: Tensor, counts: Tensor) -> Tensor:
+    """All ranks' rows on every rank, once it is certain that each image was embedded once.
+
+    Args:
+        features: [n, d_emb] float32 on the CPU, zero in the rows of other ranks' images; with
+            no image of its own a rank may pass [0, 0].
+        counts: [n] int64, how often this rank embedded each image.
+
+    Returns:
+        [n, d_emb], complete and the same on every rank. The input may be overwritten.
+
+    Raises:
+        ValueError: the counts of all ranks do not sum to 1 for each image.
+    """
+    device = _collective_device()
+    counts = _sum_over_ranks(counts.clone(), device)
+    if len(counts) == 0 or not bool((counts == 1).all()):
+        missing, repeated = int((counts == 0).sum()), int((counts > 1).sum())
+        raise ValueError(
+            f"each of {len(counts)} images must be embedded exactly once: "
+            f"{missing} were missing and {repeated} came more than once"
+        )
+    d_emb = all_reduce_max(features.shape[1], device)
+    if features.numel() == 0:
+        features = torch.zeros(len(counts), d_emb)
+    return _sum_over_ranks(features, device)
+
+
+def _collective_device() -> torch.device:
+    """Where tensors must lie to travel between ranks."""
+    nccl = world_size() > 1 and dist.get_backend() == "nccl"
+    return torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
+
+
+def _sum_over_ranks(tensor: Tensor, device: torch.device) -> Tensor:
+    if world_size() > 1:
+        for part in tensor.split(ROWS):
+            sent = part.to(device)
+            dist.all_reduce(sent)
+            part.copy_(sent)
+    return tensor
+
+
+def cached_features(
+    path: Path, key: dict[str, object], compute: Callable[[], tuple[Tensor, Tensor]]
+) -> tuple[Tensor, Tensor]:
+    """Embeddings and labels from a file, if it was written for the same key, else computed.
+
+    Args:
+        path: a .safetensors file. A cache: it may be deleted at any time, and one that is
+            damaged or was written for another key is replaced.
+        key: everything the embeddings depend on, as JSON values: digests of checkpoint and
+            data, view size, split, precision.
+        compute: returns features [n, d_emb] and labels [n]. Under several ranks it is called on
+            all of them or on none, so it may contain collectives.
+
+    Returns:
+        (features, labels) on the CPU, the same bits as `compute` returned.
+    """
+    wanted = json.dumps(key, sort_keys=True)
+    found = _read(path, wanted)
+    if all_reduce_max(int(found is None), _collective_device()) == 0 and found is not None:
+        return found
+    features, labels = compute()
+    if rank() == 0:
+        _write(path, wanted, features, labels)
+    return features, labels
+
+
+def _read(path: Path, wanted: str) -> tuple[Tensor, Tensor] | None:
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            if (file.metadata() or {}).get("key") != wanted:
+                return None
+            return file.get_tensor("features"), file.get_tensor("labels")
+    except (SafetensorError, OSError) as error:
+        print0(f"{path} cannot be read ({error}): embedding the images again")
+        return None
+
+
+def _write(path: Path, key: str, features: Tensor, labels: Tensor) -> None:
+    """Write atomically. Without room for the cache the evaluation is as good, so it goes on."""
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tensors = {"features": features.contiguous(), "labels": labels.contiguous()}
+        save_file(tensors, partial, metadata={"key": key})
+        partial.replace(path)
+    except (SafetensorError, OSError) as error:
+        with suppress(OSError):
+            partial.unlink()
+        print0(f"{path} cannot be written ({error}): the next evaluation embeds the images again")

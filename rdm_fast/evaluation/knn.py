@@ -1,0 +1,105 @@
+"""Weighted nearest neighbours in the space of embeddings.
+
+The k training images most similar to a query vote for their class with weight exp(cosine / T)
+(Wu et al., arXiv:1805.01978, section 3.4), which needs no training and no tuning.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rdm_fast.evaluation.accuracy import TOP, check_labels, rank_classes, topk_accuracy
+
+MAX_SIMILARITIES = 2**26
+"""Similarities held at a time by default: 256 MiB of float32."""
+SMALLEST_NORM = 1e-12
+
+
+@torch.no_grad()
+def knn_predict(
+    bank: Tensor,
+    bank_labels: Tensor,
+    queries: Tensor,
+    *,
+    classes: int,
+    k: int = 20,
+    temperature: float = 0.07,
+    chunk: int | None = None,
+) -> Tensor:
+    """The classes that each query's neighbours vote for, best first.
+
+    Args:
+        bank: embeddings of labelled images, [N, d].
+        bank_labels: [N] int64 class ids.
+        queries: embeddings to classify, [M, d], on the bank's device.
+        classes: number of classes K, the largest label of bank and queries + 1.
+        k: neighbours that vote.
+        temperature: T > 0; the smaller, the more the nearest ones count.
+        chunk: queries compared with the bank at a time. By default as many as keep the chunk's
+            similarities within MAX_SIMILARITIES, and at least one.
+
+    Returns:
+        [M, min(5, K)] int64 class ids. Beyond the inputs, memory is bounded by
+        chunk * (2 N + d + 2 K + O(k)) + N numbers, whatever M is (the factors 2 are the working
+        space of a top-k and of a sort).
+
+    Raises:
+        ValueError: the bank has fewer than k images, or shapes, labels or temperature are wrong.
+    """
+    check_labels(bank, bank_labels, classes, "bank")
+    if queries.ndim != 2 or queries.shape[1] != bank.shape[1]:
+        raise ValueError(
+            f"queries must be [M, {bank.shape[1]}] like the bank: got {tuple(queries.shape)}"
+        )
+    if not 1 <= k <= len(bank):
+        raise ValueError(
+            f"kNN with k={k} needs a bank of at least {k} images, and k at least 1: "
+            f"the bank has {len(bank)}"
+        )
+    if temperature <= 0:
+        raise ValueError(f"kNN temperature={temperature} is not positive: use 0.07, for instance")
+    chunk = max(1, MAX_SIMILARITIES // len(bank)) if chunk is None else chunk
+    if chunk < 1:
+        raise ValueError(f"kNN chunk={chunk}: compare at least 1 query at a time")
+
+    bank = bank.float()
+    inverse_norms = bank.norm(dim=1).clamp_min(SMALLEST_NORM).reciprocal()  # [N]
+    rankings = []
+    for part in queries.split(chunk):
+        cosine = F.normalize(part.float(), dim=1) @ bank.mT  # [chunk, N]
+        nearest, neighbours = cosine.mul_(inverse_norms).topk(k, dim=1)  # [chunk, k]
+        # Relative to the nearest one, which changes no ranking and cannot overflow.
+        votes = ((nearest - nearest[:, :1]) / temperature).exp()
+        totals = votes.new_zeros(len(part), classes)
+        totals.scatter_add_(1, bank_labels[neighbours], votes)
+        rankings.append(rank_classes(totals))
+    return torch.cat(rankings)
+
+
+def knn_accuracy(
+    bank: Tensor,
+    bank_labels: Tensor,
+    queries: Tensor,
+    query_labels: Tensor,
+    *,
+    classes: int,
+    k: int = 20,
+    temperature: float = 0.07,
+    chunk: int | None = None,
+) -> dict[str, float]:
+    """Accuracy of `knn_predict`, in percent.
+
+    Args:
+        query_labels: [M] int64 class ids of the queries; the rest as in `knn_predict`.
+
+    Returns:
+        {"top1": ..., "top5": ...}; with fewer than 5 classes, top5 is over all of them.
+
+    Raises:
+        ValueError: as `knn_predict`, or the query labels do not fit the queries.
+    """
+    check_labels(queries, query_labels, classes, "query")
+    ranking = knn_predict(
+        bank, bank_labels, queries, classes=classes, k=k, temperature=temperature, chunk=chunk
+    )
+    return {f"top{best}": topk_accuracy(ranking, query_labels, best) for best in (1, TOP)}

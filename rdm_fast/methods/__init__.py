@@ -1,0 +1,29 @@
+"""The methods, and how a configuration becomes one."""
+
+from torch import nn
+
+from rdm_fast.backbone import build_backbone
+from rdm_fast.config import Config, FilterConfig
+from rdm_fast.heads import mlp_predictor, projector
+from rdm_fast.methods.base import Branches, Method, StepOutput
+from rdm_fast.methods.byol import Byol
+from rdm_fast.methods.simsiam import SimSiam
+from rdm_fast.methods.symsimsiam import SymSimSiam
+
+__all__ = ["Branches", "Byol", "Method", "SimSiam", "StepOutput", "SymSimSiam", "build_method"]
+
+
+def build_method(config: Config) -> Method:
+    """Backbone, heads and method of a run, on the CPU, initialised from torch's global generator."""
+    backbone, d_embedding = build_backbone(config.model, config.augment.channels)
+    head = projector(config.model, d_embedding)
+    if config.method == "symsimsiam":
+        return SymSimSiam(backbone, head)
+    predictor: nn.Module | FilterConfig = config.filter
+    if config.predictor == "mlp":
+        predictor = mlp_predictor(
+            config.model.projector_dim,
+            config.model.predictor_hidden,
+            bias=config.method == "byol",
+        )
+    return (Byol if config.method == "byol" else SimSiam)(backbone, head, predictor)

@@ -1,0 +1,84 @@
+"""What every method has: two branches that depend on one image each, and a criterion on the batch.
+
+The split is what lets a step be computed in parts (gradient accumulation) and still be the step
+of the whole batch: branches run part by part, the criterion sees all rows at once.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from rdm_fast.config import FilterConfig
+from rdm_kernels import neg_cosine
+
+
+@dataclass
+class Branches:
+    """What the two branches make of two views, before any spectral filter; all [2, b, D].
+
+    online[v] is to be matched with target[v], which comes from the other view. projection is the
+    online encoder's output for view v, detached, for telemetry.
+    """
+
+    online: Tensor
+    target: Tensor
+    projection: Tensor
+
+
+@dataclass
+class StepOutput:
+    """The loss of this rank's rows, to be differentiated, and the branches it came from."""
+
+    loss: Tensor
+    branches: Branches
+
+
+class Method(nn.Module, ABC):
+    """From two views of the same images to the loss."""
+
+    backbone: nn.Module
+    """From views [b, C, H, W] to embeddings [b, d_emb]: what evaluation uses."""
+
+    filter: FilterConfig | None = None
+    """The spectral filter in place of a learned predictor, if there is one."""
+
+    row_wise: bool = True
+    """The criterion is a mean over rows, so a mean over parts of a batch is exact."""
+
+    @abstractmethod
+    def branches(self, view1: Tensor, view2: Tensor) -> Branches:
+        """Both branches for this rank's views, [b, C, H, W] each; the target carries no gradient
+        unless the method says so."""
+
+    @abstractmethod
+    def criterion(self, online: Tensor, target: Tensor) -> Tensor:
+        """Scalar loss from all of this rank's rows, [2, b, D] each. Has no parameters."""
+
+    def forward(
+        self, view1: Tensor, view2: Tensor, online_gradient: Tensor | None = None
+    ) -> StepOutput:
+        """The loss; or, given dL/d online, a scalar whose backward continues from there."""
+        branches = self.branches(view1, view2)
+        if online_gradient is None:
+            loss = self.criterion(branches.online, branches.target)
+        else:
+            loss = (branches.online * online_gradient).sum()
+        return StepOutput(loss, branches)
+
+    def update_target(self, momentum: float) -> None:
+        """Move the target weights after an optimizer step; most methods have none."""
+
+
+def mean_negative_cosine(online: Tensor, target: Tensor) -> Tensor:
+    """Mean over views and rows of -cos(online, target), without a filter.
+
+    Args:
+        online, target: [2, b, D] of this rank, one dtype; no gradient reaches the target.
+
+    Returns:
+        Scalar float32.
+    """
+    with torch.autocast(online.device.type, enabled=False):
+        return neg_cosine(online.flatten(0, 1), target.detach().flatten(0, 1))

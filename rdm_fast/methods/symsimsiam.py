@@ -1,0 +1,42 @@
+"""SymSimSiam: the paper's symmetric control (arXiv:2303.02387, section 3).
+
+    L = -mean_b cos(z1_b - mean(z1), z2_b - mean(z2))
+
+No predictor and no stop-gradient: both branches are alike, so there is no rank difference.
+Centring alone keeps it from collapsing completely; its effective rank stays low.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rdm_fast.distributed import gather_rows, local_rows, world_size
+from rdm_fast.methods.base import Branches, Method
+
+
+class SymSimSiam(Method):
+    row_wise = False  # the mean is of the whole batch
+
+    def __init__(self, backbone: nn.Module, projector: nn.Module) -> None:
+        super().__init__()
+        self.backbone, self.projector = backbone, projector
+
+    def branches(self, view1: Tensor, view2: Tensor) -> Branches:
+        """Both branches carry gradient, through `online`; target is the same rows, detached."""
+        z1, z2 = self.projector(self.backbone(view1)), self.projector(self.backbone(view2))
+        online = torch.stack([z1, z2])
+        return Branches(online, online.detach().flip(0), online.detach())
+
+    def criterion(self, online: Tensor, target: Tensor) -> Tensor:
+        with torch.autocast(online.device.type, enabled=False):
+            z = online.to(torch.promote_types(online.dtype, torch.float32))
+            rows = gather_rows(z)
+            if world_size() > 1:  # this rank's rows are live, the others' are constants
+                rows = rows.clone()
+                rows[:, local_rows(z.shape[1])] = z
+            else:
+                rows = z
+            z1, z2 = rows - rows.mean(dim=1, keepdim=True)
+            loss = -F.cosine_similarity(z1, z2, dim=1).mean()
+            # The global loss, whose gradient DistributedDataParallel will divide by the ranks.
+            return world_size() * loss - (world_size() - 1) * loss.detach()

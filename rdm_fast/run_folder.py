@@ -1,0 +1,239 @@
+"""The folder of one run: whose it is, who writes into it, and with which configuration.
+
+    run.json       marks the folder as ours: format, creation time, version, configuration digest
+    config.yaml    the whole configuration
+    status.json    how the run stands, replaced atomically
+    metrics.jsonl  checkpoints/  tensorboard/  logs/  and what later commands add
+
+A folder without our run.json is somebody else's: it is never written into and never emptied.
+Nothing here imports torch, so a refusal comes at once.
+"""
+
+import json
+import os
+import secrets
+import shutil
+import socket
+from collections.abc import Callable
+from datetime import UTC, datetime
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import yaml
+from filelock import FileLock, Timeout
+
+from rdm_fast import durable
+from rdm_fast.config import Config
+from rdm_fast.errors import CannotCreate, DataError, InputMissing
+from rdm_fast.saved_config import (
+    check_resumable,
+    config_digest,
+    config_from_dict,
+    config_to_dict,
+)
+
+FORMAT = 1
+PROJECT = "rdm-fast"
+State = Literal["running", "finished", "interrupted", "failed"]
+LOCK, OWNER = "run.lock", "run.lock.json"
+# all but run.json; config.yaml goes first: a folder without it is cleared again, so an interrupted
+# --overwrite leaves nothing behind that could be taken for the new run's
+CONTENTS = (
+    *("config.yaml", "status.json", "metrics.jsonl", "checkpoints", "spectrum.npz", "tensorboard"),
+    *("wandb", "logs", "report.html", "figures", "export"),
+)
+
+
+def read_config(path: Path) -> Config:
+    """The configuration of the run in a folder, for `--resume` and evaluation.
+
+    Raises:
+        InputMissing: there is no run there.
+        DataError: its config.yaml cannot be used.
+    """
+    return config_from_dict(_read(path / "config.yaml", yaml.safe_load))
+
+
+def read_status(path: Path) -> dict[str, Any]:
+    """status.json of the run in a folder. Raises as `read_config`."""
+    return _read(path / "status.json", json.loads)
+
+
+def _read(file: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
+    try:
+        content = parse(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise InputMissing(f"{file.parent} is not a run folder: it has no {file.name}") from error
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise DataError(f"{file} cannot be read: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise DataError(f"{file} cannot be used: it is not a table of settings")
+    return content
+
+
+# ---- the folder ------------------------------------------------------------------------------
+
+
+class RunFolder:
+    """A run folder that this process may use; rank zero holds its lock until `close`.
+
+    Attributes:
+        path: the folder.
+        rank: only rank zero writes, except for `write_status` of a failure.
+        is_new: rank zero found no earlier run in it, or was told to overwrite it.
+        id: names the run for trackers, the same after every resume ("" on other ranks).
+    """
+
+    def __init__(
+        self, path: Path, rank: int, *, is_new: bool, id: str, lock: FileLock | None
+    ) -> None:
+        self.path, self.rank, self.is_new, self.id = path, rank, is_new, id
+        self.checkpoints, self.logs = path / "checkpoints", path / "logs"
+        self.metrics, self.tensorboard = path / "metrics.jsonl", path / "tensorboard"
+        self._lock = lock
+
+    @classmethod
+    def open(cls, out: str, config: Config, *, overwrite: bool, rank: int) -> Self:
+        """Create a run folder, or take one up again.
+
+        On rank zero it is locked, marked, and if new given a status and its config.yaml; an
+        earlier run's stay until `write_status` and `accept`. Other ranks only learn the paths.
+
+        Args:
+            out: the folder, as in --out.
+            config: of a new run.
+            overwrite: delete the contents of an earlier run of ours; other files stay.
+            rank: this process's rank.
+
+        Raises:
+            CannotCreate: a file is in the way, the folder is not ours or not writable, or another
+                run holds it.
+        """
+        path = Path(out)
+        if rank != 0:
+            return cls(path, rank, is_new=False, id="", lock=None)
+        try:
+            _refuse_foreign(path)
+            path.mkdir(parents=True, exist_ok=True)
+            lock = _lock(path)
+            for stale in path.glob(f"{durable.TEMPORARY}*"):
+                stale.unlink()
+            is_new = overwrite or not (path / "config.yaml").exists()
+            if is_new:
+                _clear(path)
+                now = datetime.now(UTC).isoformat(timespec="seconds")
+                mark = {
+                    "project": PROJECT, "format": FORMAT, "id": secrets.token_hex(4),
+                    "created": now, "version": version(), "config_digest": config_digest(config),
+                }  # fmt: skip
+                durable.replace(path / "run.json", json.dumps(mark, indent=1) + "\n")
+            (path / "logs").mkdir(exist_ok=True)
+            (path / "checkpoints").mkdir(exist_ok=True)
+            folder = cls(path, rank, is_new=is_new, id=str(_mark(path).get("id")), lock=lock)
+            if is_new:
+                folder.write_status("running", step=0)
+                folder.write_config(config)  # last: its presence means that all is there
+        except OSError as error:
+            raise CannotCreate(
+                f"--out {out} cannot be written ({error.strerror}): give a folder that can"
+            ) from error
+        return folder
+
+    def accept(self, config: Config, allow: tuple[str, ...] = ()) -> None:
+        """Go on with a configuration: `check_resumable` against config.yaml, then replace it."""
+        check_resumable(config_to_dict(read_config(self.path)), config, allow)
+        self.write_config(config)
+
+    def write_config(self, config: Config) -> None:
+        """Replace config.yaml atomically (rank zero)."""
+        text: str = yaml.safe_dump(config_to_dict(config), sort_keys=False)
+        durable.replace(self.path / "config.yaml", text)
+
+    def write_status(
+        self, state: State, *, step: int, code: int = 0, checkpoint: str = "", message: str = ""
+    ) -> None:
+        """Replace status.json atomically.
+
+        Args:
+            state: how the run stands.
+            step: optimizer steps done.
+            code: the process's exit status, which a bare torchrun would hide.
+            checkpoint: name of the newest checkpoint folder, if any.
+            message: one sentence, as printed.
+        """
+        status = {
+            "state": state, "code": code, "step": step, "checkpoint": checkpoint,
+            "rank": self.rank, "message": message,
+        }  # fmt: skip
+        durable.replace(self.path / "status.json", json.dumps(status, indent=1) + "\n")
+
+    def close(self) -> None:
+        """Let another process use the folder. The operating system does so if this one dies."""
+        if self._lock is not None:
+            (self.path / OWNER).unlink(missing_ok=True)
+            self._lock.release()
+            self._lock = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def version() -> str:
+    """The installed version, or `unknown` in a checkout that was not installed."""
+    try:
+        return metadata.version(PROJECT)
+    except metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def _mark(path: Path) -> dict[str, Any]:
+    mark = _read(path / "run.json", json.loads)
+    if mark.get("project") != PROJECT:
+        raise DataError(f"{path / 'run.json'} is another program's")
+    return mark
+
+
+def _refuse_foreign(path: Path) -> None:
+    if path.exists() and not path.is_dir():
+        raise CannotCreate(f"--out {path} is a file: name a folder")
+    names = [entry.name for entry in path.iterdir()] if path.exists() else []
+    if all(name in (LOCK, OWNER) or name.startswith(durable.TEMPORARY) for name in names):
+        return  # empty, or left by a start that was killed before it wrote run.json
+    try:
+        _mark(path)
+    except (InputMissing, DataError) as error:
+        raise CannotCreate(
+            f"--out {path} holds files of something else and no run of ours, so nothing is "
+            "written there: name a new or empty folder"
+        ) from error
+
+
+def _lock(path: Path) -> FileLock:
+    lock = FileLock(path / LOCK, thread_local=False)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        try:
+            owner = _read(path / OWNER, json.loads)
+        except (InputMissing, DataError):
+            owner = {}
+        raise CannotCreate(
+            f"--out {path} is in use by process {owner.get('pid', '?')} on host "
+            f"{owner.get('host', '?')}: wait for it, stop it, or give another --out"
+        ) from error
+    owner = {"pid": os.getpid(), "host": socket.gethostname()}
+    durable.replace(path / OWNER, json.dumps(owner) + "\n")
+    return lock
+
+
+def _clear(path: Path) -> None:
+    """Delete a run's own contents, and nothing else."""
+    for entry in (path / name for name in CONTENTS):
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink(missing_ok=True)

@@ -1,0 +1,346 @@
+"""The loop and its state.
+
+    for every epoch, for every batch of it:  step, log, evaluate, save
+
+State is a step number, the method's tensors and the optimizer's. Who sees which image how is a
+function of (seed, epoch, index, view), and the schedules of the step, so nothing else is needed
+to go on from a checkpoint exactly where it was left.
+"""
+
+import signal
+import time
+from collections.abc import Iterable, Iterator
+from functools import cached_property
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+
+from rdm_fast import checkpoint
+from rdm_fast.checkpoint import Snapshot
+from rdm_fast.config import Config
+from rdm_fast.data import ImageSet, build_loader
+from rdm_fast.data.batch import Batch
+from rdm_fast.distributed import all_reduce_max, print0, rank, world_size
+from rdm_fast.environment import describe_environment
+from rdm_fast.errors import InputMissing, Interrupted, NonFinite, OutputFailed
+from rdm_fast.evaluation.online import knn_top1
+from rdm_fast.filters import advice
+from rdm_fast.methods import build_method
+from rdm_fast.data.sources import load
+from rdm_fast.run_folder import RunFolder
+from rdm_fast.spectral import choose_engine
+from rdm_fast.spectrum import branch_spectra
+from rdm_fast.step import StepReport, TrainStep
+from rdm_fast.telemetry import Plan, Telemetry
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+MAX_FAILED_SAVES = 3
+
+
+class Trainer:
+    """One run, from its configuration to its last checkpoint.
+
+    Raises:
+        UserError: the data, the run folder or the configuration cannot be used (its subclasses
+            say which).
+    """
+
+    def __init__(self, config: Config, folder: RunFolder, device: torch.device) -> None:
+        self.config, self.folder, self.device = config, folder, device
+        self.images = load(config.data, "train")
+        self.loader = build_loader(
+            config, self.images, rank=rank(), world_size=world_size(), device=device
+        )
+        torch.manual_seed(config.seed)
+        torch.backends.cudnn.deterministic = True
+        self.train_step = TrainStep(
+            build_method(config), config, device, self.loader.steps_per_epoch
+        )
+        self.step = 0
+        """Optimizer steps done."""
+        self.skipped = 0
+        """Of these, steps that were not applied because something was not finite."""
+        self._skipped_in_a_row = 0
+        self._failed_saves = 0
+        self._stop_asked = False
+        self._last_saved = -1
+
+    # ---- the loop ----------------------------------------------------------------------------
+
+    def fit(self) -> None:
+        """Train from where the run folder stands to the end.
+
+        Raises:
+            Interrupted: a signal asked to stop; the state is saved.
+            NonFinite: log.max_nonfinite steps in a row could not be applied.
+            OutputFailed: three checkpoints in a row could not be written.
+        """
+        self.train_step.settle()
+        self.restore()
+        with self._signals(), self._telemetry() as telemetry:
+            self._announce()
+            clock = Clock()
+            for epoch in range(self.step // self.loader.steps_per_epoch, self.config.optim.epochs):
+                start = self.step % self.loader.steps_per_epoch
+                for batch in clock.waits(self.loader.epoch(epoch, start)):
+                    report = self.train_step(batch, self.step)
+                    self.step += 1
+                    self._guard(report)
+                    if self._is_due(self.config.log.every):
+                        telemetry.log(self.step, self._metrics(report, clock))
+                    if self._epoch_is_due(self.config.log.knn_every):
+                        self._evaluate(telemetry)
+                        clock.restart()
+                    stop = self._must_stop()
+                    if stop or self._is_due(self.config.log.save_every):
+                        self.save()
+                        clock.restart()
+                    if stop:
+                        raise Interrupted(
+                            f"stopped by a signal after step {self.step} of "
+                            f"{self.train_step.total_steps}, saved in {self.folder.path}: "
+                            "run the same command again to go on"
+                        )
+
+    def _is_due(self, every: int) -> bool:
+        return self.step % every == 0 or self.step == self.train_step.total_steps
+
+    def _epoch_is_due(self, every: int) -> bool:
+        epochs, rest = divmod(self.step, self.loader.steps_per_epoch)
+        ends = rest == 0 and (epochs % every == 0 if every else False)
+        return ends or (bool(every) and self.step == self.train_step.total_steps)
+
+    def _guard(self, report: StepReport) -> None:
+        """Count steps that were not applied; stop when they do not end."""
+        if report.applied:
+            self._skipped_in_a_row = 0
+            return
+        self.skipped += 1
+        scaling = self.config.precision == "fp16" and bool(report.loss.isfinite())
+        self._skipped_in_a_row += 0 if scaling else 1  # fp16 finds its loss scale by overflowing
+        if self._skipped_in_a_row >= self.config.log.max_nonfinite:
+            raise NonFinite(
+                f"the loss or its gradient was not finite in {self._skipped_in_a_row} steps in a "
+                f"row, the last one step {self.step}; no weight was changed by them: lower "
+                "--optim.base-lr, or use --precision fp32"
+            )
+
+    # ---- what is told ------------------------------------------------------------------------
+
+    def _telemetry(self) -> Telemetry:
+        plan = Plan(
+            total_steps=self.train_step.total_steps,
+            steps_per_epoch=self.loader.steps_per_epoch,
+            global_batch=self.config.optim.global_batch,
+            resumed_step=self.step,
+        )
+        environment = describe_environment(
+            self.config,
+            device=self.device,
+            world_size=world_size(),
+            loader=self.loader.name,
+            engine=self._engine(),
+        )
+        return Telemetry.open(self.folder, self.config, environment, plan)
+
+    def _engine(self) -> str:
+        return choose_engine(self.config.filter) if self.train_step.method.filter else "none"
+
+    def _announce(self) -> None:
+        """Say once what `auto` stands for, and what RDM thinks of the filter."""
+        config, parts = self.config, self.config.optim.accumulate
+        print0(
+            f"{config.method}, predictor {config.predictor}, on {len(self.images)} images of "
+            f"{config.data.name}: {world_size()} rank(s) on {self.device.type}, global batch "
+            f"{config.optim.global_batch}, {config.optim.local_batch(world_size())} a rank"
+            + (f" in {parts} parts" if parts > 1 else "")
+            + f", loader {self.loader.name}, filter engine {self._engine()}"
+        )
+        if self.train_step.method.filter and (text := advice(config.filter)):
+            print0(f"warning: {text}")
+        if self.step:
+            print0(f"resumed from step {self.step}")
+
+    def _metrics(self, report: StepReport, clock: "Clock") -> dict[str, float | int]:
+        """The metrics of the last step; the only regular wait for the device."""
+        branches = report.branches
+        spectra = branch_spectra(
+            branches.online, branches.target, branches.projection, self.train_step.method.filter
+        )
+        loss = report.loss.clone()
+        if world_size() > 1:
+            dist.all_reduce(loss)
+            loss /= world_size()
+        metrics: dict[str, float | int] = {
+            "epoch": self.step / self.loader.steps_per_epoch,
+            "loss": float(loss),
+            "lr": report.lr,
+            "grad_norm": float(report.grad_norm),
+            "skipped_steps": self.skipped,
+            **spectra.metrics(),
+            **clock.read(self.config.optim.global_batch),
+        }
+        if self.config.method == "byol":
+            metrics["ema_momentum"] = report.ema_momentum
+        if self.device.type == "cuda":
+            metrics["gpu_mem_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
+        return metrics
+
+    def _evaluate(self, telemetry: Telemetry) -> None:
+        """Log kNN on the backbone's embeddings, if there are labelled test images."""
+        if self._test_images is None:
+            return
+        backbone = self.train_step.method.backbone
+        top1 = knn_top1(backbone, self.images, self._test_images, self.config, self.device)
+        if top1 is not None:
+            telemetry.log(self.step, {"knn_top1": top1})
+
+    @cached_property
+    def _test_images(self) -> ImageSet | None:
+        try:
+            return load(self.config.data, "test")
+        except InputMissing as error:
+            print0(f"no kNN while training: {error}")
+            return None
+
+    # ---- what is saved -----------------------------------------------------------------------
+
+    def save(self) -> None:
+        """Write a checkpoint (rank zero). A failure is reported and tried again at the next one.
+
+        Raises:
+            OutputFailed: it failed three times in a row.
+        """
+        failed = 0
+        if rank() == 0 and self._last_saved != self.step:
+            try:
+                path = checkpoint.save(
+                    self.folder.checkpoints, self.snapshot(), self.config.log.keep
+                )
+                self._last_saved, self._failed_saves = self.step, 0
+                self.folder.write_status("running", step=self.step, checkpoint=path.name)
+            except OSError as error:
+                self._failed_saves += 1
+                failed = self._failed_saves
+                print0(f"warning: no checkpoint at step {self.step}: {error}")
+        if all_reduce_max(failed, self.device) >= MAX_FAILED_SAVES:
+            raise OutputFailed(
+                f"{MAX_FAILED_SAVES} checkpoints in a row could not be written to "
+                f"{self.folder.checkpoints}: make room there and run the same command again"
+            )
+
+    def snapshot(self) -> Snapshot:
+        """Everything that the next step depends on."""
+        method, optimizer = self.train_step.method, self.train_step.optimizer
+        tensors, plain = checkpoint.flatten_optimizer(optimizer, method.named_parameters())
+        return Snapshot(
+            step=self.step,
+            model=dict(method.state_dict()),
+            optim=tensors,
+            extra={"torch_rng": torch.get_rng_state()},
+            state={
+                "optimizer": plain,
+                "scaler": self.train_step.scaler.state_dict(),
+                "skipped": self.skipped,
+                "skipped_in_a_row": self._skipped_in_a_row,
+                "world_size": world_size(),
+                "ema_momentum": self.train_step.momentum(self.step),
+            },
+        )
+
+    def restore(self) -> None:
+        """Take up the newest sound checkpoint of the run folder, if there is one."""
+        path = checkpoint.newest(
+            self.folder.checkpoints, lambda text: print0(f"warning: {text}"), sweep=rank() == 0
+        )
+        step = -1 if path is None else int(path.name.split("-")[1].split(".")[0])
+        if all_reduce_max(step, self.device) != step:
+            raise InputMissing(
+                f"rank {rank()} does not see the checkpoints of the other ranks in "
+                f"{self.folder.path}: --out must be a folder that all ranks share"
+            )
+        if path is None:
+            return
+        snapshot = checkpoint.load(path)
+        method, optimizer = self.train_step.method, self.train_step.optimizer
+        checkpoint.load_strict(method, snapshot.model, f"checkpoint {path}")
+        checkpoint.restore_optimizer(
+            optimizer, method.named_parameters(), snapshot.optim, snapshot.state["optimizer"]
+        )
+        self.train_step.scaler.load_state_dict(snapshot.state["scaler"])
+        torch.set_rng_state(snapshot.extra["torch_rng"])
+        self.step = self._last_saved = snapshot.step
+        self.skipped = snapshot.state["skipped"]
+        self._skipped_in_a_row = snapshot.state["skipped_in_a_row"]
+
+    # ---- signals -----------------------------------------------------------------------------
+
+    def _signals(self) -> "StopOnSignal":
+        return StopOnSignal(self)
+
+    def ask_to_stop(self) -> None:
+        """Stop after the step that is running, saving it."""
+        self._stop_asked = True
+
+    def _must_stop(self) -> bool:
+        """Whether any rank was asked to stop; ranks ask each other only when they log."""
+        if self.step == self.train_step.total_steps:
+            return False
+        if world_size() == 1:
+            return self._stop_asked
+        if not self._is_due(self.config.log.every):
+            return False
+        return bool(all_reduce_max(int(self._stop_asked), self.device))
+
+
+class StopOnSignal:
+    """While it is open, the first signal asks the trainer to stop and a second one stops at once."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self._trainer = trainer
+
+    def __enter__(self) -> None:
+        self._before = {number: signal.signal(number, self._handle) for number in SIGNALS}
+
+    def _handle(self, number: int, _frame: FrameType | None) -> None:
+        self._trainer.ask_to_stop()
+        signal.signal(number, self._before[signal.Signals(number)])
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+class Clock:
+    """Time spent in steps and waiting for data, since it was last read."""
+
+    def __init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        """Leave out what was done since the last step, such as an evaluation."""
+        self._start, self._steps, self._waited = time.perf_counter(), 0, 0.0
+
+    def waits(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """The same batches; the time until each arrives counts as waiting."""
+        iterator = iter(batches)
+        while True:
+            before = time.perf_counter()
+            batch = next(iterator, None)
+            if batch is None:
+                return
+            self._waited += time.perf_counter() - before
+            self._steps += 1
+            yield batch
+
+    def read(self, global_batch: int) -> dict[str, float]:
+        """images_per_s and data_wait_s a step; starts over."""
+        steps = max(1, self._steps)
+        seconds = time.perf_counter() - self._start
+        metrics = {
+            "images_per_s": steps * global_batch / seconds,
+            "data_wait_s": self._waited / steps,
+        }
+        self.restart()
+        return metrics

@@ -1,0 +1,139 @@
+"""rdm_fast.data.arrays: the packed format, written here by hand, and its refusals."""
+
+import io
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from rdm_fast.config import DataConfig
+from rdm_fast.data.arrays import load_arrays
+from rdm_fast.data.sources import load
+from rdm_fast.errors import DataError, InputMissing
+
+DECODED = {
+    "train_images": np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3), dtype=np.uint8),
+    "train_label": np.array([0, 1, -1, 1]),
+    "test_images": np.zeros((2, 8, 8), np.uint8),
+    "test_label": np.array([1, 0], np.uint8),
+    "classes": np.array(["cat", "dog"]),
+}
+
+
+def encoded(files: list[bytes]) -> dict[str, Any]:
+    return {
+        "train_jpeg": np.frombuffer(b"".join(files), np.uint8),
+        "train_offset": np.cumsum([0, *map(len, files)]),
+        "train_label": np.arange(len(files), dtype=np.uint8) % 2,
+        "classes": np.array(["cat", "dog"]),
+    }
+
+
+def write(path: Path, arrays: dict[str, Any]) -> Path:
+    np.savez(path, **arrays)
+    return path
+
+
+def test_decoded_arrays_come_back(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.npz", DECODED)
+    train = load(DataConfig(name="arrays", root=str(path)), "train")
+    assert train.pixels is not None and train.labels is not None
+    np.testing.assert_array_equal(train.pixels, DECODED["train_images"])
+    assert train.labels.tolist() == [0, 1, -1, 1] and train.classes == ["cat", "dog"]
+    test = load_arrays(path, "test")
+    assert test.channels == 1 and test.read(0).shape == (8, 8, 1)
+
+
+def test_encoded_images_come_back(tmp_path: Path, jpeg_files: list[bytes]) -> None:
+    images = load_arrays(write(tmp_path / "a.npz", encoded(jpeg_files)), "train")
+    assert images.pixels is None and len(images) == 8
+    for i, data in enumerate(jpeg_files):
+        expected = np.asarray(Image.open(io.BytesIO(data)))
+        np.testing.assert_array_equal(images.read(i), expected)
+        assert images.sizes[i].tolist() == list(expected.shape[:2])
+
+
+def test_small_encoded_images_of_one_size_are_decoded_once(
+    tmp_path: Path, jpeg_files: list[bytes]
+) -> None:
+    images = load_arrays(
+        write(tmp_path / "a.npz", encoded(jpeg_files[2::4])), "train"
+    )
+    assert images.pixels is not None and images.pixels.shape == (2, 56, 68, 3)
+    np.testing.assert_array_equal(images.read(1), np.asarray(Image.open(io.BytesIO(jpeg_files[6]))))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"train_label": None}, r"has no array train_label .*it has classes, test_images"),
+        ({"classes": None}, r"has no array classes"),
+        ({"train_images": None}, r"has no array train_jpeg .*or train_images"),
+        ({"train_label": np.array([0, 1])}, r"train_label has 2 labels for 4 images"),
+        ({"train_label": np.array([0, 1, 2, 1])}, r"train_label has labels from 0 to 2.*2 classes"),
+        ({"train_label": np.array([0.5] * 4)}, r"train_label is float64 \[4\], wanted integer"),
+        ({"train_images": np.zeros((4, 8, 8, 3))}, r"train_images is float64"),
+        ({"train_images": np.zeros((4, 8, 8, 2), np.uint8)}, r"train_images is uint8.*C 1 or 3"),
+        (
+            {"train_images": np.zeros((0, 8, 8, 3), np.uint8)},
+            r"train_images is uint8 \[0, 8",
+        ),
+        ({"classes": np.array(["a", {}], object)}, r"classes cannot be read \(Object arrays"),
+    ],
+)
+def test_a_bad_array_is_named(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+    arrays = {key: value for key, value in {**DECODED, **change}.items() if value is not None}
+    with pytest.raises(DataError, match=message) as caught:
+        load_arrays(write(tmp_path / "a.npz", arrays), "train")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"train_offset": np.array([0, 5, 3])}, r"train_offset falls after entry 1"),
+        ({"train_offset": np.array([0, 10**9])}, r"train_offset does not lie within"),
+        ({"train_offset": np.array([0])}, r"train_offset does not lie within"),
+        ({"train_jpeg": np.zeros(9, np.uint16)}, r"train_jpeg is uint16, wanted uint8"),
+        ({"train_offset": np.array([0, 5]), "train_label": np.array([0])},
+         r"1 of 1 images in .*a\.npz:train_jpeg cannot be used; the first is image 0"),
+    ],
+)  # fmt: skip
+def test_bad_encoded_arrays_are_named(
+    tmp_path: Path, jpeg_files: list[bytes], change: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(DataError, match=message):
+        load_arrays(write(tmp_path / "a.npz", {**encoded(jpeg_files), **change}), "train")
+
+
+def test_a_damaged_file_is_refused(tmp_path: Path) -> None:
+    whole = write(tmp_path / "a.npz", DECODED).read_bytes()
+    for data in (whole[:-40], b"", b"hello"):
+        (tmp_path / "b.npz").write_bytes(data)
+        with pytest.raises(DataError, match=r"b\.npz is damaged or not an \.npz file"):
+            load_arrays(tmp_path / "b.npz", "train")
+    flipped = bytearray(whole)
+    flipped[300] ^= 1  # inside the first array: zip's checksum sees it
+    (tmp_path / "b.npz").write_bytes(flipped)
+    with pytest.raises(DataError, match=r"array train_images cannot be read \(Bad CRC"):
+        load_arrays(tmp_path / "b.npz", "train")
+    np.save(tmp_path / "c.npy", np.zeros(3))
+    with pytest.raises(DataError, match=r"c\.npy is not an \.npz file"):
+        load_arrays(tmp_path / "c.npy", "train")
+
+
+def test_a_missing_file_is_named_with_what_is_there(tmp_path: Path) -> None:
+    write(tmp_path / "other.npz", DECODED)
+    with pytest.raises(InputMissing, match=r"--data.root .*a\.npz is not a file.*holds other\.npz"):
+        load_arrays(tmp_path / "a.npz", "train")
+    with pytest.raises(InputMissing, match=r"is a folder that holds other\.npz"):
+        load_arrays(tmp_path, "train")
+
+
+def test_cifar10_as_jpeg_is_read(cifar10_npz: Path) -> None:
+    images = load_arrays(cifar10_npz, "test")
+    assert images.pixels is not None and images.pixels.shape == (10_000, 32, 32, 3)
+    assert images.labels is not None and np.bincount(images.labels).tolist() == [1000] * 10
+    assert "airplane" in images.classes

@@ -1,0 +1,151 @@
+"""rdm_fast.data.folder: which files count, which label they have, and what is refused."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from rdm_fast.config import DataConfig
+from rdm_fast.data.folder import load_folder
+from rdm_fast.data.images import FileImages, ImageSet
+from rdm_fast.data.sources import load
+from rdm_fast.errors import DataError, InputMissing
+
+
+def put(root: Path, *names: str) -> None:
+    for i, name in enumerate(names):
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (10 + i, 10), (i, 0, 0)).save(path)
+
+
+def names(images: ImageSet) -> list[str]:
+    assert isinstance(images, FileImages)
+    return [images.path(i).name for i in range(len(images))]
+
+
+def test_class_folders_give_labels_in_the_order_of_their_names(tmp_path: Path) -> None:
+    put(tmp_path, "train/b/1.png", "train/a/2.png", "train/a/10.JPG")
+    put(tmp_path, "val/b/3.png", "val/a/4.png")
+    train, test = (
+        load(DataConfig(name="folder", root=str(tmp_path)), s) for s in ("train", "test")
+    )
+    assert train.classes == test.classes == ["a", "b"]
+    assert train.labels is not None and train.labels.tolist() == [0, 0, 1]
+    assert names(train) == ["10.JPG", "2.png", "1.png"]
+    assert test.labels is not None and test.labels.tolist() == [0, 1]
+    assert train.sizes.tolist() == [[10, 12], [10, 11], [10, 10]]
+    assert train.read(1)[0, 0].tolist() == [1, 0, 0]
+
+
+@pytest.mark.parametrize("where", ["", "train/"])
+def test_images_without_class_folders_have_no_labels(tmp_path: Path, where: str) -> None:
+    put(tmp_path, f"{where}2.png", f"{where}1.png")
+    images = load_folder(tmp_path, "train")
+    assert images.labels is None and images.classes == []
+    assert names(images) == ["1.png", "2.png"]
+
+
+def test_only_visible_image_files_count_at_any_depth(tmp_path: Path) -> None:
+    put(
+        tmp_path,
+        "train/a/x/y/deep.png",
+        "train/a/.hidden.png",
+        "train/a/.git/z.png",
+        "train/b/1.png",
+    )
+    (tmp_path / "train/a/notes.txt").write_text("no image")
+    (tmp_path / "train/.cache").mkdir()
+    assert names(load_folder(tmp_path, "train")) == ["deep.png", "1.png"]
+
+
+def test_an_empty_class_folder_gets_no_label(tmp_path: Path) -> None:
+    put(tmp_path, "train/a/1.png", "train/c/2.png", "test/a/3.png", "test/c/4.png")
+    (tmp_path / "train/b").mkdir()
+    (tmp_path / "test/c/4.png").unlink()
+    train, test = load_folder(tmp_path, "train"), load_folder(tmp_path, "test")
+    assert train.classes == test.classes == ["a", "c"]
+    assert train.labels is not None and train.labels.tolist() == [0, 1]
+    assert test.labels is not None and test.labels.tolist() == [0]
+
+
+def test_links_are_followed_once_and_loops_end(tmp_path: Path) -> None:
+    put(tmp_path, "train/a/1.png", "train/a/2.png", "store/b/3.png", "store/4.png")
+    (tmp_path / "train/a/loop").symlink_to(tmp_path / "train/a")
+    (tmp_path / "train/a/up").symlink_to(tmp_path / "train")
+    (tmp_path / "train/b").symlink_to(tmp_path / "store/b")
+    (tmp_path / "train/b2").symlink_to(tmp_path / "store/b")
+    (tmp_path / "train/a/4.png").symlink_to(tmp_path / "store/4.png")
+    (tmp_path / "train/a/5.png").symlink_to(tmp_path / "store/4.png")
+    images = load_folder(tmp_path, "train")
+    assert names(images) == ["1.png", "2.png", "4.png", "3.png"]
+    assert images.classes == ["a", "b"]
+
+
+def test_a_dangling_link_is_a_bad_image(tmp_path: Path) -> None:
+    put(tmp_path, "train/a/1.png")
+    (tmp_path / "train/a/2.png").symlink_to(tmp_path / "nowhere.png")
+    with pytest.raises(DataError, match=r"1 of 2 images.*2\.png \(no such file"):
+        load_folder(tmp_path, "train")
+
+
+def test_order_and_digest_do_not_depend_on_the_file_system(tmp_path: Path) -> None:
+    files = [f"train/{c}/{i}.png" for c in "ab" for i in range(6)]
+    put(tmp_path / "one", *files)
+    for name in reversed(files):
+        target = tmp_path / "two" / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.link(tmp_path / "one" / name, target)
+    one, two = (load_folder(tmp_path / x, "train") for x in ("one", "two"))
+    assert names(one) == names(two) and one.digest == two.digest
+    (tmp_path / "two/train/a/0.png").unlink()
+    assert load_folder(tmp_path / "two", "train").digest != one.digest
+
+
+def test_no_images_is_a_data_error_that_shows_what_is_there(tmp_path: Path) -> None:
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train/readme.md").write_text("")
+    with pytest.raises(DataError, match=r"train \(--data.root\) has no images.*found readme.md"):
+        load_folder(tmp_path, "train")
+
+
+def test_labelled_and_unlabelled_images_do_not_mix(tmp_path: Path) -> None:
+    put(tmp_path, "train/a/1.png", "train/2.png")
+    with pytest.raises(DataError, match=r"beside class folders, such as 2\.png"):
+        load_folder(tmp_path, "train")
+
+
+def test_a_class_unknown_to_train_is_refused(tmp_path: Path) -> None:
+    put(tmp_path, "train/a/1.png", "val/z/1.png")
+    with pytest.raises(DataError, match="class z in its test images but not in train"):
+        load_folder(tmp_path, "test")
+
+
+def test_what_is_missing_is_named_with_what_is_there(tmp_path: Path) -> None:
+    put(tmp_path, "cats/1.png", "dogs/1.png", "file.png.txt/1.png")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(
+        InputMissing, match="looked for a folder train or image files, found cats"
+    ):
+        load_folder(tmp_path, "train")
+    with pytest.raises(InputMissing, match="looked for a folder val or test, found cats"):
+        load_folder(tmp_path, "test")
+    with pytest.raises(InputMissing, match=r"--data.root .*/nowhere/at/all does not exist.*cats"):
+        load_folder(tmp_path / "nowhere/at/all", "train")
+    with pytest.raises(InputMissing, match="is a file: give the folder"):
+        load_folder(tmp_path / "file", "train")
+
+
+def test_a_split_without_images_names_its_folder(tmp_path: Path) -> None:
+    (tmp_path / "train").mkdir()
+    with pytest.raises(DataError, match=r"found nothing"):
+        load_folder(tmp_path, "train")
+
+
+def test_images_of_a_folder_are_not_all_one_size(tmp_path: Path) -> None:
+    put(tmp_path, "1.png", "2.png")
+    images = load_folder(tmp_path, "train")
+    assert images.pixels is None
+    np.testing.assert_array_equal(images.sizes, [[10, 10], [10, 11]])

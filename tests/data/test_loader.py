@@ -1,0 +1,236 @@
+"""Both loaders against each other, across ranks, workers and restarts; and evaluation batches."""
+
+import io
+import pickle
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
+
+from rdm_fast.config import AugmentConfig, Config, DataConfig, OptimConfig, ViewConfig
+from rdm_fast.data import Batch, ImageSet, build_loader, evaluation_batches, load
+from rdm_fast.data.folder import load_folder
+from rdm_fast.data.images import EncodedImages, PixelImages
+from rdm_fast.data.sampler import epoch_order
+from rdm_fast.data.torch_pipeline import PairOfViews
+from rdm_fast.errors import DataError, UsageError
+
+Pixels = NDArray[np.uint8]
+CPU = torch.device("cpu")
+VIEW = ViewConfig(crop_scale=(0.2, 1), jitter=0.8, grey=0.2, blur=0.5, flip=0.5)
+AUGMENT = AugmentConfig(size=16, view1=VIEW, view2=replace(VIEW, solarize=0.2))
+
+
+def configure(loader: str = "auto", workers: int = 0, batch: int = 16, **changes: object) -> Config:
+    return Config(
+        data=DataConfig(name="arrays", loader=loader, workers=workers),  # type: ignore[arg-type]
+        augment=AUGMENT,
+        optim=OptimConfig(global_batch=batch),
+        **changes,  # type: ignore[arg-type]
+    )
+
+
+def batches(
+    config: Config, images: ImageSet, epoch: int = 0, start: int = 0, rank: int = 0, world: int = 1
+) -> list[Batch]:
+    loader = build_loader(config, images, rank=rank, world_size=world, device=CPU)
+    return list(loader.epoch(epoch, start))
+
+
+def levels(view: Tensor) -> NDArray[np.float64]:
+    std, mean = (torch.tensor(x)[:, None, None] for x in (AUGMENT.std, AUGMENT.mean))
+    return ((view * std + mean) * 255).round().double().numpy()
+
+
+def same(a: Batch, b: Batch) -> bool:
+    return all(torch.equal(getattr(a, name), getattr(b, name)) for name in Batch.__slots__)
+
+
+@pytest.fixture(scope="module")
+def images(photographs: Pixels) -> ImageSet:
+    return PixelImages(photographs, np.arange(96) % 3, ["a", "b", "c"])
+
+
+@pytest.fixture
+def encoded(jpeg_files: list[bytes]) -> ImageSet:
+    data = np.frombuffer(b"".join(jpeg_files), np.uint8)
+    return EncodedImages(data, np.cumsum([0, *map(len, jpeg_files)]), None, [], "test.npz")
+
+
+def test_auto_keeps_decoded_images_resident_and_decodes_others_in_workers(
+    images: ImageSet, encoded: ImageSet
+) -> None:
+    options = {"rank": 0, "world_size": 1, "device": CPU}
+    assert build_loader(configure(), images, **options).name == "resident"  # type: ignore[arg-type]
+    small = configure(batch=4)
+    assert build_loader(small, encoded, **options).name == "torch"  # type: ignore[arg-type]
+
+
+def test_loaders_show_the_same_images_over_an_epoch(images: ImageSet) -> None:
+    resident, torch_ = (batches(configure(name), images, epoch=2) for name in ("resident", "torch"))
+    assert len(resident) == len(torch_) == 6
+    off = []
+    for a, b in zip(resident, torch_, strict=True):
+        assert torch.equal(a.indices, b.indices) and torch.equal(a.labels, b.labels)
+        for x, y in ((a.view1, b.view1), (a.view2, b.view2)):
+            off.append(np.abs(levels(x) - levels(y)).reshape(len(x), -1))
+    off_all = np.concatenate(off)
+    assert (off_all > 4).mean() <= 0.01 and off_all.mean(axis=1).max() <= 2.0
+    assert np.abs(levels(a.view1) - levels(a.view2)).mean() > 5  # the two views do differ
+
+
+@pytest.mark.parametrize("loader", ["resident", "torch"])
+def test_a_batch_is_what_the_trainer_expects(loader: str, images: ImageSet) -> None:
+    batch = batches(configure(loader), images)[0]
+    for view in (batch.view1, batch.view2):
+        assert view.shape == (16, 3, 16, 16) and view.dtype == torch.float32
+        assert view.is_contiguous(memory_format=torch.channels_last)
+    assert batch.labels.dtype == batch.indices.dtype == torch.int64
+    assert images.labels is not None
+    assert batch.labels.tolist() == images.labels[batch.indices.numpy()].tolist()
+
+
+@pytest.mark.parametrize("loader", ["resident", "torch"])
+@pytest.mark.parametrize("world", [2, 4])
+def test_ranks_together_see_what_one_rank_sees(loader: str, world: int, images: ImageSet) -> None:
+    config = configure(loader)
+    one = batches(config, images, epoch=1)
+    many = [batches(config, images, epoch=1, rank=rank, world=world) for rank in range(world)]
+    for step, whole in enumerate(one):
+        parts = [own[step] for own in many]
+        assert torch.equal(torch.cat([part.indices for part in parts]), whole.indices)
+        for name in ("view1", "view2"):
+            together = torch.cat([getattr(part, name) for part in parts])
+            off = np.abs(levels(together) - levels(getattr(whole, name)))
+            assert off.mean() < 0.01  # a sum taken in another order may round differently
+
+
+@pytest.mark.parametrize("loader", ["resident", "torch"])
+def test_an_epoch_has_every_image_once_and_drops_the_rest(loader: str, images: ImageSet) -> None:
+    config = configure(loader, batch=20)
+    seen = torch.cat([batch.indices for batch in batches(config, images, epoch=3)])
+    assert len(seen) == 80 and len(seen.unique()) == 80
+    np.testing.assert_array_equal(seen, epoch_order(config.seed, 3, 96)[:80])
+
+
+@pytest.mark.parametrize("loader", ["resident", "torch"])
+def test_an_epoch_continues_in_its_middle_bit_for_bit(loader: str, images: ImageSet) -> None:
+    whole = batches(configure(loader), images, epoch=1)
+    rest = batches(configure(loader), images, epoch=1, start=4)
+    assert len(rest) == 2 and all(map(same, whole[4:], rest))
+    assert batches(configure(loader), images, epoch=1, start=6) == []
+
+
+@pytest.mark.parametrize("loader", ["resident", "torch"])
+def test_epochs_and_seeds_show_other_views(loader: str, images: ImageSet) -> None:
+    first = batches(configure(loader), images)[0]
+    assert same(first, batches(configure(loader), images)[0])
+    assert not torch.equal(first.indices, batches(configure(loader), images, epoch=1)[0].indices)
+    assert not torch.equal(first.indices, batches(configure(loader, seed=6), images)[0].indices)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_the_number_of_workers_changes_nothing(workers: int, images: ImageSet) -> None:
+    alone = batches(configure("torch"), images)
+    helped = batches(configure("torch", workers=workers), images)
+    assert len(alone) == len(helped) and all(map(same, alone, helped))
+
+
+@pytest.mark.parametrize("loader", ["resident", "torch"])
+def test_loading_leaves_the_global_generators_alone(loader: str, images: ImageSet) -> None:
+    torch_state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()
+    batches(configure(loader), images)
+    assert torch.equal(torch_state, torch.get_rng_state())
+    np.testing.assert_array_equal(numpy_state, np.random.get_state()[1])
+
+
+def test_images_of_several_sizes_are_decoded_in_workers(encoded: ImageSet) -> None:
+    config = configure(workers=1, batch=4)
+    batch = batches(config, encoded)[0]
+    assert batch.labels.tolist() == [-1] * 4  # none has a label
+    make = pickle.loads(pickle.dumps(PairOfViews(config, encoded, 0)))
+    again = make(batch.indices.numpy())
+    assert torch.equal(again[0].permute(0, 3, 1, 2).double(), torch.from_numpy(levels(batch.view1)))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_bad_image_is_one_sentence_even_from_a_worker(tmp_path: Path, workers: int) -> None:
+    for i in range(4):
+        Image.new("RGB", (64, 64)).save(tmp_path / f"{i}.png")
+    images = load_folder(tmp_path, "train")
+    whole = (tmp_path / "2.png").read_bytes()
+    (tmp_path / "2.png").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(DataError, match=r"2\.png cannot be read") as caught:
+        batches(configure(workers=workers, batch=4), images)
+    assert "\n" not in str(caught.value)
+
+
+def test_too_few_images_for_a_step_are_refused(images: ImageSet) -> None:
+    with pytest.raises(UsageError, match=r"--optim\.global-batch 128 is more than the 96"):
+        batches(configure(batch=128), images)
+
+
+def test_a_batch_that_does_not_divide_is_refused(images: ImageSet) -> None:
+    with pytest.raises(ValueError, match=r"optim\.global_batch=15"):
+        batches(configure(batch=15), images, world=2)
+
+
+def test_resident_images_of_several_sizes_are_refused(encoded: ImageSet) -> None:
+    with pytest.raises(UsageError, match=r"--data\.loader resident .*--data\.loader torch"):
+        batches(configure("resident", batch=4), encoded)
+
+
+def test_another_number_of_channels_is_refused() -> None:
+    digits = load(DataConfig(name="digits"), "test")
+    message = r"--augment\.mean .* 3 channel\(s\).*--data\.name arrays have 1"
+    with pytest.raises(UsageError, match=message):
+        batches(configure(), digits)
+    with pytest.raises(UsageError, match=r"--augment\.mean"):
+        list(evaluation_batches(digits, AUGMENT, batch=4, device=CPU))
+
+
+# ---- evaluation ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("world", [1, 3])
+@pytest.mark.parametrize("workers", [0, 1])
+def test_evaluation_shows_every_image_once(world: int, workers: int, images: ImageSet) -> None:
+    seen = [
+        indices
+        for rank in range(world)
+        for _, indices in evaluation_batches(
+            images, AUGMENT, batch=7, device=CPU, rank=rank, world_size=world, workers=workers
+        )
+    ]
+    assert torch.equal(torch.cat(seen).sort().values, torch.arange(96))
+
+
+def test_evaluation_leaves_images_of_the_right_size_alone() -> None:
+    digits = load(DataConfig(name="digits"), "test")
+    augment = AugmentConfig(size=16, mean=(0.3,), std=(0.4,))
+    views, indices = next(evaluation_batches(digits, augment, batch=5, device=CPU))
+    assert digits.pixels is not None
+    expected = (digits.pixels[indices.numpy()].transpose(0, 3, 1, 2) / 255 - 0.3) / 0.4
+    np.testing.assert_allclose(views.numpy(), expected, atol=1e-6)
+    assert views.is_contiguous(memory_format=torch.channels_last)
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize(("size", "short"), [(16, 16), (32, 32), (64, 73), (96, 110)])
+def test_evaluation_resizes_and_crops_as_torchvision(
+    size: int, short: int, interpolation: str, jpeg_files: list[bytes], encoded: ImageSet
+) -> None:
+    augment = AugmentConfig(size=size, interpolation=interpolation)  # type: ignore[arg-type]
+    theirs = Compose([Resize(short, InterpolationMode(interpolation)), CenterCrop(size)])
+    for views, indices in evaluation_batches(encoded, augment, batch=3, device=CPU):
+        for view, i in zip(views, indices.tolist(), strict=True):
+            expected = np.asarray(theirs(Image.open(io.BytesIO(jpeg_files[i]))))
+            std, mean = (np.reshape(x, (3, 1, 1)) for x in (augment.std, augment.mean))
+            got = np.rint((view.numpy() * std + mean) * 255)
+            np.testing.assert_array_equal(got.transpose(1, 2, 0), expected)

@@ -1,0 +1,150 @@
+"""rdm_fast.data.sources against scikit-learn and against files in torchvision's layouts."""
+
+import gzip
+import pickle
+import struct
+from pathlib import Path
+from urllib.error import URLError
+
+import numpy as np
+import pytest
+import sklearn.datasets
+import torchvision.datasets
+from PIL import Image
+
+from rdm_fast.config import DataConfig
+from rdm_fast.data.sources import load, load_digits
+from rdm_fast.errors import DataError, InputMissing, Unavailable
+
+
+def test_digits_are_all_of_scikit_learns_once() -> None:
+    train, test = load_digits("train"), load_digits("test")
+    assert (len(train), len(test), train.channels) == (1400, 397, 1)
+    assert train.pixels is not None and test.pixels is not None
+    both = np.concatenate([train.pixels, test.pixels])[..., 0]
+    digits = sklearn.datasets.load_digits()
+    enlarged = [
+        np.asarray(
+            Image.fromarray(np.rint(image * 255 / 16).astype(np.uint8)).resize(
+                (16, 16), Image.Resampling.BILINEAR
+            )
+        )
+        for image in digits.images
+    ]
+    expected = sorted(
+        (image.tobytes(), int(y)) for image, y in zip(enlarged, digits.target, strict=True)
+    )
+    assert train.labels is not None and test.labels is not None
+    labels = np.concatenate([train.labels, test.labels])
+    assert sorted((x.tobytes(), int(y)) for x, y in zip(both, labels, strict=True)) == expected
+    assert train.classes == [str(i) for i in range(10)]
+
+
+def test_digits_are_split_the_same_every_time_and_mixed() -> None:
+    once, again = load_digits("test"), load_digits("test")
+    assert once.digest == again.digest
+    assert once.labels is not None and np.bincount(once.labels).min() > 25  # 40 on average
+
+
+def make_cifar(root: Path, n: int, name: str) -> np.ndarray:
+    """n images a file in CIFAR's format: [n, 3072] rows of planes."""
+    rng = np.random.default_rng(0)
+    ten = name == "cifar10"
+    folder = root / ("cifar-10-batches-py" if ten else "cifar-100-python")
+    folder.mkdir(parents=True)
+    files = [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"] if ten else ["train", "test"]
+    rows = rng.integers(0, 256, (len(files), n, 3072), dtype=np.uint8)
+    for data, file in zip(rows, files, strict=True):
+        entry = {"data": data, ("labels" if ten else "fine_labels"): list(range(n))}
+        (folder / file).write_bytes(pickle.dumps(entry))
+    names = {("label_names" if ten else "fine_label_names"): [f"c{i}" for i in range(n)]}
+    (folder / ("batches.meta" if ten else "meta")).write_bytes(pickle.dumps(names))
+    return rows
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
+def test_cifar_is_read_from_torchvisions_layout(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torchvision.datasets.cifar, "check_integrity", lambda *_: True)
+    rows = make_cifar(tmp_path, 3, name)
+    config = DataConfig(name=name, root=str(tmp_path))  # type: ignore[arg-type]
+    train, test = load(config, "train"), load(config, "test")
+    assert train.pixels is not None and test.labels is not None
+    expected = rows[:-1].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+    np.testing.assert_array_equal(train.pixels, expected)
+    np.testing.assert_array_equal(test.read(1), rows[-1, 1].reshape(3, 32, 32).transpose(1, 2, 0))
+    assert test.labels.tolist() == [0, 1, 2] and test.classes == ["c0", "c1", "c2"]
+
+
+def test_stl10_trains_on_labelled_and_unlabelled_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torchvision.datasets.STL10, "_check_integrity", lambda _: True)
+    folder = tmp_path / "stl10_binary"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    planes = {
+        s: rng.integers(0, 256, (2, 3, 96, 96), dtype=np.uint8) for s in ("train", "unlabeled")
+    }
+    for part, pixels in planes.items():  # the files are column-major
+        (folder / f"{part}_X.bin").write_bytes(pixels.transpose(0, 1, 3, 2).tobytes())
+    (folder / "train_y.bin").write_bytes(bytes([1, 10]))
+    (folder / "class_names.txt").write_text("\n".join("abcdefghij"))
+    images = load(DataConfig(name="stl10", root=str(tmp_path)), "train")
+    assert images.labels is not None and images.labels.tolist() == [0, 9, -1, -1]
+    expected = np.concatenate(list(planes.values())).transpose(0, 2, 3, 1)
+    np.testing.assert_array_equal(images.pixels, expected)
+
+
+def make_fashion(root: Path, n: int) -> np.ndarray:
+    folder = root / "FashionMNIST/raw"
+    folder.mkdir(parents=True)
+    pixels = np.random.default_rng(0).integers(0, 256, (n, 28, 28), dtype=np.uint8)
+    for split in ("train", "t10k"):
+        images = struct.pack(">IIII", 0x803, n, 28, 28) + pixels.tobytes()
+        labels = struct.pack(">II", 0x801, n) + bytes(range(n))
+        for name, data in (
+            (f"{split}-images-idx3-ubyte", images),
+            (f"{split}-labels-idx1-ubyte", labels),
+        ):
+            (folder / name).write_bytes(data)
+            (folder / f"{name}.gz").write_bytes(gzip.compress(data))
+    return pixels
+
+
+def test_fashion_mnist_has_one_channel(tmp_path: Path) -> None:
+    pixels = make_fashion(tmp_path, 5)
+    images = load(DataConfig(name="fashion_mnist", root=str(tmp_path)), "test")
+    assert images.channels == 1 and images.classes[0] == "T-shirt/top"
+    np.testing.assert_array_equal(images.pixels, pixels[..., None])
+    assert images.labels is not None and images.labels.tolist() == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100", "stl10", "fashion_mnist"])
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_a_missing_set_names_flag_place_and_way_out(name: str, split: str, tmp_path: Path) -> None:
+    (tmp_path / "something-else").mkdir()
+    config = DataConfig(name=name, root=str(tmp_path))  # type: ignore[arg-type]
+    found = r"--data\.root .* looked for .*, found something-else; add --data\.download"
+    with pytest.raises(InputMissing, match=found):
+        load(config, split)  # type: ignore[arg-type]
+    nowhere = DataConfig(name=name, root=str(tmp_path / "nowhere"))  # type: ignore[arg-type]
+    with pytest.raises(InputMissing, match=r"--data\.root .*nowhere does not exist"):
+        load(nowhere, split)  # type: ignore[arg-type]
+
+
+def test_a_damaged_set_is_a_data_error(tmp_path: Path) -> None:
+    make_cifar(tmp_path, 2, "cifar10")  # not the checksums of the real one
+    with pytest.raises(DataError, match=r"cifar-10-batches-py is not a whole CIFAR-10"):
+        load(DataConfig(name="cifar10", root=str(tmp_path)), "train")
+
+
+def test_a_failed_download_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(*_: object, **__: object) -> None:
+        raise URLError("no route to host")
+
+    monkeypatch.setattr(torchvision.datasets.cifar, "download_and_extract_archive", unreachable)
+    config = DataConfig(name="cifar10", root=str(tmp_path), download=True)
+    with pytest.raises(Unavailable, match=r"--data\.download .*CIFAR-10.*no route to host"):
+        load(config, "train")

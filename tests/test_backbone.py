@@ -1,0 +1,110 @@
+"""rdm_fast.backbone against torchvision's own ResNets and the shapes of the paper's stems."""
+
+import math
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+
+from rdm_fast.backbone import build_backbone
+from rdm_fast.config import ModelConfig
+
+
+def config(backbone: str, stem: str, **fields: object) -> ModelConfig:
+    return ModelConfig(backbone=backbone, stem=stem, **fields)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("name", "d_emb"), [("resnet18", 512), ("resnet34", 512), ("resnet50", 2048)]
+)
+def test_weights_load_into_torchvision_and_give_the_same_embeddings(name: str, d_emb: int) -> None:
+    ours, width = build_backbone(config(name, "imagenet"), channels=3)
+    theirs = getattr(torchvision.models, name)(weights=None)
+    missing = theirs.load_state_dict(ours.state_dict(), strict=False)
+    assert set(missing.missing_keys) == {"fc.weight", "fc.bias"}
+    assert missing.unexpected_keys == []
+    theirs.fc = nn.Identity()
+    theirs.load_state_dict(ours.state_dict(), strict=True)
+    views = torch.randn(2, 3, 64, 64)
+    embeddings = ours.eval()(views)
+    assert embeddings.shape == (2, width) and width == d_emb
+    assert torch.equal(embeddings, theirs.eval()(views))
+
+
+@pytest.mark.parametrize("stem", ["cifar", "cifar_pad2"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_small_image_stems_change_nothing_but_conv1(stem: str, channels: int) -> None:
+    ours, _ = build_backbone(config("resnet18", stem), channels)
+    theirs = torchvision.models.resnet18(weights=None)
+    weights = {key: w for key, w in ours.state_dict().items() if key != "conv1.weight"}
+    result = theirs.load_state_dict(weights, strict=False)
+    assert set(result.missing_keys) == {"conv1.weight", "fc.weight", "fc.bias"}
+    assert result.unexpected_keys == []
+    assert ours.state_dict()["conv1.weight"].shape == (64, channels, 3, 3)
+
+
+@pytest.mark.parametrize(
+    ("stem", "side", "map_side"), [("imagenet", 224, 56), ("cifar", 32, 32), ("cifar_pad2", 32, 34)]
+)
+def test_first_stage_sees_maps_of_the_papers_size(stem: str, side: int, map_side: int) -> None:
+    backbone, _ = build_backbone(config("resnet18", stem), channels=1)
+    sizes: list[torch.Size] = []
+    backbone.layer1.register_forward_pre_hook(lambda _, inputs: sizes.append(inputs[0].shape))
+    with torch.no_grad():
+        assert backbone.eval()(torch.randn(1, 1, side, side)).shape == (1, 512)
+    assert sizes == [torch.Size((1, 64, map_side, map_side))]
+
+
+@pytest.mark.parametrize(
+    ("stem", "name"), [("cifar", "resnet8"), ("cifar", "resnet18"), ("imagenet", "resnet18")]
+)
+def test_every_convolution_starts_kaiming_normal(stem: str, name: str) -> None:
+    backbone, _ = build_backbone(config(name, stem), channels=1)
+    for path, module in backbone.named_modules():
+        if isinstance(module, nn.Conv2d):
+            n = module.weight.numel()
+            fan_out = module.out_channels * module.kernel_size[0] * module.kernel_size[1]
+            # the standard deviation of n normal draws is off by 1/sqrt(2n): allow five of those
+            ratio = module.weight.std().item() / math.sqrt(2 / fan_out)
+            assert abs(ratio - 1) < 5 / math.sqrt(2 * n), path
+            assert module.bias is None
+
+
+def test_resnet8_has_one_block_a_stage_at_full_half_and_quarter_size() -> None:
+    backbone, d_emb = build_backbone(config("resnet8", "cifar", width=6), channels=1)
+    views = torch.randn(2, 1, 16, 16)
+    shapes = []
+    for name in ("layer1", "layer2", "layer3"):
+        stage = backbone.get_submodule(name)
+        stage.register_forward_hook(lambda _, __, output: shapes.append(tuple(output.shape[1:])))
+        assert len(list(stage.children())) == 1
+    embeddings = backbone(views)
+    assert shapes == [(6, 16, 16), (12, 8, 8), (24, 4, 4)]
+    assert d_emb == 24 and embeddings.shape == (2, 24)
+    # stem, two convolutions in each of three blocks; shortcuts are not counted in ResNet names
+    named = [n for n, m in backbone.named_modules() if isinstance(m, nn.Conv2d)]
+    assert len([n for n in named if "downsample" not in n]) == 7
+
+
+@pytest.mark.parametrize(("name", "stem"), [("resnet8", "cifar"), ("resnet18", "cifar_pad2")])
+@pytest.mark.parametrize("zero", [True, False])
+def test_zero_init_residual_starts_every_branch_at_zero(name: str, stem: str, zero: bool) -> None:
+    backbone, _ = build_backbone(config(name, stem, zero_init_residual=zero), channels=3)
+    last = [w for key, w in backbone.named_parameters() if key.endswith("bn2.weight")]
+    assert len(last) == (3 if name == "resnet8" else 8)
+    assert all(torch.equal(w, torch.full_like(w, 0.0 if zero else 1.0)) for w in last)
+
+
+@pytest.mark.parametrize("stem", ["imagenet", "cifar_pad2"])
+def test_resnet8_has_no_other_stem(stem: str) -> None:
+    with pytest.raises(ValueError, match=f"model.stem={stem} .* use model.stem=cifar"):
+        build_backbone(config("resnet8", stem), channels=1)
+
+
+def test_one_seed_gives_one_network() -> None:
+    twins = []
+    for _ in range(2):
+        torch.manual_seed(7)
+        twins.append(build_backbone(config("resnet8", "cifar"), channels=1)[0].state_dict())
+    assert all(torch.equal(twins[0][key], twins[1][key]) for key in twins[0])

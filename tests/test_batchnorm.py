@@ -1,0 +1,356 @@
+"""rdm_fast.batchnorm on several ranks, against nn.BatchNorm in float64 on the whole batch."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from rdm_fast.batchnorm import CpuSyncBatchNorm, frozen_running_statistics, synchronise
+from tests.ranks import run_ranks
+
+CPU = torch.device("cpu")
+# Outputs and gradients are sums of at most 672 terms, rounded at 6e-8 of the largest: in units of
+# the largest value, 1e-6 leaves room for a dozen such roundings.
+TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-13}
+# name: (module, shape of the whole batch, rows on rank 0, dtype)
+CASES: dict[str, tuple[nn.Module, tuple[int, ...], int, torch.dtype]] = {
+    "images": (nn.BatchNorm2d(5), (16, 5, 6, 7), 8, torch.float32),
+    "images, uneven": (nn.BatchNorm2d(5, momentum=0.3), (16, 5, 6, 7), 5, torch.float32),
+    "channels last": (nn.BatchNorm2d(5), (16, 5, 6, 7), 11, torch.float32),
+    "rows without affine": (nn.BatchNorm1d(5, affine=False), (12, 5), 6, torch.float32),
+    "rows, one on rank 0": (nn.BatchNorm1d(5), (12, 5), 1, torch.float32),
+    "sequences": (nn.BatchNorm1d(5), (7, 5, 9), 4, torch.float32),
+    "cumulative average": (nn.BatchNorm1d(5, momentum=None), (12, 5), 4, torch.float32),
+    "no running statistics": (
+        nn.BatchNorm1d(5, track_running_stats=False),
+        (12, 5),
+        4,
+        torch.float32,
+    ),
+    "float64": (nn.BatchNorm2d(5), (16, 5, 6, 7), 5, torch.float64),
+}
+
+
+def batches(name: str) -> list[tuple[Tensor, Tensor]]:
+    """Two whole batches and the gradients of their outputs."""
+    _, shape, _, dtype = CASES[name]
+    generator = torch.Generator().manual_seed(3)
+    x = 2 * torch.randn(2, *shape, generator=generator, dtype=dtype) + 0.5
+    dy = torch.randn(2, *shape, generator=generator, dtype=dtype)
+    return list(zip(x, dy, strict=True))
+
+
+def build(name: str) -> nn.Module:
+    norm, _, _, dtype = CASES[name]
+    norm = norm.to(dtype)
+    if norm.affine:
+        with torch.no_grad():
+            norm.weight.copy_(torch.linspace(0.5, 1.5, 5))
+            norm.bias.copy_(torch.linspace(-1, 1, 5))
+    return norm
+
+
+def train_two_steps(norm: nn.Module, parts: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+    """Everything that can be seen of two training steps and one forward in eval mode."""
+    seen: dict[str, Tensor] = {}
+    for step, (x, dy) in enumerate(parts):
+        x = x.clone(memory_format=torch.preserve_format).requires_grad_()
+        norm.zero_grad()
+        y = norm(x)
+        y.backward(dy)
+        assert x.grad is not None
+        seen |= {f"rows/y{step}": y.detach(), f"rows/dx{step}": x.grad}
+        seen |= {f"sum/d{n}{step}": p.grad.clone() for n, p in norm.named_parameters()}
+    seen |= {f"same/{n}": buffer.clone() for n, buffer in norm.named_buffers()}
+    norm.eval()
+    seen["rows/eval"] = norm(parts[0][0]).detach()
+    return seen
+
+
+def _on_one_rank() -> dict[str, dict[str, Tensor]]:
+    results = {}
+    for name, (_, _, first, _) in CASES.items():
+        rows = slice(None, first) if dist.get_rank() == 0 else slice(first, None)
+        parts = [(x[rows], dy[rows]) for x, dy in batches(name)]
+        if name == "channels last":
+            parts = [
+                (x.to(memory_format=torch.channels_last), dy.to(memory_format=torch.channels_last))
+                for x, dy in parts
+            ]
+        results[name] = train_two_steps(synchronise(build(name), CPU), parts)
+        if name == "channels last":
+            results[name]["format"] = torch.tensor(
+                [
+                    results[name][key].is_contiguous(memory_format=torch.channels_last)
+                    for key in ("rows/y0", "rows/dx0")
+                ]
+            )
+    return results
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, Tensor]]]:
+    return run_ranks(2, _on_one_rank, tmp_path=tmp_path_factory.mktemp("ranks"))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_ranks_equal_one_process_on_the_whole_batch(
+    name: str, ranks: list[dict[str, dict[str, Tensor]]]
+) -> None:
+    expected = train_two_steps(
+        build(name).double(), [(x.double(), dy.double()) for x, dy in batches(name)]
+    )
+    dtype = CASES[name][3]
+    of_rank = [results[name] for results in ranks]
+    for key, value in expected.items():
+        if key == "rows/eval" and name == "no running statistics":
+            continue  # batch statistics of one call in eval mode: covered by rows/y0
+        if key.startswith("rows/"):
+            found = torch.cat([seen[key] for seen in of_rank])
+        elif key.startswith("sum/"):
+            found = sum(seen[key] for seen in of_rank)
+        else:
+            found = of_rank[0][key]
+            assert torch.equal(found, of_rank[1][key]), f"ranks disagree on {key}"
+        assert found.dtype == (dtype if value.is_floating_point() else value.dtype)
+        unit = value.double().abs().max().clamp_min(1).item()
+        # dx is a difference of terms of the size of w r dy, whatever is left of them
+        torch.testing.assert_close(
+            found.double(),
+            value.double(),
+            atol=TOLERANCE[dtype] * unit,
+            rtol=0,
+            msg=lambda text, key=key: f"{name}, {key}: {text}",
+        )
+
+
+def test_channels_last_stays_channels_last(ranks: list[dict[str, dict[str, Tensor]]]) -> None:
+    assert all(results["channels last"]["format"].all() for results in ranks)
+
+
+# ---- collectives, precision --------------------------------------------------------------------
+
+
+def _shifted() -> Tensor:
+    """Mean 1000, standard deviation 1: E[x^2] - E[x]^2 has no correct digit after the second."""
+    return 1000 + torch.randn(64, 3, generator=torch.Generator().manual_seed(5))
+
+
+def _half(x: Tensor) -> Tensor:
+    return x.chunk(2)[dist.get_rank()]
+
+
+def _count_and_cast() -> dict[str, Any]:
+    calls: list[str] = []
+    for name in ("all_reduce", "all_gather", "all_gather_into_tensor", "broadcast"):
+        original = getattr(dist, name)
+
+        def counted(*args: Any, name: str = name, original: Any = original, **kwargs: Any) -> Any:
+            calls.append(name)
+            return original(*args, **kwargs)
+
+        setattr(dist, name, counted)
+    norm = synchronise(nn.BatchNorm1d(3), CPU)
+    y = norm(_half(_shifted()).requires_grad_())
+    forward = list(calls)
+    y.sum().backward()
+    backward = calls[len(forward) :]
+    calls.clear()
+    norm.eval()(_half(_shifted()))
+    evaluation = list(calls)
+    cast = synchronise(nn.BatchNorm1d(3, momentum=1.0), CPU)
+    x = _half(_shifted() - 1000).bfloat16().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        z = cast(x)
+    z.sum().backward()
+    return {
+        "forward": forward,
+        "backward": backward,
+        "eval": evaluation,
+        "running_var": norm.running_var,
+        "cast": z.detach(),
+        "cast grad": x.grad,
+        "cast var": cast.running_var,
+        "cast weight grad": cast.weight.grad,
+    }
+
+
+@pytest.fixture(scope="module")
+def precise(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return run_ranks(2, _count_and_cast, tmp_path=tmp_path_factory.mktemp("precise"))
+
+
+def test_a_step_costs_one_collective_forward_and_one_backward(
+    precise: list[dict[str, Any]],
+) -> None:
+    for seen in precise:
+        assert seen["forward"] == ["all_gather_into_tensor"]
+        assert seen["backward"] == ["all_reduce"]
+        assert seen["eval"] == []
+
+
+def test_variance_survives_a_large_mean(precise: list[dict[str, Any]]) -> None:
+    expected = 0.9 * 1 + 0.1 * _shifted().double().var(0)
+    # float32 rounds a mean of 1000 by 3e-5; the ranks' means differ by about 0.2, so merging them
+    # is wrong by at most 0.1 (momentum) * 2 * 0.2 * 6e-5
+    torch.testing.assert_close(precise[0]["running_var"].double(), expected, atol=3e-6, rtol=0)
+
+
+def test_under_autocast_statistics_are_float32_and_the_output_has_the_input_dtype(
+    precise: list[dict[str, Any]],
+) -> None:
+    x = (_shifted() - 1000).bfloat16().double()
+    expected = (x - x.mean(0)) / (x.var(0, correction=0) + 1e-5).sqrt()
+    found = torch.cat([seen["cast"] for seen in precise])
+    assert found.dtype == precise[0]["cast grad"].dtype == torch.bfloat16
+    # bfloat16 rounds to 2^-9; statistics in bfloat16 would be wrong by that much themselves
+    torch.testing.assert_close(found.double(), expected, rtol=2**-8, atol=1e-6)
+    torch.testing.assert_close(precise[0]["cast var"].double(), x.var(0), rtol=1e-6, atol=0)
+    assert precise[0]["cast weight grad"].dtype == torch.float32
+
+
+# ---- a network under DistributedDataParallel -----------------------------------------------------
+
+
+def _two_views(network: nn.Module, views: Tensor) -> Tensor:
+    """A loss like the methods': two forwards of one network before one backward."""
+    z1, z2 = network(views[0]), network(views[1])
+    return -nn.functional.cosine_similarity(z1, z2.detach()).mean() + z2.square().mean()
+
+
+def _ddp_network() -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(1)
+    network = nn.Sequential(
+        nn.Conv2d(1, 4, 3),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(36, 6, bias=False),
+        nn.BatchNorm1d(6),
+    )
+    return network.double(), torch.randn(2, 16, 1, 5, 5, dtype=torch.float64)
+
+
+def _ddp_gradients() -> dict[str, Tensor]:
+    network, views = _ddp_network()
+    ddp = nn.parallel.DistributedDataParallel(synchronise(network, CPU))
+    for _ in range(2):  # the second step runs with rebuilt buckets
+        ddp.zero_grad()
+        _two_views(ddp, views.chunk(dist.get_world_size(), dim=1)[dist.get_rank()]).backward()
+    seen = {name: p.grad for name, p in network.named_parameters()}
+    return seen | dict(network.named_buffers())
+
+
+def test_four_ddp_ranks_have_the_gradients_of_one_process(tmp_path: Path) -> None:
+    network, views = _ddp_network()
+    for _ in range(2):
+        network.zero_grad()
+        _two_views(network, views).backward()
+    expected = {name: p.grad for name, p in network.named_parameters()}
+    expected |= dict(network.named_buffers())
+    for seen in run_ranks(4, _ddp_gradients, tmp_path=tmp_path):
+        for name, value in expected.items():
+            # float64, values of order 1, a few hundred terms
+            torch.testing.assert_close(seen[name], value, atol=1e-12, rtol=0, msg=name)
+
+
+# ---- conversion --------------------------------------------------------------------------------
+
+
+def _network() -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3),
+        nn.Sequential(nn.BatchNorm2d(4), nn.ReLU()),
+        nn.Flatten(),
+        nn.LazyLinear(6),
+        nn.BatchNorm1d(6, affine=False),
+    )
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_synchronising_keeps_every_parameter_buffer_and_name(device: str) -> None:
+    network = _network()
+    network(torch.randn(4, 1, 8, 8))
+    network.eval()
+    before = dict(network.state_dict(keep_vars=True))
+    after = synchronise(network, torch.device(device)).state_dict(keep_vars=True)
+    assert list(before) == list(after)
+    assert all(before[name] is after[name] for name in before)
+    kind = nn.SyncBatchNorm if device == "cuda" else CpuSyncBatchNorm
+    norms = [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    assert len(norms) == 2 and all(type(m) is kind and not m.training for m in norms)
+
+
+def test_alone_a_synchronised_network_is_bitwise_the_plain_one() -> None:
+    plain = _network()
+    x = torch.randn(4, 1, 8, 8)
+    plain(x)
+    synchronised = _network()
+    synchronised(x)
+    synchronised.load_state_dict(plain.state_dict())
+    synchronise(synchronised, CPU)
+    assert torch.equal(plain(x), synchronised(x))
+    for name, buffer in plain.named_buffers():
+        assert torch.equal(buffer, synchronised.get_buffer(name)), name
+
+
+# ---- frozen running statistics -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["plain", "ours", "torch's"])
+def test_frozen_statistics_have_their_old_bits_afterwards(kind: str) -> None:
+    network = _network()
+    network(torch.randn(4, 1, 8, 8))
+    if kind != "plain":
+        synchronise(network, torch.device("cpu" if kind == "ours" else "cuda"))
+    before = {name: buffer.clone() for name, buffer in network.named_buffers()}
+    with frozen_running_statistics(network):
+        if kind == "torch's":  # runs on GPUs only; its buffers move the same way
+            for buffer in network.buffers():
+                buffer += 1
+        else:
+            network(torch.full((4, 1, 8, 8), float("nan")))
+    for name, buffer in network.named_buffers():
+        assert torch.equal(buffer, before[name]), name
+
+
+def test_frozen_statistics_come_back_after_an_error_and_move_again_later() -> None:
+    norm = nn.BatchNorm1d(3)
+    x = torch.randn(8, 3)
+    with pytest.raises(RuntimeError, match="on the way"), frozen_running_statistics(norm):
+        norm(x)
+        raise RuntimeError("on the way")
+    assert torch.equal(norm.running_mean, torch.zeros(3)) and norm.num_batches_tracked == 0
+    norm(x)
+    torch.testing.assert_close(norm.running_mean, 0.1 * x.mean(0))
+    assert norm.num_batches_tracked == 1
+
+
+def test_backward_may_follow_the_frozen_forward() -> None:
+    norm, twin = nn.BatchNorm1d(3), nn.BatchNorm1d(3)
+    x = torch.randn(8, 3)
+    dy = torch.randn(8, 3)
+    frozen, free = x.clone().requires_grad_(), x.clone().requires_grad_()
+    with frozen_running_statistics(norm):
+        y = norm(frozen)
+    y.backward(dy)
+    twin(free).backward(dy)
+    assert torch.equal(frozen.grad, free.grad)
+
+
+def test_one_axis_is_not_a_batch() -> None:
+    with pytest.raises(ValueError, match=r"needs rows and channels \[B, C, ...\]"):
+        CpuSyncBatchNorm(3)(torch.zeros(3))
+
+
+def test_eval_mode_waits_for_no_other_rank(tmp_path: Path) -> None:
+    results = run_ranks(2, _eval_on_rank_zero_only, tmp_path=tmp_path)
+    assert results == [[3, 3], []]
+
+
+def _eval_on_rank_zero_only() -> list[int]:
+    norm = synchronise(nn.BatchNorm1d(3), CPU).eval()
+    return list(norm(torch.zeros(3, 3)).shape) if dist.get_rank() == 0 else []

@@ -1,0 +1,378 @@
+"""rdm_fast.checkpoint against bytes on the disk, and against optimizers that were never stopped."""
+
+import json
+import os
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from rdm_fast import checkpoint
+from rdm_fast.checkpoint import FILES, MANIFEST, Snapshot
+from rdm_fast.config import OptimConfig
+from rdm_fast.errors import DataError, InputMissing
+from rdm_fast.optim import build_optimizer
+
+CPU = torch.device("cpu")
+
+
+def snapshot(step: int) -> Snapshot:
+    return Snapshot(
+        step=step,
+        model={"weight": torch.full((5, 3), float(step)), "count": torch.tensor(step)},
+        optim={"weight/momentum_buffer": torch.arange(15.0).view(5, 3)},
+        extra={"rng": torch.arange(16, dtype=torch.uint8)},
+        state={"epoch": 1, "note": "é", "schedule": [0.1, 2e-5]},
+    )
+
+
+def steps(folder: Path) -> list[int]:
+    return sorted(int(path.name[5:]) for path in folder.iterdir())
+
+
+def refuse_warnings(text: str) -> None:
+    raise AssertionError(f"an unexpected warning: {text}")
+
+
+def bits(tensor: Tensor) -> bytes:
+    return bytes(tensor.contiguous().reshape(-1).view(torch.uint8).tolist())
+
+
+# ---- what is saved is what is loaded ---------------------------------------------------------
+
+
+def test_tensors_of_every_dtype_and_layout_come_back_bit_for_bit(tmp_path: Path) -> None:
+    values = torch.randn(4, 6, 3, 3)
+    tensors = {
+        **{str(t): values.to(t) for t in (torch.float64, torch.float32, torch.bfloat16)},
+        "half": values.half(),
+        "bytes": torch.randint(0, 255, (9,), dtype=torch.uint8),
+        "flags": torch.tensor([True, False]),
+        "counter": torch.tensor(2**40 + 1),
+        "empty": torch.empty(0, 3),
+        "special": torch.tensor([float("nan"), float("inf"), -0.0, 1e-45]),
+        "channels_last": values.to(memory_format=torch.channels_last),
+        "transposed": values.transpose(0, 1),
+        "expanded": torch.randn(1, 7).expand(5, 7),
+        "a view": values[1:3],
+        "the same view": values[1:3],
+    }
+    parameter = nn.Parameter(values)
+    saved = Snapshot(3, {**tensors, "parameter": parameter}, {}, tensors, {})
+    loaded = checkpoint.load(checkpoint.save(tmp_path, saved, keep=2))
+    assert loaded.model.keys() == saved.model.keys() and loaded.extra.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        for found in (loaded.model[name], loaded.extra[name]):
+            assert found.dtype == tensor.dtype and found.shape == tensor.shape, name
+            assert bits(found) == bits(tensor), name
+    assert not loaded.model["parameter"].requires_grad
+
+
+def test_plain_values_come_back_equal_to_the_last_digit(tmp_path: Path) -> None:
+    state = {"lr": 0.1 + 0.2, "tiny": 5e-324, "n": 2**63, "none": None, "on": True, "text": "ä\n"}
+    loaded = checkpoint.load(
+        checkpoint.save(tmp_path, Snapshot(12345, {}, {}, {}, {"all": state}), keep=2)
+    )
+    assert loaded.state == {"all": state} and loaded.step == 12345
+
+
+def test_a_state_that_json_cannot_hold_is_refused_before_anything_is_written(
+    tmp_path: Path,
+) -> None:
+    with pytest.raises(ValueError, match="JSON"):
+        checkpoint.save(tmp_path, Snapshot(1, {}, {}, {}, {"loss": float("nan")}), keep=2)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_loaded_checkpoint_survives_the_deletion_of_its_files(tmp_path: Path) -> None:
+    path = checkpoint.save(tmp_path, snapshot(4), keep=2)
+    loaded = checkpoint.load(path)
+    for file in path.iterdir():
+        file.write_bytes(b"")  # a mapped file would fault here
+    assert loaded.model["weight"].sum() == 60
+
+
+# ---- damage ----------------------------------------------------------------------------------
+
+
+def test_every_flipped_bit_is_found_and_the_file_named(tmp_path: Path) -> None:
+    path = checkpoint.save(tmp_path, snapshot(1), keep=2)
+    draw = random.Random(0)
+    for name in (*FILES, MANIFEST):
+        file = path / name
+        whole = file.read_bytes()
+        for _ in range(200):
+            at, bit = draw.randrange(len(whole)), draw.randrange(8)
+            file.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << bit]) + whole[at + 1 :])
+            with pytest.raises(DataError, match=name):
+                checkpoint.verify(path)
+        file.write_bytes(whole)
+    checkpoint.verify(path)
+
+
+def test_every_truncation_is_found_and_the_file_named(tmp_path: Path) -> None:
+    path = checkpoint.save(tmp_path, snapshot(1), keep=2)
+    for name in (*FILES, MANIFEST):
+        whole = (path / name).read_bytes()
+        for length in range(len(whole)):
+            (path / name).write_bytes(whole[:length])
+            with pytest.raises(DataError, match=name):
+                checkpoint.verify(path)
+        (path / name).write_bytes(whole)
+        (path / name).write_bytes(whole + b"\0")
+        with pytest.raises(DataError, match=name):
+            checkpoint.verify(path)
+        (path / name).unlink()
+        with pytest.raises(DataError, match=rf"{name} cannot be read"):
+            checkpoint.load(path)
+        (path / name).write_bytes(whole)
+    checkpoint.verify(path)
+
+
+def test_a_manifest_cannot_promise_other_files_than_a_checkpoints(tmp_path: Path) -> None:
+    path = checkpoint.save(tmp_path, snapshot(1), keep=2)
+    files = json.loads((path / MANIFEST).read_text())["files"]
+    without = {name: entry for name, entry in files.items() if name != "optim.safetensors"}
+    beyond = {**files, "../../secret": files["state.json"]}
+    for forged in (without, beyond, {}, {name: None for name in files}, []):
+        (path / MANIFEST).write_text(checkpoint._manifest(forged))  # type: ignore[arg-type]
+        with pytest.raises(DataError, match="damaged"):
+            checkpoint.load(path)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "3", "null", "{}", '{"files": 1}', "[" * 100_000])
+def test_a_manifest_of_another_kind_is_a_data_error(tmp_path: Path, text: str) -> None:
+    path = checkpoint.save(tmp_path, snapshot(1), keep=2)
+    (path / MANIFEST).write_text(text)
+    with pytest.raises(DataError, match=MANIFEST):
+        checkpoint.verify(path)
+
+
+def test_newest_passes_over_damaged_checkpoints_with_one_warning_each(tmp_path: Path) -> None:
+    for step in (10, 20, 30, 40):
+        checkpoint.save(tmp_path, snapshot(step), keep=4)
+    os.truncate(tmp_path / "step-00000040" / "model.safetensors", 7)
+    (tmp_path / "step-00000030" / MANIFEST).unlink()
+    warnings: list[str] = []
+    assert checkpoint.newest(tmp_path, warnings.append) == tmp_path / "step-00000020"
+    assert len(warnings) == 2
+    assert "step-00000040" in warnings[0] and "model.safetensors" in warnings[0]
+    assert "step-00000030" in warnings[1] and MANIFEST in warnings[1]
+
+
+def test_newest_of_nothing_is_none(tmp_path: Path) -> None:
+    assert checkpoint.newest(tmp_path / "not there", refuse_warnings) is None
+    assert checkpoint.newest(tmp_path, refuse_warnings, sweep=True) is None
+
+
+def test_only_a_sweep_deletes_what_a_killed_save_left(tmp_path: Path) -> None:
+    checkpoint.save(tmp_path, snapshot(1), keep=2)
+    (tmp_path / ".tmp-123-2").mkdir()
+    (tmp_path / ".tmp-123-2" / "model.safetensors").write_bytes(b"half")
+    checkpoint.newest(tmp_path, refuse_warnings)
+    assert (tmp_path / ".tmp-123-2").exists()
+    newest = checkpoint.newest(tmp_path, refuse_warnings, sweep=True)
+    assert list(tmp_path.iterdir()) == [newest]
+
+
+@pytest.mark.parametrize("name", ["step-00000009", "run.pth"])
+def test_a_path_that_is_no_checkpoint_is_named(tmp_path: Path, name: str) -> None:
+    with pytest.raises(InputMissing, match=name):
+        checkpoint.load(tmp_path / name)
+    (tmp_path / name).write_bytes(b"\x80\x02")
+    with pytest.raises(DataError, match=f"{name} is a file"):
+        checkpoint.load(tmp_path / name)
+
+
+# ---- what is kept ----------------------------------------------------------------------------
+
+
+def test_the_newest_are_kept_and_never_fewer_than_two(tmp_path: Path) -> None:
+    for step in range(1, 6):
+        checkpoint.save(tmp_path, snapshot(step), keep=3)
+        assert steps(tmp_path) == list(range(max(1, step - 2), step + 1))
+    with pytest.raises(ValueError, match="at least 2"):
+        checkpoint.save(tmp_path, snapshot(6), keep=1)
+
+
+def test_a_damaged_checkpoint_does_not_count_among_the_kept(tmp_path: Path) -> None:
+    for step in (1, 2):
+        checkpoint.save(tmp_path, snapshot(step), keep=2)
+    os.truncate(tmp_path / "step-00000002" / "state.json", 1)
+    checkpoint.save(tmp_path, snapshot(3), keep=2)
+    assert steps(tmp_path) == [1, 2, 3]  # deleting 1 would leave one sound checkpoint
+    checkpoint.save(tmp_path, snapshot(4), keep=2)
+    assert steps(tmp_path) == [3, 4]
+
+
+def test_a_save_replaces_a_given_up_future(tmp_path: Path) -> None:
+    for step in (10, 20, 30):
+        checkpoint.save(tmp_path, snapshot(step), keep=3)
+    checkpoint.save(tmp_path, snapshot(15), keep=3)
+    assert steps(tmp_path) == [10, 15]
+
+
+def test_a_step_can_be_saved_again_and_the_second_is_loaded(tmp_path: Path) -> None:
+    for value in (1.0, 2.0):
+        again = Snapshot(7, {"weight": torch.tensor([value])}, {}, {}, {})
+        path = checkpoint.save(tmp_path, again, keep=2)
+        assert checkpoint.load(path).model["weight"] == value
+    assert steps(tmp_path) == [7]
+
+
+def test_a_kill_between_the_two_renames_of_a_replacement_loses_nothing(tmp_path: Path) -> None:
+    path = checkpoint.save(tmp_path, snapshot(7), keep=2)
+    path.rename(aside := tmp_path / "step-00000007.old")
+    found = checkpoint.newest(tmp_path, refuse_warnings, sweep=True)
+    assert found == aside and checkpoint.load(found).step == 7
+    checkpoint.save(tmp_path, snapshot(7), keep=2)
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000007"]
+
+
+def test_a_deletion_that_fails_does_not_fail_the_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path, target: Path) -> Path:
+        if path.name.startswith("step-"):
+            raise PermissionError("busy")
+        return rename(path, target)
+
+    rename = Path.rename
+    for step in (1, 2):
+        checkpoint.save(tmp_path, snapshot(step), keep=2)
+    monkeypatch.setattr(Path, "rename", refuse)
+    checkpoint.save(tmp_path, snapshot(3), keep=2)
+    assert steps(tmp_path) == [1, 2, 3]
+
+
+# ---- optimizers ------------------------------------------------------------------------------
+
+
+def build(optim: OptimConfig) -> tuple[nn.Module, torch.optim.Optimizer]:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(64, 3))
+    net = net.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return net, build_optimizer(net, optim, CPU)
+
+
+def train(net: nn.Module, optimizer: torch.optim.Optimizer, first: int, last: int) -> None:
+    for step in range(first, last):
+        x = torch.randn(8, 2, 6, 6, generator=torch.Generator().manual_seed(step))
+        optimizer.zero_grad()
+        net(x).square().mean().backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize(
+    "optim",
+    [
+        OptimConfig(optimizer="sgd"),
+        OptimConfig(optimizer="sgd", momentum=0.0),
+        OptimConfig(optimizer="lars"),
+        OptimConfig(optimizer="lars", decay_norm_and_bias=False),
+        OptimConfig(optimizer="adamw", base_lr=1e-3),
+    ],
+    ids=["sgd", "sgd without momentum", "lars", "lars with exclusions", "adamw"],
+)
+def test_training_goes_on_from_a_checkpoint_as_if_never_stopped(
+    tmp_path: Path, optim: OptimConfig
+) -> None:
+    net, optimizer = build(optim)
+    train(net, optimizer, 0, 3)
+    tensors, plain = checkpoint.flatten_optimizer(optimizer, net.named_parameters())
+    saved = Snapshot(3, dict(net.state_dict()), tensors, {}, {"optimizer": plain})
+    loaded = checkpoint.load(checkpoint.save(tmp_path, saved, keep=2))
+    train(net, optimizer, 3, 6)
+
+    resumed, again = build(optim)
+    train(resumed, again, 50, 51)  # any state it may have is replaced
+    checkpoint.load_strict(resumed, loaded.model, "the checkpoint")
+    checkpoint.restore_optimizer(
+        again, resumed.named_parameters(), loaded.optim, loaded.state["optimizer"]
+    )
+    train(resumed, again, 3, 6)
+    for name, tensor in net.state_dict().items():
+        assert bits(resumed.state_dict()[name]) == bits(tensor), name
+    states = (checkpoint.flatten_optimizer(optimizer, net.named_parameters())[0],
+              checkpoint.flatten_optimizer(again, resumed.named_parameters())[0])  # fmt: skip
+    assert states[0].keys() == states[1].keys()
+    for name, tensor in states[0].items():
+        assert bits(states[1][name]) == bits(tensor), name
+        assert states[1][name].stride() == tensor.stride(), name
+
+
+def test_plain_optimizer_values_and_none_come_back(tmp_path: Path) -> None:
+    parameter = nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.SGD([parameter], lr=0.1)
+    optimizer.state[parameter] = {"momentum_buffer": None, "count": 3, "factor": 0.1}
+    tensors, plain = checkpoint.flatten_optimizer(optimizer, [("p", parameter)])
+    assert tensors == {} and plain == {"p/momentum_buffer": None, "p/count": 3, "p/factor": 0.1}
+    state = {"optimizer": plain}
+    loaded = checkpoint.load(checkpoint.save(tmp_path, Snapshot(1, {}, {}, {}, state), keep=2))
+    before = dict(optimizer.state[parameter])
+    optimizer.state.clear()
+    checkpoint.restore_optimizer(
+        optimizer, [("p", parameter)], loaded.optim, loaded.state["optimizer"]
+    )
+    assert dict(optimizer.state[parameter]) == before
+
+
+def test_restoring_leaves_hyper_parameters_and_the_given_tensors_alone() -> None:
+    net, optimizer = build(OptimConfig(optimizer="sgd"))
+    train(net, optimizer, 0, 1)
+    tensors, plain = checkpoint.flatten_optimizer(optimizer, net.named_parameters())
+    tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+    kept = {name: tensor.clone() for name, tensor in tensors.items()}
+    group = optimizer.param_groups[0]
+    group["lr"] = 0.0123
+    checkpoint.restore_optimizer(optimizer, net.named_parameters(), tensors, plain)
+    assert optimizer.param_groups[0] is group and group["lr"] == 0.0123
+    train(net, optimizer, 1, 2)
+    assert all(torch.equal(tensors[name], kept[name]) for name in kept)
+
+
+def test_state_of_other_parameters_is_refused_by_name() -> None:
+    net, optimizer = build(OptimConfig(optimizer="sgd"))
+    unknown = {"9.weight/momentum_buffer": torch.zeros(3)}
+    with pytest.raises(DataError, match=r"9\.weight/momentum_buffer"):
+        checkpoint.restore_optimizer(optimizer, net.named_parameters(), unknown, {})
+    misshapen = {"3.weight/momentum_buffer": torch.zeros(3, 65)}
+    with pytest.raises(DataError, match=r"3\.weight.*\[3, 65\].*\[3, 64\]"):
+        checkpoint.restore_optimizer(optimizer, net.named_parameters(), misshapen, {})
+
+
+# ---- weights ---------------------------------------------------------------------------------
+
+
+def test_weights_that_fit_are_all_loaded_and_counted() -> None:
+    source, target = nn.Linear(3, 2), nn.Linear(3, 2)
+    assert checkpoint.load_strict(target, dict(source.state_dict()), "x") == 2
+    assert torch.equal(source.weight, target.weight) and torch.equal(source.bias, target.bias)
+
+
+def test_weights_of_another_architecture_are_counted_named_and_not_loaded() -> None:
+    module = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2))
+    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
+    state = {
+        "0.weight": torch.zeros(2, 4),
+        "0.bias": torch.zeros(2),
+        "1.weight": torch.zeros(2, 2),
+        **{f"fc{i}": torch.zeros(1) for i in range(3)},
+    }
+    with pytest.raises(DataError) as caught:
+        checkpoint.load_strict(module, state, "checkpoint c (a resnet18)")
+    assert str(caught.value) == (
+        "checkpoint c (a resnet18) is of another architecture: 2 of this model's 4 tensors match, "
+        "1 missing (1.bias), 3 unknown (fc0, fc1, ...), 1 of another shape "
+        "(0.weight [2, 4] instead of [2, 3]); use the configuration it was trained with"
+    )
+    assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
+
+
+def test_a_copied_checkpoint_is_as_good_as_the_original(tmp_path: Path) -> None:
+    path = checkpoint.save(tmp_path / "a", snapshot(8), keep=2)
+    shutil.copytree(path, tmp_path / "elsewhere")
+    assert checkpoint.load(tmp_path / "elsewhere").step == 8

@@ -1,0 +1,423 @@
+"""rdm_fast.optim against timm's LARS, torch's SGD, a literal loop, and numbers computed by hand."""
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import timm.optim
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from rdm_fast.config import OptimConfig
+from rdm_fast.optim import (
+    Lars,
+    build_optimizer,
+    learning_rate,
+    parameter_groups,
+    set_learning_rate,
+)
+
+CPU = torch.device("cpu")
+SHAPES = [(8, 3, 3, 3), (16, 8), (7,), (1,), (5, 1), (64, 33)]
+STEPS = 20
+TOLERANCE = 1e-6  # of a parameter's largest entry; 20 float32 steps of relative size 0.1 or less
+
+
+class Method(nn.Module):
+    """A method as the optimizer sees it: names, shapes, and what is frozen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = nn.Sequential(nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4))
+        self.projector = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4, affine=False))
+        self.projector[0].bias.requires_grad_(False)
+        self.predictor = nn.Sequential(nn.Linear(4, 2, bias=False), nn.BatchNorm1d(2))
+        self.predictor_norm = nn.BatchNorm1d(
+            4
+        )  # not the predictor's, whatever its name begins with
+
+
+def names(method: nn.Module, group: dict[str, Any]) -> list[str]:
+    name_of = {id(p): name for name, p in method.named_parameters()}
+    return [name_of[id(p)] for p in group["params"]]
+
+
+MATRICES = ["backbone.0.weight", "projector.0.weight"]
+VECTORS = ["backbone.1.weight", "backbone.1.bias", "predictor_norm.weight", "predictor_norm.bias"]
+PREDICTOR_VECTORS = ["predictor.1.weight", "predictor.1.bias"]
+
+# ---- parameter groups --------------------------------------------------------------------------
+
+
+def test_every_trainable_parameter_is_in_one_group_and_no_frozen_one_in_any() -> None:
+    method = Method()
+    trainable = sorted(name for name, p in method.named_parameters() if p.requires_grad)
+    for decay in (True, False):
+        for fixed in (True, False):
+            optim = OptimConfig(decay_norm_and_bias=decay, fixed_predictor_lr=fixed)
+            groups = parameter_groups(method, optim)
+            assert sorted(n for group in groups for n in names(method, group)) == trainable
+    assert "projector.0.bias" not in trainable
+
+
+def test_vectors_and_predictor_have_their_own_groups() -> None:
+    method = Method()
+    optim = OptimConfig(decay_norm_and_bias=False, fixed_predictor_lr=True, weight_decay=1e-4)
+    found = [
+        (names(method, group), group["weight_decay"], group["fixed_lr"], group["adapt"])
+        for group in parameter_groups(method, optim)
+    ]
+    assert found == [
+        (MATRICES, 1e-4, False, True),
+        (VECTORS, 0.0, False, False),
+        (["predictor.0.weight"], 1e-4, True, True),
+        (PREDICTOR_VECTORS, 0.0, True, False),
+    ]
+
+
+def test_nothing_is_set_apart_when_nothing_is_asked_for() -> None:
+    optim = OptimConfig(decay_norm_and_bias=True, fixed_predictor_lr=False, weight_decay=1e-4)
+    (group,) = parameter_groups(Method(), optim)
+    assert (group["weight_decay"], group["fixed_lr"], group["adapt"]) == (1e-4, False, True)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "lars", "adamw"])
+def test_fixed_predictor_keeps_its_learning_rate_and_the_rest_follows(optimizer: str) -> None:
+    method = Method()
+    config = OptimConfig(optimizer=optimizer, base_lr=0.5, global_batch=512)  # type: ignore[arg-type]
+    optim = build_optimizer(method, config, CPU)
+    for value in (0.25, 0.0):
+        set_learning_rate(optim, value)
+        for group in optim.param_groups:
+            is_predictor = names(method, group)[0].startswith("predictor.")
+            assert group["lr"] == (1.0 if is_predictor else value)  # 0.5 * 512 / 256
+
+
+def test_without_a_fixed_predictor_every_group_follows() -> None:
+    optim = build_optimizer(Method(), OptimConfig(fixed_predictor_lr=False), CPU)
+    set_learning_rate(optim, 0.125)
+    assert {group["lr"] for group in optim.param_groups} == {0.125}
+
+
+# ---- the optimizers ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), [("sgd", torch.optim.SGD), ("lars", Lars), ("adamw", torch.optim.AdamW)]
+)
+def test_configuration_reaches_the_optimizer(name: str, kind: type) -> None:
+    config = OptimConfig(
+        optimizer=name,  # type: ignore[arg-type]
+        momentum=0.8,
+        weight_decay=3e-4,
+        lars_eta=0.03,
+        lars_clip=False,
+        decay_norm_and_bias=True,
+    )
+    optim = build_optimizer(Method(), config, CPU)
+    assert type(optim) is kind
+    for group in optim.param_groups:
+        assert group["weight_decay"] == 3e-4
+        if name != "adamw":
+            assert group["momentum"] == 0.8
+        if name == "lars":
+            assert (group["trust_coefficient"], group["clip"]) == (0.03, False)
+        else:
+            assert group["foreach"] is True and group["fused"] is False
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_torch_optimizers_are_fused_on_gpus(name: str) -> None:
+    config = OptimConfig(optimizer=name)  # type: ignore[arg-type]
+    optim = build_optimizer(Method(), config, torch.device("cuda"))
+    assert all(group["fused"] is True and not group["foreach"] for group in optim.param_groups)
+
+
+def test_sgd_takes_the_papers_steps() -> None:
+    """Two steps of p <- p - lr buf, buf <- m buf + (g + wd p), by hand."""
+    method = nn.Linear(1, 1, bias=False)
+    nn.init.constant_(method.weight, 2.0)
+    config = OptimConfig(base_lr=0.1, global_batch=256, momentum=0.5, weight_decay=0.25)
+    optim = build_optimizer(method, config, CPU)
+    expected = [2 - 0.1 * 1.5, 1.85 - 0.1 * (0.75 + 1 + 0.25 * 1.85)]  # g + wd p = 1 + 0.5
+    for value in expected:
+        method.weight.grad = torch.ones(1, 1)
+        optim.step()
+        assert math.isclose(method.weight.item(), value, rel_tol=3e-7)  # float32
+
+
+# ---- LARS --------------------------------------------------------------------------------------
+
+
+def parameters(seed: int = 0) -> list[nn.Parameter]:
+    generator = torch.Generator().manual_seed(seed)
+    return [nn.Parameter(torch.randn(shape, generator=generator)) for shape in SHAPES]
+
+
+def drive(
+    params: list[nn.Parameter],
+    step: Callable[[], object],
+    optimizer: torch.optim.Optimizer | None = None,
+    scale: float = 1.0,
+) -> None:
+    """Twenty steps on gradients that depend on the parameters, with a moving learning rate."""
+    generator = torch.Generator().manual_seed(9)
+    for i in range(STEPS):
+        if optimizer is not None:
+            set_learning_rate(optimizer, 0.1 + 0.4 * i / STEPS)
+        for p in params:
+            p.grad = scale * (torch.randn(p.shape, generator=generator) + 0.1 * p.detach())
+        step()
+
+
+def split(params: list[nn.Parameter]) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    return [p for p in params if p.dim() != 1], [p for p in params if p.dim() == 1]
+
+
+def assert_equal_parameters(found: list[nn.Parameter], expected: list[nn.Parameter]) -> None:
+    for p, q in zip(found, expected, strict=True):
+        scale = q.detach().abs().max().item()
+        torch.testing.assert_close(p.double(), q.double(), atol=TOLERANCE * scale, rtol=0)
+
+
+@pytest.mark.parametrize("clip", [True, False])
+@pytest.mark.parametrize("weight_decay", [1e-5, 0.1, 0.0])
+@pytest.mark.parametrize("exclude", [True, False])
+@pytest.mark.parametrize("scale", [1.0, 1e-4])  # small gradients reach the clip, large ones not
+def test_lars_equals_timms(clip: bool, weight_decay: float, exclude: bool, scale: float) -> None:
+    ours, theirs = parameters(), parameters()
+    adapted, excluded = split(ours) if exclude else (ours, [])
+    optim = Lars(
+        [
+            {"params": adapted},
+            *([{"params": excluded, "weight_decay": 0.0, "adapt": False}] if exclude else []),
+        ],
+        lr=0.1,
+        momentum=0.9,
+        weight_decay=weight_decay,
+        trust_coefficient=0.02,
+        clip=clip,
+    )
+    adapted, excluded = split(theirs) if exclude else (theirs, [])
+    timms = timm.optim.Lars(
+        [
+            {"params": adapted, "always_adapt": True},
+            *([{"params": excluded, "weight_decay": 0.0}] if exclude else []),
+        ],
+        lr=0.1,
+        momentum=0.9,
+        weight_decay=weight_decay,
+        trust_coeff=0.02,
+        trust_clip=clip,
+        foreach=False,
+    )
+    drive(ours, optim.step, optim, scale)
+    drive(theirs, timms.step, timms, scale)
+    assert_equal_parameters(ours, theirs)
+
+
+def literal_lars(
+    params: list[nn.Parameter], buffers: list[Tensor], lr: float, wd: float, clip: bool
+) -> None:
+    """The update of the released code, one float64 parameter at a time; 1-D ones are excluded."""
+    with torch.no_grad():
+        for p, buffer in zip(params, buffers, strict=True):
+            g = p.grad
+            assert g is not None
+            d = g
+            if p.dim() != 1:
+                ratio = 1.0
+                if p.norm() > 0 and g.norm() > 0:
+                    ratio = float(0.02 * p.norm() / (g.norm() + wd * p.norm() + 1e-8))
+                if clip:
+                    ratio = min(ratio / lr, 1.0)
+                d = (g + wd * p) * ratio
+            buffer.mul_(0.9).add_(d)
+            p -= lr * buffer
+
+
+@pytest.mark.parametrize("clip", [True, False])
+def test_lars_equals_the_literal_loop_in_float64(clip: bool) -> None:
+    ours = [nn.Parameter(p.detach().double()) for p in parameters()]
+    expected = [nn.Parameter(p.detach().clone()) for p in ours]
+    adapted, excluded = split(ours)
+    optim = Lars(
+        [{"params": adapted}, {"params": excluded, "weight_decay": 0.0, "adapt": False}],
+        lr=0.3,
+        weight_decay=1e-2,
+        clip=clip,
+    )
+    buffers = [torch.zeros_like(p) for p in expected]
+    drive(ours, optim.step)
+    drive(expected, lambda: literal_lars(expected, buffers, 0.3, 1e-2, clip))
+    for p, q in zip(ours, expected, strict=True):
+        torch.testing.assert_close(p, q, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("p", "g", "lr", "clip", "expected"),
+    [
+        # |p| = 5, |g| = 1: r = 0.02 * 5 / (1 + 0.1 * 5) = 1/15; d = r (g + 0.1 p)
+        ([[3.0, 4.0]], [[0.6, 0.8]], 1.0, False, [[3 - 0.9 / 15, 4 - 1.2 / 15]]),
+        # clipped at lr 0.04: min(1/15 / 0.04, 1) = 1, plain SGD
+        ([[3.0, 4.0]], [[0.6, 0.8]], 0.04, True, [[3 - 0.04 * 0.9, 4 - 0.04 * 1.2]]),
+        # clipped at lr 1: r / lr = 1/15 and the step is lr * that, as without the clip
+        ([[3.0, 4.0]], [[0.6, 0.8]], 1.0, True, [[3 - 0.9 / 15, 4 - 1.2 / 15]]),
+        # clipped at lr 0.5: r / lr = 2/15 times lr is again 1/15; unclipped it would be half of it
+        ([[3.0, 4.0]], [[0.6, 0.8]], 0.5, True, [[3 - 0.9 / 15, 4 - 1.2 / 15]]),
+        ([[3.0, 4.0]], [[0.6, 0.8]], 0.5, False, [[3 - 0.9 / 30, 4 - 1.2 / 30]]),
+        # a zero layer still starts, a layer without gradient only decays
+        ([[0.0, 0.0]], [[0.6, 0.8]], 0.5, True, [[-0.3, -0.4]]),
+        ([[3.0, 4.0]], [[0.0, 0.0]], 0.5, True, [[3 - 0.5 * 0.3, 4 - 0.5 * 0.4]]),
+        # at learning rate zero, the first step of a warm-up, nothing moves and nothing is NaN
+        ([[3.0, 4.0]], [[0.6, 0.8]], 0.0, True, [[3.0, 4.0]]),
+    ],
+)
+def test_one_step_of_lars_is_the_one_computed_by_hand(
+    p: list[list[float]], g: list[list[float]], lr: float, clip: bool, expected: list[list[float]]
+) -> None:
+    weight = nn.Parameter(torch.tensor(p))
+    weight.grad = torch.tensor(g)
+    Lars([weight], lr=lr, weight_decay=0.1, trust_coefficient=0.02, clip=clip).step()
+    torch.testing.assert_close(weight.detach(), torch.tensor(expected), atol=0, rtol=3e-7)
+
+
+def test_excluded_vectors_take_torchs_sgd_steps_bitwise() -> None:
+    config = OptimConfig(optimizer="lars", decay_norm_and_bias=False, weight_decay=0.1)
+    ours, theirs = Method(), Method()
+    theirs.load_state_dict(ours.state_dict())
+    plain = torch.optim.SGD(theirs.parameters(), lr=config.lr, momentum=config.momentum)
+    optim = build_optimizer(ours, config, CPU)
+    for _ in range(3):
+        for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+        optim.step()
+        plain.step()
+    for name in VECTORS + PREDICTOR_VECTORS:
+        assert torch.equal(ours.get_parameter(name), theirs.get_parameter(name)), name
+    for name in MATRICES:
+        assert not torch.equal(ours.get_parameter(name), theirs.get_parameter(name)), name
+
+
+def test_lars_leaves_gradients_and_parameters_without_one_alone() -> None:
+    params = parameters()
+    optim = Lars(params, lr=0.1, weight_decay=0.1)
+    params[0].grad = torch.randn_like(params[0])
+    kept = params[0].grad.clone()
+    before = [p.detach().clone() for p in params]
+    optim.step()
+    assert torch.equal(params[0].grad, kept)
+    assert not torch.equal(params[0], before[0])
+    for p, old in zip(params[1:], before[1:], strict=True):
+        assert torch.equal(p, old) and p not in optim.state
+
+
+def test_lars_state_restored_in_the_middle_continues_bitwise() -> None:
+    params = parameters()
+    optim = Lars(params, lr=0.1, weight_decay=1e-3)
+    drive(params, optim.step, optim)
+    twins = [nn.Parameter(p.detach().clone()) for p in params]
+    restored = Lars(twins, lr=0.7, weight_decay=0.0)
+    restored.load_state_dict(copy.deepcopy(optim.state_dict()))
+    assert {key for state in restored.state.values() for key in state} == {"momentum_buffer"}
+    drive(params, optim.step, optim)
+    drive(twins, restored.step, restored)
+    assert all(torch.equal(p, q) for p, q in zip(params, twins, strict=True))
+
+
+class _NoSync(TorchDispatchMode):
+    """Fails on every operator that would copy a value from the device to Python."""
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        assert "_local_scalar_dense" not in str(func), f"{func} waits for the device"
+        assert "nonzero" not in str(func), f"{func} waits for the device"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("clip", [True, False])
+def test_lars_never_waits_for_the_device(clip: bool) -> None:
+    params = parameters()
+    for p in params:
+        p.grad = torch.randn_like(p)
+    optim = Lars(params, lr=0.1, weight_decay=1e-3, clip=clip)
+    with _NoSync():
+        optim.step()
+        optim.step()
+        with pytest.raises(AssertionError, match="waits for the device"):  # the check itself works
+            params[0].sum().item()
+
+
+def test_lars_returns_the_closures_loss() -> None:
+    weight = nn.Parameter(torch.ones(2, 2))
+    optim = Lars([weight], lr=0.1)
+
+    def closure() -> float:
+        loss = weight.square().sum()
+        loss.backward()
+        return float(loss.detach())
+
+    assert optim.step(closure) == 4.0
+    assert not torch.equal(weight, torch.ones(2, 2))
+
+
+# ---- learning rate -----------------------------------------------------------------------------
+
+SCHEDULE = OptimConfig(
+    epochs=10, warmup_epochs=2, warmup_lr=0.1, base_lr=1.0, final_lr=0.2, global_batch=128
+)  # peak 0.5; 100 steps, the first 20 rise, step 99 is the last
+
+
+@pytest.mark.parametrize(
+    ("step", "expected"),
+    [
+        (0, 0.1),
+        (5, 0.2),  # 0.1 + (0.5 - 0.1) 5/20
+        (19, 0.48),
+        (20, 0.5),
+        (99, 0.2),
+    ],
+)
+def test_learning_rate_is_the_one_computed_by_hand(step: int, expected: float) -> None:
+    assert math.isclose(learning_rate(step, 10, SCHEDULE), expected, rel_tol=1e-12)
+
+
+def test_halfway_down_the_cosine_is_the_mean_of_its_ends() -> None:
+    optim = replace(SCHEDULE, warmup_epochs=0, epochs=1)  # 101 steps: step 50 is halfway
+    assert math.isclose(learning_rate(50, 101, optim), 0.35, rel_tol=1e-12)
+    # a third of the way: cos(pi/3) = 1/2, so three quarters of the height remain
+    assert math.isclose(learning_rate(20, 61, optim), 0.2 + 0.3 * 0.75, rel_tol=1e-12)
+
+
+@given(
+    epochs=st.integers(1, 50),
+    steps_per_epoch=st.integers(1, 40),
+    warmup=st.floats(0, 1),
+    base_lr=st.floats(0.01, 10),
+)
+def test_learning_rate_rises_then_falls_between_its_bounds(
+    epochs: int, steps_per_epoch: int, warmup: float, base_lr: float
+) -> None:
+    optim = OptimConfig(
+        epochs=epochs, warmup_epochs=warmup * epochs, base_lr=base_lr, warmup_lr=0.0, final_lr=0.0
+    )
+    rates = [learning_rate(s, steps_per_epoch, optim) for s in range(epochs * steps_per_epoch)]
+    peak = rates.index(max(rates))
+    assert rates[: peak + 1] == sorted(rates[: peak + 1])
+    assert rates[peak:] == sorted(rates[peak:], reverse=True)
+    assert min(rates) >= 0 and max(rates) <= optim.lr
+
+
+def test_warm_up_is_not_scaled_with_the_batch_and_the_peak_is() -> None:
+    large = replace(SCHEDULE, global_batch=1280)
+    assert learning_rate(0, 10, large) == 0.1
+    assert math.isclose(learning_rate(20, 10, large), 5.0, rel_tol=1e-12)
+    assert math.isclose(learning_rate(99, 10, large), 0.2, rel_tol=1e-12)

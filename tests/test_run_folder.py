@@ -1,0 +1,303 @@
+"""rdm_fast.run_folder: whose folder it is, who holds it, and what is never touched."""
+
+import json
+import os
+import stat
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from rdm_fast.errors import CannotCreate, ConfigMismatch, DataError, InputMissing
+from rdm_fast.recipes import RECIPES
+from rdm_fast.run_folder import RunFolder, read_config, read_status
+from rdm_fast.saved_config import config_digest, config_to_dict
+
+ROOT = Path(__file__).parents[1]
+CONFIG = RECIPES["digits_rdm_simsiam"]()
+
+
+def open_run(out: Path, *, overwrite: bool = False, rank: int = 0) -> RunFolder:
+    return RunFolder.open(str(out), CONFIG, overwrite=overwrite, rank=rank)
+
+
+def content(folder: Path) -> dict[str, bytes | None]:
+    """Everything in a folder except the lock."""
+    return {
+        str(path.relative_to(folder)): path.read_bytes() if path.is_file() else None
+        for path in folder.rglob("*")
+        if not path.name.startswith("run.lock")
+    }
+
+
+# ---- a new run -------------------------------------------------------------------------------
+
+
+def test_a_new_folder_is_marked_and_holds_the_whole_configuration(tmp_path: Path) -> None:
+    out = tmp_path / "runs" / "a"
+    with open_run(out) as folder:
+        assert folder.is_new and folder.checkpoints.is_dir() and folder.logs.is_dir()
+        mark = json.loads((out / "run.json").read_text())
+        assert mark["project"] == "rdm-fast" and mark["format"] == 1
+        assert mark["id"] == folder.id and len(folder.id) == 8
+        assert mark["config_digest"] == config_digest(CONFIG)
+        assert mark["created"].endswith("+00:00")
+        assert yaml.safe_load((out / "config.yaml").read_text()) == config_to_dict(CONFIG)
+        assert read_config(out) == CONFIG
+        assert read_status(out)["state"] == "running"
+
+
+def test_an_existing_empty_folder_is_taken(tmp_path: Path) -> None:
+    with open_run(tmp_path) as folder:
+        assert folder.is_new
+
+
+def test_other_ranks_know_the_paths_and_write_nothing(tmp_path: Path) -> None:
+    with open_run(tmp_path / "a", rank=3) as folder:
+        assert folder.checkpoints == tmp_path / "a" / "checkpoints" and not folder.is_new
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_earlier_run_is_taken_up_as_it_is(tmp_path: Path) -> None:
+    with open_run(tmp_path) as first:
+        (tmp_path / "metrics.jsonl").write_text("{}\n")
+    before = content(tmp_path)
+    with open_run(tmp_path) as second:
+        assert not second.is_new and second.id == first.id
+        assert content(tmp_path) == before
+
+
+def test_a_start_that_was_killed_before_its_mark_can_be_repeated(tmp_path: Path) -> None:
+    for name in ("run.lock", "run.lock.json", ".tmp-99-run.json"):
+        (tmp_path / name).write_text("")
+    with open_run(tmp_path) as folder:
+        assert folder.is_new
+        assert not (tmp_path / ".tmp-99-run.json").exists()
+
+
+def test_a_start_that_was_killed_before_its_configuration_begins_anew(tmp_path: Path) -> None:
+    open_run(tmp_path).close()
+    (tmp_path / "config.yaml").unlink()
+    (tmp_path / "checkpoints" / "step-00000001").mkdir()
+    with open_run(tmp_path) as folder:
+        assert folder.is_new and list(folder.checkpoints.iterdir()) == []
+
+
+# ---- folders that are not ours ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"thesis.tex": "text"},
+        {"run.json": "{}"},
+        {"run.json": '{"project": "another"}'},
+        {"run.json": "not JSON"},
+        {"config.yaml": "{}", "checkpoints": None},
+        {".hidden": ""},
+    ],
+    ids=lambda files: "+".join(files),
+)
+def test_a_foreign_folder_is_refused_and_untouched(
+    tmp_path: Path, files: dict[str, str | None], overwrite: bool
+) -> None:
+    for name, text in files.items():
+        if text is None:
+            (tmp_path / name).mkdir()
+        else:
+            (tmp_path / name).write_text(text)
+    before = content(tmp_path)
+    with pytest.raises(CannotCreate, match=f"--out {tmp_path} holds files of something else"):
+        open_run(tmp_path, overwrite=overwrite)
+    assert content(tmp_path) == before and not (tmp_path / "run.lock").exists()
+
+
+def test_a_file_in_the_way_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("")
+    with pytest.raises(CannotCreate, match="a is a file"):
+        open_run(tmp_path / "a")
+    with pytest.raises(CannotCreate, match="cannot be written"):
+        open_run(tmp_path / "a" / "b")
+    with pytest.raises(CannotCreate, match="cannot be written"):
+        open_run(tmp_path / ("x" * 300))
+
+
+def test_a_read_only_folder_is_refused(tmp_path: Path) -> None:
+    tmp_path.chmod(stat.S_IRUSR | stat.S_IXUSR)
+    try:
+        if os.access(tmp_path, os.W_OK):  # root may write anyway: /proc lets nobody
+            with pytest.raises(CannotCreate, match="cannot be written"):
+                open_run(Path("/proc/run"))
+        else:
+            with pytest.raises(CannotCreate, match="cannot be written"):
+                open_run(tmp_path / "a")
+    finally:
+        tmp_path.chmod(stat.S_IRWXU)
+
+
+# ---- overwrite -------------------------------------------------------------------------------
+
+
+def test_overwrite_deletes_the_runs_own_contents_and_nothing_else(tmp_path: Path) -> None:
+    out, outside = tmp_path / "run", tmp_path / "outside"
+    outside.mkdir()
+    (outside / "precious").write_text("kept")
+    open_run(out).close()
+    for name in ("metrics.jsonl", "report.html", "spectrum.npz", "notes.txt"):
+        (out / name).write_text("old")
+    (out / "checkpoints" / "step-00000009").mkdir()
+    (out / "figures").symlink_to(outside)
+    with open_run(out, overwrite=True) as folder:
+        assert folder.is_new
+    assert set(content(out)) == {
+        *("run.json", "config.yaml", "status.json", "checkpoints", "logs", "notes.txt"),
+    }
+    assert (outside / "precious").read_text() == "kept"
+    assert (out / "notes.txt").read_text() == "old"
+
+
+def test_an_overwrite_gives_the_run_a_new_id(tmp_path: Path) -> None:
+    with open_run(tmp_path) as first:
+        pass
+    with open_run(tmp_path, overwrite=True) as second:
+        assert second.id != first.id
+
+
+# ---- the lock --------------------------------------------------------------------------------
+
+HOLDER = """
+import os, sys, time
+from rdm_fast.recipes import RECIPES
+from rdm_fast.run_folder import RunFolder
+folder = RunFolder.open(
+    sys.argv[1], RECIPES["digits_rdm_simsiam"](), overwrite=False, rank=0
+)
+if os.fork() == 0:  # as a loader's worker process, which may outlive its parent
+    os.close(1)
+    time.sleep(30)
+    os._exit(0)
+print("held", flush=True)
+time.sleep(30)
+"""
+
+
+def test_a_second_process_is_told_who_holds_the_folder_until_that_one_dies(tmp_path: Path) -> None:
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(tmp_path)],
+        stdout=subprocess.PIPE, text=True, start_new_session=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert holder.stdout is not None
+    try:
+        assert holder.stdout.readline() == "held\n"
+        before = content(tmp_path)
+        for overwrite in (False, True):
+            with pytest.raises(CannotCreate, match=rf"process {holder.pid} on host \S+: wait"):
+                open_run(tmp_path, overwrite=overwrite)
+        assert content(tmp_path) == before
+        holder.kill()
+        holder.wait()
+        with open_run(tmp_path) as folder:  # at once, though its forked child lives
+            assert not folder.is_new
+            assert json.loads((tmp_path / "run.lock.json").read_text())["pid"] == os.getpid()
+    finally:
+        os.killpg(holder.pid, 9)
+        holder.wait()
+        holder.stdout.close()
+
+
+def test_a_closed_folder_can_be_opened_again_and_an_open_one_cannot(tmp_path: Path) -> None:
+    with open_run(tmp_path), pytest.raises(CannotCreate, match="in use by process"):
+        open_run(tmp_path)
+    open_run(tmp_path).close()
+    assert not (tmp_path / "run.lock.json").exists()
+
+
+def test_a_refusal_comes_without_loading_torch() -> None:
+    program = "import sys, rdm_fast.run_folder; print('torch' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "False\n"
+
+
+# ---- configuration and status ----------------------------------------------------------------
+
+
+def test_accept_refuses_another_run_and_keeps_its_configuration(tmp_path: Path) -> None:
+    longer = replace(CONFIG, optim=replace(CONFIG.optim, epochs=99))
+    with open_run(tmp_path) as folder:
+        with pytest.raises(ConfigMismatch, match="seed 0 -> 3"):
+            folder.accept(replace(CONFIG, seed=3))
+        with pytest.raises(ConfigMismatch, match=r"optim\.epochs 60 -> 99"):
+            folder.accept(longer)
+        assert read_config(tmp_path) == CONFIG
+        folder.accept(longer, allow=("optim.epochs",))
+        assert read_config(tmp_path) == longer
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: [", "config.yaml cannot be read"),
+        ("- 1", "not a table"),
+        ("", "not a table"),
+        ("!!python/object/apply:os.system ['touch ran']", "config.yaml cannot be read"),
+        ("optim: {epoch: 1}", "optim.epochs"),
+    ],
+)
+def test_an_unusable_configuration_file_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config.yaml").write_text(text)
+    with pytest.raises(DataError, match=message) as caught:
+        read_config(tmp_path)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("path", ["nothing", "a file"])
+def test_a_missing_run_is_named(tmp_path: Path, path: str) -> None:
+    (tmp_path / "a file").write_text("")
+    with pytest.raises(InputMissing, match=f"{path} is not a run folder"):
+        read_config(tmp_path / path)
+
+
+def test_status_says_what_was_last_written(tmp_path: Path) -> None:
+    with open_run(tmp_path) as folder:
+        folder.write_status(
+            "interrupted", step=70, code=75, checkpoint="step-00000070", message="stopped"
+        )
+        assert read_status(tmp_path) == {
+            "state": "interrupted", "code": 75, "step": 70, "checkpoint": "step-00000070",
+            "rank": 0, "message": "stopped",
+        }  # fmt: skip
+    with open_run(tmp_path, rank=2) as other:
+        other.write_status("failed", step=71, code=76, message="rank 2 was lost")
+    assert read_status(tmp_path)["rank"] == 2
+
+
+def test_a_reader_never_sees_half_a_status(tmp_path: Path) -> None:
+    folder = open_run(tmp_path)
+    if (child := os.fork()) == 0:
+        for step in range(10**9):
+            folder.write_status("running", step=step, message="x" * 10_000)
+    seen: set[Any] = set()
+    try:
+        end = time.monotonic() + 1.0
+        while time.monotonic() < end:
+            status = read_status(tmp_path)
+            assert status["message"] in ("", "x" * 10_000)
+            seen.add(status["step"])
+    finally:
+        os.kill(child, 9)
+        os.waitpid(child, 0)
+        folder.close()
+    assert len(seen) > 10

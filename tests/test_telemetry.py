@@ -1,0 +1,357 @@
+"""rdm_fast.telemetry: the file as a JSON parser reads it, and as one undisturbed run writes it."""
+
+import io
+import json
+import math
+import os
+import pty
+import resource
+import subprocess
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from rdm_fast import environment as environment_module
+from rdm_fast.environment import describe_environment
+from rdm_fast.errors import Unavailable
+from rdm_fast.recipes import RECIPES
+from rdm_fast.run_folder import RunFolder
+from rdm_fast.saved_config import config_from_dict
+from rdm_fast.telemetry import KEYS, JsonLines, Plan, Telemetry, TensorBoard, progress_line
+
+ROOT = Path(__file__).parents[1]
+CONFIG = RECIPES["digits_rdm_simsiam"]()
+ENVIRONMENT = {"torch": "2.15.0", "config": {"optim": {"lr": 0.1}}}
+PLAN = Plan(total_steps=420, steps_per_epoch=7, global_batch=200)
+METRICS = {
+    "epoch": 3.0,
+    "loss": -0.81234567,
+    "lr": 0.064,
+    "images_per_s": 2000.0,
+    "data_wait_s": 0.003,
+    "effective_rank/online": 31.234,
+    "effective_rank/target": 28.0,
+}
+
+
+def strict(text: str) -> Any:
+    """JSON as RFC 8259 has it: no NaN, no Infinity."""
+
+    def refuse(token: str) -> None:
+        raise AssertionError(f"{token} is not JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+def records(path: Path) -> list[dict[str, Any]]:
+    text = path.read_text()
+    assert text.endswith("\n")
+    return [strict(line) for line in text.splitlines()]
+
+
+def write(path: Path, steps: range, resumed: int = 0, environment: Any = None) -> None:
+    lines = JsonLines(path, environment or ENVIRONMENT, resumed)
+    for step in steps:
+        lines.log(step, {"loss": 1 / step})
+    lines.close()
+
+
+# ---- metrics.jsonl ---------------------------------------------------------------------------
+
+
+def test_the_first_line_is_the_environment_and_the_others_are_flat(tmp_path: Path) -> None:
+    write(tmp_path / "m", range(1, 4))
+    first, *rest = records(tmp_path / "m")
+    assert first == {"environment": ENVIRONMENT}
+    assert rest == [{"step": step, "loss": 1 / step} for step in (1, 2, 3)]  # to the last digit
+
+
+def test_a_line_is_in_the_file_as_soon_as_it_is_logged(tmp_path: Path) -> None:
+    lines = JsonLines(tmp_path / "m", ENVIRONMENT)
+    for step in range(1, 4):
+        lines.log(step, {"loss": 0.5})
+        assert records(tmp_path / "m")[-1] == {"step": step, "loss": 0.5}
+    lines.close()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_is_null(tmp_path: Path, value: float) -> None:
+    lines = JsonLines(tmp_path / "m", ENVIRONMENT)
+    lines.log(1, {"loss": value, "note": "nan", "count": 3, "missing": None})
+    lines.close()
+    assert records(tmp_path / "m")[1] == {
+        "step": 1, "loss": None, "note": "nan", "count": 3, "missing": None,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("died_at", [10, 13, 20])
+@pytest.mark.parametrize("resumed", [0, 7, 10])
+def test_a_resumed_file_is_that_of_an_undisturbed_run(
+    tmp_path: Path, died_at: int, resumed: int
+) -> None:
+    write(tmp_path / "whole", range(1, 21))
+    write(tmp_path / "m", range(1, died_at + 1))
+    with (tmp_path / "m").open("a") as file:
+        file.write('{"step": 21, "lo')  # torn by a kill
+    write(tmp_path / "m", range(resumed + 1, 21), resumed)
+    assert (tmp_path / "m").read_bytes() == (tmp_path / "whole").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "damage", [b"", b'{"environm', b"\0\0\0\n", b"\xff\n", b"[]\n3\nnull\n", b'{"loss": 1}\n']
+)
+def test_a_file_without_a_whole_first_line_gets_one(tmp_path: Path, damage: bytes) -> None:
+    (tmp_path / "m").write_bytes(damage)
+    write(tmp_path / "m", range(3, 5), resumed=2)
+    assert [r.get("step", "environment") for r in records(tmp_path / "m")] == ["environment", 3, 4]
+
+
+def test_another_environment_is_told_once_where_it_begins(tmp_path: Path) -> None:
+    other = {**ENVIRONMENT, "torch": "2.16.0"}
+    write(tmp_path / "m", range(1, 6))
+    write(tmp_path / "m", range(5, 8), resumed=4, environment=other)
+    write(tmp_path / "m", range(7, 9), resumed=6, environment=other)
+    told = {"environment": other, "resumed_step": 4}
+    found = records(tmp_path / "m")
+    assert found[0] == {"environment": ENVIRONMENT} and found[5] == told
+    assert found.count(told) == 1
+    assert [r["step"] for r in found if "step" in r] == list(range(1, 9))
+    write(tmp_path / "m", range(3, 4), resumed=2)  # from before that environment
+    assert [r.get("step", "environment") for r in records(tmp_path / "m")] == [
+        "environment", 1, 2, 3,
+    ]  # fmt: skip
+
+
+def test_lines_wait_while_the_disk_is_full_and_none_is_lost_or_torn(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = JsonLines(tmp_path / "m", ENVIRONMENT)
+    lines.log(1, {"loss": 1.0})
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    room = (tmp_path / "m").stat().st_size + 10  # so the next line would be torn
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
+    try:
+        for step in (2, 3, 4):
+            lines.log(step, {"loss": 1.0})
+            assert [r.get("step") for r in records(tmp_path / "m")] == [None, 1]
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    lines.log(5, {"loss": 1.0})
+    lines.close()
+    assert [r.get("step") for r in records(tmp_path / "m")] == [None, 1, 2, 3, 4, 5]
+    assert capsys.readouterr().err.count("warning: metrics.jsonl waits in memory") == 1
+
+
+# ---- ranks and trackers ----------------------------------------------------------------------
+
+
+def open_telemetry(out: Path, rank: int, **log: bool) -> Telemetry:
+    config = config_from_dict({"log": log})
+    folder = RunFolder.open(str(out), config, overwrite=False, rank=rank)
+    telemetry = Telemetry.open(folder, config, ENVIRONMENT, PLAN)
+    folder.close()
+    return telemetry
+
+
+def test_only_rank_zero_writes_and_prints(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for rank in (1, 2):
+        with open_telemetry(tmp_path, rank, tensorboard=True) as telemetry:
+            telemetry.log(1, METRICS)
+    assert list(tmp_path.iterdir()) == [] and capsys.readouterr().out == ""
+    with open_telemetry(tmp_path, 0) as telemetry:
+        telemetry.log(1, METRICS)
+    assert records(tmp_path / "metrics.jsonl")[1] == {"step": 1, **METRICS}
+    assert "loss -0.8123" in capsys.readouterr().out
+
+
+def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    return {
+        tag: [(event.step, event.value) for event in events.Scalars(tag)]
+        for tag in events.Tags()["scalars"]
+    }
+
+
+def test_tensorboard_shows_one_scalar_a_key_and_hides_what_a_resume_repeats(
+    tmp_path: Path,
+) -> None:
+    first = TensorBoard(tmp_path)
+    for step in (1, 2, 3):
+        first.log(step, {"loss": step / 4, "note": "text", "rank_difference": None})
+    first.close()
+    second = TensorBoard(tmp_path, resumed_step=2)
+    second.log(3, {"loss": 7.0})
+    second.close()
+    assert scalars(tmp_path) == {"loss": [(1, 0.25), (2, 0.5), (3, 7.0)]}
+
+
+@pytest.mark.parametrize(
+    ("module", "extra"), [("torch.utils.tensorboard", "tensorboard"), ("wandb", "wandb")]
+)
+def test_a_missing_tracker_is_named_with_the_command_that_installs_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str, extra: str
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(Unavailable, match=rf'--log\.{extra} .*pip install "rdm-fast\[{extra}\]"'):
+        open_telemetry(tmp_path, 0, **{extra: True})
+    open_telemetry(tmp_path / "other rank", 1, **{extra: True})
+
+
+def test_wandb_goes_on_under_the_runs_own_id(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[Any] = []
+    run = types.SimpleNamespace(
+        log=lambda metrics, step: calls.append((step, metrics)), finish=lambda: calls.append("end")
+    )
+    wandb = types.ModuleType("wandb")
+    wandb.init = lambda **options: calls.append(options) or run  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    for step in (1, 2):
+        with open_telemetry(tmp_path, 0, wandb=True) as telemetry:
+            telemetry.log(step, {"loss": 0.5})
+    first, second = calls[0], calls[3]
+    assert calls[1:3] == [(1, {"loss": 0.5}), "end"]
+    assert first["id"] == second["id"] == json.loads((tmp_path / "run.json").read_text())["id"]
+    assert first["dir"] == str(tmp_path) and first["config"] == ENVIRONMENT
+
+
+# ---- console ---------------------------------------------------------------------------------
+
+
+def test_the_line_says_where_the_run_is() -> None:
+    # 15 steps of 420 took 30 s, so 405 take 810 s; 2,000 images/s are 0.1 s a step of 200
+    assert progress_line(15, METRICS, PLAN, elapsed=30.0) == (
+        "epoch 3/60  step 15/420  loss -0.8123  lr 0.064  2,000 images/s  data wait 3%  "
+        "effective rank 31.23 online, 28 target  ETA 13:30"
+    )
+
+
+def test_the_remaining_time_counts_this_sitting_only() -> None:
+    plan = Plan(total_steps=420, steps_per_epoch=7, global_batch=200, resumed_step=400)
+    assert progress_line(410, {"loss": 1.0}, plan, elapsed=3600.0).endswith("ETA 1:00:00")
+    assert "ETA" not in progress_line(400, {"loss": 1.0}, plan, elapsed=1.0)
+
+
+@pytest.mark.parametrize("step", [1, 7, 8, 420])
+def test_the_epoch_is_the_one_the_step_belongs_to(step: int) -> None:
+    line = progress_line(step, {"loss": math.nan}, PLAN, elapsed=1.0)
+    assert line.startswith(f"epoch {(step - 1) // 7 + 1}/60  step {step}/420  loss nan")
+    assert line.isascii()
+
+
+PROGRAM = """
+from rdm_fast.telemetry import ConsoleLine, Plan
+console = ConsoleLine(Plan(total_steps=420, steps_per_epoch=7, global_batch=200))
+for step in (7, 14):
+    console.log(step, {"loss": -0.5})
+console.log(14, {"knn_top1": 93.25})
+console.close()
+"""
+
+
+def printed(terminal: bool, **variables: str) -> str:
+    """What the program above prints, to a pseudo-terminal or to a pipe."""
+    env = {k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "TERM", "HOME", "COLUMNS")}
+    env |= {"PYTHONPATH": f"{ROOT}:{ROOT / 'kernels'}", "LC_ALL": "C", **variables}
+    command = [sys.executable, "-c", PROGRAM]
+    if not terminal:
+        done = subprocess.run(command, env=env, capture_output=True, check=True)
+        return done.stdout.decode()
+    ours, theirs = pty.openpty()
+    with subprocess.Popen(command, env=env, stdin=theirs, stdout=theirs, stderr=theirs) as process:
+        os.close(theirs)
+        output = io.BytesIO()
+        while True:
+            try:
+                output.write(os.read(ours, 4096))
+            except OSError:  # the other end is closed
+                break
+        assert process.wait() == 0
+    os.close(ours)
+    return output.getvalue().decode().replace("\r\n", "\n")
+
+
+@pytest.mark.parametrize(
+    ("terminal", "variables"),
+    [
+        (False, {"TERM": "xterm"}),
+        (True, {"TERM": "dumb"}),
+        (True, {"TERM": "xterm", "NO_COLOR": "1"}),
+        (True, {}),
+    ],
+    ids=["a pipe", "a dumb terminal", "NO_COLOR", "no TERM"],
+)
+def test_plain_lines_where_nothing_can_be_redrawn(
+    terminal: bool, variables: dict[str, str]
+) -> None:
+    text = printed(terminal, **variables)
+    assert "\x1b" not in text
+    lines = text.splitlines()
+    assert [line.partition("  loss")[0] for line in lines] == [
+        "epoch 1/60  step 7/420", "epoch 2/60  step 14/420", "step 14  knn_top1 93.25",
+    ]  # fmt: skip
+
+
+def test_one_line_is_redrawn_on_a_terminal_and_other_lines_stay_above_it() -> None:
+    text = printed(True, TERM="xterm", COLUMNS="60")
+    assert "\x1b[2K" in text  # a line is erased before it is drawn again
+    last_drawn = text.rindex("step 14/420")
+    assert text.index("knn_top1 93.25") < last_drawn  # redrawn below what was printed
+    assert text.rindex("\x1b[?25h") > last_drawn  # the cursor is given back
+
+
+# ---- environment -----------------------------------------------------------------------------
+
+
+def test_the_environment_says_what_a_number_depends_on() -> None:
+    found = describe_environment(
+        CONFIG, device=torch.device("cpu"), world_size=4, loader="resident", engine="eigh"
+    )
+    assert strict(json.dumps(found)) == found
+    assert found["torch"] == torch.__version__ and found["precision"] == "fp32"
+    assert (found["world_size"], found["global_batch"], found["local_batch"]) == (4, 200, 50)
+    assert (found["loader"], found["engine"]) == ("resident", "eigh")
+    assert found["device"] and config_from_dict(found["config"]) == CONFIG
+
+
+def test_the_commit_is_that_of_this_checkout_or_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def git(*words: str) -> str:
+        name = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        command = ["git", "-C", str(tmp_path), *name, *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    package = tmp_path / "project" / "rdm_fast"
+    package.mkdir(parents=True)
+    (package / "environment.py").write_text("")
+    monkeypatch.setattr(environment_module, "__file__", str(package / "environment.py"))
+    git("init", "-q")
+    git("add", ".")
+    git("commit", "-q", "-m", "one")
+    assert environment_module._git_commit() is None  # another project's checkout around it
+    (tmp_path / ".git").rename(tmp_path / "project" / ".git")
+    monkeypatch.setattr(environment_module, "__file__", str(package / "environment.py"))
+    commit = subprocess.run(
+        ["git", "-C", str(tmp_path / "project"), "rev-parse", "HEAD"],
+        capture_output=True, text=True, check=True,
+    ).stdout.strip()  # fmt: skip
+    assert environment_module._git_commit() == f"{commit}-dirty"  # the file has moved in it
+
+
+def test_every_metric_key_says_its_unit() -> None:
+    fixed = (
+        "step epoch loss lr ema_momentum images_per_s data_wait_s filter_ms effective_rank/online "
+        "effective_rank/target rank_difference std knn_top1 probe_top1 grad_norm skipped_steps "
+        "gpu_mem_gib"
+    )
+    assert list(KEYS) == fixed.split() and all(KEYS.values())
