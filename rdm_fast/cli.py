@@ -90,7 +90,9 @@ def _run(command: Callable[[], None], *, debug: bool) -> NoReturn:
     except Exception as error:
         if debug:
             raise
-        _exit_with(UserError(f"{type(error).__name__}: {error}; this is a bug, --debug shows where"))
+        _exit_with(
+            UserError(f"{type(error).__name__}: {error}; this is a bug, --debug shows where")
+        )
     raise SystemExit(0)
 
 

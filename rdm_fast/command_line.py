@@ -130,7 +130,7 @@ def _normalise(argv: Sequence[str], command: type) -> list[str]:
 
 PLAIN_WORDS = {
     r"^Error parsing config(\.\w+)*: ": "",
-    r"^Error parsing (\S+): invalid literal for int\(\) with base 10: ": r"\1 takes a whole number, not ",
+    r"^Error parsing (\S+): invalid literal for int\(\) .*: ": r"\1 takes a whole number, not ",
     r"^Error parsing (\S+): could not convert string to float: ": r"\1 takes a number, not ",
     r"^Unrecognized options: ": "a value too many: ",
 }

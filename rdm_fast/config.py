@@ -12,6 +12,29 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal
 
+from rdm_fast.data_config import (
+    AugmentConfig,
+    DataConfig,
+    DataName,
+    Interpolation,
+    ViewConfig,
+    require,
+    require_probability,
+)
+
+__all__ = [
+    "AugmentConfig",
+    "Config",
+    "DataConfig",
+    "DataName",
+    "FilterConfig",
+    "Interpolation",
+    "LogConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "ViewConfig",
+]
+
 Kind = Literal["poly", "log", "log_1", "log_2"]
 Location = Literal["online", "target"]
 Basis = Literal["own", "online"]
@@ -20,18 +43,7 @@ MethodName = Literal["simsiam", "byol", "symsimsiam"]
 PredictorName = Literal["mlp", "spectral", "none"]
 BackboneName = Literal["resnet8", "resnet18", "resnet34", "resnet50"]
 Stem = Literal["imagenet", "cifar", "cifar_pad2"]
-DataName = Literal["digits", "cifar10", "cifar100", "stl10", "fashion_mnist", "folder", "arrays"]
 Precision = Literal["fp32", "bf16", "fp16"]
-Interpolation = Literal["bilinear", "bicubic"]
-
-
-def _require(condition: bool, message: str) -> None:
-    if not condition:
-        raise ValueError(message)
-
-
-def _probability(flag: str, value: float) -> None:
-    _require(0 <= value <= 1, f"{flag}={value} is not a probability: give a number from 0 to 1")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -41,138 +53,35 @@ class FilterConfig:
     kind: Kind = "poly"
     """g(s): poly is s^sigma, log is log s, log_1 is log(1 + s), log_2 is log(1 + s^2)."""
     location: Location = "online"
-    """Branch that is filtered. RDM wants a rising g on the online one, a falling g on the target."""
+    """Branch that is filtered. RDM wants a rising g on the online one, a falling on the target."""
     sigma: float = 1.0
     """Exponent of kind=poly; 0 filters nothing. The other kinds ignore it."""
     basis: Basis = "own"
     """Whose spectrum filters the target: its own, or the online branch's."""
     cutoff: float = 1e-3
-    """Singular values up to this share of the largest are cut off (never under the input's noise)."""
+    """Singular values up to this share of the largest are cut off, and those of rounding noise."""
     center: bool = False
     """Take the spectrum of the centred projections (covariance) instead of the raw correlation."""
     engine: Engine = "auto"
     """How the filter is computed: auto chooses, reference is the paper's literal SVD."""
 
     def __post_init__(self) -> None:
-        _require(math.isfinite(self.sigma), f"filter.sigma={self.sigma} is not a finite number")
-        _require(
+        require(math.isfinite(self.sigma), f"filter.sigma={self.sigma} is not a finite number")
+        require(
             0 < self.cutoff < 1,
             f"filter.cutoff={self.cutoff} is not a share of the largest singular value: "
             "give a number between 0 and 1, such as 1e-3",
         )
-        _require(
+        require(
             self.basis == "own" or self.location == "target",
             "filter.basis=online concerns the target branch only: "
             "use filter.location=target, or leave filter.basis=own",
         )
-        _require(
+        require(
             not (self.center and self.engine == "reference"),
             "filter.engine=reference is the paper's formulation, which never centres: "
             "leave out filter.center, or use filter.engine=eigh",
         )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DataConfig:
-    """Which images, and how they are read."""
-
-    name: DataName = "digits"
-    """Data set: digits is embedded, folder reads image files, arrays reads one packed .npz file."""
-    root: str = "data"
-    """Folder of the data set, in torchvision's layout; for arrays, the .npz file."""
-    download: bool = False
-    """Fetch the data set into root if it is not there (torchvision sets only)."""
-    loader: Literal["auto", "torch", "resident"] = "auto"
-    """torch decodes in worker processes, resident keeps pixels on the device; auto chooses."""
-    workers: int = 2
-    """Worker processes of the torch loader, on each rank."""
-
-    def __post_init__(self) -> None:
-        _require(self.workers >= 0, f"data.workers={self.workers}: give 0 or more processes")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ViewConfig:
-    """How one random view of an image is drawn. Steps run in the order of these fields."""
-
-    crop_scale: tuple[float, float] = (0.2, 1.0)
-    """Area of the crop as a share of the image, drawn uniformly from this range."""
-    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    """Aspect ratio of the crop, drawn log-uniformly from this range."""
-    rotate: float = 0.0
-    """Largest rotation, in degrees, either way."""
-    shear: float = 0.0
-    """Largest horizontal shear, in degrees, either way."""
-    jitter: float = 0.0
-    """Probability of colour jitter: brightness, contrast, saturation and hue in random order."""
-    brightness: float = 0.4
-    """Brightness factor is drawn from [1 - this, 1 + this]."""
-    contrast: float = 0.4
-    """Contrast factor is drawn from [1 - this, 1 + this]."""
-    saturation: float = 0.4
-    """Saturation factor is drawn from [1 - this, 1 + this]."""
-    hue: float = 0.1
-    """Hue is shifted by a share of the colour circle from [-this, this]."""
-    grey: float = 0.0
-    """Probability of dropping the colour."""
-    blur: float = 0.0
-    """Probability of Gaussian blur."""
-    blur_sigma: tuple[float, float] = (0.1, 2.0)
-    """Standard deviation of the blur, in pixels, drawn uniformly from this range."""
-    solarize: float = 0.0
-    """Probability of inverting all pixels of 128 or more."""
-    flip: float = 0.0
-    """Probability of a horizontal flip."""
-
-    def __post_init__(self) -> None:
-        for name in ("jitter", "grey", "blur", "solarize", "flip"):
-            _probability(f"augment.view.{name}", getattr(self, name))
-        low, high = self.crop_scale
-        _require(
-            0 < low <= high <= 1,
-            f"augment.view.crop_scale={self.crop_scale} is not a range of area shares: "
-            "give two rising numbers in (0, 1]",
-        )
-        low, high = self.crop_ratio
-        _require(0 < low <= high, f"augment.view.crop_ratio={self.crop_ratio} is not a rising range")
-        for name in ("brightness", "contrast", "saturation"):
-            value = getattr(self, name)
-            _require(
-                0 <= value <= 1,
-                f"augment.view.{name}={value}: give a number from 0 (none) to 1",
-            )
-        _require(
-            0 <= self.hue <= 0.5,
-            f"augment.view.hue={self.hue}: give a share of the colour circle from 0 to 0.5",
-        )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class AugmentConfig:
-    """The two views of an image and what they have in common."""
-
-    size: int = 32
-    """Side of a view, in pixels."""
-    interpolation: Interpolation = "bilinear"
-    """How the crop is resized (antialiased)."""
-    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
-    """Mean of each channel, on a scale of 0 to 1, subtracted last. Its length is the channel count."""
-    std: tuple[float, ...] = (0.229, 0.224, 0.225)
-    """Standard deviation of each channel, divided by last."""
-    view1: ViewConfig = field(default_factory=ViewConfig)
-    view2: ViewConfig = field(default_factory=ViewConfig)
-
-    def __post_init__(self) -> None:
-        _require(self.size >= 8, f"augment.size={self.size}: a view has at least 8 pixels a side")
-        _require(
-            len(self.mean) == len(self.std) and len(self.mean) in (1, 3),
-            f"augment.mean has {len(self.mean)} and augment.std {len(self.std)} channels: "
-            "give 1 or 3 numbers to both",
-        )
-
-    @property
-    def channels(self) -> int:
-        return len(self.mean)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -182,7 +91,7 @@ class ModelConfig:
     backbone: BackboneName = "resnet18"
     """torchvision's ResNet-18, 34 or 50, or a small ResNet-8 for CPUs."""
     stem: Stem = "cifar"
-    """First layers: imagenet (7x7, stride 2, max-pool), cifar (3x3), cifar_pad2 (the reference's)."""
+    """First layers: imagenet (7x7, stride 2, max-pool), cifar (3x3), cifar_pad2 (RDM's code)."""
     width: int = 24
     """Channels of the first stage of resnet8; the others have their own widths."""
     zero_init_residual: bool = False
@@ -194,23 +103,23 @@ class ModelConfig:
     projector_dim: int = 2048
     """Width D of a projection."""
     projector_bn: bool = True
-    """End the projector with a batch norm without affine parameters (SimSiam does, BYOL does not)."""
+    """End the projector with a batch norm without affine parameters (SimSiam's, not BYOL's)."""
     predictor_hidden: int = 512
     """Hidden width of the learned predictor, where there is one."""
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             self.projector_layers in (2, 3),
             f"model.projector_layers={self.projector_layers}: a projector has 2 or 3 layers",
         )
-        _require(
+        require(
             self.backbone != "resnet8" or self.stem == "cifar",
             f"model.stem={self.stem} does not exist for model.backbone=resnet8: "
             "use model.stem=cifar, or a larger backbone such as resnet18",
         )
         for name in ("width", "projector_hidden", "projector_dim", "predictor_hidden"):
             value = getattr(self, name)
-            _require(value >= 1, f"model.{name}={value}: give 1 or more channels")
+            require(value >= 1, f"model.{name}={value}: give 1 or more channels")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -253,16 +162,16 @@ class OptimConfig:
     def __post_init__(self) -> None:
         for name in ("epochs", "global_batch", "accumulate"):
             value = getattr(self, name)
-            _require(value >= 1, f"optim.{name}={value}: give 1 or more")
+            require(value >= 1, f"optim.{name}={value}: give 1 or more")
         for name in ("base_lr", "warmup_epochs", "warmup_lr", "final_lr", "weight_decay"):
             value = getattr(self, name)
-            _require(
+            require(
                 math.isfinite(value) and value >= 0,
                 f"optim.{name}={value}: give a number of 0 or more",
             )
         for name in ("momentum", "ema_start", "ema_end"):
-            _probability(f"optim.{name}", getattr(self, name))
-        _require(
+            require_probability(f"optim.{name}", getattr(self, name))
+        require(
             self.warmup_epochs <= self.epochs,
             f"optim.warmup_epochs={self.warmup_epochs} is longer than "
             f"optim.epochs={self.epochs}: lower the first or raise the second",
@@ -299,7 +208,7 @@ class LogConfig:
     every: int = 10
     """Optimizer steps between two lines of metrics, the only moments that wait for the device."""
     knn_every: int = 10
-    """Epochs between two kNN evaluations of the backbone; 0 for none. The last epoch has one too."""
+    """Epochs between two kNN evaluations, besides the one at the end; 0 for none at all."""
     knn_bank: int = 20_000
     """Most training images in the kNN bank, which bounds its memory."""
     save_every: int = 500
@@ -316,9 +225,9 @@ class LogConfig:
     def __post_init__(self) -> None:
         for name in ("every", "save_every", "knn_bank", "max_nonfinite"):
             value = getattr(self, name)
-            _require(value >= 1, f"log.{name}={value}: give 1 or more")
-        _require(self.knn_every >= 0, f"log.knn_every={self.knn_every}: give 0 (never) or more")
-        _require(self.keep >= 2, f"log.keep={self.keep}: at least 2, one may be damaged")
+            require(value >= 1, f"log.{name}={value}: give 1 or more")
+        require(self.knn_every >= 0, f"log.knn_every={self.knn_every}: give 0 (never) or more")
+        require(self.keep >= 2, f"log.keep={self.keep}: at least 2, one may be damaged")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -328,7 +237,7 @@ class Config:
     method: MethodName = "simsiam"
     """simsiam, byol (EMA target), or symsimsiam (symmetric control without predictor)."""
     predictor: PredictorName = "spectral"
-    """What makes predictions from projections: a learned mlp, the spectral filter (RDM), or none."""
+    """What makes predictions from projections: a learned mlp, a spectral filter (RDM), or none."""
     data: DataConfig = field(default_factory=DataConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -347,10 +256,10 @@ class Config:
     """Run folder. The same command on an unfinished one resumes it."""
 
     def __post_init__(self) -> None:
-        _require(
+        require(
             (self.method == "symsimsiam") == (self.predictor == "none"),
             f"method={self.method} with predictor={self.predictor}: symsimsiam has predictor=none, "
             "simsiam and byol have predictor=mlp or predictor=spectral "
             "(spectral with filter.sigma=0 filters nothing)",
         )
-        _require(self.seed >= 0, f"seed={self.seed}: give 0 or more")
+        require(self.seed >= 0, f"seed={self.seed}: give 0 or more")

@@ -85,15 +85,13 @@ def learning_rate(step: int, steps_per_epoch: int, optim: OptimConfig) -> float:
 
     Returns:
         warmup_lr at step 0, rising linearly to optim.lr over warmup_epochs; from there half a
-        cosine, which reaches final_lr at the last step (Loshchilov & Hutter, arXiv:1608.03983).
+        cosine, which would reach final_lr at the step after the last (Loshchilov & Hutter,
+        arXiv:1608.03983), so that no step is spent at a rate of zero.
     """
     warmup = optim.warmup_epochs * steps_per_epoch
-    last = optim.epochs * steps_per_epoch - 1
     if step < warmup:
         return optim.warmup_lr + (optim.lr - optim.warmup_lr) * step / warmup
-    if last <= warmup:
-        return optim.lr
-    progress = (step - warmup) / (last - warmup)
+    progress = (step - warmup) / (optim.epochs * steps_per_epoch - warmup)
     return optim.final_lr + (optim.lr - optim.final_lr) * (1 + math.cos(math.pi * progress)) / 2
 
 

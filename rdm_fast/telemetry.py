@@ -15,11 +15,11 @@ import math
 import os
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Protocol, Self, TypeVar
 
 from rich.console import Console
 from rich.live import Live
@@ -41,6 +41,7 @@ KEYS = {
     "filter_ms": "milliseconds a step in the spectral filter",
     "effective_rank/online": "directions the online projections use, from 1 to D",
     "effective_rank/target": "directions the target's use, after the filter",
+    "effective_rank/projection": "directions the projections use before any filter",
     "rank_difference": "effective rank of the target minus that of the online branch",
     "std": "of the normalised projections times sqrt(D): 1 is spread out, 0 is collapse",
     "knn_top1": "accuracy of a kNN classifier on embeddings, in percent",
@@ -52,6 +53,7 @@ KEYS = {
 
 Value = float | int | str | None
 Metrics = Mapping[str, Value]
+Item = TypeVar("Item")
 
 
 class Writer(Protocol):
@@ -230,6 +232,43 @@ def _optional(module: str, extra: str) -> Any:
             f"--log.{extra} needs a package that is not installed: "
             f'pip install "rdm-fast[{extra}]", or leave --log.{extra} out'
         ) from error
+
+
+# ---- time ------------------------------------------------------------------------------------
+
+
+class Clock:
+    """Time spent in steps and waiting for data, since it was last read."""
+
+    def __init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        """Leave out what was done since the last step, such as an evaluation."""
+        self._start, self._steps, self._waited = time.perf_counter(), 0, 0.0
+
+    def waits(self, batches: Iterable[Item]) -> Iterator[Item]:
+        """The same batches; the time until each arrives counts as waiting."""
+        iterator = iter(batches)
+        while True:
+            before = time.perf_counter()
+            batch = next(iterator, None)
+            if batch is None:
+                return
+            self._waited += time.perf_counter() - before
+            self._steps += 1
+            yield batch
+
+    def read(self, global_batch: int) -> dict[str, float]:
+        """images_per_s and data_wait_s a step; starts over."""
+        steps = max(1, self._steps)
+        seconds = time.perf_counter() - self._start
+        metrics = {
+            "images_per_s": steps * global_batch / seconds,
+            "data_wait_s": self._waited / steps,
+        }
+        self.restart()
+        return metrics
 
 
 # ---- console ---------------------------------------------------------------------------------

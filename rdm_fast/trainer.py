@@ -8,8 +8,6 @@ to go on from a checkpoint exactly where it was left.
 """
 
 import signal
-import time
-from collections.abc import Iterable, Iterator
 from functools import cached_property
 from types import FrameType
 
@@ -19,20 +17,18 @@ import torch.distributed as dist
 from rdm_fast import checkpoint
 from rdm_fast.checkpoint import Snapshot
 from rdm_fast.config import Config
-from rdm_fast.data import ImageSet, build_loader
-from rdm_fast.data.batch import Batch
+from rdm_fast.data import ImageSet, build_loader, load
 from rdm_fast.distributed import all_reduce_max, print0, rank, world_size
 from rdm_fast.environment import describe_environment
-from rdm_fast.errors import InputMissing, Interrupted, NonFinite, OutputFailed
+from rdm_fast.errors import DataError, InputMissing, Interrupted, NonFinite, OutputFailed
 from rdm_fast.evaluation.online import knn_top1
 from rdm_fast.filters import advice
 from rdm_fast.methods import build_method
-from rdm_fast.data.sources import load
 from rdm_fast.run_folder import RunFolder
 from rdm_fast.spectral import choose_engine
 from rdm_fast.spectrum import branch_spectra
 from rdm_fast.step import StepReport, TrainStep
-from rdm_fast.telemetry import Plan, Telemetry
+from rdm_fast.telemetry import Clock, Plan, Telemetry
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 MAX_FAILED_SAVES = 3
@@ -78,6 +74,8 @@ class Trainer:
         """
         self.train_step.settle()
         self.restore()
+        if rank() == 0:
+            self.folder.write_status("running", step=self.step)
         with self._signals(), self._telemetry() as telemetry:
             self._announce()
             clock = Clock()
@@ -162,7 +160,7 @@ class Trainer:
         if self.step:
             print0(f"resumed from step {self.step}")
 
-    def _metrics(self, report: StepReport, clock: "Clock") -> dict[str, float | int]:
+    def _metrics(self, report: StepReport, clock: Clock) -> dict[str, float | int]:
         """The metrics of the last step; the only regular wait for the device."""
         branches = report.branches
         spectra = branch_spectra(
@@ -261,6 +259,11 @@ class Trainer:
                 f"{self.folder.path}: --out must be a folder that all ranks share"
             )
         if path is None:
+            if any(self.folder.checkpoints.glob("step-*")):
+                raise DataError(
+                    f"every checkpoint in {self.folder.checkpoints} is damaged: restore one, or "
+                    "start anew with --overwrite"
+                )
             return
         snapshot = checkpoint.load(path)
         method, optimizer = self.train_step.method, self.train_step.optimizer
@@ -295,7 +298,7 @@ class Trainer:
 
 
 class StopOnSignal:
-    """While it is open, the first signal asks the trainer to stop and a second one stops at once."""
+    """While it is open, the first signal asks the trainer to stop; a second one stops at once."""
 
     def __init__(self, trainer: Trainer) -> None:
         self._trainer = trainer
@@ -310,37 +313,3 @@ class StopOnSignal:
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
-
-
-class Clock:
-    """Time spent in steps and waiting for data, since it was last read."""
-
-    def __init__(self) -> None:
-        self.restart()
-
-    def restart(self) -> None:
-        """Leave out what was done since the last step, such as an evaluation."""
-        self._start, self._steps, self._waited = time.perf_counter(), 0, 0.0
-
-    def waits(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        """The same batches; the time until each arrives counts as waiting."""
-        iterator = iter(batches)
-        while True:
-            before = time.perf_counter()
-            batch = next(iterator, None)
-            if batch is None:
-                return
-            self._waited += time.perf_counter() - before
-            self._steps += 1
-            yield batch
-
-    def read(self, global_batch: int) -> dict[str, float]:
-        """images_per_s and data_wait_s a step; starts over."""
-        steps = max(1, self._steps)
-        seconds = time.perf_counter() - self._start
-        metrics = {
-            "images_per_s": steps * global_batch / seconds,
-            "data_wait_s": self._waited / steps,
-        }
-        self.restart()
-        return metrics

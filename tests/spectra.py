@@ -47,10 +47,22 @@ def spectrum(name: str, n: int) -> Tensor:
     return s * math.sqrt(n)
 
 
-SPECTRA = ["flat", "k^-1/2", "k^-1", "k^-2", "clusters", "rank 1", "rank 8", "rank B-1", "straddling"]
+SPECTRA = [
+    "flat",
+    "k^-1/2",
+    "k^-1",
+    "k^-2",
+    "clusters",
+    "rank 1",
+    "rank 8",
+    "rank B-1",
+    "straddling",
+]
 
 
-def two_views(B: int, D: int, name: str, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+def two_views(
+    B: int, D: int, name: str, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor]:
     """Correlated views: the second has the same spectrum, and rows near the first one's."""
     s = spectrum(name, min(B, D))
     z1 = with_spectrum(B, D, s, seed=0)
@@ -69,7 +81,7 @@ def g(config: FilterConfig, s: Tensor) -> Tensor:
 
 
 def paper_filter(X: Tensor, config: FilterConfig) -> Tensor:
-    """W = V g(S) V^T of a batch by its thin SVD in float64, directions under the cutoff left out."""
+    """W = V g(S) V^T of a batch by its thin SVD in float64, without what is under the cutoff."""
     B, D = X.shape
     wide = X.double()
     if config.center:

@@ -5,6 +5,7 @@ import os
 import random
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -320,8 +321,9 @@ def test_plain_optimizer_values_and_none_come_back(tmp_path: Path) -> None:
     assert dict(optimizer.state[parameter]) == before
 
 
-def test_restoring_leaves_hyper_parameters_and_the_given_tensors_alone() -> None:
-    net, optimizer = build(OptimConfig(optimizer="sgd"))
+@pytest.mark.parametrize("kind", ["sgd", "lars", "adamw"])
+def test_restoring_leaves_hyper_parameters_and_the_given_tensors_alone(kind: Any) -> None:
+    net, optimizer = build(OptimConfig(optimizer=kind))
     train(net, optimizer, 0, 1)
     tensors, plain = checkpoint.flatten_optimizer(optimizer, net.named_parameters())
     tensors = {name: tensor.clone() for name, tensor in tensors.items()}
@@ -332,6 +334,13 @@ def test_restoring_leaves_hyper_parameters_and_the_given_tensors_alone() -> None
     assert optimizer.param_groups[0] is group and group["lr"] == 0.0123
     train(net, optimizer, 1, 2)
     assert all(torch.equal(tensors[name], kept[name]) for name in kept)
+
+
+def test_restoring_forgets_the_state_that_was_there() -> None:
+    net, optimizer = build(OptimConfig(optimizer="sgd"))
+    train(net, optimizer, 0, 1)
+    checkpoint.restore_optimizer(optimizer, net.named_parameters(), {}, {})
+    assert checkpoint.flatten_optimizer(optimizer, net.named_parameters()) == ({}, {})
 
 
 def test_state_of_other_parameters_is_refused_by_name() -> None:

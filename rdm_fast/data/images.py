@@ -192,7 +192,7 @@ def decode(file: Path | io.BytesIO, name: str) -> Pixels:
             width, height = image.size
             if width * height > MAX_PIXELS:
                 raise ValueError(f"{height} x {width} pixels are more than {MAX_PIXELS}")
-            return np.asarray(image.convert("RGB"))
+            return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
     except BAD_IMAGE as error:
         raise DataError(f"{name} cannot be read as an image ({_reason(error)})") from error
 

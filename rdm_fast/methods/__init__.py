@@ -14,7 +14,7 @@ __all__ = ["Branches", "Byol", "Method", "SimSiam", "StepOutput", "SymSimSiam", 
 
 
 def build_method(config: Config) -> Method:
-    """Backbone, heads and method of a run, on the CPU, initialised from torch's global generator."""
+    """Backbone, heads and method of a run, on the CPU, drawn from torch's global generator."""
     backbone, d_embedding = build_backbone(config.model, config.augment.channels)
     head = projector(config.model, d_embedding)
     if config.method == "symsimsiam":

@@ -40,6 +40,8 @@ class Method(nn.Module, ABC):
 
     backbone: nn.Module
     """From views [b, C, H, W] to embeddings [b, d_emb]: what evaluation uses."""
+    projector: nn.Module
+    """From embeddings to projections [b, D]."""
 
     filter: FilterConfig | None = None
     """The spectral filter in place of a learned predictor, if there is one."""

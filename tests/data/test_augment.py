@@ -6,6 +6,7 @@ show that this comparison notices a missing antialias, a missing hue and a wrong
 """
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -103,7 +104,7 @@ def test_batch_and_images_agree_on_one_channel(images: Pixels, view: ViewConfig)
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
 def test_each_step_alone_agrees(
-    images: Pixels, change: dict[str, object], mean: float, most: int
+    images: Pixels, change: dict[str, Any], mean: float, most: int
 ) -> None:
     square = np.ascontiguousarray(images[:, :32, :32])
     p, augment = draw(square, replace(STILL, **change)), AugmentConfig(size=32)

@@ -126,9 +126,7 @@ def test_a_class_unknown_to_train_is_refused(tmp_path: Path) -> None:
 def test_what_is_missing_is_named_with_what_is_there(tmp_path: Path) -> None:
     put(tmp_path, "cats/1.png", "dogs/1.png", "file.png.txt/1.png")
     (tmp_path / "file").write_text("")
-    with pytest.raises(
-        InputMissing, match="looked for a folder train or image files, found cats"
-    ):
+    with pytest.raises(InputMissing, match="looked for a folder train or image files, found cats"):
         load_folder(tmp_path, "train")
     with pytest.raises(InputMissing, match="looked for a folder val or test, found cats"):
         load_folder(tmp_path, "test")

@@ -33,7 +33,7 @@ def test_known_answers_of_random123(counter: str, key: str, expected: str) -> No
     assert [int(word[0]) for word in philox4x32((c0, c1, c2, c3), (k0, k1))] == parse(expected)
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def philox_kernel(out_ptr, offset_ptr, seed, N: tl.constexpr):  # type: ignore[no-untyped-def]
     place = tl.arange(0, N)
     a, b, c, d = tl.randint4x(seed, tl.load(offset_ptr + place))

@@ -1,0 +1,132 @@
+"""The settings of data and augmentation: which images, and how a view of one is drawn.
+
+`rdm_fast.config` holds the others, and puts all of them together.
+"""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+DataName = Literal["digits", "cifar10", "cifar100", "stl10", "fashion_mnist", "folder", "arrays"]
+Interpolation = Literal["bilinear", "bicubic"]
+
+
+def require(condition: bool, message: str) -> None:
+    """Refuse a setting with a sentence that names the flag, what was found, and the way out.
+
+    Raises:
+        ValueError: the condition does not hold.
+    """
+    if not condition:
+        raise ValueError(message)
+
+
+def require_probability(flag: str, value: float) -> None:
+    """Refuse a number outside [0, 1].
+
+    Raises:
+        ValueError: it is.
+    """
+    require(0 <= value <= 1, f"{flag}={value} is not a probability: give a number from 0 to 1")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataConfig:
+    """Which images, and how they are read."""
+
+    name: DataName = "digits"
+    """Data set: digits is embedded, folder reads image files, arrays reads one packed .npz file."""
+    root: str = "data"
+    """Folder of the data set, in torchvision's layout; for arrays, the .npz file."""
+    download: bool = False
+    """Fetch the data set into root if it is not there (torchvision sets only)."""
+    loader: Literal["auto", "torch", "resident"] = "auto"
+    """torch decodes in worker processes, resident keeps pixels on the device; auto chooses."""
+    workers: int = 2
+    """Worker processes of the torch loader, on each rank."""
+
+    def __post_init__(self) -> None:
+        require(self.workers >= 0, f"data.workers={self.workers}: give 0 or more processes")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ViewConfig:
+    """How one random view of an image is drawn. Steps run in the order of these fields."""
+
+    crop_scale: tuple[float, float] = (0.2, 1.0)
+    """Area of the crop as a share of the image, drawn uniformly from this range."""
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    """Aspect ratio of the crop, drawn log-uniformly from this range."""
+    rotate: float = 0.0
+    """Largest rotation, in degrees, either way."""
+    shear: float = 0.0
+    """Largest horizontal shear, in degrees, either way."""
+    jitter: float = 0.0
+    """Probability of colour jitter: brightness, contrast, saturation and hue in random order."""
+    brightness: float = 0.4
+    """Brightness factor is drawn from [1 - this, 1 + this]."""
+    contrast: float = 0.4
+    """Contrast factor is drawn from [1 - this, 1 + this]."""
+    saturation: float = 0.4
+    """Saturation factor is drawn from [1 - this, 1 + this]."""
+    hue: float = 0.1
+    """Hue is shifted by a share of the colour circle from [-this, this]."""
+    grey: float = 0.0
+    """Probability of dropping the colour."""
+    blur: float = 0.0
+    """Probability of Gaussian blur."""
+    blur_sigma: tuple[float, float] = (0.1, 2.0)
+    """Standard deviation of the blur, in pixels, drawn uniformly from this range."""
+    solarize: float = 0.0
+    """Probability of inverting all pixels of 128 or more."""
+    flip: float = 0.0
+    """Probability of a horizontal flip."""
+
+    def __post_init__(self) -> None:
+        for name in ("jitter", "grey", "blur", "solarize", "flip"):
+            require_probability(f"augment.view.{name}", getattr(self, name))
+        low, high = self.crop_scale
+        require(
+            0 < low <= high <= 1,
+            f"augment.view.crop_scale={self.crop_scale} is not a range of area shares: "
+            "give two rising numbers in (0, 1]",
+        )
+        low, high = self.crop_ratio
+        require(0 < low <= high, f"augment.view.crop_ratio={self.crop_ratio} is not a rising range")
+        for name in ("brightness", "contrast", "saturation"):
+            value = getattr(self, name)
+            require(
+                0 <= value <= 1,
+                f"augment.view.{name}={value}: give a number from 0 (none) to 1",
+            )
+        require(
+            0 <= self.hue <= 0.5,
+            f"augment.view.hue={self.hue}: give a share of the colour circle from 0 to 0.5",
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AugmentConfig:
+    """The two views of an image and what they have in common."""
+
+    size: int = 32
+    """Side of a view, in pixels."""
+    interpolation: Interpolation = "bilinear"
+    """How the crop is resized (antialiased)."""
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    """Mean of each channel, from 0 to 1, subtracted last. Its length is the channel count."""
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    """Standard deviation of each channel, divided by last."""
+    view1: ViewConfig = field(default_factory=ViewConfig)
+    view2: ViewConfig = field(default_factory=ViewConfig)
+
+    def __post_init__(self) -> None:
+        require(self.size >= 8, f"augment.size={self.size}: a view has at least 8 pixels a side")
+        require(
+            len(self.mean) == len(self.std) and len(self.mean) in (1, 3),
+            f"augment.mean has {len(self.mean)} and augment.std {len(self.std)} channels: "
+            "give 1 or 3 numbers to both",
+        )
+
+    @property
+    def channels(self) -> int:
+        return len(self.mean)

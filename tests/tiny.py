@@ -1,0 +1,55 @@
+"""A run small enough to be repeated many times: digits, a narrow ResNet-8, four steps an epoch."""
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from rdm_fast.config import Config, LogConfig, ModelConfig
+from rdm_fast.data import Batch
+from rdm_fast.recipes import RECIPES
+
+METHODS = [
+    "digits_simsiam",
+    "digits_byol",
+    "digits_symsimsiam",
+    "digits_rdm_simsiam",
+    "digits_rdm_byol",
+]
+
+
+def tiny(name: str = "digits_rdm_simsiam", **optim: object) -> Config:
+    """The recipe with a model of a few thousand weights and two epochs of four steps."""
+    config = RECIPES[name]()
+    model = ModelConfig(
+        backbone="resnet8", width=4, projector_hidden=16, projector_dim=24, predictor_hidden=8
+    )
+    settings: dict[str, object] = {"epochs": 2, "global_batch": 336, "warmup_epochs": 1.0}
+    return replace(
+        config,
+        model=replace(model, projector_bn=config.model.projector_bn),
+        optim=replace(config.optim, **(settings | optim)),
+        log=LogConfig(every=2, knn_every=0, save_every=2),
+    )
+
+
+def command(config_flags: str = "", recipe: str = "digits_rdm_simsiam") -> list[str]:
+    """The same run as words for train.py."""
+    flags = (
+        "--model.width 4 --model.projector-hidden 16 --model.projector-dim 24 "
+        "--model.predictor-hidden 8 --optim.epochs 2 --optim.warmup-epochs 1 "
+        "--optim.global-batch 336 --log.every 2 --log.knn-every 0 --log.save-every 2 "
+    )
+    return [recipe, *flags.split(), *config_flags.split()]
+
+
+def batch(rows: int, seed: int = 0, size: int = 8) -> Batch:
+    """Two views of noise that share most of it."""
+    generator = torch.Generator().manual_seed(seed)
+    image, *noise = torch.randn(3, rows, 1, size, size, generator=generator)
+    return Batch(
+        view1=image + 0.3 * noise[0],
+        view2=image + 0.3 * noise[1],
+        labels=torch.zeros(rows, dtype=torch.int64),
+        indices=torch.from_numpy(np.arange(rows)),
+    )
