@@ -78,6 +78,8 @@ class Trainer:
             self.folder.write_status("running", step=self.step)
         with self._signals(), self._telemetry() as telemetry:
             self._announce()
+            if self.step == 0 and self.config.log.knn_every:
+                self._evaluate(telemetry)  # what random weights are worth
             clock = Clock()
             for epoch in range(self.step // self.loader.steps_per_epoch, self.config.optim.epochs):
                 start = self.step % self.loader.steps_per_epoch

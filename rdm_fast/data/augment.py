@@ -317,9 +317,9 @@ def turn_hue(x: Tensor, share: Tensor) -> Tensor:
     hue = hue.sub_(hue.floor()).mul_(255).floor_()
     saturation = (chroma * 255).div_(value.clamp_min(1)).floor_()
     hue = (hue + (share[:, 0] * 255).trunc()).remainder_(256).mul_(6 / 255)
-    depth = (saturation * value).div_(255)
-    out = torch.empty_like(x)
-    for channel, phase in enumerate((5, 3, 1)):
-        k = (hue + phase).remainder_(6)
-        out[:, channel] = value - depth * torch.minimum(k, 4 - k).clamp_(0, 1)
-    return _round(out)
+    depth = saturation.mul_(value).div_(255)
+    # how much of each primary a pure colour holds: trapezoids round the circle of 6
+    pure = ((hue - 3).abs_() - 1, 2 - (hue - 2).abs_(), 2 - (hue - 4).abs_())
+    return _round(
+        torch.stack([(part.clamp_(0, 1) - 1).mul_(depth).add_(value) for part in pure], dim=1)
+    )
