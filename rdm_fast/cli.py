@@ -27,7 +27,6 @@ from rdm_fast.command_line import (
 )
 from rdm_fast.config import Config
 from rdm_fast.errors import Interrupted, UsageError, UserError
-from rdm_fast.evaluation.protocols import PROTOCOLS
 
 if TYPE_CHECKING:
     from rdm_fast.run_folder import RunFolder
@@ -187,7 +186,7 @@ def _evaluate(command: EvaluateCommand) -> None:
     try:
         evaluate_checkpoint(
             path,
-            PROTOCOLS[command.protocol],
+            command.protocol,
             device=device,
             data_root=command.data_root,
             batch=command.batch,

@@ -35,7 +35,9 @@ ALIASES = {
     "--momentum": "--optim.momentum",
     "--workers": "--data.workers",
 }
-"""The paper's own flags, and names that SimSiam, MoCo and torchvision share. Batch is global."""
+"""The paper's own flags, and names that SimSiam, MoCo and torchvision share. Batch is global.
+
+A command knows those of its own flags only."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,8 +63,8 @@ class EvaluateCommand:
 
     checkpoint: tyro.conf.Positional[str]
     """A run folder (its newest checkpoint), or one step folder inside its checkpoints."""
-    protocol: str = "closed-form"
-    """Linear probe on frozen features: closed-form, or one of the reference's protocols."""
+    protocol: str = "auto"
+    """Linear probe on frozen features: closed-form, one of the reference's, or auto."""
     data_root: str | None = None
     """Where the data set is now, if not where the run found it."""
     batch: int = 256
@@ -75,8 +77,8 @@ class EvaluateCommand:
     """Show the traceback of an error."""
 
     def __post_init__(self) -> None:
-        if self.protocol not in PROTOCOLS:
-            raise ValueError(f"protocol={self.protocol} is unknown: use {_or(PROTOCOLS)}")
+        if self.protocol != "auto" and self.protocol not in PROTOCOLS:
+            raise ValueError(f"protocol={self.protocol} is unknown: use auto, {_or(PROTOCOLS)}")
         if self.device not in ("auto", "cpu", "cuda"):
             raise ValueError(f"device={self.device} is unknown: use auto, cpu or cuda")
         if self.batch < 1:
@@ -89,7 +91,7 @@ def _or(names: Any) -> str:
 
 
 def _nearest(word: str, known: Sequence[str]) -> str:
-    found = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    found = difflib.get_close_matches(word.lower(), known, n=1, cutoff=0.5)
     return f"did you mean {found[0]}? (--help lists all)" if found else "--help lists all"
 
 
@@ -97,6 +99,8 @@ def flags(command: type, prefix: str = "--") -> list[str]:
     """Every flag of a command, as it is written on a command line."""
     names: list[str] = []
     for field in fields(command):
+        if field.type is tyro.conf.Positional[str]:
+            continue
         kind = Config if field.name == "config" else field.type
         name = prefix + field.name.replace("_", "-")
         if is_dataclass(kind) and isinstance(kind, type):
@@ -115,23 +119,33 @@ def _normalise(argv: Sequence[str], command: type) -> list[str]:
     Raises:
         UsageError: a flag that no field has.
     """
-    known = [*flags(command), *ALIASES, "--help"]
+    own = flags(command)
+    aliases = {alias: flag for alias, flag in ALIASES.items() if flag in own}
+    known = [*own, *aliases, "--help"]
     words: list[str] = []
     for word in argv:
-        if re.match(r"--[a-z]", word):
+        if re.match(r"--?[A-Za-z]", word):
             flag, equals, value = word.partition("=")
             flag = flag.replace("_", "-")
-            if flag not in known:
+            if flag not in (*known, "-h"):
                 raise UsageError(f"unknown flag {flag}: {_nearest(flag, known)}")
-            word = ALIASES.get(flag, flag) + equals + value
+            word = aliases.get(flag, flag) + equals + value
         words.append(word)
     return words
 
 
 PLAIN_WORDS = {
-    r"^Error parsing config(\.\w+)*: ": "",
+    r"^Error parsing config\.augment\.(view[12]): augment\.view\.": r"augment.\1.",
+    r"^Error parsing \w[\w.]*: ": "",
     r"^Error parsing (\S+): invalid literal for int\(\) .*: ": r"\1 takes a whole number, not ",
     r"^Error parsing (\S+): could not convert string to float: ": r"\1 takes a number, not ",
+    r"^Error parsing (\S+): Could not parse arguments (\[.*\]) .*": r"\1 takes numbers, not \2",
+    r"^Missing value for argument '(\S+)'\. Expected 1 values\.": r"\1 needs a value",
+    r"^Missing value for argument '(\S+)'\. Expected (\d+) values\.": r"\1 needs \2 values",
+    r"^Missing from .*": "name a run folder, or a step folder inside its checkpoints",
+    r"^invalid choice (.*) for argument '(\S+)'\. Expected one of \((.*)\)\.": (
+        r"\2 cannot be \1: use one of \3"
+    ),
     r"^Unrecognized options: ": "a value too many: ",
 }
 
@@ -178,27 +192,30 @@ def parse_train(argv: Sequence[str], prog: str = "train.py") -> TrainCommand:
         UsageError: an unknown recipe or flag, a bad value, or an impossible combination.
     """
     words = _normalise(argv, TrainCommand)
-    name = DEFAULT
-    if words and not words[0].startswith("-"):
-        name = words.pop(0)
+    named = [words.pop(0)] if words and not words[0].startswith("-") else []
+    for name in named or [DEFAULT]:
         if name not in RECIPES:
             raise UsageError(f"unknown recipe {name}: {_nearest(name, list(RECIPES))}")
     recipes = "\n".join(f"  {key}: {(make.__doc__ or '')}" for key, make in RECIPES.items())
+    short = "\n".join(f"  {alias}: {flag}" for alias, flag in ALIASES.items())
     command = _parse(
         TrainCommand,
         words,
         f"{prog} [RECIPE]",
         default=TrainCommand(config=recipe(name)),
-        description=f"Train RECIPE ({name} here), changing single fields.\n\nRecipes:\n{recipes}",
+        description=f"Train RECIPE ({name} here), changing single fields.\n\nRecipes:\n{recipes}"
+        f"\n\nShort names:\n{short}",
     )
-    if command.resume is not None and any(
-        word.partition("=")[0] in flags(Config) for word in words if word.startswith("--")
-    ):
+    if command.resume is None:
+        check_ranks(command.config)
+        return command
+    alone = {"--resume", "--print-config", "--debug"}
+    given = {word.partition("=")[0] for word in words if word.startswith("--")} - alone
+    if given or named:
         raise UsageError(
-            "--resume takes the configuration from the run folder: leave the other flags out, "
-            "or give the recipe and --out instead of --resume"
+            "--resume takes the configuration from the run folder and goes on with it: leave out "
+            f"{', '.join([*named, *sorted(given)])}, or give recipe and --out instead of --resume"
         )
-    check_ranks(command.config)
     return command
 
 

@@ -3,6 +3,7 @@
 `rdm_fast.config` holds the others, and puts all of them together.
 """
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -90,8 +91,18 @@ class ViewConfig:
             f"augment.view.crop_scale={self.crop_scale} is not a range of area shares: "
             "give two rising numbers in (0, 1]",
         )
-        low, high = self.crop_ratio
-        require(0 < low <= high, f"augment.view.crop_ratio={self.crop_ratio} is not a rising range")
+        for name in ("crop_ratio", "blur_sigma"):
+            low, high = getattr(self, name)
+            require(
+                0 < low <= high < math.inf,
+                f"augment.view.{name}={(low, high)}: give two rising numbers above 0",
+            )
+        require(
+            0 <= self.rotate <= 180, f"augment.view.rotate={self.rotate}: give 0 to 180 degrees"
+        )
+        require(
+            0 <= self.shear < 90, f"augment.view.shear={self.shear}: give 0 to less than 90 degrees"
+        )
         for name in ("brightness", "contrast", "saturation"):
             value = getattr(self, name)
             require(
@@ -125,6 +136,11 @@ class AugmentConfig:
             len(self.mean) == len(self.std) and len(self.mean) in (1, 3),
             f"augment.mean has {len(self.mean)} and augment.std {len(self.std)} channels: "
             "give 1 or 3 numbers to both",
+        )
+        require(
+            all(math.isfinite(m) for m in self.mean) and all(0 < s < math.inf for s in self.std),
+            f"augment.mean={self.mean} and augment.std={self.std}: give finite means and "
+            "standard deviations above 0",
         )
 
     @property

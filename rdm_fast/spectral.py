@@ -1,10 +1,10 @@
 """From projections to the filtered loss: which side, which engine, and the loss itself.
 
-The filter of a global batch X [B, D] acts on the smaller of two Gram matrices: X X^T [B, B]
-("samples") or X^T X [D, D] ("features"). The eigh engine forms it and solves it in float64:
-squaring the singular values costs half the digits, and float32 has not enough for a cutoff of
-1e-3. No predictor matrix is formed on the sample side; loss and gradient come from inner
-products alone (`rdm_kernels.filtered_cosine`).
+The filter of a global batch X = U S V^T [B, D] needs V and S. The eigh engine takes them from the
+smaller of two Gram matrices, X X^T = U S^2 U^T [B, B] ("samples") or X^T X = V S^2 V^T [D, D]
+("features"), formed and solved in float64: squaring the singular values costs half the digits,
+and float32 has not enough for a cutoff of 1e-3. On the sample side V = X^T U / S is never formed;
+loss and gradient are made of inner products (`rdm_kernels.filtered_cosine`).
 
 Filters are detached, as in the paper's code: the gradient flows through the rows, not through W.
 """
@@ -21,27 +21,24 @@ from rdm_fast.config import FilterConfig
 from rdm_fast.distributed import gather_rows, local_rows
 from rdm_fast.errors import Unavailable
 from rdm_fast.filters import advice, cutoff, response
-from rdm_kernels import filtered_cosine_features, filtered_cosine_samples
+from rdm_kernels import filtered_cosine
 
 WIDE = torch.float64  # squared singular values are accurate to 1e-16 s_max^2
 
 
 @dataclass(frozen=True)
 class Decomposition:
-    """Spectrum of a batch X = U S V^T on its smaller side, and the filter's response on it."""
+    """Spectrum of a batch X = U S V^T from its smaller side, and the filter's response on it."""
 
     s: Tensor  # singular values, [v, n] float64, ascending
     g: Tensor  # response, [v, n] float64; 0 where cut off, NaN where X is not finite
     vectors: Tensor  # [v, n, n] float64: columns of U on the sample side, of V on the feature side
 
-    def function(self, values: Tensor) -> Tensor:
-        """U diag(values) U^T, [v, n, n] (V on the feature side)."""
-        return (self.vectors * values[:, None, :]) @ self.vectors.mT
-
     @property
-    def g_over_s2(self) -> Tensor:
-        """The response of h: g(s) / s^2, [v, n]; 0 where cut off."""
-        return self.g / self.s.square().where(self.g != 0, 1)
+    def U_over_S(self) -> Tensor:
+        """On the sample side, [v, B, n]: V = X^T (U / S). Zero where cut off."""
+        inverse = (self.g != 0) / self.s.where(self.g != 0, 1)
+        return self.vectors * inverse[:, None, :]
 
 
 def uses_samples(B: int, D: int) -> bool:
@@ -80,52 +77,60 @@ def decompose(G: Tensor, X: Tensor, config: FilterConfig) -> Decomposition:
 
 
 @torch.no_grad()
-def filter_matrix(X: Tensor, config: FilterConfig) -> Tensor:
-    """W = V g(S) V^T of a global batch, [v, D, D] float64, for X [v, B, D]."""
-    centred = X.to(WIDE) - X.to(WIDE).mean(dim=1, keepdim=True) if config.center else X.to(WIDE)
-    spectrum = decompose(gram(centred), X, config)
-    if not uses_samples(*X.shape[1:]):
-        return spectrum.function(spectrum.g)
-    return centred.mT @ spectrum.function(spectrum.g_over_s2) @ centred
+def right_vectors(X: Tensor, config: FilterConfig) -> tuple[Tensor, Tensor]:
+    """V [v, D, n] and the response g [v, n] of a global batch X [v, B, D], float64.
+
+    Columns of directions that are cut off are zero on the sample side; their g is zero anyway.
+    """
+    wide = X.to(WIDE)
+    wide = wide - wide.mean(dim=1, keepdim=True) if config.center else wide
+    spectrum = decompose(gram(wide), X, config)
+    if uses_samples(*X.shape[1:]):
+        return wide.mT @ spectrum.U_over_S, spectrum.g
+    return spectrum.vectors, spectrum.g
 
 
 # ---- the loss --------------------------------------------------------------------------------
 
 
-def _samples(p: Tensor, target: Tensor, P: Tensor, Z: Tensor, config: FilterConfig) -> Tensor:
-    """Loss of each view with the Gram matrix of the samples."""
-    own = config.location == "target" and config.basis == "own"
-    X = Z if own else P  # filtered rows are combinations of these
-    other = target if config.location == "online" else p
-    rows = local_rows(p.shape[1])
+def _samples(p: Tensor, z: Tensor, P: Tensor, Z: Tensor, config: FilterConfig) -> Tensor:
+    """Loss of each view by the Gram matrix of the samples X of the branch that gives the basis."""
+    own_target = config.location == "target" and config.basis == "own"
+    X, x, other = (Z, z, p) if own_target else (P, p, z)
+    rows = local_rows(x.shape[1])
     G = gram(X)
     spectrum = decompose(centre_samples(G) if config.center else G, X, config)
-    h = spectrum.function(spectrum.g_over_s2)
-    if config.basis == "online":  # t = Z W(P) = (Z P^T) h P
-        E = target.to(WIDE) @ P.to(WIDE).mT @ h
-    elif config.center:  # W is made of centred rows but acts on raw ones
-        E = G[:, rows] @ h
+    U_over_S = spectrum.U_over_S
+    if config.center:  # the basis is of centred rows, the rows in it are not
+        xV = G[:, rows] @ U_over_S
     else:
-        E = spectrum.function(spectrum.g)[:, rows]
-    return filtered_cosine_samples(p, other, X, E, G, h if config.location == "online" else None)
+        xV = spectrum.vectors[:, rows] * spectrum.s[:, None, :]
+    otherV = (other.to(WIDE) @ X.to(WIDE).mT) @ U_over_S
+    pV, zV = (otherV, xV) if own_target else (xV, otherV)
+    online = config.location == "online"
+    norm = (z if online else p).to(WIDE).norm(dim=-1)
+    return filtered_cosine(p, norm, pV, zV, spectrum.g, U_over_S, X, online=online)
 
 
-def _features(p: Tensor, target: Tensor, P: Tensor, Z: Tensor, config: FilterConfig) -> Tensor:
-    """Loss of each view with the filter matrix itself."""
-    own = config.location == "target" and config.basis == "own"
-    W = filter_matrix(Z if own else P, config)
-    return filtered_cosine_features(p, target, W, config.location == "online")
+def _features(p: Tensor, z: Tensor, P: Tensor, Z: Tensor, config: FilterConfig) -> Tensor:
+    """Loss of each view by the Gram matrix of the features."""
+    own_target = config.location == "target" and config.basis == "own"
+    V, g = right_vectors(Z if own_target else P, config)
+    pV, zV = p.to(WIDE) @ V, z.to(WIDE) @ V
+    online = config.location == "online"
+    norm = (z if online else p).to(WIDE).norm(dim=-1)
+    return filtered_cosine(p, norm, pV, zV, g, V, None, online=online)
 
 
-def _reference(p: Tensor, target: Tensor, P: Tensor, Z: Tensor, config: FilterConfig) -> Tensor:
+def _reference(p: Tensor, z: Tensor, P: Tensor, Z: Tensor, config: FilterConfig) -> Tensor:
     """The paper's formulation: thin SVD in float32, no cutoff, autograd through the rows."""
-    own = config.location == "target" and config.basis == "own"
+    own_target = config.location == "target" and config.basis == "own"
     with torch.no_grad():
-        X = Z if own else P
+        X = Z if own_target else P
         _, s, Vh = torch.linalg.svd(X.to(torch.promote_types(X.dtype, torch.float32)), False)
         g = response(config, s, torch.full_like(s[:, :1], -1.0))
         W = (Vh.mT * g[:, None, :]) @ Vh
-    y, t = p.to(W.dtype), target.to(W.dtype)
+    y, t = p.to(W.dtype), z.to(W.dtype)
     y, t = (y @ W, t) if config.location == "online" else (y, t @ W)
     return -F.cosine_similarity(y, t, dim=-1).mean(dim=-1)
 
@@ -233,8 +238,8 @@ class SpectralPredictor(nn.Module):
     def forward(self, z: Tensor) -> Tensor:
         """z: this rank's projections, [b, D]. Returns predictions, [b, D] in z's dtype."""
         with torch.autocast(z.device.type, enabled=False):
-            W = filter_matrix(gather_rows(z[None]), self.config)[0]
-            return (z.to(WIDE) @ W).to(z.dtype)
+            V, g = right_vectors(gather_rows(z[None]), self.config)
+            return (((z.to(WIDE) @ V[0]) * g[0]) @ V[0].mT).to(z.dtype)
 
     def extra_repr(self) -> str:
         return f"{self.config.kind}, sigma={self.config.sigma:g}, {self.config.location}"

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rdm_fast.config import FilterConfig
 from rdm_fast.distributed import gather_rows
-from rdm_fast.spectral import decompose, filter_matrix, gram
+from rdm_fast.spectral import decompose, gram, right_vectors
 
 
 def eigenvalues(z: Tensor) -> Tensor:
@@ -81,8 +81,8 @@ def filtered_eigenvalues(z: Tensor, config: FilterConfig, basis: Tensor | None =
     if basis is None and not config.center:
         spectrum = decompose(gram(z[None]), z[None], config)
         return (spectrum.s * spectrum.g)[0].square() / z.shape[0]
-    W = filter_matrix((z if basis is None else basis)[None], config)[0]
-    return eigenvalues(z.to(torch.float64) @ W)
+    V, g = right_vectors((z if basis is None else basis)[None], config)
+    return eigenvalues((z.to(torch.float64) @ V[0]) * g[0])  # V^T after it turns, and no more
 
 
 def channel_std(z: Tensor) -> Tensor:

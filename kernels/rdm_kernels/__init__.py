@@ -4,7 +4,7 @@ Each op is defined by a plain PyTorch body, which runs anywhere; Triton register
 op's CUDA kernel where there is one, so callers never choose. kernels/README.md has the contracts.
 """
 
-from rdm_kernels.filtered_cosine import filtered_cosine_features, filtered_cosine_samples
+from rdm_kernels.filtered_cosine import filtered_cosine
 from rdm_kernels.neg_cosine import neg_cosine
 
-__all__ = ["filtered_cosine_features", "filtered_cosine_samples", "neg_cosine"]
+__all__ = ["filtered_cosine", "neg_cosine"]

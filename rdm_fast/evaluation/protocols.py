@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+from rdm_fast.config import DataName
 from rdm_fast.errors import UsageError
 
 Solver = Literal["sgd", "lars", "closed-form"]
@@ -102,15 +103,22 @@ PROTOCOLS: dict[str, Protocol] = {
         ),
     )
 }
-"""Every named protocol; the first one is the default."""
+"""Every named protocol."""
 
 
-def find_protocol(name: str) -> Protocol:
+def find_protocol(name: str, data: DataName) -> Protocol:
     """The protocol of that name.
+
+    Args:
+        name: one of PROTOCOLS, or auto: the reference's for CIFAR where images are small, the
+            closed form for image folders, since it has no learning rate that could not fit.
+        data: the data set that is evaluated.
 
     Raises:
         UsageError: there is none; the message names those there are.
     """
+    if name == "auto":
+        name = "closed-form" if data == "folder" else "reference-cifar"
     if name not in PROTOCOLS:
         raise UsageError(
             f"--protocol {name} is not a protocol: choose one of {', '.join(PROTOCOLS)}"

@@ -16,7 +16,7 @@ from rdm_fast.distributed import print0, rank, world_size
 from rdm_fast.errors import DataError, InputMissing
 from rdm_fast.evaluation.evaluate import Result, evaluate
 from rdm_fast.evaluation.features import cached_features, extract
-from rdm_fast.evaluation.protocols import Protocol
+from rdm_fast.evaluation.protocols import find_protocol
 from rdm_fast.methods import Method, build_method
 from rdm_fast.run_folder import read_config
 from rdm_fast.spectrum import effective_rank, eigenvalues
@@ -45,7 +45,7 @@ def find_checkpoint(path: Path) -> Path:
 
 def evaluate_checkpoint(
     path: Path,
-    protocol: Protocol,
+    protocol: str,
     *,
     device: torch.device,
     data_root: str | None = None,
@@ -56,7 +56,7 @@ def evaluate_checkpoint(
 
     Args:
         path: a step folder inside a run folder.
-        protocol: how to probe.
+        protocol: how to probe, as `find_protocol` takes it.
         device: where the backbone runs.
         data_root: where the data set is, if it has moved.
         batch: images of one forward pass on each rank.
@@ -72,6 +72,7 @@ def evaluate_checkpoint(
     config = read_config(run)
     if data_root is not None:
         config = replace(config, data=replace(config.data, root=data_root))
+    chosen = find_protocol(protocol, config.data.name)
     method = _load_method(path, config).to(device)
     train, test = _labelled(load(config.data, "train")), _labelled(load(config.data, "test"))
     embedded = [
@@ -92,12 +93,11 @@ def evaluate_checkpoint(
         train_labels,
         test_features,
         test_labels,
-        protocol,
+        chosen,
         classes=len(train.classes),
         seed=seed,
     )
-    directions = float(effective_rank(eigenvalues(projections)))
-    _report(result, directions, path, run)
+    _report(result, eigenvalues(projections), path, run)
     return result
 
 
@@ -165,9 +165,12 @@ def _embed(
     return cached_features(file, key, compute)
 
 
-def _report(result: Result, directions: float, path: Path, run: Path) -> None:
+def _report(result: Result, spectrum: torch.Tensor, path: Path, run: Path) -> None:
+    """Print the result and save it, with the eigenvalues of the test images' projections."""
+    directions = float(effective_rank(spectrum))
     file = run / FOLDER / f"{path.name}-{result.protocol}.json"
-    plain = {**asdict(result), "effective_rank": directions}
+    descending = spectrum.flip(0).tolist()
+    plain = {**asdict(result), "effective_rank": directions, "eigenvalues": descending}
     durable.replace(file, json.dumps(plain, indent=1) + "\n")
     lines = [
         f"{result.test_images} test images of {result.classes} classes, protocol {result.protocol}",

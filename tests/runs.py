@@ -1,0 +1,152 @@
+"""Whole runs for tests: stopped, resumed, disturbed, and what is compared between them."""
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rdm_fast import checkpoint
+from rdm_fast.config import Config
+from rdm_fast.data import Batch
+from rdm_fast.distributed import rank
+from rdm_fast.errors import Interrupted
+from rdm_fast.run_folder import RunFolder
+from rdm_fast.step import StepReport, TrainStep
+from rdm_fast.trainer import Trainer
+
+CPU = torch.device("cpu")
+TIMING = ("images_per_s", "data_wait_s")
+SAFETY = 10.0
+"""Of a tolerance that is the largest of a few measured deviations."""
+
+
+class Hooked:
+    """A train step that calls `before(batch, number)` and `after(report, number)` around itself."""
+
+    def __init__(
+        self,
+        step: TrainStep,
+        before: Callable[[Batch, int], object] = lambda *_: None,
+        after: Callable[[StepReport, int], object] = lambda *_: None,
+    ) -> None:
+        self._step, self._before, self._after = step, before, after
+
+    def __call__(self, batch: Batch, number: int) -> StepReport:
+        self._before(batch, number)
+        report = self._step(batch, number)
+        self._after(report, number)
+        return report
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._step, name)
+
+
+def with_log(config: Config, **log: Any) -> Config:
+    return replace(config, log=replace(config.log, **log))
+
+
+def run(path: Path, config: Config, prepare: Callable[[Trainer], object] = lambda _: None) -> None:
+    """Train from where the folder stands, as one process (or one rank) would."""
+    with RunFolder.open(str(path), config, overwrite=False, rank=rank()) as folder:
+        trainer = Trainer(config, folder, CPU)
+        prepare(trainer)
+        trainer.fit()
+
+
+def run_with_stops(path: Path, config: Config, stops: Sequence[int]) -> None:
+    """Stop after each of these steps, go on with a new trainer each time, train to the end."""
+    for stop in stops:
+
+        def prepare(trainer: Trainer, stop: int = stop) -> None:
+            def after(_: StepReport, number: int) -> None:
+                if number + 1 == stop:
+                    trainer.ask_to_stop()
+
+            trainer.train_step = Hooked(trainer.train_step, after=after)  # type: ignore[assignment]
+
+        with pytest.raises(Interrupted, match=f"after step {stop} of"):
+            run(path, config, prepare)
+    run(path, config)
+
+
+# ---- what is compared ------------------------------------------------------------------------
+
+
+def metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl but for the environment's, without what is measured in time."""
+    lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    return [
+        {key: value for key, value in line.items() if key not in TIMING}
+        for line in lines
+        if "environment" not in line
+    ]
+
+
+def newest(path: Path) -> Path:
+    found = checkpoint.newest(path / "checkpoints", pytest.fail)
+    assert found is not None
+    return found
+
+
+def final_state(path: Path) -> dict[str, str]:
+    """Every tensor of the newest checkpoint as a digest of its bits, and every plain value."""
+    snapshot = checkpoint.load(newest(path))
+    values = {"step": str(snapshot.step), **{k: repr(v) for k, v in snapshot.state.items()}}
+    for group in ("model", "optim", "extra"):
+        for name, tensor in getattr(snapshot, group).items():
+            bits = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+            values[f"{group}:{name}"] = f"{tensor.dtype} {hashlib.sha256(bits).hexdigest()[:16]}"
+    return values
+
+
+def losses(path: Path) -> list[float]:
+    return [line["loss"] for line in metrics(path) if "loss" in line]
+
+
+# ---- how far rounding alone carries a run ----------------------------------------------------
+
+
+def nudge(trainer: Trainer, seed: int) -> None:
+    """Move every weight to one of its two neighbours in float32, before every step."""
+    generator = torch.Generator().manual_seed(seed)
+
+    @torch.no_grad()
+    def before(*_: object) -> None:
+        for weight in trainer.train_step.method.parameters():
+            up = torch.randint(2, weight.shape, generator=generator) * 2 - 1
+            weight.copy_(torch.nextafter(weight, up * torch.full_like(weight, math.inf)))
+
+    trainer.train_step = Hooked(trainer.train_step, before=before)  # type: ignore[assignment]
+
+
+def rounding_band(path: Path, config: Config, seeds: int = 4) -> list[tuple[float, float]]:
+    """(loss, tolerance) of every logged step of a run on one rank.
+
+    Training amplifies rounding, so no fixed tolerance fits both the first step and the last. The
+    same run is repeated with every weight moved by one unit in the last place before every step;
+    up to each step, the largest deviation of its losses, times SAFETY, is what a sum in another
+    order may make of them.
+    """
+    run(path / "exact", config)
+    exact = losses(path / "exact")
+    worst = [torch.finfo(torch.float32).eps] * len(exact)
+    for seed in range(seeds):
+        run(path / f"nudged-{seed}", config, lambda trainer, seed=seed: nudge(trainer, seed))
+        for k, loss in enumerate(losses(path / f"nudged-{seed}")):
+            worst[k] = max(worst[k], abs(loss - exact[k]), worst[k - 1] if k else 0.0)
+    return [(loss, SAFETY * deviation) for loss, deviation in zip(exact, worst, strict=True)]
+
+
+def outside(found: Sequence[float], band: Sequence[tuple[float, float]]) -> list[str]:
+    """The steps, from 1, whose loss differs by more than its tolerance."""
+    return [
+        f"step {k}: {loss} instead of {exact} within {tolerance:.1e}"
+        for k, (loss, (exact, tolerance)) in enumerate(zip(found, band, strict=True), start=1)
+        if not abs(loss - exact) <= tolerance
+    ]
