@@ -46,10 +46,18 @@ def uses_samples(B: int, D: int) -> bool:
     return B <= D
 
 
+def exact(X: Tensor) -> Tensor:
+    """X in a dtype that holds products of its elements exactly: float32 for 16 bits, else float64.
+
+    What is left is the rounding of sums, so a Gram matrix has the accuracy of that dtype.
+    """
+    return X.to(torch.float32 if X.dtype.itemsize == 2 else WIDE)
+
+
 def gram(X: Tensor) -> Tensor:
     """X X^T or X^T X, whichever is smaller, [v, n, n] float64, for X [v, B, D]."""
-    X = X.to(WIDE)
-    return X @ X.mT if uses_samples(*X.shape[1:]) else X.mT @ X
+    X = exact(X)
+    return (X @ X.mT if uses_samples(*X.shape[1:]) else X.mT @ X).to(WIDE)
 
 
 def centre_samples(G: Tensor) -> Tensor:
@@ -105,7 +113,7 @@ def _samples(p: Tensor, z: Tensor, P: Tensor, Z: Tensor, config: FilterConfig) -
         xV = G[:, rows] @ U_over_S
     else:
         xV = spectrum.vectors[:, rows] * spectrum.s[:, None, :]
-    otherV = (other.to(WIDE) @ X.to(WIDE).mT) @ U_over_S
+    otherV = (exact(other) @ exact(X).mT).to(WIDE) @ U_over_S
     pV, zV = (otherV, xV) if own_target else (xV, otherV)
     online = config.location == "online"
     norm = (z if online else p).to(WIDE).norm(dim=-1)

@@ -53,7 +53,7 @@ def test_loss_and_gradient_equal_the_paper_in_float64(
     config: FilterConfig, shape: tuple[int, int], spectrum: str
 ) -> None:
     """float32 rounds a gradient to 6e-8 of itself; eigenvalues are solved in float64. A batch of
-    rank 1 has no gradient at all, so rounding is also allowed 1e-7 of a cosine's, 1 / 2B|z_i|."""
+    rank 1 has no gradient at all, so a few roundings are allowed too, in the unit of a cosine's gradient, 1 / 2B|z_i|."""
     z1, z2 = two_views(*shape, spectrum)
     loss, *grads = gradients(z1, z2, config)
     expected, *expected_grads = paper_loss(z1, z2, config)
@@ -61,7 +61,7 @@ def test_loss_and_gradient_equal_the_paper_in_float64(
     for grad, expected_grad, z in zip(grads, expected_grads, (z1, z2), strict=True):
         unit = (1 / (2 * len(z) * z.double().norm(dim=1))).norm()
         error = (grad.double() - expected_grad).norm()
-        assert error <= 1e-5 * expected_grad.norm() + 1e-7 * unit
+        assert error <= 1e-5 * expected_grad.norm() + 3e-7 * unit
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

@@ -53,7 +53,8 @@ def filtered_cosine(
         online: the filter acts on the online branch; otherwise on the target.
 
     Returns:
-        [v] in g's dtype, in which everything is computed. No gradient reaches anything but p.
+        [v] in g's dtype, in which everything but the last product, that with X, is computed; that
+        one amplifies rounding only by s_max / s and is float32. Only p takes a gradient.
     """
     empty = g.new_empty(0)
     loss, _ = filtered_cosine_op(p, norm, pV, zV, g, basis, empty if X is None else X, online)
@@ -87,14 +88,14 @@ def filtered_cosine_op(
     c = torch.where(y > EPS, -a * dot / y.square(), 0)  # a clamped norm has no derivative
     a, c = a[..., None], c[..., None]
 
+    out = torch.promote_types(p.dtype, torch.float32)
     coordinates = (a * tV + c * yV) * g if online else a * tV
-    gradient = coordinates @ basis.mT
+    gradient = (coordinates @ basis.mT).to(out)
     if X.numel():
-        gradient = gradient @ X.to(gradient.dtype)
+        gradient = gradient @ X.to(out)
     if not online:
-        gradient = gradient + c * p.to(gradient.dtype)
-    gradient = torch.where(loss.isfinite()[:, None, None], gradient, 0)
-    return loss, gradient.to(torch.promote_types(p.dtype, torch.float32))
+        gradient = gradient + c.to(out) * p.to(out)
+    return loss, torch.where(loss.isfinite()[:, None, None], gradient, 0)
 
 
 @filtered_cosine_op.register_fake
