@@ -55,7 +55,7 @@ def _digits() -> Config:
         optim=OptimConfig(
             epochs=60,
             global_batch=200,
-            base_lr=0.128,
+            base_lr=0.256,
             warmup_epochs=2,
             warmup_lr=0.0,
             weight_decay=1e-4,
@@ -67,7 +67,7 @@ def _digits() -> Config:
 
 def digits_rdm_simsiam() -> Config:
     """RDM on scikit-learn's embedded digits, on a CPU in about a minute: the default."""
-    return replace(_digits(), filter=replace(WHITEN, sigma=-0.5))
+    return replace(_digits(), filter=WHITEN)
 
 
 def digits_simsiam() -> Config:

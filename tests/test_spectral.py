@@ -53,7 +53,7 @@ def test_loss_and_gradient_equal_the_paper_in_float64(
     config: FilterConfig, shape: tuple[int, int], spectrum: str
 ) -> None:
     """float32 rounds a gradient to 6e-8 of itself; eigenvalues are solved in float64. A batch of
-    rank 1 has no gradient at all, so a few roundings are allowed too, in the unit of a cosine's gradient, 1 / 2B|z_i|."""
+    rank 1 has no gradient at all, so a few roundings of a cosine's, 1 / 2B|z_i|, are allowed."""
     z1, z2 = two_views(*shape, spectrum)
     loss, *grads = gradients(z1, z2, config)
     expected, *expected_grads = paper_loss(z1, z2, config)
