@@ -19,6 +19,7 @@ from rdm_fast.data_config import (
     Interpolation,
     ViewConfig,
     require,
+    require_choices,
     require_probability,
 )
 
@@ -66,6 +67,7 @@ class FilterConfig:
     """How the filter is computed: auto chooses, reference is the paper's literal SVD."""
 
     def __post_init__(self) -> None:
+        require_choices("filter.", self)
         require(math.isfinite(self.sigma), f"filter.sigma={self.sigma} is not a finite number")
         require(
             0 < self.cutoff < 1,
@@ -108,6 +110,7 @@ class ModelConfig:
     """Hidden width of the learned predictor, where there is one."""
 
     def __post_init__(self) -> None:
+        require_choices("model.", self)
         require(
             self.projector_layers in (2, 3),
             f"model.projector_layers={self.projector_layers}: a projector has 2 or 3 layers",
@@ -160,6 +163,7 @@ class OptimConfig:
     """Momentum of BYOL's target weights at the last step."""
 
     def __post_init__(self) -> None:
+        require_choices("optim.", self)
         for name in ("epochs", "global_batch", "accumulate"):
             value = getattr(self, name)
             require(value >= 1, f"optim.{name}={value}: give 1 or more")
@@ -256,6 +260,7 @@ class Config:
     """Run folder. The same command on an unfinished one resumes it."""
 
     def __post_init__(self) -> None:
+        require_choices("", self)
         require(
             (self.method == "symsimsiam") == (self.predictor == "none"),
             f"method={self.method} with predictor={self.predictor}: symsimsiam has predictor=none, "

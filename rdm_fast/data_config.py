@@ -4,8 +4,9 @@
 """
 
 import math
+import difflib
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, get_args, get_origin, get_type_hints
 
 DataName = Literal["digits", "cifar10", "cifar100", "stl10", "fashion_mnist", "folder", "arrays"]
 Interpolation = Literal["bilinear", "bicubic"]
@@ -30,6 +31,20 @@ def require_probability(flag: str, value: float) -> None:
     require(0 <= value <= 1, f"{flag}={value} is not a probability: give a number from 0 to 1")
 
 
+def require_choices(table: str, settings: object) -> None:
+    """Refuse a value that its Literal type does not list, as Python code could pass one.
+
+    Raises:
+        ValueError: there is one; the message names the nearest choice.
+    """
+    for name, hint in get_type_hints(type(settings)).items():
+        if get_origin(hint) is Literal and getattr(settings, name) not in get_args(hint):
+            value, choices = getattr(settings, name), get_args(hint)
+            near = difflib.get_close_matches(str(value), choices, n=1)
+            way_out = f"did you mean {near[0]}?" if near else f"use one of {', '.join(choices)}"
+            raise ValueError(f"{table}{name}={value!r} is unknown: {way_out}")
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DataConfig:
     """Which images, and how they are read."""
@@ -46,6 +61,7 @@ class DataConfig:
     """Worker processes of the torch loader, on each rank."""
 
     def __post_init__(self) -> None:
+        require_choices("data.", self)
         require(self.workers >= 0, f"data.workers={self.workers}: give 0 or more processes")
 
 
@@ -131,6 +147,7 @@ class AugmentConfig:
     view2: ViewConfig = field(default_factory=ViewConfig)
 
     def __post_init__(self) -> None:
+        require_choices("augment.", self)
         require(self.size >= 8, f"augment.size={self.size}: a view has at least 8 pixels a side")
         require(
             len(self.mean) == len(self.std) and len(self.mean) in (1, 3),

@@ -10,7 +10,12 @@ import torch.nn.functional as F
 
 from rdm_fast.config import FilterConfig
 from rdm_fast.errors import Unavailable
-from rdm_fast.spectral import SpectralPredictor, spectral_cosine, spectral_loss
+from rdm_fast.spectral import (
+    SpectralPredictor,
+    right_vectors,
+    spectral_cosine,
+    spectral_loss,
+)
 from tests.ranks import run_ranks
 from tests.spectra import SPECTRA, paper_filter, paper_loss, relative, two_views
 
@@ -196,6 +201,40 @@ def test_the_kind_is_heeded_on_the_target() -> None:
     assert abs(log - poly) > 1e-3
 
 
+@pytest.mark.parametrize(
+    "wrong",
+    [{"kind": "log1"}, {"location": "traget"}, {"basis": "own_"}, {"engine": "svd"}],
+    ids=str,
+)
+def test_an_unknown_name_is_refused(wrong: dict[str, str]) -> None:
+    """Traps 18 and 19: an unknown type is silently sigma 2, an unknown location returns None."""
+    with pytest.raises(ValueError, match=r"filter\.\w+='\w+' is unknown: (did you mean|use one)"):
+        FilterConfig(**wrong)  # type: ignore[arg-type]
+
+
+def test_centring_takes_a_common_offset_out_of_the_filter() -> None:
+    """Trap 22: without a final batch norm the first direction is the mean, and s^1 amplifies it."""
+    z, _ = two_views(24, 64, "k^-1/2")
+    offset = 100 * torch.ones(64)
+    V, g = right_vectors((z.double() + offset)[None], FilterConfig(center=True))
+    expected = paper_filter(z.double() - z.double().mean(0), FilterConfig())
+    W = (V[0] * g[0]) @ V[0].mT
+    assert relative(W / W.norm(), expected / expected.norm()) <= 1e-5
+    amplified, gain = right_vectors((z.double() + offset)[None], FilterConfig())
+    mean = F.normalize(offset.double(), dim=0)
+    assert (mean @ amplified[0, :, gain[0].argmax()]).abs() > 0.99
+
+
+def test_one_decomposition_a_step_and_no_svd(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trap 23: two SVDs a step. Both views go through one batched call here."""
+    calls: list[tuple[int, ...]] = []
+    eigh = torch.linalg.eigh
+    monkeypatch.setattr(torch.linalg, "eigh", lambda A: (calls.append(tuple(A.shape)), eigh(A))[1])
+    monkeypatch.setattr(torch.linalg, "svd", None)
+    gradients(*two_views(24, 64, "flat"), FilterConfig())
+    assert calls == [(2, 24, 24)]
+
+
 @pytest.mark.parametrize("config", [FilterConfig(sigma=-0.5), FilterConfig(kind="log")], ids=name)
 def test_negative_eigenvalues_of_a_collapsed_gram_matrix_do_no_harm(config: FilterConfig) -> None:
     """Trap 17: with B >= D the reference takes the root of eigenvalues that rounding made < 0."""
@@ -347,6 +386,31 @@ def _rank_gradients(shape: tuple[int, int]) -> list[torch.Tensor]:
         rows = [z.chunk(world)[rank] for z in (z1, z2)]
         results += [*gradients(*rows, config)]
     return results
+
+
+def _rank_collectives() -> list[int]:
+    """Calls of each collective in forward and in backward of one SimSiam step."""
+    counts = {"forward": 0, "backward": 0}
+    phase = "forward"
+    gather = dist.all_gather_into_tensor
+
+    def counted(*args: object, **kwargs: object) -> object:
+        counts[phase] += 1
+        return gather(*args, **kwargs)
+
+    dist.all_gather_into_tensor = counted  # type: ignore[assignment]
+    for name in ("all_reduce", "all_gather", "reduce_scatter_tensor", "broadcast"):
+        setattr(dist, name, None)  # anything else would fail
+    z1, z2 = (z.chunk(dist.get_world_size())[dist.get_rank()] for z in two_views(24, 64, "flat"))
+    loss = spectral_loss(z1.requires_grad_(), z2.requires_grad_(), FilterConfig())
+    phase = "backward"
+    loss.backward()
+    return [counts["forward"], counts["backward"]]
+
+
+def test_one_gather_forward_and_no_collective_backward(tmp_path: Path) -> None:
+    """Trap 24: projections are gathered with autograd, twice a loss, which all-reduces backward."""
+    assert run_ranks(2, _rank_collectives, tmp_path=tmp_path) == [[1, 0], [1, 0]]
 
 
 @pytest.mark.parametrize(("world", "shape"), [(2, (24, 64)), (4, (24, 64)), (2, (64, 24))])
