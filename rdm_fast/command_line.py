@@ -64,7 +64,7 @@ class EvaluateCommand:
     checkpoint: tyro.conf.Positional[str]
     """A run folder (its newest checkpoint), or one step folder inside its checkpoints."""
     protocol: str = "auto"
-    """Linear probe on frozen features: closed-form, one of the reference's, or auto."""
+    """Linear probe on frozen features, by name; auto chooses by data set."""
     data_root: str | None = None
     """Where the data set is now, if not where the run found it."""
     batch: int = 256

@@ -7,6 +7,7 @@ from torch import Tensor
 from rdm_fast.errors import NonFinite
 from rdm_fast.evaluation.accuracy import TOP, check_labels, rank_classes, topk_accuracy
 from rdm_fast.evaluation.knn import knn_accuracy
+from rdm_fast.evaluation.logistic import fit_logistic
 from rdm_fast.evaluation.probe import (
     LinearClassifier,
     choose_ridge,
@@ -32,11 +33,11 @@ class Result:
     test_images: int
     classes: int
     epochs: int
-    """Passes over the training embeddings; 0 for the closed form."""
+    """Passes over the training embeddings; 0 for closed form and logistic."""
     batch: int
     """Images of one update: the protocol's batch, or all images where there are fewer."""
-    ridge: float | None
-    """Chosen lambda of the closed form."""
+    penalty: float | None
+    """What was chosen on training images: lambda of the closed form, C of the logistic probe."""
     seed: int
 
     def as_dict(self) -> dict[str, str | int | float | None]:
@@ -87,7 +88,7 @@ def evaluate(
                 "evaluate with --precision fp32, or an earlier checkpoint"
             )
 
-    classifier, ridge = _fit(train_features, train_labels, protocol, classes, seed)
+    classifier, penalty = _fit(train_features, train_labels, protocol, classes, seed)
     ranking = rank_classes(classifier.logits(test_features))
     knn = knn_accuracy(
         train_features,
@@ -109,7 +110,7 @@ def evaluate(
         classes=classes,
         epochs=protocol.epochs,
         batch=protocol.batch_for(len(train_features)),
-        ridge=ridge,
+        penalty=penalty,
         seed=seed,
     )
 
@@ -117,6 +118,8 @@ def evaluate(
 def _fit(
     features: Tensor, labels: Tensor, protocol: Protocol, classes: int, seed: int
 ) -> tuple[LinearClassifier, float | None]:
+    if protocol.solver == "logistic":
+        return fit_logistic(features, labels, classes=classes, seed=seed)
     if protocol.solver == "closed-form":
         standardize = protocol.standardize
         ridge = choose_ridge(features, labels, classes=classes, seed=seed, standardize=standardize)

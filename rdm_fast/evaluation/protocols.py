@@ -13,7 +13,8 @@ from typing import Literal
 from rdm_fast.config import DataName
 from rdm_fast.errors import UsageError
 
-Solver = Literal["sgd", "lars", "closed-form"]
+Solver = Literal["sgd", "lars", "closed-form", "logistic"]
+ITERATED = ("sgd", "lars")
 Schedule = Literal["steps", "cosine"]
 Init = Literal["default", "normal"]
 
@@ -22,13 +23,13 @@ Init = Literal["default", "normal"]
 class Protocol:
     """How a linear classifier is fitted to frozen embeddings, and how neighbours vote.
 
-    The closed form uses `standardize` and the kNN fields only.
+    The closed form uses `standardize` and the kNN fields only, the logistic probe only the latter.
     """
 
     name: str
     """Name on the command line."""
     solver: Solver
-    """sgd, lars (SGD with layer-wise trust ratios), or closed-form (ridge regression)."""
+    """sgd, lars (SGD with layer-wise trust ratios), closed-form (ridge regression), or logistic."""
     epochs: int = 0
     """Passes over the training embeddings."""
     batch: int = 256
@@ -55,7 +56,7 @@ class Protocol:
     """Temperature T of a vote exp(cosine / T)."""
 
     def __post_init__(self) -> None:
-        if self.solver != "closed-form" and (self.epochs < 1 or self.batch < 1 or self.lr <= 0):
+        if self.solver in ITERATED and (self.epochs < 1 or self.batch < 1 or self.lr <= 0):
             raise ValueError(
                 f"protocol {self.name} has epochs={self.epochs}, batch={self.batch} and "
                 f"lr={self.lr}: solver={self.solver} needs at least 1 epoch, a batch of at least "
@@ -78,9 +79,9 @@ class Protocol:
         """Images of one update on a training set of this size.
 
         A set smaller than `batch` is one batch, at the same learning rate; results say which
-        batch was used. The closed form is a single update from all images.
+        batch was used. Solvers without epochs use all images at once.
         """
-        return images if self.solver == "closed-form" else min(self.batch, images)
+        return min(self.batch, images) if self.solver in ITERATED else images
 
 
 def _imagenet100(name: str, lr: float) -> Protocol:
@@ -93,6 +94,7 @@ PROTOCOLS: dict[str, Protocol] = {
     protocol.name: protocol
     for protocol in (
         Protocol(name="closed-form", solver="closed-form"),
+        Protocol(name="logistic", solver="logistic", standardize=True),
         # The reference reports its online classifier for CIFAR and ships no offline probe; this
         # one has that classifier's learning rate and batch, without warm-up.
         Protocol(name="reference-cifar", solver="sgd", epochs=100, lr=0.1),
@@ -110,15 +112,16 @@ def find_protocol(name: str, data: DataName) -> Protocol:
     """The protocol of that name.
 
     Args:
-        name: one of PROTOCOLS, or auto: the reference's for CIFAR where images are small, the
-            closed form for image folders, since it has no learning rate that could not fit.
+        name: one of PROTOCOLS, or auto: logistic for digits, which are few; the closed form for
+            image folders, as it has no setting that might not suit them; else the reference's
+            for CIFAR.
         data: the data set that is evaluated.
 
     Raises:
         UsageError: there is none; the message names those there are.
     """
     if name == "auto":
-        name = "closed-form" if data == "folder" else "reference-cifar"
+        name = {"digits": "logistic", "folder": "closed-form"}.get(data, "reference-cifar")
     if name not in PROTOCOLS:
         raise UsageError(
             f"--protocol {name} is not a protocol: choose one of {', '.join(PROTOCOLS)}"

@@ -58,9 +58,14 @@ def test_a_small_training_set_is_one_batch_and_a_large_one_many() -> None:
 
 
 def test_an_unknown_protocol_is_told_the_known_ones() -> None:
-    with pytest.raises(UsageError, match=r"--protocol cifar is not.*closed-form, reference-cifar"):
-        find_protocol("cifar")
-    assert find_protocol("reference-cifar") is PROTOCOLS["reference-cifar"]
+    with pytest.raises(
+        UsageError, match=r"--protocol cifar is not.*closed-form, logistic, reference-cifar"
+    ):
+        find_protocol("cifar", "digits")
+    assert find_protocol("reference-cifar", "digits") is PROTOCOLS["reference-cifar"]
+    assert find_protocol("auto", "digits") is PROTOCOLS["logistic"]
+    assert find_protocol("auto", "folder") is PROTOCOLS["closed-form"]
+    assert find_protocol("auto", "cifar10") is PROTOCOLS["reference-cifar"]
 
 
 @pytest.mark.parametrize(
