@@ -5,6 +5,7 @@ Every mistake of a user ends in one `error:` line and an exit code that says wha
 """
 
 import contextlib
+import ctypes
 import difflib
 import os
 import signal
@@ -30,6 +31,8 @@ from rdm_fast.errors import Interrupted, UsageError, UserError
 
 if TYPE_CHECKING:
     from rdm_fast.run_folder import RunFolder
+
+PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
@@ -76,8 +79,16 @@ def _exit_with(error: UserError) -> NoReturn:
     raise SystemExit(error.code)
 
 
+def _end_with_launcher() -> None:
+    """Have a rank told to stop when its launcher is killed, before it takes seconds to import."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
 def _run(command: Callable[[], None], *, debug: bool) -> NoReturn:
     """Run a command to its exit code."""
+    if "RANK" in os.environ:
+        _end_with_launcher()
     try:
         command()
     except UserError as error:

@@ -3,8 +3,8 @@
 `rdm_fast.config` holds the others, and puts all of them together.
 """
 
-import math
 import difflib
+import math
 from dataclasses import dataclass, field
 from typing import Literal, get_args, get_origin, get_type_hints
 

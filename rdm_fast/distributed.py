@@ -5,10 +5,7 @@ the rows of the gradient that belong to its own images, and DistributedDataParal
 parameter gradients. So every rank holds exactly its part of the global batch's gradient.
 """
 
-import ctypes
 import os
-import signal
-import sys
 from datetime import timedelta
 
 import torch
@@ -18,7 +15,6 @@ from torch import Tensor
 from rdm_fast.errors import Unavailable
 
 TIMEOUT = timedelta(minutes=10)
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def world_size() -> int:
@@ -59,8 +55,6 @@ def start(device: torch.device) -> None:
     """Join torchrun's process group (NCCL on GPUs, gloo on CPUs); nothing to do without one."""
     if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return
-    if sys.platform == "linux":  # a rank must not outlive a launcher that was killed
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
     if device.type == "cuda":
         torch.cuda.set_device(device)
         dist.init_process_group("nccl", timeout=TIMEOUT, device_id=device)

@@ -141,8 +141,12 @@ class RunFolder:
         return folder
 
     def accept(self, config: Config, allow: tuple[str, ...] = ()) -> None:
-        """Go on with a configuration: `check_resumable` against config.yaml, then replace it."""
-        check_resumable(config_to_dict(read_config(self.path)), config, allow)
+        """Go on with a configuration: `check_resumable` against config.yaml, then replace it.
+
+        A run without a checkpoint has nothing to contradict, and takes any configuration.
+        """
+        if any(self.checkpoints.glob("step-*")):
+            check_resumable(config_to_dict(read_config(self.path)), config, allow)
         self.write_config(config)
 
     def write_config(self, config: Config) -> None:

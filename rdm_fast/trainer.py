@@ -70,7 +70,7 @@ class Trainer:
         Raises:
             Interrupted: a signal asked to stop; the state is saved.
             NonFinite: log.max_nonfinite steps in a row could not be applied.
-            OutputFailed: three checkpoints in a row could not be written.
+            OutputFailed: three checkpoints in a row could not be written, or the last one.
         """
         self.train_step.settle()
         self.restore()
@@ -94,7 +94,7 @@ class Trainer:
                         clock.restart()
                     stop = self._must_stop()
                     if stop or self._is_due(self.config.log.save_every):
-                        self.save()
+                        self.save(last=stop or self.step == self.train_step.total_steps)
                         clock.restart()
                     if stop:
                         raise Interrupted(
@@ -117,8 +117,10 @@ class Trainer:
             self._skipped_in_a_row = 0
             return
         self.skipped += 1
-        scaling = self.config.precision == "fp16" and bool(report.loss.isfinite())
-        self._skipped_in_a_row += 0 if scaling else 1  # fp16 finds its loss scale by overflowing
+        # fp16 finds its loss scale by overflowing; below 1 it is not the scale that overflows
+        scaling = self.config.precision == "fp16" and self.train_step.scaler.get_scale() >= 1
+        bad_loss = all_reduce_max(int(not report.loss.isfinite()), self.device)  # on any rank
+        self._skipped_in_a_row += 0 if scaling and not bad_loss else 1
         if self._skipped_in_a_row >= self.config.log.max_nonfinite:
             raise NonFinite(
                 f"the loss or its gradient was not finite in {self._skipped_in_a_row} steps in a "
@@ -206,11 +208,14 @@ class Trainer:
 
     # ---- what is saved -----------------------------------------------------------------------
 
-    def save(self) -> None:
+    def save(self, *, last: bool) -> None:
         """Write a checkpoint (rank zero). A failure is reported and tried again at the next one.
 
+        Args:
+            last: there is no next one.
+
         Raises:
-            OutputFailed: it failed three times in a row.
+            OutputFailed: it failed three times in a row, or was the last.
         """
         failed = 0
         if rank() == 0 and self._last_saved != self.step:
@@ -224,9 +229,11 @@ class Trainer:
                 self._failed_saves += 1
                 failed = self._failed_saves
                 print0(f"warning: no checkpoint at step {self.step}: {error}")
-        if all_reduce_max(failed, self.device) >= MAX_FAILED_SAVES:
+        failed = all_reduce_max(failed, self.device)
+        if failed >= (1 if last else MAX_FAILED_SAVES):
+            what = f"{failed} checkpoints in a row" if failed > 1 else "the last checkpoint"
             raise OutputFailed(
-                f"{MAX_FAILED_SAVES} checkpoints in a row could not be written to "
+                f"{what}, up to step {self.step}, could not be written to "
                 f"{self.folder.checkpoints}: make room there and run the same command again"
             )
 

@@ -230,9 +230,17 @@ def test_a_refusal_comes_without_loading_torch() -> None:
 # ---- configuration and status ----------------------------------------------------------------
 
 
+def test_a_run_that_never_saved_takes_another_configuration(tmp_path: Path) -> None:
+    """As after a first try that was refused for its batch size."""
+    with open_run(tmp_path) as folder:
+        folder.accept(replace(CONFIG, seed=3))
+        assert read_config(folder.path).seed == 3
+
+
 def test_accept_refuses_another_run_and_keeps_its_configuration(tmp_path: Path) -> None:
     longer = replace(CONFIG, optim=replace(CONFIG.optim, epochs=99))
     with open_run(tmp_path) as folder:
+        (folder.checkpoints / "step-00000002").mkdir()
         with pytest.raises(ConfigMismatch, match="seed 0 -> 3"):
             folder.accept(replace(CONFIG, seed=3))
         with pytest.raises(ConfigMismatch, match=r"optim\.epochs 60 -> 99"):

@@ -12,6 +12,8 @@ from rdm_fast.config import FilterConfig
 from rdm_fast.errors import Unavailable
 from rdm_fast.spectral import (
     SpectralPredictor,
+    centre_samples,
+    gram,
     right_vectors,
     spectral_cosine,
     spectral_loss,
@@ -428,3 +430,32 @@ def test_ranks_together_have_the_gradient_of_the_global_batch(
         for view in (1, 2):
             rows = torch.cat([r[3 * i + view] for r in ranks]) / world
             assert relative(rows, expected[view]) <= 1e-5
+
+
+def _loss_and_gradients_with_one_bad_rank(bad: float, shape: tuple[int, int]) -> list[torch.Tensor]:
+    rank, world = dist.get_rank(), dist.get_world_size()
+    results = []
+    for config in RANK_CONFIGS[:3]:
+        z1, z2 = (z.chunk(world)[rank].clone() for z in two_views(*shape, "flat"))
+        if rank == 0:
+            z1[1, 2] = bad
+        results += [*gradients(z1, z2, config)]
+    return results
+
+
+@pytest.mark.parametrize("shape", [(24, 64), (64, 24)], ids=str)
+def test_a_value_that_is_not_finite_on_one_rank_makes_every_rank_s_loss_nan(
+    shape: tuple[int, int], tmp_path: Path
+) -> None:
+    """Otherwise some ranks would skip the step and others not."""
+    bad = float("nan")
+    for rank in run_ranks(2, _loss_and_gradients_with_one_bad_rank, bad, shape, tmp_path=tmp_path):
+        for loss, *grads in zip(rank[::3], rank[1::3], rank[2::3], strict=True):
+            assert loss.isnan() and all(grad.isfinite().all() for grad in grads)
+
+
+@pytest.mark.parametrize("shape", [(24, 64), (64, 64)], ids=str)
+def test_centring_a_gram_matrix_is_that_of_centred_samples(shape: tuple[int, int]) -> None:
+    X = two_views(*shape, "k^-1/2", torch.float64)[0][None] + 3.0
+    centred = gram(X - X.mean(dim=1, keepdim=True))
+    torch.testing.assert_close(centre_samples(gram(X)), centred, rtol=0, atol=1e-9)

@@ -1,6 +1,7 @@
 """train.py and eval_linear.py as a user starts them: how soon they answer, and how they fail.
 
-Every start that imports torch costs seconds, so one finished run serves several tests.
+Every start that imports torch costs seconds, so one finished run serves several tests, and where
+a few starts have shown how the process itself ends, the rest call the same entry in this process.
 """
 
 import os
@@ -9,14 +10,18 @@ import shutil
 import subprocess
 import sys
 import time
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import yaml
 from PIL import Image
 
+from rdm_fast import cli
 from tests.tiny import command
 
+Call = Callable[..., subprocess.CompletedProcess[str]]
 ROOT = Path(__file__).parents[2]
 SECONDS = 0.7  # of an answer that needs no torch; importing torch alone takes about 2
 
@@ -51,6 +56,25 @@ def error(done: subprocess.CompletedProcess[str], code: int) -> str:
     others = [other for other in done.stderr.splitlines() if other != line]
     assert all(other.startswith("warning:") for other in others), done.stderr
     return line
+
+
+@pytest.fixture
+def call(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Call:
+    """Like `start`, but in this process, where torch is imported already."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+
+    def run(script: str, *words: object) -> subprocess.CompletedProcess[str]:
+        entry = {"train.py": cli.train, "eval_linear.py": cli.evaluate}[script]
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as ended, warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            entry(list(map(str, words)), script)
+        out, err = capfd.readouterr()
+        assert isinstance(ended.value.code, int)
+        return subprocess.CompletedProcess(script, ended.value.code, out, err)
+
+    return run
 
 
 def tiny(out: Path, flags: str = "") -> list[str]:
@@ -186,6 +210,40 @@ def test_another_configuration_contradicts_the_run(finished: Path) -> None:
     assert "model.width 4 -> 8" in line and "another --out" in line
 
 
+# ---- the `rdm` command ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "expected"),
+    [
+        ([], 2, "usage: rdm {train,eval}"),
+        (["--help"], 0, "usage: rdm {train,eval}"),
+        (["trian"], 2, "error: unknown command trian: did you mean train?"),
+        (["zzz"], 2, "error: unknown command zzz: commands: train, eval"),
+        (["train", "--sigm"], 2, "error: unknown flag --sigm: did you mean --sigma?"),
+        (["eval"], 2, "error: name a run folder"),
+        (["eval", "--help"], 0, "usage: rdm eval"),
+    ],
+    ids=lambda x: " ".join(x) if isinstance(x, list) else "",
+)
+def test_rdm_has_the_same_two_commands(
+    words: list[str], code: int, expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        cli.main(words)
+    out, err = capsys.readouterr()
+    assert ended.value.code == code and (out + err).startswith(expected)
+
+
+def test_debug_shows_the_traceback_before_the_error_line(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit):
+        cli.train(["--debug", "--sigm"])
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[0].startswith("Traceback") and lines[-1].startswith("error: unknown flag --sigm")
+
+
 # ---- data -------------------------------------------------------------------------------------
 
 
@@ -195,48 +253,38 @@ def test_a_missing_dataset(tmp_path: Path) -> None:
     assert f"--data.root {tmp_path / 'nowhere'} does not exist" in error(done, 66)
 
 
-def test_an_empty_folder_has_no_images(tmp_path: Path) -> None:
+def test_an_empty_folder_has_no_images(call: Call, tmp_path: Path) -> None:
     """A root without a train folder lacks something (66); an empty train folder is bad data."""
     root = tmp_path / "images"
     root.mkdir()
     flags = f"--data.name folder --data.root {root}"
-    done = start("train.py", *tiny(tmp_path / "run", flags), cwd=tmp_path)
+    done = call("train.py", *tiny(tmp_path / "run", flags))
     assert f"--data.root {root} has no train images" in error(done, 66)
     (root / "train").mkdir()
-    done = start("train.py", *tiny(tmp_path / "run", flags), cwd=tmp_path)
+    done = call("train.py", *tiny(tmp_path / "run", flags))
     assert f"{root / 'train'} (--data.root) has no images" in error(done, 65)
 
 
-def test_a_data_set_smaller_than_the_global_batch(tmp_path: Path) -> None:
-    done = start("train.py", *tiny(tmp_path / "run", "--batch-size 3000"), cwd=tmp_path)
+def test_a_data_set_smaller_than_the_global_batch(call: Call, tmp_path: Path) -> None:
+    done = call("train.py", *tiny(tmp_path / "run", "--batch-size 3000"))
     assert "--optim.global-batch 3000 is more than the 1400 training images" in error(done, 2)
 
 
-def test_log_of_data_with_exact_zeros_trains_and_stays_finite(tmp_path: Path) -> None:
-    """Black images have one and the same projection, and the batch has one direction; the others
-    have singular values of zero, whose logarithm does not exist."""
-    (tmp_path / "images/train/black").mkdir(parents=True)
-    for name in "abcdefgh":
-        Image.new("L", (16, 16)).save(tmp_path / f"images/train/black/{name}.png")
+def test_log_of_data_with_exact_zeros_trains_and_stays_finite(call: Call, tmp_path: Path) -> None:
+    """Black images have one and the same projection, so that singular values of every batch are
+    zero, and their logarithm does not exist."""
+    folder = tmp_path / "images/train/any"
+    folder.mkdir(parents=True)
+    for shade in range(8):
+        Image.new("RGB", (16, 16), (30 * max(0, shade - 4), 0, 0)).save(folder / f"{shade}.png")
     flags = (
         f"--data.name folder --data.root {tmp_path / 'images'} --data.workers 0 "
-        "--filter.kind log --filter.location online --batch-size 4 --log.every 1 --device cpu "
-        "--no-model.projector-bn "
-    ).replace("--no-model.projector-bn", "--model.no-projector-bn")
-    done = start("train.py", *tiny(tmp_path / "run", flags), cwd=tmp_path)
+        "--data.loader torch --augment.mean 0 0 0 --augment.std 1 1 1 --batch-size 4 --log.every 1 "
+        "--filter.kind log --filter.location online"
+    )
+    done = call("train.py", *tiny(tmp_path / "run", flags))
     assert done.returncode == 0, done.stderr
     assert_finite_losses(tmp_path / "run", steps=2)
-
-
-def test_log_filter_trains_on_digits_with_more_directions_than_can_be_filled(
-    tmp_path: Path,
-) -> None:
-    """Two hidden units give projections of rank 3 at most: 21 of 24 singular values are zero."""
-    flags = "--filter.kind log --filter.location online --log.every 1"
-    words = [*tiny(tmp_path / "run", flags), "--model.projector-hidden", "2"]
-    done = start("train.py", *words, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert_finite_losses(tmp_path / "run", steps=4)
 
 
 def assert_finite_losses(run: Path, steps: int) -> None:
@@ -249,13 +297,13 @@ def assert_finite_losses(run: Path, steps: int) -> None:
 # ---- devices and engines ----------------------------------------------------------------------
 
 
-def test_a_gpu_that_is_not_there(tmp_path: Path) -> None:
-    done = start("train.py", *tiny(tmp_path / "run", "--device cuda"), cwd=tmp_path)
+def test_a_gpu_that_is_not_there(call: Call, tmp_path: Path) -> None:
+    done = call("train.py", *tiny(tmp_path / "run", "--device cuda"))
     assert "--device cuda" in error(done, 69)
 
 
-def test_an_engine_that_is_not_built(tmp_path: Path) -> None:
-    done = start("train.py", *tiny(tmp_path / "run", "--filter.engine gemm"), cwd=tmp_path)
+def test_an_engine_that_is_not_built(call: Call, tmp_path: Path) -> None:
+    done = call("train.py", *tiny(tmp_path / "run", "--filter.engine gemm"))
     assert "filter.engine=gemm is not built yet: use filter.engine=eigh" in error(done, 69)
 
 
@@ -269,26 +317,26 @@ def test_a_finished_run_says_so(finished: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in finished.glob("checkpoints/*/*")} == before
 
 
-def test_evaluating_a_folder_that_is_no_run(tmp_path: Path) -> None:
-    done = start("eval_linear.py", tmp_path / "none", cwd=tmp_path)
+def test_evaluating_a_folder_that_is_no_run(call: Call, tmp_path: Path) -> None:
+    done = call("eval_linear.py", tmp_path / "none")
     assert f"{tmp_path / 'none'} does not exist" in error(done, 66)
 
 
-def test_a_checkpoint_of_another_architecture(copy: Path) -> None:
+def test_a_checkpoint_of_another_architecture(call: Call, copy: Path) -> None:
     """The checkpoint of one run in the folder of another."""
     config = yaml.safe_load((copy / "config.yaml").read_text())
     config["model"]["width"] = 8
     (copy / "config.yaml").write_text(yaml.safe_dump(config))
-    done = start("eval_linear.py", copy, "--protocol", "closed-form", cwd=copy.parent)
+    done = call("eval_linear.py", copy, "--protocol", "closed-form")
     line = error(done, 65)
     assert "step-00000004" in line and "resnet8" in line
 
 
-def test_a_checkpoint_with_tensors_of_other_names(copy: Path) -> None:
+def test_a_checkpoint_with_tensors_of_other_names(call: Call, copy: Path) -> None:
     config = yaml.safe_load((copy / "config.yaml").read_text())
     config["model"] |= {"backbone": "resnet18"}
     (copy / "config.yaml").write_text(yaml.safe_dump(config))
-    done = start("eval_linear.py", copy, "--protocol", "closed-form", cwd=copy.parent)
+    done = call("eval_linear.py", copy, "--protocol", "closed-form")
     line = error(done, 65)
     assert "missing" in line or "not match" in line or "shape" in line, line
 
@@ -303,19 +351,20 @@ def test_a_truncated_checkpoint_asked_for_by_name(copy: Path) -> None:
 
 
 def test_evaluating_a_run_whose_newest_checkpoint_is_truncated_takes_the_one_before(
+    call: Call,
     copy: Path,
 ) -> None:
     model = copy / "checkpoints/step-00000004/model.safetensors"
     model.write_bytes(model.read_bytes()[:-1])
-    done = start("eval_linear.py", copy, "--protocol", "closed-form", cwd=copy.parent)
+    done = call("eval_linear.py", copy, "--protocol", "closed-form")
     assert done.returncode == 0, done.stderr
     everything = done.stdout + done.stderr
     assert "warning:" in everything and "step-00000004" in everything
     assert "tensors matched, 0 missing, step 2" in everything
 
 
-def test_evaluating_a_run_without_any_sound_checkpoint(copy: Path) -> None:
+def test_evaluating_a_run_without_any_sound_checkpoint(call: Call, copy: Path) -> None:
     for model in copy.glob("checkpoints/*/model.safetensors"):
         model.write_bytes(b"")
-    done = start("eval_linear.py", copy, cwd=copy.parent)
+    done = call("eval_linear.py", copy)
     assert "has no sound checkpoint" in error(done, 66)

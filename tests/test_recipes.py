@@ -1,0 +1,263 @@
+"""rdm_fast.recipes against the hyper-parameters of the RDM paper's released code.
+
+The tables are written out here as they stand in that code (PKU-ML/Rank-Differential-Mechanism,
+commit 92d7e8d: bash_files/pretrain and imagenet/), and in solo-learn for the learned predictors.
+ImageNet BYOL has no counterpart there: its numbers are those of BYOL's own 100-epoch runs.
+"""
+
+import re
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from rdm_fast.config import Config, FilterConfig
+from rdm_fast.filters import advice
+from rdm_fast.methods import build_method
+from rdm_fast.recipes import DEFAULT, RECIPES, recipe
+from rdm_fast.saved_config import config_from_dict, config_to_dict
+
+FAMILIES = ["cifar10", "cifar100", "imagenet100", "imagenet"]
+METHODS = ["rdm_simsiam", "rdm_byol", "simsiam", "byol", "symsimsiam"]
+
+# lr is the peak after scaling by global batch / 256; heads as layers, hidden, dim, last norm
+PRETRAINING: dict[str, dict[str, Any]] = {
+    "cifar simsiam": {
+        "backbone": "resnet18", "stem": "cifar_pad2", "zero_init": True,
+        "projector": (3, 2048, 2048, True), "predictor_hidden": 512,
+        "epochs": 400, "batch": 256, "optimizer": "sgd", "momentum": 0.9, "lr": 0.5,
+        "wd": 1e-5, "decay_1d": True, "warmup": 10, "warmup_lr": 3e-5, "final_lr": 0.0,
+        "fixed_predictor_lr": True, "seed": 5,
+    },
+    "cifar byol": {
+        "backbone": "resnet18", "stem": "cifar_pad2", "zero_init": False,
+        "projector": (2, 4096, 256, False), "predictor_hidden": 4096,
+        "epochs": 400, "batch": 256, "optimizer": "lars", "momentum": 0.9, "lr": 1.0,
+        "wd": 1e-5, "decay_1d": False, "warmup": 10, "warmup_lr": 3e-5, "final_lr": 0.0,
+        "fixed_predictor_lr": False, "seed": 5, "lars": (0.02, True), "ema": (0.99, 1.0),
+    },
+    "imagenet100 simsiam": {
+        "backbone": "resnet18", "stem": "imagenet", "zero_init": True,
+        "projector": (3, 2048, 2048, True), "predictor_hidden": 512,
+        "epochs": 400, "batch": 256, "optimizer": "sgd", "momentum": 0.9, "lr": 0.5,
+        "wd": 1e-5, "decay_1d": True, "warmup": 10, "warmup_lr": 3e-5, "final_lr": 0.0,
+        "fixed_predictor_lr": True, "seed": 5,
+    },
+    "imagenet100 byol": {
+        "backbone": "resnet18", "stem": "imagenet", "zero_init": False,
+        "projector": (2, 4096, 256, False), "predictor_hidden": 8192,
+        "epochs": 400, "batch": 256, "optimizer": "lars", "momentum": 0.9, "lr": 0.5,
+        "wd": 1e-5, "decay_1d": False, "warmup": 10, "warmup_lr": 3e-5, "final_lr": 0.0,
+        "fixed_predictor_lr": False, "seed": 5, "lars": (0.02, True), "ema": (0.99, 1.0),
+    },
+    "imagenet simsiam": {
+        "backbone": "resnet50", "stem": "imagenet", "zero_init": True,
+        "projector": (3, 2048, 2048, True), "predictor_hidden": 512,
+        "epochs": 100, "batch": 512, "optimizer": "sgd", "momentum": 0.9, "lr": 0.1,
+        "wd": 1e-4, "decay_1d": True, "warmup": 0, "final_lr": 0.0, "fixed_predictor_lr": True,
+    },
+    "imagenet byol": {
+        "backbone": "resnet50", "stem": "imagenet", "zero_init": False,
+        "projector": (2, 4096, 256, False), "predictor_hidden": 4096,
+        "epochs": 100, "batch": 512, "optimizer": "lars", "momentum": 0.9, "lr": 0.9,
+        "wd": 1e-6, "decay_1d": False, "warmup": 10, "final_lr": 0.0,
+        "fixed_predictor_lr": False, "ema": (0.99, 1.0),
+    },
+}  # fmt: skip
+
+# size, crop scale, interpolation; jitter b c s h and its probability; grey, blur, solarize, flip
+AUGMENTATION: dict[str, list[dict[str, Any]]] = {
+    "cifar simsiam": 2 * [
+        {"crop": (32, (0.08, 1.0), "bicubic"), "jitter": (0.4, 0.4, 0.4, 0.1, 0.8), "grey": 0.2,
+         "blur": 0.0, "solarize": 0.0, "flip": 0.5},
+    ],
+    "cifar byol": [
+        {"crop": (32, (0.08, 1.0), "bicubic"), "jitter": (0.4, 0.4, 0.2, 0.1, 0.8), "grey": 0.2,
+         "blur": 0.0, "solarize": 0.0, "flip": 0.5},
+        {"crop": (32, (0.08, 1.0), "bicubic"), "jitter": (0.4, 0.4, 0.2, 0.1, 0.8), "grey": 0.2,
+         "blur": 0.0, "solarize": 0.2, "flip": 0.5},
+    ],
+    "imagenet100 simsiam": 2 * [
+        {"crop": (224, (0.08, 1.0), "bicubic"), "jitter": (0.4, 0.4, 0.4, 0.1, 0.8), "grey": 0.2,
+         "blur": 0.5, "solarize": 0.0, "flip": 0.5},
+    ],
+    "imagenet100 byol": [
+        {"crop": (224, (0.08, 1.0), "bicubic"), "jitter": (0.4, 0.4, 0.2, 0.1, 0.8), "grey": 0.2,
+         "blur": 1.0, "solarize": 0.0, "flip": 0.5},
+        {"crop": (224, (0.08, 1.0), "bicubic"), "jitter": (0.4, 0.4, 0.2, 0.1, 0.8), "grey": 0.2,
+         "blur": 0.1, "solarize": 0.2, "flip": 0.5},
+    ],
+    "imagenet simsiam": 2 * [
+        {"crop": (224, (0.2, 1.0), "bilinear"), "jitter": (0.4, 0.4, 0.4, 0.1, 0.8), "grey": 0.2,
+         "blur": 0.5, "solarize": 0.0, "flip": 0.5},
+    ],
+    "imagenet byol": [
+        {"crop": (224, (0.08, 1.0), "bicubic"), "jitter": (0.4, 0.4, 0.2, 0.1, 0.8), "grey": 0.2,
+         "blur": 1.0, "solarize": 0.0, "flip": 0.5},
+        {"crop": (224, (0.08, 1.0), "bicubic"), "jitter": (0.4, 0.4, 0.2, 0.1, 0.8), "grey": 0.2,
+         "blur": 0.1, "solarize": 0.2, "flip": 0.5},
+    ],
+}  # fmt: skip
+
+NORMALISATION = {
+    "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+    "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+    "imagenet100": ((0.485, 0.456, 0.406), (0.228, 0.224, 0.225)),
+    "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+}
+
+# kind, location, sigma: bash_files' README commands, imagenet/run.sh, and for BYOL on ImageNet,
+# which the reference does not have, those of ImageNet-100
+FILTERS = {
+    "cifar10_rdm_simsiam": ("poly", "target", -1.0),
+    "cifar10_rdm_byol": ("poly", "target", -1.0),
+    "cifar100_rdm_simsiam": ("poly", "target", -1.0),
+    "cifar100_rdm_byol": ("poly", "target", -1.0),
+    "imagenet100_rdm_simsiam": ("poly", "target", -1.0),
+    "imagenet100_rdm_byol": ("poly", "online", 1.0),
+    "imagenet_rdm_simsiam": ("poly", "target", -1.0),
+    "imagenet_rdm_byol": ("poly", "online", 1.0),
+}
+
+
+def row(name: str) -> str:
+    """The line of a table that a recipe stands on: CIFAR-100's is CIFAR-10's, and so on."""
+    family, _, method = name.partition("_")
+    family = "cifar" if family.startswith("cifar") else family
+    return f"{family} {'byol' if method.endswith('byol') else 'simsiam'}"
+
+
+REFERENCE = [f"{family}_{method}" for family in FAMILIES for method in METHODS]
+
+
+def test_every_data_set_has_every_method() -> None:
+    assert set(RECIPES) == {f"{family}_{m}" for family in ["digits", *FAMILIES] for m in METHODS}
+    assert DEFAULT == "digits_rdm_simsiam"
+
+
+@pytest.mark.parametrize("name", REFERENCE)
+def test_hyper_parameters_are_the_reference_s(name: str) -> None:
+    config, expected = RECIPES[name](), PRETRAINING[row(name)]
+    model, optim = config.model, config.optim
+    found: dict[str, Any] = {
+        "backbone": model.backbone,
+        "stem": model.stem,
+        "zero_init": model.zero_init_residual,
+        "projector": (
+            model.projector_layers, model.projector_hidden, model.projector_dim, model.projector_bn
+        ),
+        "predictor_hidden": model.predictor_hidden,
+        "epochs": optim.epochs,
+        "batch": optim.global_batch,
+        "optimizer": optim.optimizer,
+        "momentum": optim.momentum,
+        "lr": pytest.approx(optim.lr),
+        "wd": optim.weight_decay,
+        "decay_1d": optim.decay_norm_and_bias,
+        "warmup": optim.warmup_epochs,
+        "warmup_lr": optim.warmup_lr,
+        "final_lr": optim.final_lr,
+        "fixed_predictor_lr": optim.fixed_predictor_lr,
+        "seed": config.seed,
+        "lars": (optim.lars_eta, optim.lars_clip),
+        "ema": (optim.ema_start, optim.ema_end),
+    }  # fmt: skip
+    assert {key: found[key] for key in expected} == expected
+    assert optim.accumulate == 1 and config.sync_bn and config.precision == "bf16"
+
+
+@pytest.mark.parametrize("name", REFERENCE)
+def test_augmentations_are_the_reference_s(name: str) -> None:
+    config = RECIPES[name]()
+    augment = config.augment
+    for view, expected in zip((augment.view1, augment.view2), AUGMENTATION[row(name)], strict=True):
+        assert {
+            "crop": (augment.size, view.crop_scale, augment.interpolation),
+            "jitter": (view.brightness, view.contrast, view.saturation, view.hue, view.jitter),
+            "grey": view.grey,
+            "blur": view.blur,
+            "solarize": view.solarize,
+            "flip": view.flip,
+        } == expected
+        assert view.crop_ratio == (3 / 4, 4 / 3) and view.blur_sigma == (0.1, 2.0)
+        assert (view.rotate, view.shear) == (0, 0)
+    assert (augment.mean, augment.std) == NORMALISATION[name.partition("_")[0]]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_predictor_and_method_are_those_of_the_name(name: str) -> None:
+    config, method = RECIPES[name](), name.partition("_")[2]
+    expected = "spectral" if "rdm" in method else "none" if method == "symsimsiam" else "mlp"
+    assert (config.method, config.predictor) == (method.removeprefix("rdm_"), expected)
+
+
+@pytest.mark.parametrize("name", FILTERS)
+def test_filters_are_those_of_the_reference_s_runs(name: str) -> None:
+    found = RECIPES[name]().filter
+    assert (found.kind, found.location, found.sigma) == FILTERS[name]
+    assert found == FilterConfig(location=found.location, sigma=found.sigma)
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if "rdm" in name])
+def test_filters_are_on_the_side_where_rdm_raises_the_rank(name: str) -> None:
+    assert advice(RECIPES[name]().filter) is None
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if "rdm" in name])
+def test_an_rdm_recipe_differs_from_its_learned_twin_in_nothing_but_the_predictor(
+    name: str,
+) -> None:
+    rdm, twin = recipe(name), recipe(name.replace("_rdm", ""))
+    assert replace(rdm, predictor="mlp", filter=twin.filter, out=twin.out) == twin
+
+
+@pytest.mark.parametrize("family", ["digits", *FAMILIES])
+def test_the_symmetric_control_differs_from_simsiam_in_nothing_but_its_symmetry(
+    family: str,
+) -> None:
+    control, twin = recipe(f"{family}_symsimsiam"), recipe(f"{family}_simsiam")
+    assert replace(control, method="simsiam", predictor="mlp", out=twin.out) == twin
+
+
+@pytest.mark.parametrize("family", ["cifar10", "imagenet100", "imagenet", "digits"])
+def test_data_and_loader_are_those_of_the_family(family: str) -> None:
+    names = {"imagenet100": "folder", "imagenet": "folder"}
+    for method in METHODS:
+        data = RECIPES[f"{family}_{method}"]().data
+        assert data.name == names.get(family, family) and not data.download
+    if family == "digits":
+        views = RECIPES["digits_simsiam"]().augment
+        assert views.view1.flip == views.view2.flip == 0  # a mirrored digit is another sign
+        assert views.view1 == views.view2 and views.size == 16
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_survives_being_saved(name: str) -> None:
+    config = recipe(name)
+    assert config.out == f"runs/{name}"
+    assert config_from_dict(config_to_dict(config)) == config
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_recipe_s_docstring_says_the_data_set_and_what_it_predicts_with(name: str) -> None:
+    family = name.partition("_")[0]
+    text = RECIPES[name].__doc__ or ""
+    place = {"cifar10": "CIFAR-10", "cifar100": "CIFAR-100", "imagenet100": "ImageNet-100"}
+    assert re.search(rf"{place.get(family, family)}\b", text, re.IGNORECASE)
+    config: Config = RECIPES[name]()
+    if config.predictor == "spectral" and family != "digits":
+        f = config.filter
+        assert f"({f.location}, sigma {f.sigma:g})" in text
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if name.startswith("digits")])
+def test_a_digits_recipe_builds_a_model_that_a_cpu_can_train(name: str) -> None:
+    config = RECIPES[name]()
+    method = build_method(config)
+    weights = sum(p.numel() for p in method.parameters() if p.requires_grad)
+    assert 100_000 < weights < 2_000_000
+    images = torch.randn(4, config.augment.channels, config.augment.size, config.augment.size)
+    projections = method.projector(method.backbone(images))
+    assert projections.shape == (4, config.model.projector_dim)
+    assert projections.isfinite().all()

@@ -1,0 +1,316 @@
+"""rdm_fast.spectrum against numpy, the definition of effective rank, and the filtered rows."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from rdm_fast.config import FilterConfig
+from rdm_fast.spectrum import (
+    branch_spectra,
+    channel_std,
+    effective_rank,
+    eigenvalues,
+    filtered_eigenvalues,
+    rank_difference,
+)
+from tests.ranks import run_ranks
+from tests.spectra import SPECTRA, paper_filter, spectrum, two_views, with_spectrum
+
+SHAPES = [(24, 64), (48, 48), (64, 24)]
+CONFIGS = [
+    FilterConfig(),
+    FilterConfig(sigma=2.0),
+    FilterConfig(kind="log"),
+    FilterConfig(kind="log_1"),
+    FilterConfig(kind="log_2"),
+    FilterConfig(location="target", sigma=-1.0),
+    FilterConfig(location="target", sigma=-0.5),
+    FilterConfig(location="target", sigma=0.0),
+]
+# float32 rows of norm s carry 6e-8 of it, eigenvalues twice that; sums are in float64
+ROUNDED = 1e-6
+
+
+def name(config: FilterConfig) -> str:
+    return f"{config.location}-{config.kind}{config.sigma:g}"
+
+
+def definition(values: list[float]) -> float:
+    """exp of the entropy of the normalised eigenvalues (Roy & Vetterli), literally."""
+    shares = [value / sum(values) for value in values if value > 0]
+    return math.exp(-sum(share * math.log(share) for share in shares))
+
+
+def numpy_eigenvalues(z: Tensor) -> np.ndarray:
+    """Of Z^T Z / B, all D of them, ascending."""
+    Z = z.double().numpy()
+    return np.linalg.eigvalsh(Z.T @ Z / len(Z))
+
+
+# ---- effective rank ---------------------------------------------------------------------------
+
+
+@given(st.lists(st.one_of(st.just(0.0), st.floats(1e-6, 1e6)), min_size=1, max_size=20).filter(any))
+def test_effective_rank_is_its_definition(values: list[float]) -> None:
+    found = float(effective_rank(torch.tensor(values, dtype=torch.float64)))
+    assert found == pytest.approx(definition(values), rel=1e-12)
+    assert 1 - 1e-12 <= found <= len(values) * (1 + 1e-12)
+
+
+@pytest.mark.parametrize("n", [1, 2, 7, 64])
+def test_n_directions_that_are_all_alike_count_n(n: int) -> None:
+    values = torch.cat([torch.full((n,), 0.37), torch.zeros(5)])
+    assert float(effective_rank(values)) == pytest.approx(n, rel=1e-5)
+
+
+def test_one_direction_counts_one_and_none_counts_zero() -> None:
+    assert float(effective_rank(torch.tensor([0.0, 0.0, 5.0]))) == 1.0
+    assert float(effective_rank(torch.zeros(9))) == 0.0
+
+
+@given(
+    values=st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=9), scale=st.floats(1e-100, 1e100)
+)
+def test_effective_rank_ignores_scale_and_order(values: list[float], scale: float) -> None:
+    plain = torch.tensor(values, dtype=torch.float64)
+    expected = effective_rank(plain)
+    torch.testing.assert_close(effective_rank(scale * plain), expected, rtol=1e-12, atol=0)
+    torch.testing.assert_close(effective_rank(plain.flip(0)), expected, rtol=1e-12, atol=0)
+
+
+def test_negative_rounding_errors_count_as_zero() -> None:
+    values = torch.tensor([-1e-12, -1e-9, 2.0, 1.0], dtype=torch.float64)
+    assert float(effective_rank(values)) == pytest.approx(definition([2.0, 1.0]), rel=1e-12)
+
+
+def test_effective_rank_keeps_leading_dimensions_apart() -> None:
+    values = torch.tensor([[1.0, 1.0], [1.0, 0.0], [0.0, 0.0]])
+    torch.testing.assert_close(effective_rank(values), torch.tensor([2.0, 1.0, 0.0]))
+
+
+def test_rankme_on_singular_values_is_larger() -> None:
+    """The paper's number is of eigenvalues, not of their square roots."""
+    values = spectrum("k^-1", 32).square()
+    assert float(effective_rank(values)) == pytest.approx(definition(values.tolist()))
+    assert effective_rank(values.sqrt()) > 1.5 * effective_rank(values)
+
+
+# ---- eigenvalues ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, (1, 8), (8, 1), (1, 1)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+def test_eigenvalues_equal_numpy_s(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    """Those that are left out for B < D are zero. bfloat16 rows have float32 sums, 6e-8 each."""
+    z = torch.randn(shape, dtype=torch.float64).to(dtype)
+    found, expected = eigenvalues(z), numpy_eigenvalues(z)
+    n = min(shape)
+    assert found.shape == (n,) and found.dtype == torch.float64
+    tolerance = expected[-1] * (1e-13 if dtype != torch.bfloat16 else 1e-6)
+    np.testing.assert_allclose(found.numpy(), expected[-n:], rtol=0, atol=tolerance)
+    np.testing.assert_allclose(expected[:-n], 0, atol=1e-13 * expected[-1])
+    assert (found.diff() >= 0).all() and (found >= 0).all()
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("kind", SPECTRA)
+def test_eigenvalues_are_squared_singular_values_over_the_batch(
+    shape: tuple[int, int], kind: str
+) -> None:
+    s = spectrum(kind, min(shape))
+    z = with_spectrum(*shape, s)
+    expected = (s.square() / shape[0]).sort().values
+    torch.testing.assert_close(eigenvalues(z), expected, rtol=0, atol=1e-13 * float(expected[-1]))
+
+
+def test_the_correlation_is_not_centred() -> None:
+    z = torch.randn(20, 6) + 10
+    assert float(eigenvalues(z)[-1]) > 500
+    assert float(eigenvalues(z - z.mean(dim=0))[-1]) < 5
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_eigenvalues_of_what_is_not_finite_are_nan(shape: tuple[int, int], bad: float) -> None:
+    z = torch.randn(shape)
+    z[2, 3] = bad
+    assert eigenvalues(z).isnan().all() and eigenvalues(z).shape == (min(shape),)
+    assert filtered_eigenvalues(z, FilterConfig()).isnan().any()
+    assert effective_rank(eigenvalues(z)).isnan()
+
+
+# ---- filtered eigenvalues ---------------------------------------------------------------------
+
+
+def filtered_rows(z: Tensor, config: FilterConfig, basis: Tensor | None = None) -> Tensor:
+    """z W with the paper's W, scaled like ours: poly is taken of s / s_max."""
+    X = z if basis is None else basis
+    W = paper_filter(X, config)
+    if config.kind == "poly":
+        wide = X.double() - X.double().mean(dim=0) if config.center else X.double()
+        W = W / float(torch.linalg.matrix_norm(wide, 2)) ** config.sigma
+    return z.double() @ W
+
+
+@pytest.mark.parametrize("center", [False, True], ids=["raw", "centred"])
+@pytest.mark.parametrize("config", CONFIGS, ids=name)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("kind", ["flat", "k^-1/2", "k^-1", "rank 8", "straddling"])
+def test_filtered_eigenvalues_are_those_of_the_filtered_rows(
+    kind: str, shape: tuple[int, int], config: FilterConfig, center: bool
+) -> None:
+    z, _ = two_views(*shape, kind)
+    z = z + 0.1
+    config = replace(config, center=center)
+    found = filtered_eigenvalues(z, config).sort().values
+    expected = numpy_eigenvalues(filtered_rows(z, config))[-len(found) :]
+    assert found.shape == (min(shape),) and (found >= 0).all()
+    np.testing.assert_allclose(found.numpy(), expected, rtol=0, atol=ROUNDED * expected[-1])
+
+
+@pytest.mark.parametrize("center", [False, True], ids=["raw", "centred"])
+@pytest.mark.parametrize("config", [c for c in CONFIGS if c.location == "target"], ids=name)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_a_target_may_be_filtered_in_the_basis_of_the_online_branch(
+    shape: tuple[int, int], config: FilterConfig, center: bool
+) -> None:
+    z, p = two_views(*shape, "k^-1/2")
+    z, p = z + 0.1, p - 0.2
+    config = replace(config, basis="online", center=center)
+    found = filtered_eigenvalues(z, config, p).sort().values
+    expected = numpy_eigenvalues(filtered_rows(z, config, p))[-len(found) :]
+    np.testing.assert_allclose(found.numpy(), expected, rtol=0, atol=ROUNDED * expected[-1])
+
+
+# ---- rank difference --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        FilterConfig(),
+        FilterConfig(sigma=0.5),
+        FilterConfig(kind="log_1"),
+        FilterConfig(kind="log_2"),
+        *(FilterConfig(location="target", sigma=sigma) for sigma in (-1.0, -0.5, -0.3)),
+    ],
+    ids=name,
+)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_rank_difference_is_positive_where_rdm_wants_the_filter(
+    config: FilterConfig, shape: tuple[int, int]
+) -> None:
+    """A rising g on the online branch, or a falling one on the target; elsewhere it is negative."""
+    z, _ = two_views(*shape, "k^-1/2", torch.float64)
+    filtered = filtered_rows(z, config)
+    if config.location == "online":
+        assert rank_difference(filtered, z) > 0.5 > 0 > rank_difference(z, filtered)
+    else:
+        assert rank_difference(z, filtered) > 0.5 > 0 > rank_difference(filtered, z)
+
+
+def test_rank_difference_is_the_target_s_minus_the_online_s() -> None:
+    online, target = with_spectrum(8, 8, torch.tensor([1.0] * 2 + [0.0] * 6)), torch.eye(8)
+    assert float(rank_difference(online, target)) == pytest.approx(8 - 2)
+
+
+# ---- standard deviation -----------------------------------------------------------------------
+
+
+def test_channel_std_is_zero_when_all_rows_are_alike_and_about_one_on_the_sphere() -> None:
+    row = torch.randn(1, 64)
+    assert float(channel_std(row.expand(32, 64))) == pytest.approx(0, abs=1e-6)
+    assert float(channel_std(row * torch.rand(32, 1) + 1e-3 * row)) == pytest.approx(0, abs=1e-5)
+    filled = float(channel_std(torch.randn(2000, 64)))
+    assert filled == pytest.approx(1, abs=0.01)
+
+
+def test_channel_std_ignores_the_length_of_rows() -> None:
+    z = torch.randn(50, 16)
+    torch.testing.assert_close(channel_std(z), channel_std(z * torch.rand(50, 1).clamp_min(0.1)))
+
+
+# ---- both branches, one rank or two -----------------------------------------------------------
+
+
+def branches() -> tuple[Tensor, Tensor, Tensor]:
+    online = torch.stack(two_views(24, 40, "k^-1/2"))
+    target = torch.stack(two_views(24, 40, "flat")).flip(0)
+    projection = torch.stack(two_views(24, 40, "k^-1"))
+    return online, target, projection
+
+
+BRANCH_CONFIGS: list[FilterConfig | None] = [
+    None,
+    FilterConfig(),
+    FilterConfig(location="target", sigma=-0.5),
+    FilterConfig(location="target", sigma=-0.5, basis="online"),
+    FilterConfig(location="target", sigma=-2.0),  # turns the order of the eigenvalues round
+]
+
+
+@pytest.mark.parametrize(
+    "config", BRANCH_CONFIGS, ids=lambda c: c and f"{c.location}-{c.basis}{c.sigma:g}"
+)
+def test_branch_spectra_are_means_over_views_of_what_each_branch_puts_out(
+    config: FilterConfig | None,
+) -> None:
+    online, target, projection = branches()
+    found = branch_spectra(online, target, projection, config)
+
+    def mean(views: list[Tensor]) -> np.ndarray:
+        return np.mean([numpy_eigenvalues(view)[-24:] for view in views], axis=0)
+
+    outputs = {"online": list(online), "target": list(target), "projection": list(projection)}
+    if config is not None:
+        basis = list(online) if config.basis == "online" else [None, None]
+        rows = outputs[config.location]
+        outputs[config.location] = [
+            filtered_rows(z, config, p) for z, p in zip(rows, basis, strict=True)
+        ]
+    metrics = found.metrics()
+    for branch, views in outputs.items():
+        expected = mean(views)
+        np.testing.assert_allclose(getattr(found, branch), expected, atol=ROUNDED * expected[-1])
+        assert metrics[f"effective_rank/{branch}"] == pytest.approx(
+            definition(list(expected.clip(0))), rel=1e-4
+        )
+    difference = metrics["effective_rank/target"] - metrics["effective_rank/online"]
+    assert metrics["rank_difference"] == pytest.approx(difference)
+    rows = projection.flatten(0, 1)
+    unit = rows / rows.norm(dim=1, keepdim=True)
+    assert metrics["std"] == pytest.approx(float(unit.std(dim=0).mean()) * math.sqrt(40), rel=1e-5)
+
+
+def _branch_spectra_of_this_rank() -> list[Tensor]:
+    rank, world = dist.get_rank(), dist.get_world_size()
+    rows = [x.chunk(world, dim=1)[rank] for x in branches()]
+    found = [branch_spectra(*rows, config) for config in BRANCH_CONFIGS]
+    return [x for each in found for x in (each.online, each.target, each.projection, each.std)]
+
+
+def test_two_ranks_have_the_spectra_of_one(tmp_path: Path) -> None:
+    """Eigenvalues do not depend on the order of rows; sums over them do, to the last bits."""
+    expected = [
+        x
+        for config in BRANCH_CONFIGS
+        for each in [branch_spectra(*branches(), config)]
+        for x in (each.online, each.target, each.projection, each.std)
+    ]
+    for found in run_ranks(2, _branch_spectra_of_this_rank, tmp_path=tmp_path):
+        for each, single in zip(found, expected, strict=True):
+            torch.testing.assert_close(each, single, rtol=1e-6, atol=1e-9 * float(single.max()))
+
+
+def test_measuring_leaves_no_trace_for_autograd() -> None:
+    online, target, projection = (x.requires_grad_() for x in branches())
+    found = branch_spectra(online, target, projection, FilterConfig())
+    assert not any(x.requires_grad for x in (found.online, found.target, found.std))
