@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rdm_fast.config import FilterConfig
+from rdm_fast.spectral import spectral_loss
 
 UNIT_ROUNDOFF = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-24}
 
@@ -114,3 +115,34 @@ def paper_loss(
 def relative(a: Tensor, b: Tensor) -> float:
     """|a - b| / |b| in the Frobenius norm."""
     return float((a.double() - b.double()).norm() / b.double().norm())
+
+
+# ---- what is tested ----------------------------------------------------------------------------
+
+SHAPES = [(24, 64), (48, 48), (64, 24)]
+ONLINE = [FilterConfig(sigma=s) for s in (0.5, 1.0, 2.0)] + [
+    FilterConfig(kind=kind) for kind in ("log", "log_1", "log_2")
+]
+TARGET = [FilterConfig(location="target", sigma=s) for s in (-1.0, -0.7, -0.5, -0.3, 0.0, 1.0)]
+VARIANTS = [
+    FilterConfig(location="target", sigma=-0.5, basis="online"),
+    FilterConfig(location="target", kind="log_1"),
+    FilterConfig(sigma=1.0, center=True),
+    FilterConfig(location="target", sigma=-1.0, center=True),
+    FilterConfig(location="target", sigma=-0.5, basis="online", center=True),
+]
+
+
+def name(config: FilterConfig) -> str:
+    flags = "-".join([config.basis] * (config.basis != "own") + ["center"] * config.center)
+    return f"{config.location}-{config.kind}{config.sigma:g}{flags}"
+
+
+def gradients(
+    z1: torch.Tensor, z2: torch.Tensor, config: FilterConfig
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    a, b = z1.clone().requires_grad_(), z2.clone().requires_grad_()
+    loss = spectral_loss(a, b, config)
+    loss.backward()
+    assert a.grad is not None and b.grad is not None
+    return loss.detach(), a.grad, b.grad
