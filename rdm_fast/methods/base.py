@@ -49,6 +49,20 @@ class Method(nn.Module, ABC):
     row_wise: bool = True
     """The criterion is a mean over rows, so a mean over parts of a batch is exact."""
 
+    def _use(self, predictor: nn.Module | FilterConfig) -> None:
+        """Make predictions with a learned module [b, D] -> [b, D], or filter in the criterion."""
+        if isinstance(predictor, FilterConfig):
+            self.filter, self.row_wise = predictor, False
+        else:
+            self.predictor = predictor
+
+    def _predict(self, z: Tensor) -> Tensor:
+        """Projections [b, D] to what the criterion takes from the online branch."""
+        if self.filter is not None:
+            return z
+        prediction: Tensor = self.predictor(z)
+        return prediction
+
     @abstractmethod
     def branches(self, view1: Tensor, view2: Tensor) -> Branches:
         """Both branches for this rank's views, [b, C, H, W] each; the target carries no gradient

@@ -26,19 +26,17 @@ class Byol(Method):
         self.backbone, self.projector = backbone, projector
         self.target_backbone = deepcopy(backbone).requires_grad_(False)
         self.target_projector = deepcopy(projector).requires_grad_(False)
-        if isinstance(predictor, FilterConfig):
-            self.filter, self.row_wise = predictor, False
-        else:
-            self.predictor = predictor
+        self._use(predictor)
 
     def branches(self, view1: Tensor, view2: Tensor) -> Branches:
         z1, z2 = self.projector(self.backbone(view1)), self.projector(self.backbone(view2))
-        p1, p2 = (z1, z2) if self.filter else (self.predictor(z1), self.predictor(z2))
         with torch.no_grad():
             t1 = self.target_projector(self.target_backbone(view1))
             t2 = self.target_projector(self.target_backbone(view2))
         projection = torch.stack([z1, z2]).detach()
-        return Branches(torch.stack([p1, p2]), torch.stack([t2, t1]), projection)
+        return Branches(
+            torch.stack([self._predict(z1), self._predict(z2)]), torch.stack([t2, t1]), projection
+        )
 
     def criterion(self, online: Tensor, target: Tensor) -> Tensor:
         if self.filter:

@@ -20,16 +20,12 @@ class SimSiam(Method):
         """predictor: a learned module [b, D] -> [b, D], or the spectral filter to use instead."""
         super().__init__()
         self.backbone, self.projector = backbone, projector
-        if isinstance(predictor, FilterConfig):
-            self.filter, self.row_wise = predictor, False
-        else:
-            self.predictor = predictor
+        self._use(predictor)
 
     def branches(self, view1: Tensor, view2: Tensor) -> Branches:
         z1, z2 = self.projector(self.backbone(view1)), self.projector(self.backbone(view2))
-        p1, p2 = (z1, z2) if self.filter else (self.predictor(z1), self.predictor(z2))
         target = torch.stack([z2, z1]).detach()
-        return Branches(torch.stack([p1, p2]), target, target.flip(0))
+        return Branches(torch.stack([self._predict(z1), self._predict(z2)]), target, target.flip(0))
 
     def criterion(self, online: Tensor, target: Tensor) -> Tensor:
         if self.filter:  # the target is the other view's online rows: gathered once
