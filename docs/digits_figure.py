@@ -41,9 +41,9 @@ def draw(with_filter: Path, without: Path, file: Path) -> None:
         epochs, rank = history(run, "effective_rank/projection")
         right.plot(epochs, rank, color=colour, linewidth=2)
         right.annotate(
-            f"{label}: {rank[-1]:.0f}",
+            f"{label}: {rank[-1]:.1f}",
             (epochs[-1], rank[-1]),
-            xytext=(0, 7),
+            xytext=(0, 14),
             textcoords="offset points",
             ha="right",
             color=colour,
@@ -51,7 +51,7 @@ def draw(with_filter: Path, without: Path, file: Path) -> None:
     left.set(xlabel="direction", ylabel="share of variance", ylim=(1e-8, 1), xlim=(0, None))
     left.set_title("Spectrum of the projections of test images", fontsize=11)
     left.legend(frameon=False)
-    right.set(xlabel="epoch", ylabel="effective rank", ylim=(0, None), xlim=(0, None))
+    right.set(xlabel="epoch", ylabel="effective rank", ylim=(0, 75), xlim=(0, None))
     right.set_title("Directions in use while training", fontsize=11)
     figure.savefig(file, dpi=150)
 
