@@ -27,10 +27,10 @@ from rdm_fast.command_line import (
     parse_train,
 )
 from rdm_fast.config import Config
-from rdm_fast.errors import Interrupted, UsageError, UserError
+from rdm_fast.errors import Interrupted, RankLost, UsageError, UserError
 
 if TYPE_CHECKING:
-    from rdm_fast.run_folder import RunFolder
+    from rdm_fast.run_folder import RunFolder, State
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -144,8 +144,9 @@ def _train_in(folder: "RunFolder", config: Config, *, extend: bool) -> None:
                 "or start anew with --overwrite or another --out"
             )
             return
-        trainer = Trainer(config, folder, device)
-        trainer.fit()
+        with distributed.lost_ranks_told():
+            trainer = Trainer(config, folder, device)
+            trainer.fit()
         if distributed.rank() == 0:
             path = f"step-{trainer.step:08d}"
             folder.write_status("finished", step=trainer.step, checkpoint=path)
@@ -167,21 +168,42 @@ def _reported(folder: "RunFolder") -> Iterator[None]:
             log.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
         if not isinstance(error, Exception):
             raise
+        if isinstance(error, RankLost):
+            _report_loss(folder, error)
         if not isinstance(error, UserError):
             error = UserError(f"{type(error).__name__}: {error} (a bug; the traceback is in {log})")
         if _rank() != 0:  # usually all ranks fail alike; rank zero then speaks for them
             time.sleep(1.0)
-            if read_status(folder.path)["state"] == "running":
-                print(f"error: rank {_rank()}: {error}", file=sys.stderr, flush=True)
-        state = "interrupted" if isinstance(error, Interrupted) else "failed"
-        with contextlib.suppress(OSError, UserError):
             status = read_status(folder.path)
-            folder.write_status(
-                state,  # type: ignore[arg-type]
-                step=status["step"], checkpoint=status.get("checkpoint", ""), code=error.code,
-                message=str(error),
-            )  # fmt: skip
+            if status["state"] == "running" or status["code"] == RankLost.code:
+                print(f"error: rank {_rank()}: {error}", file=sys.stderr, flush=True)
+        state: State = "interrupted" if isinstance(error, Interrupted) else "failed"
+        _write_end(folder, state, error)
         raise error from None
+
+
+def _write_end(folder: "RunFolder", state: "State", error: UserError) -> None:
+    from rdm_fast.run_folder import read_status
+
+    with contextlib.suppress(OSError, UserError):
+        status = read_status(folder.path)
+        folder.write_status(
+            state, step=status["step"], checkpoint=status.get("checkpoint", ""), code=error.code,
+            message=str(error),
+        )  # fmt: skip
+
+
+def _report_loss(folder: "RunFolder", error: RankLost) -> NoReturn:
+    """Tell of a lost rank, unless that rank tells of a reason of its own."""
+    from rdm_fast.run_folder import read_status
+
+    first = read_status(folder.path)["state"] == "running"
+    if first:  # at once, since the launcher is about to end this rank too
+        _write_end(folder, "failed", error)
+    time.sleep(2.0)  # the rank at fault tells within one
+    if first and read_status(folder.path)["code"] == error.code:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    raise SystemExit(error.code)
 
 
 # ---- evaluate --------------------------------------------------------------------------------

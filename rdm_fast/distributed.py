@@ -6,13 +6,15 @@ parameter gradients. So every rank holds exactly its part of the global batch's 
 """
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rdm_fast.errors import Unavailable
+from rdm_fast.errors import RankLost, Unavailable
 
 TIMEOUT = timedelta(minutes=10)
 
@@ -66,6 +68,24 @@ def stop() -> None:
     """Leave the process group, if there is one."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+@contextmanager
+def lost_ranks_told() -> Iterator[None]:
+    """Tell a collective that failed, because another rank died or hung, from a bug.
+
+    Raises:
+        RankLost: in place of what torch raises; gloo has no exception class of its own.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, dist.DistError) or "gloo" in str(error):
+            raise RankLost(
+                f"rank {rank()} lost another rank, which died or hung: see logs/rank*.err in the "
+                "run folder, then run the same command again to go on from the last checkpoint"
+            ) from error
+        raise
 
 
 @torch.no_grad()

@@ -1,0 +1,152 @@
+"""Runs that are killed: the same command again ends with the very bytes of an undisturbed run.
+
+RDM_KILLS sets the number of kills at each number of ranks, for a longer campaign than the few
+that every run of the tests makes.
+"""
+
+import os
+import random
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from rdm_fast.run_folder import read_status
+from tests.processes import Run, final_bytes
+from tests.runs import metrics
+
+pytestmark = pytest.mark.skipif(
+    not sys.platform.startswith("linux"), reason="finds ranks through /proc"
+)
+
+EPOCHS = {1: 8, 2: 6, 4: 4}  # of four steps
+KILLS = {1: 3, 4: 2}
+FLAGS = "--log.every 1 --log.save-every 2"
+Start = Callable[[Path, int], Run]
+
+
+@pytest.fixture
+def start() -> Iterator[Start]:
+    """Starts the run; what a failed test leaves behind is killed."""
+    started: list[Run] = []
+
+    def start(out: Path, world: int) -> Run:
+        started.append(Run(out, EPOCHS[world], world, FLAGS))
+        return started[-1]
+
+    yield start
+    for run in started:
+        run.kill()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
+    folder = tmp_path_factory.mktemp("undisturbed")
+
+    def of(world: int) -> Path:
+        path = folder / str(world)
+        if not path.exists():
+            Run(path, EPOCHS[world], world, FLAGS).finish()
+        return path
+
+    return of
+
+
+def assert_same_end(out: Path, undisturbed: Path) -> None:
+    assert metrics(out) == metrics(undisturbed)
+    found, expected = final_bytes(out), final_bytes(undisturbed)
+    assert [name for name in expected if found.get(name) != expected[name]] == []
+
+
+def kill_at_random(run: Run, draw: random.Random, *, saving: bool) -> str:
+    """kill -9 of every process at a random moment of the run, and what it was doing then.
+
+    Saves are short, so of those moments some are sought: when the next save has begun.
+    """
+    run.wait_for_step(draw.randrange(1, run.steps - 4))
+    deadline = time.monotonic() + 10
+    while saving and not half_done(run.out) and time.monotonic() < deadline:
+        time.sleep(0.0002)
+    time.sleep(draw.uniform(0.0, 0.004 if saving else 0.2))
+    run.kill()
+    assert read_status(run.out)["state"] == "running"
+    return "in a save" if half_done(run.out) else "between saves"
+
+
+def half_done(out: Path) -> bool:
+    return any((out / "checkpoints").glob(".tmp-*"))
+
+
+@pytest.mark.parametrize("world", KILLS)
+def test_a_killed_run_ends_with_the_bytes_of_an_undisturbed_one(
+    world: int, start: Start, undisturbed: Callable[[int], Path], tmp_path: Path
+) -> None:
+    draw = random.Random(world)
+    for kill in range(int(os.environ.get("RDM_KILLS", KILLS[world]))):
+        out = tmp_path / str(kill)
+        run = start(out, world)
+        moment = kill_at_random(run, draw, saving=kill % 2 == 1)
+        print(f"{world} rank(s), kill {kill + 1}: after step {run.last_step()}, {moment}")
+        start(out, world).finish()
+        assert_same_end(out, undisturbed(world))
+        assert not half_done(out)
+
+
+def test_a_lost_rank_a_lost_launcher_and_a_signal_one_after_the_other_change_nothing(
+    start: Start, undisturbed: Callable[[int], Path], tmp_path: Path
+) -> None:
+    """torchrun hides the ranks' exit codes, so status.json says how each start ended."""
+    world, out = 2, tmp_path / "run"
+    run = start(out, world)
+    run.wait_for_step(3)
+    os.kill(run.ranks[1], signal.SIGKILL)
+    assert run.end() != 0
+    run.wait_for_ranks(5.0)
+    status = read_status(out)
+    assert (status["state"], status["code"]) == ("failed", 76)
+
+    run = start(out, world)
+    run.wait_for_step(8)
+    os.kill(run.process.pid, signal.SIGKILL)
+    run.wait_for_ranks(5.0)
+
+    run = start(out, world)
+    run.wait_for_step(13)
+    run.process.send_signal(signal.SIGTERM)
+    assert run.end() != 0
+    run.wait_for_ranks(5.0)
+    status = read_status(out)
+    assert (status["state"], status["code"]) == ("interrupted", 75)
+    assert status["step"] >= 13 and (out / "checkpoints" / status["checkpoint"]).is_dir()
+
+    start(out, world).finish()
+    assert_same_end(out, undisturbed(world))
+
+
+def test_ranks_that_are_still_starting_go_with_their_launcher(start: Start, tmp_path: Path) -> None:
+    run = start(tmp_path / "run", 2)
+    deadline = time.monotonic() + 60
+    while len(run.ranks) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    time.sleep(1.0)  # they are importing torch
+    os.kill(run.process.pid, signal.SIGKILL)
+    run.wait_for_ranks(5.0)
+
+
+def test_sigterm_ends_a_run_saved_with_75_and_the_same_command_finishes_it(
+    start: Start, undisturbed: Callable[[int], Path], tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    run = start(out, 1)
+    run.wait_for_step(7)
+    run.process.send_signal(signal.SIGTERM)
+    assert run.end() == 75
+    status = read_status(out)
+    assert (status["state"], status["code"]) == ("interrupted", 75)
+    assert status["checkpoint"] == f"step-{run.last_step():08d}"  # no step was lost
+    start(out, 1).finish()
+    assert_same_end(out, undisturbed(1))
