@@ -5,7 +5,6 @@ Every mistake of a user ends in one `error:` line and an exit code that says wha
 """
 
 import contextlib
-import ctypes
 import difflib
 import os
 import signal
@@ -82,6 +81,8 @@ def _exit_with(error: UserError) -> NoReturn:
 def _end_with_launcher() -> None:
     """Have a rank told to stop when its launcher is killed, before it takes seconds to import."""
     if sys.platform == "linux":
+        import ctypes
+
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
