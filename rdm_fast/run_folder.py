@@ -219,7 +219,7 @@ def _refuse_foreign(path: Path) -> None:
 def _lock(path: Path) -> FileLock:
     lock = FileLock(path / LOCK, thread_local=False)
     try:
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=1.0)  # what a killed run has forked may take a moment to let go
     except Timeout as error:
         try:
             owner = _read(path / OWNER, json.loads)

@@ -317,8 +317,10 @@ class StopOnSignal:
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
         self._trainer.ask_to_stop()
-        signal.signal(number, self._before[signal.Signals(number)])
+        # Not the handler from before: a shell starts background jobs with SIGINT ignored.
+        at_once = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+        signal.signal(number, at_once)
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
