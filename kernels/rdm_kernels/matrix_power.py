@@ -100,11 +100,10 @@ def eigh_function(
     """f(A), eigenvalues and vectors, in float64. kind: power, log or log1p."""
     eigenvalues, V = wide_eigh(A, narrow)
     f = _response(eigenvalues, _kept(eigenvalues, kind, cutoff), kind, exponent)
-    with torch.autocast(A.device.type, enabled=False):
-        result = V * f[..., None, :] @ V.mT
-        finite = eigenvalues.isfinite().all(dim=-1)[..., None, None]
-        result = ((result + result.mT) / 2).where(finite, torch.nan)
-        return result.contiguous(), eigenvalues, V
+    result = V * f[..., None, :] @ V.mT
+    finite = eigenvalues.isfinite().all(dim=-1)[..., None, None]
+    result = ((result + result.mT) / 2).where(finite, torch.nan)
+    return result.contiguous(), eigenvalues, V
 
 
 def _kept(eigenvalues: Tensor, kind: str, cutoff: float) -> Tensor:
@@ -166,10 +165,9 @@ def _backward(ctx, grad, _grad_eigenvalues, _grad_vectors):
         return (None,) * 5
     eigenvalues, V = ctx.saved_tensors
     kept = _kept(eigenvalues, ctx.kind, ctx.cutoff)
-    with torch.autocast(V.device.type, enabled=False):
-        phi = divided_differences(eigenvalues, kept, ctx.kind, ctx.exponent)
-        inner = phi * (V.mT @ grad @ V)
-        return from_basis(inner, eigenvalues, V).to(ctx.dtype), *(None,) * 4
+    phi = divided_differences(eigenvalues, kept, ctx.kind, ctx.exponent)
+    inner = phi * (V.mT @ grad @ V)
+    return from_basis(inner, eigenvalues, V).to(ctx.dtype), *(None,) * 4
 
 
 eigh_function.register_autograd(_backward, setup_context=_save)

@@ -124,20 +124,22 @@ def is_kept(eigenvalues: Tensor, cutoff: float) -> Tensor:
 
 
 def wide_eigh(A: Tensor, narrow: bool) -> tuple[Tensor, Tensor]:
-    """Eigenvalues [..., n], ascending, and vectors [..., n, n] of (A + A^T) / 2, in float64."""
-    with torch.autocast(A.device.type, enabled=False):
-        absmax = A.abs().amax(dim=(-2, -1)).to(WIDE)
-        finite = absmax.isfinite()
-        _, exponent = torch.frexp(absmax.where(finite, 1))
-        scale = torch.exp2(exponent.clamp(-1000, 1000).to(WIDE))[..., None]
-        A = A.to(WIDE) / scale[..., None]
-        identity = torch.eye(A.shape[-1], dtype=WIDE, device=A.device)
-        A = ((A + A.mT) / 2).where(finite[..., None, None], identity)
-        eigenvalues, vectors = _solve(A.to(torch.float32) if narrow else A)
-        if narrow:
-            eigenvalues, vectors = _refine(A, eigenvalues, vectors)
-        eigenvalues = (eigenvalues * scale).where(finite[..., None], torch.nan)
-        return eigenvalues, _fix_signs(vectors).contiguous()
+    """Eigenvalues [..., n], ascending, and vectors [..., n, n] of (A + A^T) / 2, in float64.
+
+    All products here and in the gradient are of float64, which autocast never casts.
+    """
+    absmax = A.abs().amax(dim=(-2, -1)).to(WIDE)
+    finite = absmax.isfinite()
+    _, exponent = torch.frexp(absmax.where(finite, 1))
+    scale = torch.exp2(exponent.clamp(-1000, 1000).to(WIDE))[..., None]
+    A = A.to(WIDE) / scale[..., None]
+    identity = torch.eye(A.shape[-1], dtype=WIDE, device=A.device)
+    A = ((A + A.mT) / 2).where(finite[..., None, None], identity)
+    eigenvalues, vectors = _solve(A.to(torch.float32) if narrow else A)
+    if narrow:
+        eigenvalues, vectors = _refine(A, eigenvalues, vectors)
+    eigenvalues = (eigenvalues * scale).where(finite[..., None], torch.nan)
+    return eigenvalues, _fix_signs(vectors).contiguous()
 
 
 def _solve(A: Tensor) -> tuple[Tensor, Tensor]:
@@ -192,15 +194,14 @@ def _save(ctx, inputs, output):
 def _backward(ctx, grad_eigenvalues, grad_vectors):
     eigenvalues, V = ctx.saved_tensors
     inner = torch.zeros_like(V)
-    with torch.autocast(V.device.type, enabled=False):
-        if grad_vectors is not None:
-            gap = eigenvalues[..., None, :] - eigenvalues[..., :, None]
-            limit = ctx.eps * eigenvalues.abs().amax(dim=-1)[..., None, None]
-            resolved = gap.abs() > limit
-            inner = (V.mT @ grad_vectors / gap.where(resolved, 1)).where(resolved, 0)
-        if grad_eigenvalues is not None:
-            inner = inner + torch.diag_embed(grad_eigenvalues)
-        return from_basis(inner, eigenvalues, V).to(ctx.dtype), None
+    if grad_vectors is not None:
+        gap = eigenvalues[..., None, :] - eigenvalues[..., :, None]
+        limit = ctx.eps * eigenvalues.abs().amax(dim=-1)[..., None, None]
+        resolved = gap.abs() > limit
+        inner = (V.mT @ grad_vectors / gap.where(resolved, 1)).where(resolved, 0)
+    if grad_eigenvalues is not None:
+        inner = inner + torch.diag_embed(grad_eigenvalues)
+    return from_basis(inner, eigenvalues, V).to(ctx.dtype), None
 
 
 def from_basis(inner: Tensor, eigenvalues: Tensor, V: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rdm_kernels import matrix_function
+from rdm_kernels import matrix_function, polar
 from rdm_kernels.matrix_function import (
     CHOLESKY_FAILED,
     INACCURATE,
@@ -253,3 +253,25 @@ def test_a_cutoff_out_of_range_is_named(cutoff: float) -> None:
 def test_what_is_not_square_is_named() -> None:
     with pytest.raises(ValueError, match=r"floating G.*\(2, 3\)"):
         matrix_function(torch.zeros(2, 3), torch.sqrt)
+
+
+@pytest.mark.gpu
+def test_nothing_waits_and_a_captured_graph_repeats_it_bit_for_bit() -> None:
+    views = [with_spectrum(64, 128, spectrum("k^-1", 64), seed) for seed in range(2)]
+    X = torch.stack(views).float().cuda()
+
+    def work() -> list[Tensor]:
+        return [*matrix_function(X @ X.mT, torch.log1p), polar(X)]
+
+    eager = work()  # also puts the constants of the series on the device
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        work()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        captured = work()
+    graph.replay()
+    for a, b in zip(eager, captured, strict=True):
+        assert torch.equal(a, b)
