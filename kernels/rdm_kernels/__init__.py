@@ -5,6 +5,29 @@ op's CUDA kernel where there is one, so callers never choose. kernels/README.md 
 """
 
 from rdm_kernels.filtered_cosine import filtered_cosine
+from rdm_kernels.matrix_function import MatrixFunction, matrix_function
+from rdm_kernels.matrix_power import (
+    matrix_inverse_sqrt,
+    matrix_log,
+    matrix_log1p,
+    matrix_power,
+    matrix_sqrt,
+)
 from rdm_kernels.neg_cosine import neg_cosine
+from rdm_kernels.polar import polar
+from rdm_kernels.safe_eigh import Eigh, safe_eigh
 
-__all__ = ["filtered_cosine", "neg_cosine"]
+__all__ = [
+    "Eigh",
+    "MatrixFunction",
+    "filtered_cosine",
+    "matrix_function",
+    "matrix_inverse_sqrt",
+    "matrix_log",
+    "matrix_log1p",
+    "matrix_power",
+    "matrix_sqrt",
+    "neg_cosine",
+    "polar",
+    "safe_eigh",
+]

@@ -1,0 +1,211 @@
+"""A spectral filter from a Gram matrix by Cholesky and matrix products: no eigensolver, no wait.
+
+For a batch X with G = X X^T and singular values s, and a response g, damped by tau (where cutting
+off would need eigenvalues), the filter is W = X^T h X with
+
+    h = g(sqrt(G + tau^2)) (G + tau^2)^-1,   M = G h = g(sqrt(G + tau^2)) - tau^2 h
+    tau = cutoff sqrt(c),   c = |G^2|_F^(1/2) >= lambda_max
+
+so that X W = M X. A = G / c + cutoff^2 has its spectrum in [cutoff^2, 1 + cutoff^2] whatever G is,
+so every constant below is known before the batch:
+
+    L = cholesky(A)
+    Q = polar(L)                      iterations of `rdm_kernels.polar`, so L = H Q
+    H = L Q^T = sqrt(A)
+    g(sqrt(c) H) = sum_k a_k T_k(S)   Chebyshev series on S = H mapped to [-1, 1], a_k on the device
+    h = A^-1 g(sqrt(c) H) / c         by two triangular solves with L
+
+The series converges as rho^-k, rho = (1 + sqrt cutoff) / (1 - sqrt cutoff), and is evaluated in
+2 sqrt(degree) products (Paterson and Stockmeyer 1973, in Chebyshev form). 48 products in all.
+
+With the inner products O = Z X^T and the coefficients a and c of `rdm_kernels.filtered_cosine`,
+y = M X, |y_i|^2 = (M G M)_ii, <y_i, z_i> = (M o O) summed over row i, and
+dL/dX = (a O + c M G) h X.
+"""
+
+import math
+from collections.abc import Callable
+from functools import cache
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rdm_kernels.polar import (
+    _symmetric_product,
+    bound,
+    iterate,
+    iterations_for,
+    power_of_two,
+    schedule,
+)
+
+NOT_FINITE = 1  # bits of the status word
+CHOLESKY_FAILED = 2
+INACCURATE = 4
+RESIDUAL_LIMIT = 1e-4  # float32 leaves 1e-6 to 1e-5, tf32 over 1e-3
+LOG_TOLERANCE = 1e-4  # of the default degree: largest error of log s, which spans log(1 / cutoff)
+
+
+class MatrixFunction(NamedTuple):
+    """M = g(sqrt G) and h = M G^-1, damped; of each G of the batch."""
+
+    M: Tensor  # [..., n, n], symmetric; NaN where status tells NOT_FINITE or CHOLESKY_FAILED
+    h: Tensor  # [..., n, n], symmetric; NaN likewise
+    tau: Tensor  # [...], the damping: cutoff * sqrt(c)
+    status: Tensor  # [...] int32: 0, or the sum of NOT_FINITE, CHOLESKY_FAILED and INACCURATE
+    residuals: Tensor  # [..., 2]: |Q Q^T - I|_F / sqrt(n) and |H^2 - A|_F / |A|_F
+
+
+@torch.no_grad()
+def matrix_function(
+    G: Tensor,
+    g: Callable[[Tensor], Tensor],
+    *,
+    cutoff: float = 1e-3,
+    degree: int | None = None,
+) -> MatrixFunction:
+    """M and h of damped Gram matrices for any smooth response g; nothing waits for the device.
+
+    Args:
+        G: symmetric positive semi-definite, [..., n, n], any floating dtype and scale; below
+            float64 everything but g is computed in float32.
+        g: the response, element by element of singular values s [..., k] float64 in
+            [tau, sqrt(c + tau^2)] to the same shape. On the device, without a wait.
+        cutoff: tau / sqrt(c), at least 1e-4 in float32; in (0, 0.1].
+        degree: of the Chebyshev series. None for one that has log s to 1e-4 absolute, which
+            s^p (p >= 0), log(1 + s) and log(1 + s^2) reach too, relative to their maximum. 1 is
+            exact for g linear in s.
+
+    Returns:
+        MatrixFunction, in G's dtype but at least float32. No gradient flows through it.
+
+    Raises:
+        ValueError: G is not [..., n, n] of a floating dtype, or cutoff is out of range.
+    """
+    if G.ndim < 2 or G.shape[-1] != G.shape[-2] or not G.is_floating_point():
+        raise ValueError(
+            f"matrix_function needs floating G [..., n, n], got {G.dtype} {tuple(G.shape)}"
+        )
+    if not 0 < cutoff <= 0.1:
+        raise ValueError(f"matrix_function needs a cutoff in (0, 0.1], got {cutoff}")
+    degree = default_degree(cutoff) if degree is None else degree
+    with torch.autocast(G.device.type, enabled=False):
+        G = G.to(torch.promote_types(G.dtype, torch.float32))
+        finite = G.isfinite().all(dim=-1, keepdim=True).all(dim=-2, keepdim=True)
+        identity = torch.eye(G.shape[-1], dtype=G.dtype, device=G.device)
+        G = G.where(finite, identity)
+        scale = power_of_two(G)  # a power of four: its root is exact
+        G = G / scale
+        c = bound(G)
+        root_c = c.sqrt() * scale.sqrt()
+
+        A = G / c + cutoff**2 * identity
+        L, info = torch.linalg.cholesky_ex(A)
+        lower = cutoff / 2  # rounding of A takes up to half of cutoff^2 = 1e-6 away
+        steps = schedule(lower, iterations_for(lower, torch.finfo(G.dtype).eps)).coefficients
+        Q = iterate(L, steps, A)
+        H = _symmetric_product(L, Q.mT)
+
+        a, b = interval(cutoff)
+        nodes, blocks = _series(a, b, degree, G.device)
+        values = g(root_c[..., 0].to(torch.float64) * nodes)
+        coefficients = (blocks @ values[..., None, :, None]).squeeze(-1)
+        S = (2 * H - (a + b) * identity) / (b - a)
+        M0 = _evaluate(coefficients.to(G.dtype), S, identity)
+        h = _divide(L, M0)
+        M = M0 - cutoff**2 * h
+
+        residuals = torch.stack(
+            [
+                torch.linalg.matrix_norm(_symmetric_product(Q, Q.mT) - identity)
+                / math.sqrt(len(identity)),
+                torch.linalg.matrix_norm(_symmetric_product(H, H) - A)
+                / torch.linalg.matrix_norm(A),
+            ],
+            dim=-1,
+        )
+        accurate = (residuals <= RESIDUAL_LIMIT).all(dim=-1)  # also false for NaN
+        usable = finite & (info == 0)[..., None, None]
+        status = (
+            NOT_FINITE * ~finite[..., 0, 0] + CHOLESKY_FAILED * (info != 0) + INACCURATE * ~accurate
+        ).to(torch.int32)
+        return MatrixFunction(
+            M.where(usable, torch.nan),
+            (h / c / scale).where(usable, torch.nan),
+            cutoff * root_c[..., 0, 0],
+            status,
+            residuals,
+        )
+
+
+def _divide(L: Tensor, M0: Tensor) -> Tensor:
+    """A^-1 M0 for A = L L^T, which commutes with M0."""
+    half = torch.linalg.solve_triangular(L, M0, upper=False)
+    h = torch.linalg.solve_triangular(L.mT, half, upper=True)
+    return (h + h.mT) / 2
+
+
+# ---- the Chebyshev series ------------------------------------------------------------------------
+
+
+def interval(cutoff: float) -> tuple[float, float]:
+    """What holds the spectrum of H, with room for rounding."""
+    return 0.97 * cutoff, 1.001 * math.sqrt(1 + cutoff**2)
+
+
+@cache
+def default_degree(cutoff: float) -> int:
+    """Smallest d at which log s has LOG_TOLERANCE: its tail is at most 2 rho^-d / (d (rho - 1))."""
+    a, b = interval(cutoff)
+    rho = (1 + math.sqrt(a / b)) / (1 - math.sqrt(a / b))
+    return next(d for d in range(1, 10_000) if 2 * rho**-d / (d * (rho - 1)) <= LOG_TOLERANCE)
+
+
+@cache
+def _series(a: float, b: float, degree: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Nodes [k] in [a, b], and the matrix [J + 1, m, k] from g there to block coefficients.
+
+    Interpolation at the k = 2 (degree + 1) Chebyshev nodes gives the a_j, sums of g cos(j angle).
+    The blocks are those of sum_j a_j T_j = sum_J B_J(S) T_J(T_m(S)), B_J of degree below m, by
+    T_(Jm + i) = 2 T_(Jm) T_i - T_(Jm - i), from the highest down.
+    """
+    k = 2 * (degree + 1)
+    angle = np.pi * (np.arange(k) + 0.5) / k
+    nodes = (a + b) / 2 + (b - a) / 2 * np.cos(angle)
+    j = np.arange(degree + 1)
+    series = np.cos(j[:, None] * angle) * 2 / k
+    series[0] /= 2
+
+    m = max(2, round(math.sqrt(degree + 1)))
+    giant = degree // m
+    padded = np.zeros(((giant + 1) * m, k))
+    padded[: degree + 1] = series
+    blocks = np.zeros((giant + 1, m, k))
+    for J in range(giant, 0, -1):
+        for i in range(m - 1, 0, -1):
+            blocks[J, i] = 2 * padded[J * m + i]
+            padded[J * m - i] -= padded[J * m + i]
+        blocks[J, 0] = padded[J * m]
+    blocks[0] = padded[:m]
+    return torch.from_numpy(nodes).to(device), torch.from_numpy(blocks).to(device)
+
+
+def _evaluate(coefficients: Tensor, S: Tensor, identity: Tensor) -> Tensor:
+    """sum_J B_J(S) T_J(T_m(S)) by Clenshaw, for block coefficients [..., J + 1, m]."""
+    giant, m = coefficients.shape[-2] - 1, coefficients.shape[-1]
+    T = [identity.expand_as(S), S]
+    for k in range(2, m + (giant > 0)):  # T_(i + j) = 2 T_i T_j - T_(i - j)
+        i, j = (k + 1) // 2, k // 2
+        T.append(2 * _symmetric_product(T[i], T[j]) - T[i - j])
+    small = torch.stack(T[:m], dim=-3)
+
+    def block(J: int) -> Tensor:
+        return (coefficients[..., J, :, None, None] * small).sum(dim=-3)
+
+    after, result = torch.zeros_like(S), block(giant)
+    for J in range(giant - 1, -1, -1):
+        factor = 2 if J else 1
+        after, result = result, block(J) + factor * _symmetric_product(T[m], result) - after
+    return result

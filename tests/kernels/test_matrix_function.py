@@ -1,0 +1,277 @@
+"""rdm_kernels.matrix_function against the damped filter of an SVD, and autograd, in float64."""
+
+import math
+import sys
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rdm_kernels import matrix_function, polar
+from rdm_kernels.matrix_function import (
+    CHOLESKY_FAILED,
+    INACCURATE,
+    NOT_FINITE,
+    _evaluate,
+    _series,
+    default_degree,
+    interval,
+)
+from rdm_kernels.polar import _symmetric_product
+from tests.spectra import relative, spectrum, two_views, with_spectrum
+
+RESPONSES: dict[str, Callable[[Tensor], Tensor]] = {
+    "s^0.5": lambda s: s**0.5,
+    "s": lambda s: s,
+    "log": torch.log,
+    "log_1": torch.log1p,
+    "log_2": lambda s: (s * s).log1p(),
+}
+CUTOFF = 1e-3
+U = 2.0**-24
+ALL = pytest.mark.parametrize("name", RESPONSES)
+HEALTHY = pytest.mark.parametrize("spectrum_name", ["flat", "k^-1/2", "k^-1", "clusters"])
+B, D = 96, 256
+
+
+def literal(X: Tensor, g: Callable[[Tensor], Tensor], tau: Tensor) -> tuple[Tensor, Tensor]:
+    """M and h of the damped filter from an SVD: U g(t) s^2 / t^2 U^T and U g(t) / t^2 U^T."""
+    U, s, _ = torch.linalg.svd(X.double(), full_matrices=len(X) > X.shape[1])
+    s = F.pad(s, (0, U.shape[-1] - len(s)))
+    t = (s.square() + tau.double().square()).sqrt()
+    return U * (g(t) * (s / t).square()) @ U.mT, U * (g(t) / t.square()) @ U.mT
+
+
+def gradient(P: Tensor, Z: Tensor, W: Tensor) -> tuple[Tensor, Tensor]:
+    """-mean cos(P W, Z) and its gradient for P with W held fixed, by autograd in float64."""
+    p = P.double().requires_grad_()
+    loss = -F.cosine_similarity(p @ W, Z.double(), dim=1).mean()
+    loss.backward()
+    assert p.grad is not None
+    return loss.detach(), p.grad
+
+
+def fused(P: Tensor, Z: Tensor, M: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+    """The same from M, h and inner products of rows, in M's dtype: dP = (a O + c M G) h P."""
+    P, Z = P.to(M.dtype), Z.to(M.dtype)
+    G, O = P @ P.mT, Z @ P.mT
+    MG = M @ G
+    y, t = (MG * M).sum(dim=1).sqrt(), Z.norm(dim=1)
+    dot = (M * O).sum(dim=1)
+    a = -1 / (len(P) * y * t)
+    c = -a * dot / y.square()
+    return (a * dot).sum(), (a[:, None] * O + c[:, None] * MG) @ h @ P
+
+
+@ALL
+@pytest.mark.parametrize(
+    "spectrum_name", ["flat", "k^-1", "k^-2", "clusters", "rank 8", "rank B-1"]
+)
+@pytest.mark.parametrize("shape", [(24, 64), (24, 24), (40, 24), (1, 5)], ids=str)
+def test_in_float64_only_the_series_errs(
+    shape: tuple[int, int], spectrum_name: str, name: str
+) -> None:
+    """Its error on g, 1e-4 for the log, of what g spans; h has it over tau^2 at most."""
+    X = with_spectrum(*shape, spectrum(spectrum_name, min(shape)))
+    result = matrix_function(X @ X.mT, RESPONSES[name], cutoff=CUTOFF)
+    M, h = literal(X, RESPONSES[name], result.tau)
+    assert int(result.status) == 0
+    tolerance = 1e-4 + 1e-9
+    span = 1 if name == "log" else RESPONSES[name](torch.linalg.matrix_norm(X, 2)).item()
+    assert torch.linalg.matrix_norm(result.M - M, 2) <= tolerance * max(span, 1)
+    ratio = torch.linalg.matrix_norm(result.h - h, 2) * result.tau.square()
+    assert ratio <= tolerance * max(span, 1)
+
+
+@ALL
+def test_the_definition_is_the_filter_itself(name: str) -> None:
+    """X W = M X for W = X^T h X, and M = G h."""
+    X = with_spectrum(16, 30, spectrum("k^-1/2", 16))
+    G = X @ X.mT
+    result = matrix_function(G, RESPONSES[name], cutoff=0.01)
+    torch.testing.assert_close(result.M, G @ result.h, atol=1e-10, rtol=0)
+    torch.testing.assert_close(X @ (X.mT @ result.h @ X), result.M @ X, atol=1e-9, rtol=0)
+
+
+@ALL
+@HEALTHY
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_float32_loss_and_gradient_end_to_end(
+    dtype: torch.dtype, spectrum_name: str, name: str
+) -> None:
+    """Of Gram matrices in float32, against autograd through the damped filter in float64."""
+    P, Z = two_views(B, D, spectrum_name, dtype)
+    g = RESPONSES[name]
+    result = matrix_function(P.float() @ P.float().mT, g, cutoff=CUTOFF)
+    _, h = literal(P, g, result.tau)
+    expected_loss, expected = gradient(P, Z, P.double().mT @ h @ P.double())
+    loss, found = fused(P, Z, result.M, result.h)
+    assert result.M.dtype == torch.float32 and int(result.status) == 0
+    assert float(F.cosine_similarity(found.double().flatten(), expected.flatten(), dim=0)) >= 0.9999
+    assert relative(found, expected) <= 2e-3
+    assert abs(float(loss - expected_loss)) <= 2e-6
+
+
+@pytest.mark.parametrize("sigma", [-0.5, -0.3])
+@HEALTHY
+def test_falling_fractional_powers_reach_the_same_cosine(spectrum_name: str, sigma: float) -> None:
+    P, Z = two_views(B, D, spectrum_name)
+
+    def g(s: Tensor) -> Tensor:
+        return s**sigma
+
+    result = matrix_function(P @ P.mT, g, cutoff=CUTOFF)
+    _, h = literal(P, g, result.tau)
+    _, expected = gradient(P, Z, P.double().mT @ h @ P.double())
+    _, found = fused(P, Z, result.M, result.h)
+    assert float(F.cosine_similarity(found.double().flatten(), expected.flatten(), dim=0)) >= 0.9999
+
+
+def test_views_of_a_batch_do_not_meet() -> None:
+    """Bit for bit on a CPU's batched products of one size; each has its own scale and tau."""
+    views = [with_spectrum(12, 20, spectrum(n, 12), i) for i, n in enumerate(["flat", "k^-1"])]
+    G = torch.stack([X @ X.mT * scale for X, scale in zip(views, (1.0, 1e6), strict=True)])
+    both = matrix_function(G, torch.log1p)
+    for i in range(2):
+        alone = matrix_function(G[i : i + 1], torch.log1p)
+        for found, expected in zip(both, alone, strict=True):
+            torch.testing.assert_close(found[i], expected[0], rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("exponent", [-60, -20, 20, 60])
+def test_a_scaled_matrix_has_a_scaled_filter(exponent: int) -> None:
+    """g(s) = s^0.5 of G 4^k: M times 2^(k/2), h over 2^(3k/2), to the last bit but for roots."""
+    X = with_spectrum(12, 20, spectrum("k^-1", 12)).float()
+    G = X @ X.mT
+    plain = matrix_function(G.double(), torch.sqrt)
+    scaled = matrix_function(G.double() * 4.0**exponent, torch.sqrt)
+    k = float(exponent)
+    torch.testing.assert_close(scaled.M / 2 ** (k / 2), plain.M, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(scaled.h * 2 ** (1.5 * k), plain.h, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(scaled.tau / 2**k, plain.tau)
+
+
+def test_autocast_changes_no_bit() -> None:
+    X = with_spectrum(12, 20, spectrum("k^-1", 12)).float()
+    plain = matrix_function(X @ X.mT, torch.log1p)
+    G = X @ X.mT
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = matrix_function(G, torch.log1p)
+    for a, b in zip(plain, cast, strict=True):
+        assert a.dtype == b.dtype and torch.equal(a, b)
+
+
+def test_degree_one_is_exact_for_s_and_the_default_is_not_wasted() -> None:
+    """s at degree 1 needs no product; halving the default degree costs the log its tolerance."""
+    X = with_spectrum(24, 64, spectrum("k^-1", 24))
+    result = matrix_function(X @ X.mT, lambda s: s, degree=1)
+    M, h = literal(X, lambda s: s, result.tau)
+    torch.testing.assert_close(result.M, M, rtol=0, atol=1e-12)
+    torch.testing.assert_close(result.h, h, rtol=0, atol=1e-10)
+    a, b = interval(CUTOFF)
+    s = torch.logspace(math.log10(a), math.log10(b), 2001, dtype=torch.float64)
+    errors = []
+    for degree in (default_degree(CUTOFF), default_degree(CUTOFF) // 2):
+        nodes, blocks = _series(a, b, degree, torch.device("cpu"))
+        coefficients = (blocks @ nodes.log()).expand(len(s), -1, -1)
+        S = ((2 * s - a - b) / (b - a))[:, None, None]
+        value = _evaluate(coefficients, S, torch.ones(1, 1).double())
+        errors.append(float((value.flatten() - s.log()).abs().max()))
+    assert errors[0] <= 1e-4 < errors[1]
+
+
+@pytest.mark.parametrize("degree", [1, 2, 3, 4, 5, 8, 11, 12, 13, 30, 64])
+def test_blocks_evaluate_any_polynomial_of_the_degree_exactly(degree: int) -> None:
+    """A polynomial of the degree is its own interpolant; one by Horner, the other by blocks."""
+    a, b = 0.2, 1.0
+    nodes, blocks = _series(a, b, degree, torch.device("cpu"))
+    roots = torch.linspace(-0.5, 1.5, degree, dtype=torch.float64)
+
+    def polynomial(s: Tensor) -> Tensor:
+        return (2 * (s[..., None] - roots)).prod(dim=-1)
+
+    s = torch.linspace(a, b, 57, dtype=torch.float64)
+    S = ((2 * s - a - b) / (b - a))[:, None, None]
+    coefficients = (blocks @ polynomial(nodes)).expand(len(s), -1, -1)
+    found = _evaluate(coefficients, S, torch.ones(1, 1).double()).flatten()
+    unit = polynomial(nodes).abs().max()
+    torch.testing.assert_close(found / unit, polynomial(s) / unit, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_view_that_is_not_finite_is_flagged_and_harms_no_other(bad: float) -> None:
+    X = torch.stack([with_spectrum(8, 12, spectrum("flat", 8), i).float() for i in range(3)])
+    G = X @ X.mT
+    clean = matrix_function(G, torch.sqrt)
+    G[1, 2, 3] = bad
+    found = matrix_function(G, torch.sqrt)
+    assert found.status.tolist() == [0, NOT_FINITE, 0] and found.status.dtype == torch.int32
+    assert found.M[1].isnan().all() and found.h[1].isnan().all()
+    for i in (0, 2):
+        assert torch.equal(found.M[i], clean.M[i]) and torch.equal(found.h[i], clean.h[i])
+
+
+def test_an_indefinite_matrix_is_flagged_and_gives_no_number() -> None:
+    G = torch.diag(torch.tensor([1.0, 0.5, -0.1]))[None]
+    found = matrix_function(G, torch.sqrt)
+    assert int(found.status) & CHOLESKY_FAILED
+    assert found.M.isnan().all() and found.h.isnan().all()
+
+
+def test_products_rounded_to_tf32_are_flagged(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a global switch of PyTorch can do to every float32 product."""
+
+    def tf32(x: Tensor) -> Tensor:
+        return ((x.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+
+    X = with_spectrum(48, 96, spectrum("k^-1/2", 48)).float()
+    G = X @ X.mT
+    assert int(matrix_function(G, torch.log1p).status) == 0
+    module = sys.modules[_symmetric_product.__module__]  # rdm_kernels.polar is the function
+    monkeypatch.setattr(module, "_product", lambda A, B: tf32(A) @ tf32(B))
+    assert int(matrix_function(G, torch.log1p).status) == INACCURATE
+
+
+@pytest.mark.parametrize("name", ["s^0.5", "s", "log_1", "log_2"])
+def test_zero_and_rank_one_are_finite(name: str) -> None:
+    row = torch.ones(1, 8) / 3
+    G = torch.stack([torch.zeros(6, 6), (row * torch.ones(6, 1)) @ (row * torch.ones(6, 1)).mT])
+    found = matrix_function(G, RESPONSES[name])
+    assert found.status.tolist() == [0, 0]
+    assert found.M.isfinite().all() and found.h.isfinite().all()
+    assert found.M[0].abs().max() <= 1e-4
+
+
+@pytest.mark.parametrize("cutoff", [0.0, 0.2, -1.0])
+def test_a_cutoff_out_of_range_is_named(cutoff: float) -> None:
+    with pytest.raises(ValueError, match=r"cutoff in \(0, 0\.1\]"):
+        matrix_function(torch.eye(3), torch.sqrt, cutoff=cutoff)
+
+
+def test_what_is_not_square_is_named() -> None:
+    with pytest.raises(ValueError, match=r"floating G.*\(2, 3\)"):
+        matrix_function(torch.zeros(2, 3), torch.sqrt)
+
+
+@pytest.mark.gpu
+def test_nothing_waits_and_a_captured_graph_repeats_it_bit_for_bit() -> None:
+    views = [with_spectrum(64, 128, spectrum("k^-1", 64), seed) for seed in range(2)]
+    X = torch.stack(views).float().cuda()
+
+    def work() -> list[Tensor]:
+        return [*matrix_function(X @ X.mT, torch.log1p), polar(X)]
+
+    eager = work()  # also puts the constants of the series on the device
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        work()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        captured = work()
+    graph.replay()
+    for a, b in zip(eager, captured, strict=True):
+        assert torch.equal(a, b)

@@ -1,0 +1,316 @@
+"""rdm_kernels.safe_eigh against spectra known by construction, torch.linalg.eigh in float64 and
+finite differences."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from rdm_kernels import safe_eigh
+from rdm_kernels.safe_eigh import default_cutoff, eigh_op, wide_eigh
+
+DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+EPS = torch.finfo(torch.float64).eps
+
+
+def rotation(n: int, seed: int = 0, v: int = 1) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    Q, _ = torch.linalg.qr(torch.randn(v, n, n, generator=generator, dtype=torch.float64))
+    return Q
+
+
+def with_eigenvalues(eigenvalues: Tensor, seed: int = 0) -> Tensor:
+    """Symmetric [n, n] float64 with these eigenvalues and random eigenvectors."""
+    Q = rotation(len(eigenvalues), seed)[0]
+    A = Q * eigenvalues @ Q.mT
+    return (A + A.mT) / 2
+
+
+SPECTRA = {
+    "simple": torch.tensor([-3.0, 0.5, 1.0, 2.0, 7.0]),
+    "identity": torch.ones(5),
+    "projector": torch.tensor([0.0, 0.0, 1.0, 1.0, 1.0]),
+    "rank 1": torch.tensor([0.0, 0.0, 0.0, 0.0, 4.0]),
+    "zero": torch.zeros(5),
+    "clustered": 1 + 1e-9 * torch.arange(5),
+    "wide": torch.logspace(-12, 0, 5),
+}
+SPECTRA = {name: values.double() for name, values in SPECTRA.items()}
+
+
+@settings(max_examples=60)
+@given(
+    eigenvalues=st.lists(
+        st.one_of(st.integers(-99, 99).map(lambda i: i / 99), st.sampled_from([1e-12, 1e-8])),
+        min_size=1,
+        max_size=12,
+    ),
+    seed=st.integers(0, 2**31),
+    exponent=st.integers(-100, 100),
+)
+def test_drawn_spectra_come_back_ascending_with_orthonormal_vectors(
+    eigenvalues: list[float], seed: int, exponent: int
+) -> None:
+    """The solver is backward stable: n eps max |lambda|, and as much again from building A."""
+    scale = 10.0**exponent
+    expected = torch.tensor(eigenvalues, dtype=torch.float64).sort().values
+    A = with_eigenvalues(expected, seed) * scale
+    found = safe_eigh(A)
+    n, largest = len(expected), expected.abs().max()
+    unit = largest.where(largest > 0, 1) * scale
+    bound = 4 * n * EPS
+    assert (found.eigenvalues.diff() >= 0).all()
+    torch.testing.assert_close(
+        found.eigenvalues / unit, expected * (scale / unit), atol=bound, rtol=0
+    )
+    V = found.vectors
+    torch.testing.assert_close(V.mT @ V, torch.eye(n, dtype=V.dtype), atol=bound, rtol=0)
+    rebuilt = V * (found.eigenvalues / unit) @ V.mT
+    torch.testing.assert_close(rebuilt, A / unit, atol=bound, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", SPECTRA)
+def test_every_dtype_equals_float64_of_the_same_matrix(name: str, dtype: torch.dtype) -> None:
+    A = with_eigenvalues(SPECTRA[name]).to(dtype)
+    wide = A.double()
+    expected = torch.linalg.eigvalsh((wide + wide.mT) / 2)
+    found = safe_eigh(A)
+    out = torch.float64 if dtype == torch.float64 else torch.float32
+    assert found.eigenvalues.dtype == found.vectors.dtype == out and bool(found.finite)
+    rounding = EPS * 10 + torch.finfo(out).eps / 2 * (out == torch.float32)
+    unit = expected.abs().max().clamp_min(1e-30)
+    torch.testing.assert_close(
+        found.eigenvalues.double() / unit, expected / unit, atol=rounding, rtol=0
+    )
+    rebuilt = found.vectors.double() * found.eigenvalues.double() @ found.vectors.double().mT
+    assert (rebuilt - wide).norm() <= 10 * rounding * unit
+
+
+@pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("solve", [torch.float64, torch.float32], ids=str)
+def test_autocast_changes_no_bit_forward_or_backward(
+    autocast: torch.dtype, solve: torch.dtype
+) -> None:
+    A = with_eigenvalues(torch.linspace(1, 2, 9).double()).float()
+    results = []
+    for enabled in (False, True):
+        leaf = A.clone().requires_grad_()
+        with torch.autocast("cpu", dtype=autocast, enabled=enabled):
+            found = safe_eigh(leaf, solve=solve)
+            (grad,) = torch.autograd.grad(found.vectors[0].sum() + found.eigenvalues[0], leaf)
+        results.append((found.eigenvalues, found.vectors, grad))
+    for plain, cast in zip(*results, strict=True):
+        assert plain.dtype == cast.dtype and torch.equal(plain, cast)
+
+
+@pytest.mark.parametrize("solve", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("scale", [2.0**-100, 2.0**100, 2.0**-1000, 2.0**900])
+def test_a_power_of_two_scales_eigenvalues_and_touches_no_vector(
+    scale: float, solve: torch.dtype
+) -> None:
+    A = with_eigenvalues(SPECTRA["wide"])
+    plain, scaled = safe_eigh(A, solve=solve), safe_eigh(A * scale, solve=solve)
+    assert torch.equal(scaled.vectors, plain.vectors)
+    assert torch.equal(scaled.eigenvalues, plain.eigenvalues * scale)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_float32_entries_of_extreme_scale_neither_vanish_nor_overflow(scale: float) -> None:
+    expected = torch.tensor([1.0, 2.0, 3.0]).double() * scale
+    found = safe_eigh(with_eigenvalues(expected).float())
+    torch.testing.assert_close(
+        found.eigenvalues.double() / scale, expected / scale, atol=1e-6, rtol=0
+    )
+    assert int(found.rank) == 3
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("place", [(0, 4), (4, 0), (2, 2)], ids=["upper", "lower", "diagonal"])
+def test_a_matrix_that_is_not_finite_is_flagged_and_leaves_the_others_exact(
+    bad: float, place: tuple[int, int]
+) -> None:
+    batch = torch.stack([with_eigenvalues(SPECTRA["simple"], seed) for seed in range(3)])
+    clean = safe_eigh(batch)
+    dirty = batch.clone()
+    dirty[1, *place] = bad
+    dirty.requires_grad_()
+    found = safe_eigh(dirty)
+    assert found.finite.tolist() == [True, False, True] and found.rank.tolist() == [5, 0, 5]
+    assert found.eigenvalues[1].isnan().all()
+    assert torch.equal(found.vectors[1], torch.eye(5, dtype=torch.float64))
+    for i in (0, 2):
+        assert torch.equal(found.eigenvalues[i], clean.eigenvalues[i])
+        assert torch.equal(found.vectors[i], clean.vectors[i])
+    (grad,) = torch.autograd.grad(found.eigenvalues.sum() + found.vectors.sum(), dirty)
+    assert grad.isfinite().all() and not grad[1].any() and grad[0].any()
+
+
+def test_a_solver_that_does_not_converge_flags_its_matrix_and_does_not_raise(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As the solver does, the whole call raises when one matrix of the batch fails."""
+    batch = torch.stack([with_eigenvalues(SPECTRA["simple"], seed) for seed in range(4)])
+    clean = safe_eigh(batch.reshape(2, 2, 5, 5))
+    solver, scaled_bad = torch.linalg.eigh, wide_input(batch[2])
+
+    def failing(A: Tensor) -> tuple[Tensor, Tensor]:
+        if any(torch.equal(matrix, scaled_bad) for matrix in A.reshape(-1, 5, 5)):
+            raise torch.linalg.LinAlgError("failed to converge")
+        return solver(A)
+
+    monkeypatch.setattr(torch.linalg, "eigh", failing)
+    found = safe_eigh(batch.reshape(2, 2, 5, 5))
+    assert found.finite.tolist() == [[True, True], [False, True]]
+    assert torch.equal(found.eigenvalues[found.finite], clean.eigenvalues[found.finite])
+    assert torch.equal(found.vectors[1, 0], torch.eye(5, dtype=torch.float64))
+
+
+def wide_input(A: Tensor) -> Tensor:
+    """What the solver is given: A over the power of two just above its largest element."""
+    return A / 2.0 ** int(torch.frexp(A.abs().max()).exponent)
+
+
+@pytest.mark.parametrize("solve", [torch.float64, torch.float32], ids=str)
+def test_rank_counts_what_is_over_the_cutoff_of_either_sign(solve: torch.dtype) -> None:
+    eigenvalues = torch.tensor([-1e-2, -1e-4, 0, 1e-4, 1e-2, 1]).double()
+    A = with_eigenvalues(eigenvalues)
+    assert int(safe_eigh(A, cutoff=1e-3, solve=solve).rank) == 3
+    assert int(safe_eigh(A, cutoff=1e-5, solve=solve).rank) == 5
+    assert int(safe_eigh(A, cutoff=1e-3, non_negative=True, solve=solve).rank) == 2
+    assert int(safe_eigh(torch.zeros(4, 4)).rank) == 0
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("n", [3, 40])
+def test_rounding_of_the_entries_never_adds_to_the_rank(n: int, dtype: torch.dtype) -> None:
+    """The default cutoff bounds |E|_2 for a relative error of u in each entry, and not far off."""
+    for seed in range(10):
+        eigenvalues = torch.zeros(n, dtype=torch.float64)
+        eigenvalues[-2:] = torch.tensor([0.9, 1.0])
+        A = with_eigenvalues(eigenvalues, seed).to(dtype)
+        assert int(safe_eigh(A).rank) == 2
+    assert default_cutoff(A, narrow=False) < 0.05
+
+
+def test_non_negative_takes_rounding_under_zero_away() -> None:
+    A = with_eigenvalues(SPECTRA["rank 1"])
+    assert (safe_eigh(A).eigenvalues < 0).any()
+    assert (safe_eigh(A, non_negative=True).eigenvalues >= 0).all()
+
+
+def test_rayleigh_quotients_give_a_float32_solve_the_square_of_its_accuracy() -> None:
+    """The error is that of the vectors, eps / gap, squared, times the gap: eps^2 / gap. Down to a
+    cutoff of singular values at 1e-3, eigenvalues at 1e-6, float32's own errors are per cents."""
+    expected = torch.logspace(-6, 0, 10, dtype=torch.float64)
+    A = with_eigenvalues(expected)
+    found = safe_eigh(A, solve=torch.float32)
+    refined = ((found.eigenvalues - expected) / expected).abs().max()
+    plain = ((torch.linalg.eigvalsh(A.float()) - expected) / expected).abs().max()
+    assert refined < 1e-3 and plain > 20 * refined
+    assert (found.eigenvalues.diff() >= 0).all()
+    norms = found.vectors.norm(dim=0)
+    torch.testing.assert_close(norms, torch.ones_like(norms), atol=4 * EPS, rtol=0)
+
+
+@pytest.mark.parametrize("solve", [torch.float64, torch.float32], ids=str)
+def test_the_largest_component_of_each_vector_is_positive_and_noise_flips_no_sign(
+    solve: torch.dtype,
+) -> None:
+    A = with_eigenvalues(torch.linspace(1, 5, 6).double())
+    V = safe_eigh(A, solve=solve).vectors
+    largest = V.gather(0, V.abs().argmax(dim=0, keepdim=True))
+    assert (largest > 0).all()
+    noise = torch.randn(6, 6, dtype=torch.float64)
+    again = safe_eigh(A + 1e-10 * (noise + noise.mT), solve=solve).vectors
+    torch.testing.assert_close(again, V, atol=1e-6, rtol=0)
+
+
+def test_equally_large_components_are_decided_by_the_first() -> None:
+    """[1, -1] / sqrt 2, up to rounding that makes the second the larger one."""
+    A = torch.tensor([[1.0, -1.0], [-1.0, 1.0]]).double()
+    for tilt in (-1e-9, 0.0, 1e-9):
+        V = safe_eigh(A + torch.diag(torch.tensor([tilt, -tilt]).double())).vectors
+        assert (V[0] > 0).all()
+
+
+def test_only_the_symmetric_part_counts() -> None:
+    A = torch.randn(5, 5, dtype=torch.float64)
+    mine, half = safe_eigh(A), safe_eigh((A + A.mT) / 2)
+    assert torch.equal(mine.eigenvalues, half.eigenvalues)
+    assert torch.equal(mine.vectors, half.vectors)
+
+
+def test_gradients_equal_finite_differences_on_simple_eigenvalues() -> None:
+    A = torch.stack([with_eigenvalues(SPECTRA["simple"], seed) for seed in range(2)])
+    A.requires_grad_()
+    torch.autograd.gradcheck(lambda a: tuple(safe_eigh(a))[:2], A)
+
+    def rebuilt(a: Tensor) -> Tensor:
+        found = safe_eigh(a)
+        return found.vectors * found.eigenvalues[..., None, :] @ found.vectors.mT
+
+    torch.autograd.gradcheck(rebuilt, A)  # through both at once
+
+
+@pytest.mark.parametrize("name", ["identity", "projector", "rank 1", "zero", "clustered"])
+def test_gradients_are_finite_on_repeated_eigenvalues(name: str) -> None:
+    A = with_eigenvalues(SPECTRA[name]).requires_grad_()
+    found = safe_eigh(A)
+    weight = torch.randn_like(found.vectors)
+    (grad,) = torch.autograd.grad((weight * found.vectors).sum() + found.eigenvalues.sum(), A)
+    assert grad.isfinite().all()
+    unit = 1 / (EPS * 5)  # the largest 1 / gap that counts
+    assert grad.abs().max() <= unit * weight.norm() / SPECTRA[name].max().clamp_min(1)
+
+
+def test_a_projector_on_a_repeated_eigenvalue_has_its_exact_gradient() -> None:
+    """Onto the three eigenvalues of 1; torch's own gradient of eigh is not finite here."""
+    A = torch.block_diag(torch.zeros(2, 2), torch.eye(3)).double().requires_grad_()
+
+    def projector(a: Tensor) -> Tensor:
+        V = safe_eigh(a).vectors[:, 2:]
+        return V @ V.mT
+
+    torch.autograd.gradcheck(projector, A)
+    _, V = torch.linalg.eigh(A)
+    (theirs,) = torch.autograd.grad((torch.randn(5, 5).double() * V).sum(), A)
+    assert not theirs.isfinite().all()
+
+
+def test_compiled_is_the_same() -> None:
+    A = with_eigenvalues(SPECTRA["simple"])
+    eager = safe_eigh(A)
+    compiled = torch.compile(safe_eigh, backend="aot_eager", fullgraph=True)(A)
+    for a, b in zip(eager, compiled, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("narrow", [False, True])
+def test_op_is_registered_correctly(narrow: bool) -> None:
+    A = torch.stack([with_eigenvalues(SPECTRA["simple"], seed) for seed in range(2)])
+    torch.library.opcheck(eigh_op, (A.requires_grad_(), narrow))
+
+
+def test_strided_input_and_leading_dimensions_are_read_as_they_look() -> None:
+    A = torch.stack([with_eigenvalues(SPECTRA["simple"], seed) for seed in range(6)])
+    strided = A.permute(1, 2, 0).contiguous().permute(2, 0, 1).reshape(2, 3, 5, 5)
+    eigenvalues, vectors = wide_eigh(strided, False)
+    flat = wide_eigh(A, False)
+    assert torch.equal(eigenvalues.reshape(6, 5), flat[0])
+    assert torch.equal(vectors.reshape(6, 5, 5), flat[1])
+
+
+@pytest.mark.parametrize(
+    "A",
+    [torch.zeros(3), torch.zeros(2, 3), torch.zeros(3, 3, dtype=torch.int64), torch.zeros(0, 0)],
+)
+def test_what_is_not_a_stack_of_square_floating_matrices_is_named(A: Tensor) -> None:
+    with pytest.raises(ValueError, match=r"symmetric matrices \[\.\.\., n, n\].*got torch"):
+        safe_eigh(A)
+
+
+def test_another_dtype_for_the_solver_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"float32 or torch\.float64, got torch\.bfloat16"):
+        safe_eigh(torch.eye(2), solve=torch.bfloat16)
