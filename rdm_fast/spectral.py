@@ -21,7 +21,7 @@ from rdm_fast.config import FilterConfig
 from rdm_fast.distributed import gather_rows, local_rows
 from rdm_fast.errors import Unavailable
 from rdm_fast.filters import advice, cutoff, response
-from rdm_kernels import filtered_cosine
+from rdm_kernels import filtered_cosine, safe_eigh
 
 WIDE = torch.float64  # squared singular values are accurate to 1e-16 s_max^2
 
@@ -74,14 +74,12 @@ def decompose(G: Tensor, X: Tensor, config: FilterConfig) -> Decomposition:
         X: [v, B, D]; gives the sizes and the dtype whose noise is cut off.
         config: the filter.
     """
-    finite = G.isfinite().all(dim=-1).all(dim=-1)
-    identity = torch.eye(G.shape[-1], dtype=G.dtype, device=G.device)
-    eigenvalues, vectors = torch.linalg.eigh(torch.where(finite[:, None, None], G, identity))
-    s = eigenvalues.clamp_min(0).sqrt()
+    eigen = safe_eigh(G, non_negative=True)
+    s = eigen.eigenvalues.sqrt()
     _, B, D = X.shape
     tau = cutoff(s, samples=B, features=D, dtype=X.dtype, relative=config.cutoff)
-    g = response(config, s, tau).where(finite[:, None], torch.nan)
-    return Decomposition(s, g, vectors)
+    g = response(config, s, tau).where(eigen.finite[:, None], torch.nan)
+    return Decomposition(s, g, eigen.vectors)
 
 
 @torch.no_grad()
