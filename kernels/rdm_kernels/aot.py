@@ -5,10 +5,10 @@
 Prints a row for each: registers a thread and bytes spilled, as ptxas reports them, shared memory,
 and the tensor-core instruction in its PTX. Exits with 1 if a kernel does not compile, spills, asks
 for more shared memory than a block may have, lacks tensor-core instructions that it was written
-for, or is not listed by the `variants()` of its file.
+for, or is listed by no file's `variants()`.
 
-Each variant is compiled twice, as Triton would: for sizes that are multiples of 16 and for others.
-Sizes of exactly 1 only fold constants. Pointers are aligned, as PyTorch's allocations are.
+Each variant is compiled as Triton would, for sizes that are multiples of 16 and for others ("any n"),
+where the kernel lets Triton tell. A size of exactly 1 only folds constants.
 """
 
 import argparse
@@ -74,11 +74,12 @@ def launched(module: ModuleType) -> set[str]:
 
 def unlisted() -> list[str]:
     """Kernels that no `variants()` names, so that nothing here would check them."""
-    missing = []
-    for module in modules():
-        listed = {v.name for v in module.variants()} if hasattr(module, "variants") else set()
-        missing += [f"{module.__name__}.{name}" for name in sorted(launched(module) - listed)]
-    return missing
+    listed = {variant.name for variant in every_variant()}
+    return [
+        f"{module.__name__}.{name}"
+        for module in modules()
+        for name in sorted(launched(module) - listed)
+    ]
 
 
 def every_variant() -> list[Variant]:
@@ -88,16 +89,25 @@ def every_variant() -> list[Variant]:
 
 
 def source(variant: Variant, aligned: bool) -> ASTSource:
-    """The variant as Triton's compiler takes it; sizes are multiples of 16 or of nothing."""
-    signature = {
-        name: variant.types.get(name, "constexpr") for name in variant.kernel.arg_names
-    }
-    attributes = {
-        (index,): [["tt.divisibility", 16]]
-        for index, kind in enumerate(signature.values())
-        if kind[0] == "*" or (aligned and kind[0] == "i")
-    }
+    """The variant as Triton's compiler takes it; free sizes are multiples of 16 or of nothing."""
+    signature, attributes = {}, {}
+    for index, parameter in enumerate(variant.kernel.params):
+        kind, _, multiple = variant.types.get(parameter.name, "constexpr").partition(":")
+        signature[parameter.name] = kind
+        if kind[0] == "*" or multiple or (kind[0] == "i" and aligned and is_free(parameter)):
+            attributes[(index,)] = [["tt.divisibility", 16]]
     return ASTSource(variant.kernel, signature, variant.constants, attributes)
+
+
+def is_free(parameter: Any) -> bool:
+    """Whether Triton looks at the value of this argument when it compiles."""
+    return not parameter.do_not_specialize
+
+
+def alignments(variant: Variant) -> list[bool]:
+    """Both, unless the kernel has no size that may be a multiple of 16 or not."""
+    free = (p for p in variant.kernel.params if variant.types.get(p.name) == "i32" and is_free(p))
+    return [True, False] if any(free) else [True]
 
 
 def assemble(ptx: str, cc: int) -> str:
@@ -124,7 +134,7 @@ def compiled(task: tuple[int, bool, int]) -> Row:
     """Compile variant number `task[0]` for the compute capability `task[2]`."""
     number, aligned, cc = task
     variant = every_variant()[number]
-    label = variant.label + ("" if aligned else " any-size")
+    label = variant.label + ("" if aligned else " any n")
     options: dict[str, Any] = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
     try:
         kernel = triton.compile(
@@ -181,7 +191,7 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes")
     args = parser.parse_args()
     if triton.knobs.runtime.interpret:
-        sys.exit("error: TRITON_INTERPRET is set, and what is interpreted cannot be compiled: unset it")
+        sys.exit("error: TRITON_INTERPRET is set, and interpreted kernels do not compile: unset it")
 
     variants = every_variant()
     wanted = [
@@ -189,11 +199,16 @@ def main() -> int:
         for number, variant in enumerate(variants)
         if not args.kernel or any(part in variant.name for part in args.kernel)
     ]
-    tasks = [(number, aligned, cc) for number in wanted for aligned in (True, False) for cc in args.cc]
+    tasks = [
+        (number, aligned, cc)
+        for number in wanted
+        for aligned in alignments(variants[number])
+        for cc in args.cc
+    ]
     if not tasks:
         sys.exit(f"error: no kernel's name contains {' or '.join(args.kernel)}")
 
-    faults = [f"{name}: not in the variants() of its file" for name in unlisted()]
+    faults = [f"{name}: in no variants(), so not checked" for name in unlisted()]
     form = "{:26} {:>4} {:>4} {:>6} {:>7}  {:16} {}"
     print(form.format("kernel", "cc", "regs", "spills", "shared", "tensor cores", "variant"))
     for (number, _, _), row in zip(tasks, rows(tasks, args.jobs), strict=True):

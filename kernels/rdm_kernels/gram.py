@@ -22,31 +22,29 @@ switches of float32 precision on CUDA.
 """
 
 from itertools import product
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from rdm_kernels.tiles import LARGEST, SMALLEST, lower_tile, lower_tiles, store_symmetric, totals
+from rdm_kernels.tiles import (
+    LARGE,
+    Blocks,
+    Symmetric,
+    defined,
+    empty,
+    finish_variant,
+    padded,
+    parts,
+    product_variant,
+    symmetric_product,
+)
 from rdm_kernels.variant import POINTERS, Variant
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 PRECISIONS = ("tf32x3", "ieee")
-
-
-class Gram(NamedTuple):
-    """Gram matrices of v batches and what their computation gives away; all float32 but the flag.
-
-    v is 1 if they were stacked.
-    """
-
-    G: Tensor  # [v, n, n], bitwise symmetric
-    diagonal: Tensor  # [v, n]: squared length of each row, or of each column on the feature side
-    trace: Tensor  # [v]: sum of squares of X, or of the centred X
-    norm: Tensor  # [v]: Frobenius norm of G, at least its largest eigenvalue
-    nonfinite: Tensor  # [v] int32: 1 if G holds NaN or infinity, as it does if X does, else 0
 
 
 def gram(
@@ -56,7 +54,7 @@ def gram(
     centre: bool = False,
     stacked: bool = False,
     precision: Literal["tf32x3", "ieee"] = "tf32x3",
-) -> Gram:
+) -> Symmetric:
     """Gram matrix of each batch of rows, or one of all of them stacked.
 
     Args:
@@ -68,8 +66,9 @@ def gram(
             three products on tensor cores, or as they are.
 
     Returns:
-        Gram matrices [v, n, n], n = B or D, or [1, v B, v B] if stacked, with diagonal, trace,
-        norm and flag. What leaves float32's range (rows longer than 1e19) is flagged too.
+        Gram matrices [v, n, n], n = B or D, or [1, v B, v B] if stacked; their diagonals, which
+        are squared lengths of rows or columns; trace, Frobenius norm, and a flag which is set if
+        X is not finite, or G is not because X is too large (rows longer than 1e19).
 
     Raises:
         ValueError: X has another dtype or shape, or an option is unknown or does not fit.
@@ -87,7 +86,7 @@ def gram(
     if stacked and side == "features":
         raise ValueError('stacked=True stacks rows: use side="samples", or add X^T X of the views')
     with torch.autocast(X.device.type, enabled=False):
-        return Gram(*gram_op(X.detach(), side == "features", centre, stacked, precision))
+        return Symmetric(*gram_op(X.detach(), side == "features", centre, stacked, precision))
 
 
 # ---- the op, defined by its body -------------------------------------------------------------
@@ -97,17 +96,11 @@ def gram(
 def gram_op(
     X: Tensor, features: bool, centre: bool, stacked: bool, precision: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The fields of `Gram`."""
+    """The fields of `Symmetric`."""
     X = X.float()
     X = X - X.mean(dim=1, keepdim=True) if centre else X
     X = X.flatten(0, 1)[None] if stacked else X
-    G = X.mT @ X if features else X @ X.mT
-    G = G.tril() + G.tril(-1).mT
-    diagonal = G.diagonal(dim1=-2, dim2=-1).clone()
-    m = G.abs().amax(dim=(1, 2)).clamp(SMALLEST, LARGEST)
-    norm = m * (G / m[:, None, None]).square().sum(dim=(1, 2)).sqrt()
-    nonfinite = (~G.isfinite()).flatten(1).any(dim=1).to(torch.int32)
-    return G, diagonal, diagonal.sum(dim=1), norm, nonfinite
+    return defined(X.mT @ X if features else X @ X.mT)
 
 
 @gram_op.register_fake
@@ -115,130 +108,34 @@ def _(
     X: Tensor, features: bool, centre: bool, stacked: bool, precision: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     v, B, D = X.shape
-    return _empty(X, 1 if stacked else v, D if features else v * B if stacked else B)
+    v, rows = (1, v * B) if stacked else (v, B)
+    return tuple(empty(X, v, D if features else rows))
 
 
-def _empty(X: Tensor, v: int, n: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    G = X.new_empty(v, n, n, dtype=torch.float32)
-    diagonal, trace, norm = G.new_empty(v, n), G.new_empty(v), G.new_empty(v)
-    return G, diagonal, trace, norm, G.new_empty(v, dtype=torch.int32)
+# ---- the Triton kernel of the means; products are in tiles.py --------------------------------
 
 
-# ---- the Triton kernels ------------------------------------------------------------------------
-
-
-@triton.jit
-def _mean_kernel(X_ptr, mean_ptr, B, D, BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr):
+@triton.jit(do_not_specialize=["rows"])
+def _mean_kernel(X_ptr, mean_ptr, rows, W, BLOCK_B: tl.constexpr, BLOCK_W: tl.constexpr):
     z = tl.program_id(1).to(tl.int64)
-    cols = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
-    total = tl.zeros((BLOCK_B, BLOCK_D), tl.float32)
-    for start in range(0, B, BLOCK_B):
-        rows = start + tl.arange(0, BLOCK_B).to(tl.int64)
-        mask = (rows[:, None] < B) & (cols[None, :] < D)
-        at = X_ptr + (z * B + rows[:, None]) * D + cols[None, :]
+    cols = tl.program_id(0) * BLOCK_W + tl.arange(0, BLOCK_W)
+    total = tl.zeros((BLOCK_B, BLOCK_W), tl.float32)
+    for start in range(0, rows, BLOCK_B):
+        row = start + tl.arange(0, BLOCK_B).to(tl.int64)
+        mask = (row[:, None] < rows) & (cols[None, :] < W)
+        at = X_ptr + (z * rows + row[:, None]) * W + cols[None, :]
         total += tl.load(at, mask=mask, other=0.0).to(tl.float32)
-    tl.store(mean_ptr + z * D + cols, tl.sum(total, axis=0) / B, mask=cols < D)
-
-
-@triton.jit
-def _tile(X_ptr, mean_ptr, line, k, lines, K, CENTRE: tl.constexpr, WIDE: tl.constexpr):
-    """Values at these addresses, as they are or centred; 0 outside the matrix. [BLOCK, BLOCK_K]"""
-    mask = (line[:, None] < lines) & (k[None, :] < K)
-    x = tl.load(X_ptr, mask=mask, other=0.0)
-    if WIDE:
-        x = x.to(tl.float32)
-    if CENTRE:
-        x = tl.where(mask, x - tl.load(mean_ptr, mask=mask, other=0.0), 0.0)
-    return x
-
-
-@triton.jit
-def _gram_kernel(
-    X_ptr, mean_ptr, G_ptr, diagonal_ptr, norms_ptr, work_ptr,
-    rows, D, group, chunk,
-    FEATURES: tl.constexpr, CENTRE: tl.constexpr, WIDE: tl.constexpr, SPLIT: tl.constexpr,
-    PRECISION: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
-):  # fmt: skip
-    """Lower tile t of view z, of the terms in chunk s of the sum; means are of `group` rows."""
-    t, s, z = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
-    tiles = tl.num_programs(0)
-    i, j = lower_tile(t)
-    n = D if FEATURES else rows
-    K = rows if FEATURES else D
-    a_line = i * BLOCK + tl.arange(0, BLOCK).to(tl.int64)
-    b_line = j * BLOCK + tl.arange(0, BLOCK).to(tl.int64)
-    k = s * chunk + tl.arange(0, BLOCK_K).to(tl.int64)
-    stop = tl.minimum((s + 1) * chunk, K)
-
-    X_ptr += z * rows * D
-    if FEATURES:
-        a_ptr = X_ptr + k[None, :] * D + a_line[:, None]
-        b_ptr = X_ptr + k[None, :] * D + b_line[:, None]
-        a_mean = mean_ptr + z * D + a_line[:, None] + 0 * k[None, :]
-        b_mean = mean_ptr + z * D + b_line[:, None] + 0 * k[None, :]
-    else:
-        a_ptr = X_ptr + a_line[:, None] * D + k[None, :]
-        b_ptr = X_ptr + b_line[:, None] * D + k[None, :]
-        a_mean = mean_ptr + ((z * rows + a_line) // group)[:, None] * D + k[None, :]
-        b_mean = mean_ptr + ((z * rows + b_line) // group)[:, None] * D + k[None, :]
-
-    acc = tl.zeros((BLOCK, BLOCK), tl.float32)
-    for _ in range(s * chunk, stop, BLOCK_K):
-        a = _tile(a_ptr, a_mean, a_line, k, n, stop, CENTRE, WIDE)
-        b = _tile(b_ptr, b_mean, b_line, k, n, stop, CENTRE, WIDE)
-        acc = tl.dot(a, tl.trans(b), acc, input_precision=PRECISION)
-        k += BLOCK_K
-        if FEATURES:
-            a_ptr += BLOCK_K * D.to(tl.int64)
-            b_ptr += BLOCK_K * D.to(tl.int64)
-        else:
-            a_ptr += BLOCK_K
-            b_ptr += BLOCK_K
-            a_mean += BLOCK_K
-            b_mean += BLOCK_K
-
-    if SPLIT:
-        at = ((z * tl.num_programs(1) + s) * tiles + t) * BLOCK * BLOCK
-        inside = tl.arange(0, BLOCK)
-        tl.store(work_ptr + at + inside[:, None] * BLOCK + inside[None, :], acc)
-    else:
-        norms_ptr += (z * tiles + t) * 2
-        store_symmetric(acc, i, j, G_ptr + z * n * n, diagonal_ptr + z * n, norms_ptr, n, BLOCK)
-
-
-@triton.jit
-def _gram_sum_kernel(
-    work_ptr, G_ptr, diagonal_ptr, norms_ptr, n, splits, BLOCK: tl.constexpr
-):  # fmt: skip
-    """Lower tile t of view z: the sum of its splits, first to last."""
-    t, z = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    tiles = tl.num_programs(0)
-    i, j = lower_tile(t)
-    inside = tl.arange(0, BLOCK)
-    work_ptr += inside[:, None] * BLOCK + inside[None, :]
-    acc = tl.zeros((BLOCK, BLOCK), tl.float32)
-    for s in range(0, splits):
-        acc += tl.load(work_ptr + ((z * splits + s) * tiles + t) * BLOCK * BLOCK)
-    norms_ptr += (z * tiles + t) * 2
-    store_symmetric(acc, i, j, G_ptr + z * n * n, diagonal_ptr + z * n, norms_ptr, n, BLOCK)
+    tl.store(mean_ptr + z * W + cols, tl.sum(total, axis=0) / rows, mask=cols < W)
 
 
 # ---- block sizes and launchers -----------------------------------------------------------------
 
-
-class Blocks(NamedTuple):
-    """Tiles of BLOCK x BLOCK, summed BLOCK_K terms at a time."""
-
-    BLOCK: int
-    BLOCK_K: int
-    num_warps: int
-    num_stages: int
+MEANS = {"BLOCK_B": 32, "BLOCK_W": 64, "num_warps": 4}
 
 
-LARGE = 1024  # from this n on, larger tiles still fill a device
-PROGRAMS = 132  # streaming multiprocessors of an H100; sizes alone decide, so results do not vary
-MAX_SPLITS = 16
-MEANS = {"BLOCK_B": 32, "BLOCK_D": 64, "num_warps": 4}
+def dot_precision(dtype: torch.dtype, centre: bool, precision: str) -> str:
+    """How tiles are multiplied: of 16-bit values as they are, products being exact anyway."""
+    return precision if dtype == torch.float32 or centre else "ieee"
 
 
 def blocks(dtype: torch.dtype, centre: bool, precision: str, n: int) -> Blocks:
@@ -250,21 +147,15 @@ def blocks(dtype: torch.dtype, centre: bool, precision: str, n: int) -> Blocks:
     return Blocks(64, 32, 4, 3)
 
 
-def splits(v: int, n: int, K: int, block: Blocks) -> int:
-    """In how many parts to sum so that all of a device has work, each at least 4 steps long."""
-    room = PROGRAMS // (v * lower_tiles(n, block.BLOCK))
-    return max(1, min(room, K // (4 * block.BLOCK_K), MAX_SPLITS))
-
-
 @gram_op.register_kernel("cuda")
 def gram_triton(
     X: Tensor, features: bool, centre: bool, stacked: bool, precision: str
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     v, B, D = X.shape
     v, rows = (1, v * B) if stacked else (v, B)
     n, K = (D, rows) if features else (rows, D)
     block = blocks(X.dtype, centre, precision, n)
-    return launch(X, features, centre, stacked, precision, block, splits(v, n, K, block))
+    return launch(X, features, centre, stacked, precision, block, parts(v, n, K, block))
 
 
 def launch(
@@ -275,61 +166,44 @@ def launch(
     precision: str,
     block: Blocks,
     parts: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     """The op by its kernels, with these block sizes, summed in at most so many parts."""
-    X = X.contiguous()
     v, B, D = X.shape
-    mean = X  # not read
+    X = padded(X)
+    W = X.shape[2]
+    mean = None
     if centre:
-        mean = X.new_empty(v, D, dtype=torch.float32)
-        _mean_kernel[(triton.cdiv(D, MEANS["BLOCK_D"]), v)](X, mean, B, D, **MEANS)
-    v, rows = (1, v * B) if stacked else (v, B)
-    n, K = (D, rows) if features else (rows, D)
-    out = G, diagonal, trace, norm, nonfinite = _empty(X, v, n)
-    tiles = lower_tiles(n, block.BLOCK)
-    norms = G.new_empty(v, tiles, 2)
-
-    chunk = triton.cdiv(triton.cdiv(K, parts), block.BLOCK_K) * block.BLOCK_K
-    parts = triton.cdiv(K, chunk)
-    # Triton's interpreter multiplies bfloat16 as if its bits were integers.
-    wide = centre or (triton.knobs.runtime.interpret and X.dtype == torch.bfloat16)
-    work = G.new_empty(v * parts * tiles * block.BLOCK**2) if parts > 1 else G
-    _gram_kernel[(tiles, parts, v)](
-        X, mean, G, diagonal, norms, work, rows, D, B, chunk,
-        FEATURES=features, CENTRE=centre, WIDE=wide, SPLIT=parts > 1,
-        PRECISION=precision, **block._asdict(),
-    )  # fmt: skip
-    if parts > 1:
-        _gram_sum_kernel[(tiles, v)](
-            work, G, diagonal, norms, n, parts, BLOCK=block.BLOCK, num_warps=block.num_warps
+        mean = X.new_empty(v, W, dtype=torch.float32)
+        _mean_kernel[(triton.cdiv(W, MEANS["BLOCK_W"]), v)](X, mean, B, W, **MEANS)
+    X = X.view(1, v * B, W) if stacked else X
+    return tuple(
+        symmetric_product(
+            X,
+            X,
+            D if features else X.shape[1],
+            precision=dot_precision(X.dtype, centre, precision),
+            block=block,
+            parts=parts,
+            features=features,
+            mean=mean,
+            group=B,
         )
-    totals(diagonal, norms, trace, norm, nonfinite)
-    return out
+    )
 
 
 def variants() -> list[Variant]:
-    fp32 = POINTERS["float32"]
+    """Of the means and of every product that `blocks` may choose."""
     found = []
-    for dtype, pointer in POINTERS.items():
-        types = {"X_ptr": pointer, "mean_ptr": fp32, "B": "i32", "D": "i32"}
-        constants = {name: value for name, value in MEANS.items() if name != "num_warps"}
+    for name, pointer in POINTERS.items():
+        types = {"X_ptr": pointer, "mean_ptr": "*fp32", "rows": "i32", "W": "i32:16"}
+        constants = {key: value for key, value in MEANS.items() if key != "num_warps"}
         found.append(Variant(_mean_kernel, types, constants, MEANS["num_warps"]))
-        for features, centre, precision, n, split in product(
-            (False, True), (False, True), PRECISIONS, (LARGE - 1, LARGE), (False, True)
+        dtype = getattr(torch, name)
+        for features, centre, precision, n in product(
+            (False, True), (False, True), PRECISIONS, (LARGE - 1, LARGE)
         ):
-            block = blocks(getattr(torch, dtype), centre, precision, n)
-            names = ("mean_ptr", "G_ptr", "diagonal_ptr", "norms_ptr", "work_ptr")
-            types = {"X_ptr": pointer} | dict.fromkeys(names, fp32)
-            types |= {} if centre else {"mean_ptr": pointer}
-            types |= dict.fromkeys(("rows", "D", "group", "chunk"), "i32")
-            constants = {
-                "FEATURES": features, "CENTRE": centre, "WIDE": centre, "SPLIT": split,
-                "PRECISION": precision, "BLOCK": block.BLOCK, "BLOCK_K": block.BLOCK_K,
-            }  # fmt: skip
-            dots = precision != "ieee" or (dtype != "float32" and not centre)
-            options = (block.num_warps, block.num_stages)
-            found.append(Variant(_gram_kernel, types, constants, *options, tensor_cores=dots))
-            names = ("work_ptr", "G_ptr", "diagonal_ptr", "norms_ptr")
-            types = dict.fromkeys(names, fp32) | dict.fromkeys(("n", "splits"), "i32")
-            found.append(Variant(_gram_sum_kernel, types, {"BLOCK": block.BLOCK}, options[0]))
+            block = blocks(dtype, centre, precision, n)
+            dot = dot_precision(dtype, centre, precision)
+            found.append(product_variant(pointer, dot, block, features, centre))
+            found.append(finish_variant(block, affine=False))
     return found

@@ -15,7 +15,7 @@ class Variant:
     """
 
     kernel: Any  # a triton.jit function; an interpreted one cannot be compiled
-    types: dict[str, str]  # argument: "*fp32", "i32", ...
+    types: dict[str, str]  # "*fp32" (aligned, as PyTorch allocates), "i32", "i32:16" (a multiple)
     constants: dict[str, Any]
     num_warps: int = 4
     num_stages: int = 3
