@@ -7,8 +7,8 @@ and the tensor-core instruction in its PTX. Exits with 1 if a kernel does not co
 for more shared memory than a block may have, lacks tensor-core instructions that it was written
 for, or is listed by no file's `variants()`.
 
-Each variant is compiled as Triton would, for sizes that are multiples of 16 and for others ("any n"),
-where the kernel lets Triton tell. A size of exactly 1 only folds constants.
+Each variant is compiled as Triton would, for sizes that are multiples of 16 and for others
+("any n"), where the kernel lets Triton tell. A size of exactly 1 only folds constants.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.compiler import CUDABackend, sm_arch_from_capability
+from triton.backends.nvidia.compiler import sm_arch_from_capability
 from triton.compiler import ASTSource
 
 import rdm_kernels

@@ -9,12 +9,14 @@ subtracted while rows are read. Only tiles at or under the diagonal are computed
 come its diagonal, trace, Frobenius norm and a flag, all on the device, that would else cost
 another pass each.
 
-Error of an element, in units of |x_i| |x_j| (x a row, or a column on the feature side; as it was
-before centring), K terms summed, u = 2^-24:
+Error of an element, in units of |x_i| |x_j| (x a row, or a column on the feature side), K terms
+summed, u = 2^-24:
 
-    16 bits, or precision="ieee"    (K + 2) u           and  + 8 u  when centred
+    16 bits, or precision="ieee"    (K + 2) u
     float32, precision="tf32x3"     (K + 2) u + 12 u    each product a sum of three of 10-bit
                                                         significands, all but 3 * 2^-22 of it
+    centred                         + (B / 16 + 16) u   the mean is rounded: x stands for
+                                                        |x| + mean |x| in the unit
 
 The op `rdm::gram` is *defined* by its PyTorch body below, which also runs on CPU. Triton registers
 itself as that op's CUDA kernel, so callers never choose. Nothing here reads PyTorch's global
@@ -109,7 +111,7 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     v, B, D = X.shape
     v, rows = (1, v * B) if stacked else (v, B)
-    return tuple(empty(X, v, D if features else rows))
+    return empty(X, v, D if features else rows)
 
 
 # ---- the Triton kernel of the means; products are in tiles.py --------------------------------
@@ -150,7 +152,7 @@ def blocks(dtype: torch.dtype, centre: bool, precision: str, n: int) -> Blocks:
 @gram_op.register_kernel("cuda")
 def gram_triton(
     X: Tensor, features: bool, centre: bool, stacked: bool, precision: str
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     v, B, D = X.shape
     v, rows = (1, v * B) if stacked else (v, B)
     n, K = (D, rows) if features else (rows, D)
@@ -166,7 +168,7 @@ def launch(
     precision: str,
     block: Blocks,
     parts: int,
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The op by its kernels, with these block sizes, summed in at most so many parts."""
     v, B, D = X.shape
     X = padded(X)
@@ -176,18 +178,16 @@ def launch(
         mean = X.new_empty(v, W, dtype=torch.float32)
         _mean_kernel[(triton.cdiv(W, MEANS["BLOCK_W"]), v)](X, mean, B, W, **MEANS)
     X = X.view(1, v * B, W) if stacked else X
-    return tuple(
-        symmetric_product(
-            X,
-            X,
-            D if features else X.shape[1],
-            precision=dot_precision(X.dtype, centre, precision),
-            block=block,
-            parts=parts,
-            features=features,
-            mean=mean,
-            group=B,
-        )
+    return symmetric_product(
+        X,
+        X,
+        D if features else X.shape[1],
+        precision=dot_precision(X.dtype, centre, precision),
+        block=block,
+        parts=parts,
+        features=features,
+        mean=mean,
+        group=B,
     )
 
 

@@ -92,7 +92,7 @@ def sym_matmul_op(
 def _(
     A: Tensor, B: Tensor, alpha: float, beta: float, gamma: float, precision: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return tuple(empty(A, A.shape[0], A.shape[1]))
+    return empty(A, A.shape[0], A.shape[1])
 
 
 # ---- block sizes and launchers -----------------------------------------------------------------
@@ -106,7 +106,7 @@ def blocks(n: int) -> Blocks:
 @sym_matmul_op.register_kernel("cuda")
 def sym_matmul_triton(
     A: Tensor, B: Tensor, alpha: float, beta: float, gamma: float, precision: str
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     v, n, _ = A.shape
     block = blocks(n)
     return launch(A, B, alpha, beta, gamma, precision, block, parts(v, n, n, block))
@@ -121,7 +121,7 @@ def launch(
     precision: str,
     block: Blocks,
     parts: int,
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The op by its kernels, with these block sizes, summed in at most so many parts."""
     X = padded(A)
     Y = X if B is A else padded(B)
@@ -129,7 +129,7 @@ def launch(
     out = symmetric_product(
         X, Y, A.shape[1], precision=precision, block=block, parts=parts, affine=affine
     )
-    return tuple(out)
+    return out
 
 
 def variants() -> list[Variant]:

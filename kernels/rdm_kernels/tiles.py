@@ -61,7 +61,7 @@ def empty(like: Tensor, v: int, n: int) -> Symmetric:
     return Symmetric(matrix, diagonal, trace, norm, matrix.new_empty(v, dtype=torch.int32))
 
 
-def defined(matrix: Tensor) -> tuple[Tensor, ...]:
+def defined(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The fields of `Symmetric` by PyTorch, from the lower triangle of matrix [v, n, n]."""
     matrix = matrix.tril() + matrix.tril(-1).mT
     diagonal = matrix.diagonal(dim1=-2, dim2=-1).clone()
@@ -161,7 +161,7 @@ def _finish_kernel(
     n, parts, tiles, alpha, beta, gamma,
     AFFINE: tl.constexpr, BLOCK: tl.constexpr, SUB: tl.constexpr,
 ):  # fmt: skip
-    """Lower tile t of SUB x SUB of matrix z: C = sum of parts, or alpha times it + beta A + gamma I."""
+    """Lower tile t, SUB x SUB, of matrix z: the parts' sum S, or alpha S + beta A + gamma I."""
     t, z = tl.program_id(0), tl.program_id(1).to(tl.int64)
     i, j = _lower_tile(t)
     rows = i * SUB + tl.arange(0, SUB).to(tl.int64)
