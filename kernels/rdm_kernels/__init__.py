@@ -5,6 +5,7 @@ op's CUDA kernel where there is one, so callers never choose. kernels/README.md 
 """
 
 from rdm_kernels.filtered_cosine import filtered_cosine
+from rdm_kernels.gram import gram
 from rdm_kernels.matrix_function import MatrixFunction, matrix_function
 from rdm_kernels.matrix_power import (
     matrix_inverse_sqrt,
@@ -16,11 +17,13 @@ from rdm_kernels.matrix_power import (
 from rdm_kernels.neg_cosine import neg_cosine
 from rdm_kernels.polar import polar
 from rdm_kernels.safe_eigh import Eigh, safe_eigh
+from rdm_kernels.sym_matmul import sym_matmul
 
 __all__ = [
     "Eigh",
     "MatrixFunction",
     "filtered_cosine",
+    "gram",
     "matrix_function",
     "matrix_inverse_sqrt",
     "matrix_log",
@@ -30,4 +33,5 @@ __all__ = [
     "neg_cosine",
     "polar",
     "safe_eigh",
+    "sym_matmul",
 ]
