@@ -100,7 +100,7 @@ def _(
 
 def blocks(n: int) -> Blocks:
     """Block sizes for n x n matrices."""
-    return Blocks(128, 32, 8, 3) if n >= LARGE else Blocks(64, 32, 4, 3)
+    return Blocks(128, 16, 8, 3) if n >= LARGE else Blocks(64, 32, 8, 3)
 
 
 @sym_matmul_op.register_kernel("cuda")
