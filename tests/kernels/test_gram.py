@@ -208,7 +208,7 @@ def test_centring_of_a_mean_far_from_zero(body: Body) -> None:
 def test_strided_and_misaligned_inputs_are_read_as_they_look(body: Body) -> None:
     wide = batch((2, 24, 40))
     flat = batch((1, 1, 2 * 16 * 16 + 1)).flatten()
-    for X in (wide.mT, wide[:, ::2], wide[:, :, 3:17], flat[1:].view(2, 16, 16)):
+    for X in (wide.mT, batch((2, 32, 20)).mT, wide[:, ::2], wide[:, :, 3:17], flat[1:].view(2, 16, 16)):
         for features in (False, True):
             found = body(X, *Options(features).op)
             expected = body(X.clone(memory_format=torch.contiguous_format), *Options(features).op)
@@ -218,7 +218,7 @@ def test_strided_and_misaligned_inputs_are_read_as_they_look(body: Body) -> None
 def test_kernels_get_what_they_were_compiled_for() -> None:
     """`aot` compiles for aligned rows only; others would run, but unchecked."""
     X = batch((1, 1, 1 + 2 * 16)).flatten()
-    for odd in (X[1:].view(1, 2, 16), X[:30].view(1, 2, 15), X[:32].view(1, 2, 16).mT):
+    for odd in (X[1:].view(1, 2, 16), X[:30].view(1, 2, 15), X[:32].view(1, 16, 2).mT):
         found = padded(odd)
         assert found.is_contiguous() and found.data_ptr() % 16 == 0
         assert found.shape[2] % WIDTH == 0 and not found[:, :, odd.shape[2] :].any()
