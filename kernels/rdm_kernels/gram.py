@@ -144,7 +144,9 @@ def blocks(dtype: torch.dtype, centre: bool, precision: str, n: int) -> Blocks:
     """Block sizes for an n x n Gram matrix."""
     if dtype != torch.float32 and not centre:  # 16-bit products
         return Blocks(128, 64, 8, 3) if n >= LARGE else Blocks(64, 64, 4, 4)
-    if centre or precision == "ieee":
+    if precision == "ieee":
+        return Blocks(64, 16, 4, 2)
+    if centre:
         return Blocks(64, 16, 8, 3)
     return Blocks(128, 16, 8, 3) if n >= LARGE else Blocks(64, 32, 8, 3)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rdm_kernels import gram
 from rdm_kernels.gram import DTYPES, dot_precision, gram_op, gram_triton, launch
-from rdm_kernels.tiles import Blocks, Symmetric
+from rdm_kernels.tiles import WIDTH, Blocks, Symmetric, padded
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 U = 2.0**-24  # unit roundoff of float32
@@ -208,11 +208,21 @@ def test_centring_of_a_mean_far_from_zero(body: Body) -> None:
 def test_strided_and_misaligned_inputs_are_read_as_they_look(body: Body) -> None:
     wide = batch((2, 24, 40))
     flat = batch((1, 1, 2 * 16 * 16 + 1)).flatten()
-    for X in (wide.mT, wide[:, ::2], wide[:, :, 3:17], flat[1:].view(2, 16, 16)):
+    for X in (wide.mT, batch((2, 32, 20)).mT, wide[:, ::2], wide[:, :, 3:17], flat[1:].view(2, 16, 16)):
         for features in (False, True):
             found = body(X, *Options(features).op)
             expected = body(X.clone(memory_format=torch.contiguous_format), *Options(features).op)
             assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_kernels_get_what_they_were_compiled_for() -> None:
+    """`aot` compiles for aligned rows only; others would run, but unchecked."""
+    X = batch((1, 1, 1 + 2 * 16)).flatten()
+    for odd in (X[1:].view(1, 2, 16), X[:30].view(1, 2, 15), X[:32].view(1, 16, 2).mT):
+        found = padded(odd)
+        assert found.is_contiguous() and found.data_ptr() % 16 == 0
+        assert found.shape[2] % WIDTH == 0 and not found[:, :, odd.shape[2] :].any()
+        assert torch.equal(found[:, :, : odd.shape[2]], odd)
 
 
 def test_autocast_does_not_lower_the_precision() -> None:
