@@ -14,7 +14,7 @@ ONE_EPOCH := rdm train digits_rdm_simsiam --optim.epochs 1 --optim.warmup-epochs
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help train test lint format types bench bench-check package check clean
+.PHONY: help train test lint format types bench bench-check aot package check clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -44,6 +44,9 @@ bench: $(VENV)/.dev ## run the benchmarks
 
 bench-check: $(VENV)/.dev ## run every benchmark once, untimed
 	$(BIN)/python -m pytest bench --benchmark-disable
+
+aot: $(VENV)/.dev ## compile every kernel for three GPUs, without one
+	$(BIN)/python -m rdm_kernels.aot
 
 # The wheel is built from the sdist, so what the sdist lacks is missed here.
 package: $(VENV)/.dev ## build sdist and wheel, install the wheel in a clean environment, run it
