@@ -208,7 +208,13 @@ def test_centring_of_a_mean_far_from_zero(body: Body) -> None:
 def test_strided_and_misaligned_inputs_are_read_as_they_look(body: Body) -> None:
     wide = batch((2, 24, 40))
     flat = batch((1, 1, 2 * 16 * 16 + 1)).flatten()
-    for X in (wide.mT, batch((2, 32, 20)).mT, wide[:, ::2], wide[:, :, 3:17], flat[1:].view(2, 16, 16)):
+    for X in (
+        wide.mT,
+        batch((2, 32, 20)).mT,
+        wide[:, ::2],
+        wide[:, :, 3:17],
+        flat[1:].view(2, 16, 16),
+    ):
         for features in (False, True):
             found = body(X, *Options(features).op)
             expected = body(X.clone(memory_format=torch.contiguous_format), *Options(features).op)
