@@ -116,7 +116,8 @@ def assemble(ptx: str, cc: int) -> str:
         path = Path(folder) / "kernel.ptx"
         path.write_text(ptx)
         command = [_ptxas(cc), "-v", f"--gpu-name={sm_arch_from_capability(cc)}"]
-        command += ["--regAllocOptLevel=2"] if triton.__version__ >= "3.9" else []
+        if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9):
+            command += ["--regAllocOptLevel=2"]  # as Triton does
         run = subprocess.run(
             [*command, str(path), "-o", str(Path(folder) / "kernel.cubin")],
             capture_output=True, text=True, check=True,
