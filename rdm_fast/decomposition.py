@@ -13,10 +13,8 @@ from torch import Tensor
 
 from rdm_fast.config import FilterConfig
 from rdm_fast.filters import cutoff, response
-from rdm_kernels import gram, safe_eigh
-
-WIDE = torch.float64  # squared singular values are accurate to 1e-16 s_max^2
-BLOCK = 128  # rows; smaller products waste a processor, larger ones compute more of what is mirrored
+from rdm_fast.inner_products import WIDE, gram_matrix
+from rdm_kernels import safe_eigh
 
 
 @dataclass(frozen=True)
@@ -39,53 +37,9 @@ def uses_samples(B: int, D: int) -> bool:
     return B <= D
 
 
-def exact_gram(X: Tensor, *, samples: bool) -> Tensor:
-    """X X^T or X^T X of each batch, [v, n, n] float64, for X [v, B, D].
-
-    Products of 16-bit values are exact in float32, so there only sums are rounded, to 6e-8; wider
-    values are multiplied and summed in float64.
-    """
-    if X.dtype.itemsize == 2:
-        return gram(X, side="samples" if samples else "features").matrix.to(WIDE)
-    X = X.to(WIDE)
-    return _lower_products(X if samples else X.mT)
-
-
 def smaller_gram(X: Tensor) -> Tensor:
-    """`exact_gram` of the smaller side."""
-    return exact_gram(X, samples=uses_samples(*X.shape[1:]))
-
-
-def exact_inner(Z: Tensor, X: Tensor) -> Tensor:
-    """Inner products of rows, Z X^T, [v, b, B] float64, for Z [v, b, D] and X [v, B, D]."""
-    if X.dtype.itemsize == 2 and X.device.type == "cuda":
-        return torch.bmm(Z, X.mT, out_dtype=torch.float32).to(WIDE)
-    exact = torch.float32 if X.dtype.itemsize == 2 else WIDE
-    return (Z.to(exact) @ X.mT.to(exact)).to(WIDE)
-
-
-def gram_and_swapped(X: Tensor) -> tuple[Tensor, Tensor]:
-    """Gram matrices of two batches X [2, B, D], and of each with the other's rows, [2, B, B].
-
-    One product, [X1; X2] [X1; X2]^T, of which half is mirrored: X_i X_i^T and X_(1-i) X_i^T.
-    """
-    B = X.shape[1]
-    if X.dtype.itemsize == 2:
-        K = gram(X, side="samples", stacked=True).matrix[0].to(WIDE)
-    else:
-        K = _lower_products(X.flatten(0, 1)[None].to(WIDE))[0]
-    return torch.stack([K[:B, :B], K[B:, B:]]), torch.stack([K[B:, :B], K[:B, B:]])
-
-
-def _lower_products(X: Tensor) -> Tensor:
-    """X X^T, [v, n, n], of which only blocks at or under the diagonal are multiplied."""
-    n = X.shape[1]
-    G = X.new_empty(X.shape[0], n, n)
-    for start in range(0, n, BLOCK):
-        rows = slice(start, min(start + BLOCK, n))
-        G[:, rows, : rows.stop] = X[:, rows] @ X[:, : rows.stop].mT
-        G[:, : rows.start, rows] = G[:, rows, : rows.start].mT
-    return G
+    """X X^T or X^T X, whichever is smaller, [v, n, n] float64, for X [v, B, D]."""
+    return gram_matrix(X, samples=uses_samples(*X.shape[1:]), wide=True)
 
 
 def centre_samples(G: Tensor) -> Tensor:

@@ -19,13 +19,13 @@ from rdm_fast.checkpoint import Snapshot
 from rdm_fast.config import Config
 from rdm_fast.data import ImageSet, build_loader, load
 from rdm_fast.distributed import all_reduce_max, print0, rank, world_size
+from rdm_fast.engines import engine_for
 from rdm_fast.environment import describe_environment
 from rdm_fast.errors import DataError, InputMissing, Interrupted, NonFinite, OutputFailed
 from rdm_fast.evaluation.online import knn_top1
 from rdm_fast.filters import advice
 from rdm_fast.methods import build_method
 from rdm_fast.run_folder import RunFolder
-from rdm_fast.spectral import choose_engine
 from rdm_fast.spectrum import branch_spectra
 from rdm_fast.step import StepReport, TrainStep
 from rdm_fast.telemetry import Clock, Plan, Telemetry
@@ -147,7 +147,7 @@ class Trainer:
         return Telemetry.open(self.folder, self.config, environment, plan)
 
     def _engine(self) -> str:
-        return choose_engine(self.config.filter) if self.train_step.method.filter else "none"
+        return engine_for(self.config.filter, self.device).name if self.train_step.method.filter else "none"
 
     def _announce(self) -> None:
         """Say once what `auto` stands for, and what RDM thinks of the filter."""

@@ -10,16 +10,9 @@ for that last product, which amplifies rounding only by s_max / s.
 from torch import Tensor
 
 from rdm_fast.config import FilterConfig
-from rdm_fast.decomposition import (
-    WIDE,
-    centre_samples,
-    decompose,
-    exact_gram,
-    exact_inner,
-    gram_and_swapped,
-    uses_samples,
-)
+from rdm_fast.decomposition import centre_samples, decompose, uses_samples
 from rdm_fast.engines.base import SpectralFilter, combine, lengths
+from rdm_fast.inner_products import WIDE, gram_and_swapped, gram_matrix, inner_products
 from rdm_kernels import filtered_cosine
 
 
@@ -31,12 +24,13 @@ class EighFilter(SpectralFilter):
         self.samples = uses_samples(*X.shape[1:])
         self.inner: Tensor | None = None  # z X^T of the swapped rows
         if self.samples and swapped:
-            self.G, self.inner = gram_and_swapped(X)
+            self.G, self.inner = gram_and_swapped(X, wide=True)
         elif self.samples or not config.center:
-            self.G = exact_gram(X, samples=self.samples)
+            self.G = gram_matrix(X, samples=self.samples, wide=True)
         else:
             wide = X.to(WIDE)
-            self.G = exact_gram(wide - wide.mean(dim=1, keepdim=True), samples=False)
+            wide = wide - wide.mean(dim=1, keepdim=True)
+            self.G = gram_matrix(wide, samples=False, wide=True)
         centred = centre_samples(self.G) if self.samples and config.center else self.G
         self.spectrum = decompose(centred, X, config)
         self.g = self.spectrum.g[:, None, :]
@@ -68,7 +62,7 @@ class EighFilter(SpectralFilter):
         """z V, [v, b, n]; inner is z X^T, if it is known."""
         if not self.samples:
             return z.to(WIDE) @ self.spectrum.vectors
-        return (exact_inner(z, self.X) if inner is None else inner) @ self.U_over_S
+        return (inner_products(z, self.X, wide=True) if inner is None else inner) @ self.U_over_S
 
     def _to_rows(self, coordinates: Tensor) -> Tensor:
         """Rows [v, b, D] of these coordinates."""

@@ -1,0 +1,86 @@
+"""The gemm engine: matrix products alone, no eigendecomposition, nothing waits for the device.
+
+    samples, G = X X^T      W = X^T h X, X W = M X         h = g(sqrt G) / G, M = G h
+    features, F = X^T X     W = g(sqrt F)
+
+by `rdm_kernels.matrix_function`, which damps singular values under tau = cutoff |X| (or under the
+rounding noise of the projections) where the eigh engine cuts them off. s^2 needs no matrix function:
+h = 1, or W = F. The target of s^-1 is, but for the damping, the polar factor of its batch; without
+damping (`rdm_kernels.polar`) a collapsed batch gives targets that are mostly rounding noise.
+"""
+
+import torch
+from torch import Tensor
+
+from rdm_fast.config import FilterConfig
+from rdm_fast.decomposition import uses_samples
+from rdm_fast.engines.base import SpectralFilter, combine, lengths
+from rdm_fast.filters import g, noise_floor
+from rdm_fast.inner_products import gram_and_swapped, gram_matrix, inner_products
+from rdm_kernels import filtered_cosine, matrix_function
+from rdm_kernels.product import product
+
+
+class GemmFilter(SpectralFilter):
+    def __init__(
+        self, X: Tensor, rows: slice, config: FilterConfig, *, swapped: bool = False
+    ) -> None:
+        super().__init__(X, rows, config, swapped=swapped)
+        self.samples = uses_samples(*X.shape[1:])
+        self.dtype = torch.promote_types(X.dtype, torch.float32)
+        self.inner: Tensor | None = None  # z X^T of the swapped rows
+        self.G: Tensor | None = None
+
+    def cosine(self, p: Tensor, z: Tensor) -> Tensor:
+        norm = lengths(z, self.dtype)
+        M, h = self._functions()
+        if not self.samples:
+            y = product(self.X[:, self.rows].to(self.dtype), M)
+            return filtered_cosine(p, norm, y, y, z.to(self.dtype), M)
+        assert self.G is not None
+        M = M[:, self.rows]
+        inner = self._inner(z) if self.inner is None else self.inner
+        return filtered_cosine(p, norm, M, product(M, self.G), inner, h, self.X)
+
+    def own_rows(self) -> Tensor:
+        M, _ = self._functions()
+        if self.samples:
+            return combine(M[:, self.rows], self.X)
+        return product(self.X[:, self.rows].to(self.dtype), M)
+
+    def other_rows(self, z: Tensor) -> Tensor:
+        M, h = self._functions()
+        if not self.samples:
+            return product(z.to(self.dtype), M)
+        inner = self._inner(z)
+        return combine(inner if h is None else product(inner, h), self.X)
+
+    def _functions(self) -> tuple[Tensor, Tensor | None]:
+        """M and h of the smaller Gram matrix, [v, n, n]; h None for 1. M is W on the feature side."""
+        if self.samples and self.swapped:
+            self.G, self.inner = gram_and_swapped(self.X, wide=False)
+        else:
+            self.G = gram_matrix(self.X, samples=self.samples, wide=False)
+        if self._is_power(2):
+            return self.G, None
+        _, B, D = self.X.shape
+        rms = (self.G.diagonal(dim1=-2, dim2=-1).sum(dim=-1) / (B * D)).sqrt()
+        result = matrix_function(
+            self.G,
+            self._response,
+            cutoff=self.config.cutoff,
+            floor=noise_floor(rms, samples=B, features=D, dtype=self.X.dtype),
+            degree=1 if self._is_power(0) or self._is_power(1) else None,
+        )
+        self.status = result.status
+        return result.M, result.h
+
+    def _response(self, s: Tensor) -> Tensor:
+        """g(s), [v, k]; a power of s / s_max, as the cosine loss ignores a constant factor."""
+        return g(self.config, s / s.amax(dim=-1, keepdim=True) if self.config.kind == "poly" else s)
+
+    def _is_power(self, sigma: float) -> bool:
+        return self.config.kind == "poly" and self.config.sigma == sigma
+
+    def _inner(self, z: Tensor) -> Tensor:
+        return inner_products(z, self.X, wide=False)
