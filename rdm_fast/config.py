@@ -91,10 +91,13 @@ class FilterConfig:
         )
 
     @property
+    def is_falling(self) -> bool:
+        """Whether g falls with s."""
+        return self.kind == "poly" and self.sigma < 0
+
+    @property
     def why_not_gemm(self) -> str | None:
-        """What keeps matrix products alone from being accurate enough for this filter, if any."""
-        if self.location == "online" and self.kind == "poly" and self.sigma < 0:
-            return "a falling g on the online branch (its gradient is that of the weakest directions)"
+        """What matrix products alone cannot do of this filter, if any."""
         if self.center:
             return "filter.center"
         if not 1e-4 <= self.cutoff <= 0.1:

@@ -102,7 +102,7 @@ def trend(config: FilterConfig) -> Literal["rising", "falling", "flat"]:
     """How g moves with s."""
     if config.kind != "poly" or config.sigma > 0:
         return "rising"
-    return "falling" if config.sigma < 0 else "flat"
+    return "falling" if config.is_falling else "flat"
 
 
 def advice(config: FilterConfig) -> str | None:

@@ -12,7 +12,9 @@ from rdm_kernels import gram
 from rdm_kernels.product import product
 
 WIDE = torch.float64
-BLOCK = 128  # rows; smaller products waste a processor, larger ones compute more of what is mirrored
+BLOCK = (
+    128  # rows; smaller products waste a processor, larger ones compute more of what is mirrored
+)
 
 
 def gram_matrix(X: Tensor, *, samples: bool, wide: bool) -> Tensor:

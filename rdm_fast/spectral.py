@@ -58,12 +58,12 @@ def spectral_cosine(online: Tensor, target: Tensor | None, config: FilterConfig)
         swapped = target is None and world_size() == 1 and len(online) == 2
         if target is None:
             P = gather_rows(online)
-            Z, target = P.flip(0), online.detach().flip(0)
+            Z = P.flip(0)
         else:
             P, Z = gather_rows(torch.cat([online.detach(), target.detach()])).chunk(2)
-            target = target.detach()
-        own_target = config.location == "target" and config.basis == "own"
         rows = local_rows(online.shape[1])
+        target = Z[:, rows]
+        own_target = config.location == "target" and config.basis == "own"
         X = Z if own_target else P
         W = build_filter(engine.current(), X, rows, config, swapped=swapped)
         if config.location == "online":

@@ -147,7 +147,11 @@ class Trainer:
         return Telemetry.open(self.folder, self.config, environment, plan)
 
     def _engine(self) -> str:
-        return engine_for(self.config.filter, self.device).name if self.train_step.method.filter else "none"
+        return (
+            engine_for(self.config.filter, self.device).name
+            if self.train_step.method.filter
+            else "none"
+        )
 
     def _announce(self) -> None:
         """Say once what `auto` stands for, and what RDM thinks of the filter."""

@@ -1,8 +1,8 @@
 """Engines: ways to compute what a spectral filter does to rows.
 
-    eigh        eigendecomposition of the smaller Gram matrix: every filter, always accurate
-    gemm        matrix products alone: where they are accurate, and nothing waits for the device
-    reference   the SVD of the paper's code, to compare with
+eigh        eigendecomposition of the smaller Gram matrix: every filter, always accurate
+gemm        matrix products alone: where they are accurate, and nothing waits for the device
+reference   the SVD of the paper's code, to compare with
 """
 
 from torch import Tensor

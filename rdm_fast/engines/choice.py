@@ -2,13 +2,14 @@
 
 `auto` takes the fastest engine that is accurate for the filter:
 
-    filter                                   CPU     GPU
-    s^2                                      gemm    gemm
-    other rising ones, and any target        eigh    gemm
-    online s^sigma, sigma < 0; center        eigh    eigh
+    filter                              CPU     GPU     GPU with slow float64
+    s^2                                 gemm    gemm    gemm
+    online log s, or falling            eigh    gemm    eigh
+    others                              eigh    gemm    gemm
+    center, or an unusual cutoff        eigh    eigh    eigh
 
 On a CPU an eigendecomposition costs less than the fifty products that avoid it; on a GPU it costs
-more than all of them, and waits.
+more than all of them, and waits. The second row's products are of float64.
 
 The gemm engine leaves a status word on the device. It is copied to the host without a wait and
 read when the filter is next computed: by then it is long there. A batch on which the engine was not
@@ -23,8 +24,10 @@ import torch
 from torch import Tensor
 
 from rdm_fast.config import FilterConfig
+from rdm_fast.engines.gemm import needs_float64
 from rdm_fast.errors import Unavailable
-CHOLESKY_FAILED, INACCURATE = 2, 4
+from rdm_kernels.matrix_function import CHOLESKY_FAILED, INACCURATE
+from rdm_kernels.safe_eigh import has_fast_float64
 
 REASONS = {CHOLESKY_FAILED: "its Cholesky factorisation failed", INACCURATE: "residuals are large"}
 
@@ -33,9 +36,13 @@ def choose(config: FilterConfig, device: torch.device) -> str:
     """The engine that `auto` starts with, or the one asked for by name."""
     if config.engine != "auto":
         return config.engine
-    if config.kind == "poly" and config.sigma == 2 and not config.why_not_gemm:
+    if config.why_not_gemm:
+        return "eigh"
+    if config.kind == "poly" and config.sigma == 2:
         return "gemm"
-    return "eigh" if device.type == "cpu" or config.why_not_gemm else "gemm"
+    if device.type == "cpu" or (needs_float64(config) and not has_fast_float64(device)):
+        return "eigh"
+    return "gemm"
 
 
 class Engine:

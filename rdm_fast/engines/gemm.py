@@ -16,9 +16,17 @@ from rdm_fast.config import FilterConfig
 from rdm_fast.decomposition import uses_samples
 from rdm_fast.engines.base import SpectralFilter, combine, lengths
 from rdm_fast.filters import g, noise_floor
-from rdm_fast.inner_products import gram_and_swapped, gram_matrix, inner_products
+from rdm_fast.inner_products import WIDE, gram_and_swapped, gram_matrix, inner_products
 from rdm_kernels import filtered_cosine, matrix_function
 from rdm_kernels.product import product
+
+
+FALLING_DEGREE = 160  # of the Chebyshev series: s^-1 to 1e-6 of its maximum, at a cutoff of 1e-3
+
+
+def needs_float64(config: FilterConfig) -> bool:
+    """Whether the gradient is of directions so weak that a float32 Gram matrix does not have them."""
+    return config.location == "online" and (config.kind == "log" or config.is_falling)
 
 
 class GemmFilter(SpectralFilter):
@@ -27,7 +35,8 @@ class GemmFilter(SpectralFilter):
     ) -> None:
         super().__init__(X, rows, config, swapped=swapped)
         self.samples = uses_samples(*X.shape[1:])
-        self.dtype = torch.promote_types(X.dtype, torch.float32)
+        self.wide = needs_float64(config)
+        self.dtype = WIDE if self.wide else torch.promote_types(X.dtype, torch.float32)
         self.inner: Tensor | None = None  # z X^T of the swapped rows
         self.G: Tensor | None = None
 
@@ -58,9 +67,9 @@ class GemmFilter(SpectralFilter):
     def _functions(self) -> tuple[Tensor, Tensor | None]:
         """M and h of the smaller Gram matrix, [v, n, n]; h None for 1. M is W on the feature side."""
         if self.samples and self.swapped:
-            self.G, self.inner = gram_and_swapped(self.X, wide=False)
+            self.G, self.inner = gram_and_swapped(self.X, wide=self.wide)
         else:
-            self.G = gram_matrix(self.X, samples=self.samples, wide=False)
+            self.G = gram_matrix(self.X, samples=self.samples, wide=self.wide)
         if self._is_power(2):
             return self.G, None
         _, B, D = self.X.shape
@@ -70,10 +79,16 @@ class GemmFilter(SpectralFilter):
             self._response,
             cutoff=self.config.cutoff,
             floor=noise_floor(rms, samples=B, features=D, dtype=self.X.dtype),
-            degree=1 if self._is_power(0) or self._is_power(1) else None,
+            degree=self._degree(),
         )
         self.status = result.status
         return result.M, result.h
+
+    def _degree(self) -> int | None:
+        """Of the Chebyshev series of g; None for the one that suffices for a rising g."""
+        if self._is_power(0) or self._is_power(1):
+            return 1
+        return FALLING_DEGREE if self.config.is_falling else None
 
     def _response(self, s: Tensor) -> Tensor:
         """g(s), [v, k]; a power of s / s_max, as the cosine loss ignores a constant factor."""
@@ -83,4 +98,4 @@ class GemmFilter(SpectralFilter):
         return self.config.kind == "poly" and self.config.sigma == sigma
 
     def _inner(self, z: Tensor) -> Tensor:
-        return inner_products(z, self.X, wide=False)
+        return inner_products(z, self.X, wide=self.wide)
