@@ -46,9 +46,9 @@ ENGINES = ["auto", "gemm", "eigh"]
 OPPONENTS = {"svd": svd_loss, "gram_eigh": gram_eigh_loss}
 Loss = Callable[[Tensor, Tensor, FilterConfig], Tensor]
 
-# Opponents whose time does not depend on g, and is long, are timed for these only.
+# Where the time does not depend on g, and is long, these stand for all: from a smaller side on.
 ONE_OF_EACH = ["online1", "target-1"]
-SLOW = 1024  # the smaller side from which on the paper's SVD takes a second or more
+SLOW = {"svd": 1024, "gram_eigh": 4096, "eigh": 4096}
 COMPILED = [(512, 2048), (256, 2048), (2048, 2048)]  # each takes the compiler half a minute
 
 # Cosine of a gradient with the exact one of its definition. In float32 (gram_eigh) directions just
@@ -72,7 +72,7 @@ def cases(small: bool) -> list[tuple[str, str, tuple[int, int]]]:
 def is_timed(name: str, filtered: str, shape: tuple[int, int]) -> bool:
     if name == "compiled":
         return GPU and filtered in ONE_OF_EACH and shape in COMPILED
-    return name != "svd" or min(shape) < SLOW or filtered in ONE_OF_EACH
+    return min(shape) < SLOW.get(name, max(shape) + 1) or filtered in ONE_OF_EACH
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

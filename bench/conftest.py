@@ -17,6 +17,7 @@ from bench.machine import device_name, floor, peak
 ROUND_S = 0.02  # a round is long beside the clock and the one wait for the GPU that it contains
 WARM_S, WARM_CALLS = 1.0, 4
 MIN_ROUNDS, MAX_ROUNDS = 5, 30
+SLOW_S, SLOW_ROUNDS = 3.0, 3  # of what is as slow as that, so many rounds are enough
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -69,7 +70,8 @@ def warmed(fn: Callable[[], object]) -> float:
 def plan(once: float, seconds: float) -> tuple[int, int]:
     """Rounds, and calls in each, that fit into so many seconds."""
     iterations = max(1, round(min(ROUND_S, seconds) / once))
-    return min(MAX_ROUNDS, max(MIN_ROUNDS, round(seconds / (once * iterations)))), iterations
+    fewest = MIN_ROUNDS if once < SLOW_S else SLOW_ROUNDS
+    return min(MAX_ROUNDS, max(fewest, round(seconds / (once * iterations)))), iterations
 
 
 def replay(fn: Callable[[], object]) -> Callable[[], None]:
