@@ -37,12 +37,14 @@ from torch import Tensor
 from bench.machine import describe
 from bench.markdown import replace_between, table
 from rdm_fast import FilterConfig
+from rdm_fast.config import Kind
 from rdm_fast.engines import engine_for
 from rdm_fast.errors import Unavailable
 from tests.spectra import damped_filter, g, gradients, paper_filter, paper_loss, two_views
 from tests.spectra import with_spectrum as matrix
 
-ONLINE = [2.0, 1.0, 0.5, "log", "log_1", "log_2", -0.3, -0.5, -0.7, -1.0]
+ONLINE = [2.0, 1.0, 0.5, -0.3, -0.5, -0.7, -1.0]
+LOGS: list[Kind] = ["log", "log_1", "log_2"]
 TARGET = [-1.0, -0.7, -0.5, -0.3]
 SPECTRA = [
     "flat",
@@ -87,17 +89,12 @@ class Cell:
 
 def filters() -> dict[str, FilterConfig]:
     """The rows: every filter by its name."""
-    return {
-        f"{location} {kind if isinstance(kind, str) else f's^{kind:g}'}": config(location, kind)
-        for location, kinds in (("online", ONLINE), ("target", TARGET))
-        for kind in kinds
+    logs = {f"online {kind}": FilterConfig(kind=kind) for kind in LOGS}
+    powers = {f"online s^{sigma:g}": FilterConfig(sigma=sigma) for sigma in ONLINE}
+    targets = {
+        f"target s^{sigma:g}": FilterConfig(location="target", sigma=sigma) for sigma in TARGET
     }
-
-
-def config(location: str, kind: str | float) -> FilterConfig:
-    if isinstance(kind, str):
-        return FilterConfig(location=location, kind=kind)
-    return FilterConfig(location=location, sigma=kind)
+    return powers | logs | targets
 
 
 @cache

@@ -73,9 +73,9 @@ def shape_of(case: str) -> tuple[int, ...]:
     return tuple(map(int, case.split()[0].split("x")))
 
 
-def batch(B: int, D: int, dtype: torch.dtype = NARROW) -> Tensor:
+def batch(B: int, D: int) -> Tensor:
     """Both views' projections, [2, B, D], without gradient."""
-    return torch.stack([z.detach() for z in views(B, D, DEVICE, dtype)])
+    return torch.stack([z.detach() for z in views(B, D, DEVICE, NARROW)])
 
 
 def require_close(found: Tensor, exact: Tensor, tolerance: float) -> None:
@@ -110,7 +110,7 @@ def bench_gram(measure: Measure, name: str, case: str) -> None:
     stacked, samples = "stacked" in case, B <= D
     rows = X.flatten(0, 1)[None] if stacked else X
     rows = rows if samples else rows.mT
-    wide = rows.float()
+    wide, dense = rows.float(), rows.contiguous()
     n, K = rows.shape[1:]
     side = "samples" if samples else "features"
     out = torch.empty(len(rows), n, n, device=DEVICE)
@@ -126,7 +126,7 @@ def bench_gram(measure: Measure, name: str, case: str) -> None:
             case _:
                 from quack.gemm_interface import gemm_symmetric
 
-                gemm_symmetric(rows.contiguous(), rows.contiguous().mT, out=out)
+                gemm_symmetric(dense, dense.mT, out=out)
                 return out
 
     with tf32(False):

@@ -2,6 +2,7 @@
 
 import json
 import sys
+import time
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -45,11 +46,27 @@ def test_a_stage_that_fails_is_recorded_with_what_it_had(
 def test_a_stage_ends_at_its_limit_with_all_that_it_started(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    sleep = f"{WRITE}; import subprocess; subprocess.run(['sleep', '60'])"
-    result = run(stage(sleep, WRITE, limit_s=3.0), tmp_path, monkeypatch)
+    pid = tmp_path / "pid"
+    child = "import subprocess; child = subprocess.Popen(['sleep', '60'])"
+    told = f"open({str(pid)!r}, 'w').write(str(child.pid)); child.wait()"
+    result = run(stage(f"{WRITE}; {child}; {told}", WRITE, limit_s=3.0), tmp_path, monkeypatch)
     assert result["seconds"] < 20
     assert result["commands"][0]["status"] is None and not result["passed"]
     assert json.loads(ROW) in result["measured"]
+    assert not is_running(int(pid.read_text()))
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process is there and not a zombie, as soon as a signal had time to arrive."""
+    for _ in range(50):
+        try:
+            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        except FileNotFoundError:
+            return False
+        if state == "Z":
+            return False
+        time.sleep(0.1)
+    return True
 
 
 def test_wheels_of_a_folder_can_be_imported_by_the_stages(
