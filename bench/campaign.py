@@ -187,7 +187,9 @@ def run(command: list[str], log: Path, env: dict[str, str], limit_s: float) -> i
             return None
 
 
-def run_stage(name: str, out: Path, env: dict[str, str], *, smoke: bool) -> dict[str, Any]:
+def run_stage(
+    name: str, out: Path, env: dict[str, str], *, smoke: bool, commit: str | None = None
+) -> dict[str, Any]:
     """Run a stage, write its JSON, and return that."""
     stage, started = STAGES[name], time.monotonic()
     ended = []
@@ -201,7 +203,7 @@ def run_stage(name: str, out: Path, env: dict[str, str], *, smoke: bool) -> dict
         result = {
             "stage": name,
             "smoke": smoke,
-            "machine": describe(),
+            "machine": describe() | ({"commit": commit} if commit else {}),
             "commands": ended,
             "passed": all(command["status"] == 0 for command in ended),
             "seconds": round(time.monotonic() - started, 1),
@@ -221,6 +223,7 @@ def main() -> int:
     parser.add_argument("stages", nargs="*", metavar="STAGE", help=f"of {', '.join(STAGES)}; table")
     parser.add_argument("--out", type=Path, help="folder for one JSON file a stage")
     parser.add_argument("--wheels", type=Path, help="folder of wheels that this machine lacks")
+    parser.add_argument("--commit", help="of this checkout, where its .git is left behind")
     parser.add_argument("--smoke", action="store_true", help="the smallest form of every stage")
     args = parser.parse_args()
     if args.stages == ["table"]:
@@ -248,7 +251,9 @@ def main() -> int:
         passed = True
         for name in args.stages or STAGES:
             print(f"{name} ...", flush=True)
-            result = run_stage(name, args.out, environment(site), smoke=args.smoke)
+            result = run_stage(
+                name, args.out, environment(site), smoke=args.smoke, commit=args.commit
+            )
             passed &= result["passed"]
             verdict = "passed" if result["passed"] else "FAILED\n" + result["tail"]
             print(f"{name}: {result['seconds']:.0f} s, {verdict}", flush=True)

@@ -67,7 +67,7 @@ def describe() -> dict[str, str | int]:
         "triton": triton.__version__,
         "threads": torch.get_num_threads(),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "commit": _run(["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=40"]),
+        "commit": _run(["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--abbrev=12"]),
     }
 
 

@@ -38,7 +38,7 @@ def section(stage: Json) -> str:
     machine = stage["machine"]
     versions = f"torch {machine['torch']}, triton {machine['triton']}"
     driver = f"driver {machine['driver']}, " if machine["driver"] else ""
-    where = f"{machine['device']}, {driver}{versions}, {machine['date']}, {machine['commit'][:12]}"
+    where = f"{machine['device']}, {driver}{versions}, {machine['date']}, {machine['commit']}"
     commands = "; ".join(f"`{command['command']}`" for command in stage["commands"])
     verdict = "passed" if stage["passed"] else "**did not pass**: " + ", ".join(ends(stage))
     head = f"**{stage['stage']}**: {verdict}, {stage['seconds']:.0f} s. {where}. {commands}"

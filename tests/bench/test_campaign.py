@@ -129,6 +129,7 @@ def test_markers_that_are_not_there_are_named(tmp_path: Path) -> None:
 def test_the_floor_is_the_slower_of_bytes_and_operations() -> None:
     assert floor(H100, 3.35e12, {"bf16": 1.0}) == pytest.approx(1.0)
     assert floor(H100, 1.0, {"bf16": 989e12, "tf32": 494e12}) == pytest.approx(2.0)
+    assert floor(H100, 3.35e12, {"bf16": 989e12}) == pytest.approx(1.0)  # they overlap
     assert peak("NVIDIA H100 80GB HBM3") == H100
     assert peak("NVIDIA H100 PCIe") is None and peak("NVIDIA A100-SXM4-80GB") is None
     h200 = peak("NVIDIA H200")
