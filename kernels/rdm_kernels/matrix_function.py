@@ -64,6 +64,7 @@ def matrix_function(
     g: Callable[[Tensor], Tensor],
     *,
     cutoff: float = 1e-3,
+    floor=None,
     degree: int | None = None,
 ) -> MatrixFunction:
     """M and h of damped Gram matrices for any smooth response g; nothing waits for the device.

@@ -21,12 +21,16 @@ from rdm_kernels import filtered_cosine, matrix_function
 from rdm_kernels.product import product
 
 
-FALLING_DEGREE = 160  # of the Chebyshev series: s^-1 to 1e-6 of its maximum, at a cutoff of 1e-3
+FALLING_DEGREE = 200  # of the Chebyshev series: s^-1 to 1e-7 of its maximum, at a cutoff of 1e-3
 
 
 def needs_float64(config: FilterConfig) -> bool:
-    """Whether the gradient is of directions so weak that a float32 Gram matrix does not have them."""
-    return config.location == "online" and (config.kind == "log" or config.is_falling)
+    """Whether h = g / s^2 amplifies directions so weak that a float32 Gram matrix does not have them.
+
+    X W = M X of a target takes no h.
+    """
+    takes_h = config.location == "online" or config.basis == "online"
+    return takes_h and (config.kind == "log" or config.is_falling)
 
 
 class GemmFilter(SpectralFilter):
