@@ -39,8 +39,10 @@ class GemmFilter(SpectralFilter):
     ) -> None:
         super().__init__(X, rows, config, swapped=swapped)
         self.samples = uses_samples(*X.shape[1:])
-        self.wide = needs_float64(config)
-        self.dtype = WIDE if self.wide else torch.promote_types(X.dtype, torch.float32)
+        self.dtype = torch.promote_types(X.dtype, torch.float32)
+        self.exact = X  # what is multiplied with itself
+        if needs_float64(config):
+            self.dtype, self.exact = WIDE, X.to(WIDE)
         self.inner: Tensor | None = None  # z X^T of the swapped rows
         self.G: Tensor | None = None
 
@@ -71,9 +73,9 @@ class GemmFilter(SpectralFilter):
     def _functions(self) -> tuple[Tensor, Tensor | None]:
         """M and h of the smaller Gram matrix, [v, n, n]; h None for 1. M is W on the feature side."""
         if self.samples and self.swapped:
-            self.G, self.inner = gram_and_swapped(self.X, wide=self.wide)
+            self.G, self.inner = gram_and_swapped(self.exact, wide=False)
         else:
-            self.G = gram_matrix(self.X, samples=self.samples, wide=self.wide)
+            self.G = gram_matrix(self.exact, samples=self.samples, wide=False)
         if self._is_power(2):
             return self.G, None
         _, B, D = self.X.shape
@@ -102,4 +104,4 @@ class GemmFilter(SpectralFilter):
         return self.config.kind == "poly" and self.config.sigma == sigma
 
     def _inner(self, z: Tensor) -> Tensor:
-        return inner_products(z, self.X, wide=self.wide)
+        return inner_products(z.to(self.exact.dtype), self.exact, wide=False)
