@@ -121,7 +121,9 @@ def test_a_name_that_was_taken_is_the_engine_that_ran(monkeypatch: pytest.Monkey
     built: list[str] = []
     for name, engine in list(engines.ENGINES.items()):
 
-        def build(*args: object, name: str = name, engine: type = engine, **words: object) -> object:
+        def build(
+            *args: object, name: str = name, engine: type = engine, **words: object
+        ) -> object:
             built.append(name)
             return engine(*args, **words)
 

@@ -130,5 +130,7 @@ def test_views_that_are_each_other_s_targets_are_multiplied_once(config: FilterC
 
 @pytest.mark.parametrize("config", [FilterConfig(center=True), FilterConfig(cutoff=1e-5)], ids=str)
 def test_what_it_cannot_do_is_refused_at_once(config: FilterConfig) -> None:
-    with pytest.raises(ValueError, match=r"filter\.engine=gemm .* use filter\.engine=eigh, or auto"):
+    with pytest.raises(
+        ValueError, match=r"filter\.engine=gemm .* use filter\.engine=eigh, or auto"
+    ):
         replace(config, engine="gemm")
