@@ -5,6 +5,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 REQUIREMENTS := pyproject.toml constraints.txt
+# The oldest Triton that pyproject.toml allows, for `make aot`, beside the installed one.
+OLDEST := $(shell sed -n 's/.*"triton>=\([0-9.]*\).*/\1/p' pyproject.toml)
+OLDEST_TRITON := $(VENV)/triton-$(OLDEST)
 PYTHONS := $(or $(PYTHON),python3 python3.14 python3.13 python3.12 python3.11)
 
 # The main job, and the same in seconds for a check of an installation.
@@ -48,8 +51,9 @@ bench-check: $(VENV)/.dev ## run every benchmark once, untimed
 accuracy: $(VENV)/.dev ## make the accuracy table of kernels/README.md; fails where a bound is broken
 	$(BIN)/python -m bench.accuracy --engine gemm --device cpu --write kernels/README.md
 
-aot: $(VENV)/.dev ## compile every kernel for three GPUs, without one
+aot: $(VENV)/.dev $(OLDEST_TRITON)/.installed ## compile every kernel for three GPUs, without one
 	$(BIN)/python -m rdm_kernels.aot
+	PYTHONPATH=$(OLDEST_TRITON) $(BIN)/python -m rdm_kernels.aot
 
 # The wheel is built from the sdist, so what the sdist lacks is missed here.
 package: $(VENV)/.dev ## build sdist and wheel, install the wheel in a clean environment, run it
@@ -79,6 +83,12 @@ $(VENV)/.dev: $(VENV)/.python $(REQUIREMENTS)
 	@echo "installing rdm-fast and its tools into $(VENV) (once; torch takes minutes and about 6 GB)"
 	@$(PIP) install --quiet -c constraints.txt -e '.[dev]'
 	@touch $(VENV)/.base $@
+
+$(OLDEST_TRITON)/.installed: $(VENV)/.python
+	@echo "installing triton $(OLDEST) into $(OLDEST_TRITON) (once; about 650 MB)"
+	@rm -rf $(OLDEST_TRITON)
+	@$(PIP) install --quiet --no-deps --target $(OLDEST_TRITON) 'triton==$(OLDEST)'
+	@touch $@
 
 # An environment that is already there is kept, whoever made it.
 $(VENV)/.python:

@@ -1,6 +1,6 @@
 """Singular values and right singular vectors of a batch, from the smaller of its Gram matrices.
 
-    X = U S V^T [B, D]     X X^T = U S^2 U^T [B, B] ("samples")     X^T X = V S^2 V^T [D, D] ("features")
+    samples, X X^T = U S^2 U^T [B, B]     features, X^T X = V S^2 V^T [D, D]     X = U S V^T
 
 Formed and solved in float64: squaring the singular values costs half the digits, and float32 has
 not enough for a cutoff of 1e-3. On the sample side V = X^T U / S need not be formed.

@@ -11,6 +11,7 @@ flows through the rows, not through W. An online filter and its gradient are one
 import warnings
 from dataclasses import replace
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -104,7 +105,7 @@ class _Filtered(torch.autograd.Function):
     """z W for rows z of the batch that W is the filter of; W is detached: dL/dz = dL/dy W."""
 
     @staticmethod
-    def forward(ctx, z: Tensor, config: FilterConfig) -> Tensor:
+    def forward(ctx: Any, z: Tensor, config: FilterConfig) -> Tensor:
         engine = engine_for(config, z.device)
         ctx.W = build_filter(engine.current(), gather_rows(z[None]), local_rows(len(z)), config)
         p = ctx.W.own_rows()[0].to(z.dtype)
@@ -112,7 +113,7 @@ class _Filtered(torch.autograd.Function):
         return p
 
     @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         with torch.autocast(grad.device.type, enabled=False):
             return ctx.W.other_rows(grad[None])[0].to(grad.dtype), None
 

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rdm_fast.config import FilterConfig
-from rdm_fast.distributed import gather_rows
 from rdm_fast.decomposition import decompose, right_vectors, smaller_gram
+from rdm_fast.distributed import gather_rows
 
 
 def eigenvalues(z: Tensor) -> Tensor:

@@ -104,9 +104,9 @@ def damped_filter(X: Tensor, config: FilterConfig) -> Tensor:
         return X.double().mT @ X.double()
     B, D = X.shape
     _, s, Vh = torch.linalg.svd(X.double(), full_matrices=False)
-    c = s.square().norm()
+    root_c = torch.linalg.vector_norm(s, 8)  # c = |G^2|_F^(1/2)
     noise = 0.75 * UNIT_ROUNDOFF.get(X.dtype, 2.0**-53) * X.double().square().mean().sqrt()
-    tau = max(config.cutoff * float(c.sqrt()), float(noise) * (math.sqrt(B) + math.sqrt(D)))
+    tau = max(config.cutoff * float(root_c), float(noise) * (math.sqrt(B) + math.sqrt(D)))
     damped = (s.square() + tau**2).sqrt()
     return (Vh.mT * (g(config, damped) * (s / damped).square())) @ Vh
 

@@ -6,8 +6,8 @@ off would need eigenvalues), the filter is W = X^T h X with
     h = g(sqrt(G + tau^2)) (G + tau^2)^-1,   M = G h = g(sqrt(G + tau^2)) - tau^2 h
     tau = cutoff sqrt(c),   c = |G^2|_F^(1/2) >= lambda_max
 
-so that X W = M X. A = G / c + cutoff^2 has its spectrum in [cutoff^2, 1 + cutoff^2] whatever G is,
-so every constant below is known before the batch:
+so that X W = M X, or tau = floor where that is larger. A = (G + tau^2) / c has its spectrum in
+[cutoff^2, 1 + tau^2 / c] whatever G is, so every constant below is known before the batch:
 
     L = cholesky(A)
     Q = polar(L)                      iterations of `rdm_kernels.polar`, so L = H Q
@@ -45,15 +45,16 @@ NOT_FINITE = 1  # bits of the status word
 CHOLESKY_FAILED = 2
 INACCURATE = 4
 RESIDUAL_LIMIT = 1e-4  # float32 leaves 1e-6 to 1e-5, tf32 over 1e-3
+LARGEST_DAMPING = 2e-3  # of tau^2 / c: 1.001 sqrt(1 + cutoff^2) holds sqrt(1 + tau^2 / c)
 LOG_TOLERANCE = 1e-4  # of the default degree: largest error of log s, which spans log(1 / cutoff)
 
 
 class MatrixFunction(NamedTuple):
     """M = g(sqrt G) and h = M G^-1, damped; of each G of the batch."""
 
-    M: Tensor  # [..., n, n], symmetric; NaN where status tells NOT_FINITE or CHOLESKY_FAILED
-    h: Tensor  # [..., n, n], symmetric; NaN likewise
-    tau: Tensor  # [...], the damping: cutoff * sqrt(c)
+    M: Tensor  # [..., n, n], symmetric; NaN if NOT_FINITE, zero if another bit of status is set
+    h: Tensor  # [..., n, n], symmetric; likewise
+    tau: Tensor  # [...], the damping: cutoff * sqrt(c), or floor
     status: Tensor  # [...] int32: 0, or the sum of NOT_FINITE, CHOLESKY_FAILED and INACCURATE
     residuals: Tensor  # [..., 2]: |Q Q^T - I|_F / sqrt(n) and |H^2 - A|_F / |A|_F
 
@@ -64,6 +65,7 @@ def matrix_function(
     g: Callable[[Tensor], Tensor],
     *,
     cutoff: float = 1e-3,
+    floor: Tensor | None = None,
     degree: int | None = None,
 ) -> MatrixFunction:
     """M and h of damped Gram matrices for any smooth response g; nothing waits for the device.
@@ -74,6 +76,8 @@ def matrix_function(
         g: the response, element by element of singular values s [..., k] float64 in
             [tau, sqrt(c + tau^2)] to the same shape. On the device, without a wait.
         cutoff: tau / sqrt(c), at least 1e-4 in float32; in (0, 0.1].
+        floor: [...], least tau in units of s, such as the rounding noise of the batch. At most
+            0.04 sqrt(c), which the interval of the series still holds; INACCURATE over it.
         degree: of the Chebyshev series. None for one that has log s to 1e-4 absolute, which
             s^p (p >= 0), log(1 + s) and log(1 + s^2) reach too, relative to their maximum. 1 is
             exact for g linear in s.
@@ -101,7 +105,11 @@ def matrix_function(
         c = bound(G)
         root_c = c.sqrt() * scale.sqrt()
 
-        A = G / c + cutoff**2 * identity
+        damping = torch.full_like(c, cutoff**2)  # tau^2 / c
+        if floor is not None:
+            noise = (floor.to(G.dtype)[..., None, None] / root_c).where(finite, 0)
+            damping = torch.maximum(damping, noise.square())
+        A = G / c + damping * identity
         L, info = torch.linalg.cholesky_ex(A)
         lower = cutoff / 2  # rounding of A takes up to half of cutoff^2 = 1e-6 away
         steps = schedule(lower, iterations_for(lower, torch.finfo(G.dtype).eps)).coefficients
@@ -115,7 +123,7 @@ def matrix_function(
         S = (2 * H - (a + b) * identity) / (b - a)
         M0 = _evaluate(coefficients.to(G.dtype), S, identity)
         h = _divide(L, M0)
-        M = M0 - cutoff**2 * h
+        M = M0 - damping * h
 
         residuals = torch.stack(
             [
@@ -127,14 +135,15 @@ def matrix_function(
             dim=-1,
         )
         accurate = (residuals <= RESIDUAL_LIMIT).all(dim=-1)  # also false for NaN
-        usable = finite & (info == 0)[..., None, None]
+        accurate = accurate & (damping <= LARGEST_DAMPING)[..., 0, 0]
         status = (
             NOT_FINITE * ~finite[..., 0, 0] + CHOLESKY_FAILED * (info != 0) + INACCURATE * ~accurate
         ).to(torch.int32)
+        usable, unusable = (status == 0)[..., None, None], torch.where(finite, 0.0, torch.nan)
         return MatrixFunction(
-            M.where(usable, torch.nan),
-            (h / c / scale).where(usable, torch.nan),
-            cutoff * root_c[..., 0, 0],
+            M.where(usable, unusable.to(M.dtype)),
+            (h / c / scale).where(usable, unusable.to(M.dtype)),
+            (damping.sqrt() * root_c)[..., 0, 0],
             status,
             residuals,
         )

@@ -103,7 +103,7 @@ def solves_narrow(A: Tensor) -> bool:
 
 
 def has_fast_float64(device: torch.device) -> bool:
-    """Whether float64 is at most half as fast as float32: not on GPUs of capability other than x.0."""
+    """Whether float64 has at least half the rate of float32: CPUs, and GPUs of capability x.0."""
     return device.type != "cuda" or torch.cuda.get_device_capability(device)[1] == 0
 
 

@@ -19,6 +19,7 @@ step on `auto` uses eigh. With engine=gemm the next step ends the run.
 
 import warnings
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,9 +55,20 @@ class Engine:
     """
 
     def __init__(self, config: FilterConfig, device: torch.device) -> None:
-        self.config, self.failures = config, 0
-        self.name = choose(config, device)
+        self.config, self.device = config, device
         self._pending: tuple[Tensor, torch.cuda.Event | None] | None = None
+        self.restore({})
+
+    @property
+    def state(self) -> dict[str, int | str]:
+        """What a checkpoint keeps, with the last batch taken into account."""
+        return {"name": self.current(), "failures": self.failures}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from `state`; an empty one forgets everything."""
+        self._pending = None
+        self.name = state.get("name", choose(self.config, self.device))
+        self.failures = state.get("failures", 0)
 
     def current(self) -> str:
         """The name of the engine to use now.

@@ -4,10 +4,12 @@
     features, F = X^T X     W = g(sqrt F)
 
 by `rdm_kernels.matrix_function`, which damps singular values under tau = cutoff |X| (or under the
-rounding noise of the projections) where the eigh engine cuts them off. s^2 needs no matrix function:
-h = 1, or W = F. The target of s^-1 is, but for the damping, the polar factor of its batch; without
-damping (`rdm_kernels.polar`) a collapsed batch gives targets that are mostly rounding noise.
+rounding noise of the projections) where the eigh engine cuts them off. s^2 needs no matrix
+function: h = 1, or W = F. The target of s^-1 is, but for the damping, the polar factor of its
+batch; undamped (`rdm_kernels.polar`) a collapsed batch's targets would be mostly rounding noise.
 """
+
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -20,13 +22,16 @@ from rdm_fast.inner_products import WIDE, gram_and_swapped, gram_matrix, inner_p
 from rdm_kernels import filtered_cosine, matrix_function
 from rdm_kernels.product import product
 
-
-FALLING_DEGREE = 160  # of the Chebyshev series: s^-1 to 1e-6 of its maximum, at a cutoff of 1e-3
+FALLING_DEGREE = 200  # of the Chebyshev series: s^-1 to 1e-7 of its maximum, at a cutoff of 1e-3
 
 
 def needs_float64(config: FilterConfig) -> bool:
-    """Whether the gradient is of directions so weak that a float32 Gram matrix does not have them."""
-    return config.location == "online" and (config.kind == "log" or config.is_falling)
+    """Whether h = g / s^2 amplifies directions so weak that a float32 Gram matrix lacks them.
+
+    X W = M X of a target takes no h.
+    """
+    takes_h = config.location == "online" or config.basis == "online"
+    return takes_h and (config.kind == "log" or config.is_falling)
 
 
 class GemmFilter(SpectralFilter):
@@ -35,47 +40,52 @@ class GemmFilter(SpectralFilter):
     ) -> None:
         super().__init__(X, rows, config, swapped=swapped)
         self.samples = uses_samples(*X.shape[1:])
-        self.wide = needs_float64(config)
-        self.dtype = WIDE if self.wide else torch.promote_types(X.dtype, torch.float32)
-        self.inner: Tensor | None = None  # z X^T of the swapped rows
-        self.G: Tensor | None = None
+        self.dtype = torch.promote_types(X.dtype, torch.float32)
+        self.exact = X  # what is multiplied with itself
+        if needs_float64(config):
+            self.dtype, self.exact = WIDE, X.to(WIDE)
 
     def cosine(self, p: Tensor, z: Tensor) -> Tensor:
         norm = lengths(z, self.dtype)
-        M, h = self._functions()
+        M, h = self._functions
         if not self.samples:
             y = product(self.X[:, self.rows].to(self.dtype), M)
             return filtered_cosine(p, norm, y, y, z.to(self.dtype), M)
-        assert self.G is not None
+        G, inner = self._gram
         M = M[:, self.rows]
-        inner = self._inner(z) if self.inner is None else self.inner
-        return filtered_cosine(p, norm, M, product(M, self.G), inner, h, self.X)
+        inner = self._inner(z) if inner is None else inner
+        return filtered_cosine(p, norm, M, product(M, G), inner, h, self.X)
 
     def own_rows(self) -> Tensor:
-        M, _ = self._functions()
+        M, _ = self._functions
         if self.samples:
             return combine(M[:, self.rows], self.X)
         return product(self.X[:, self.rows].to(self.dtype), M)
 
     def other_rows(self, z: Tensor) -> Tensor:
-        M, h = self._functions()
+        M, h = self._functions
         if not self.samples:
             return product(z.to(self.dtype), M)
         inner = self._inner(z)
         return combine(inner if h is None else product(inner, h), self.X)
 
-    def _functions(self) -> tuple[Tensor, Tensor | None]:
-        """M and h of the smaller Gram matrix, [v, n, n]; h None for 1. M is W on the feature side."""
+    @cached_property
+    def _gram(self) -> tuple[Tensor, Tensor | None]:
+        """The smaller Gram matrix [v, n, n], and z X^T of the swapped rows if it came with it."""
         if self.samples and self.swapped:
-            self.G, self.inner = gram_and_swapped(self.X, wide=self.wide)
-        else:
-            self.G = gram_matrix(self.X, samples=self.samples, wide=self.wide)
+            return gram_and_swapped(self.exact, wide=False)
+        return gram_matrix(self.exact, samples=self.samples, wide=False), None
+
+    @cached_property
+    def _functions(self) -> tuple[Tensor, Tensor | None]:
+        """M and h, [v, n, n]; h is None for 1. On the feature side M is W."""
+        G, _ = self._gram
         if self._is_power(2):
-            return self.G, None
+            return G, None
         _, B, D = self.X.shape
-        rms = (self.G.diagonal(dim1=-2, dim2=-1).sum(dim=-1) / (B * D)).sqrt()
+        rms = (G.diagonal(dim1=-2, dim2=-1).sum(dim=-1) / (B * D)).sqrt()
         result = matrix_function(
-            self.G,
+            G,
             self._response,
             cutoff=self.config.cutoff,
             floor=noise_floor(rms, samples=B, features=D, dtype=self.X.dtype),
@@ -98,4 +108,4 @@ class GemmFilter(SpectralFilter):
         return self.config.kind == "poly" and self.config.sigma == sigma
 
     def _inner(self, z: Tensor) -> Tensor:
-        return inner_products(z, self.X, wide=self.wide)
+        return inner_products(z.to(self.exact.dtype), self.exact, wide=False)
