@@ -18,14 +18,22 @@ with what the caller has at hand (X = U S V^T, G = X X^T, M = G h, rows of this 
     matrix function, features  alpha = beta = p W    gamma = t       R = W                   -
     h = 1, samples             alpha = G, beta = GG  gamma = t X^T   -                       X
 
-Two ops. `rdm::filtered_cosine` gives the loss and N, which is of the smaller side; backward is
+`rdm::filtered_cosine` gives the loss and N, which is of the smaller side; backward is
 `rdm::apply_rows`, N X times what comes back, in p's dtype. Only dL/dp is ever as large as p. Under
 data parallelism each rank passes its own rows and gets its own rows of the gradient of its own
 mean. Where something is not finite the loss is NaN and the gradient zero.
+
+The op is *defined* by its PyTorch body below. Triton registers itself as its CUDA kernel for
+float32; float64 runs the definition on every device.
 """
 
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
+
+from rdm_kernels.apply_rows import apply_rows
+from rdm_kernels.variant import Variant
 
 EPS = 1e-8  # smallest norm, as in torch.nn.functional.cosine_similarity
 
@@ -83,11 +91,10 @@ def filtered_cosine(
     return loss
 
 
-# ---- the ops, defined by their bodies --------------------------------------------------------
+# ---- the op, defined by its body -------------------------------------------------------------
 
 
-@torch.library.custom_op("rdm::filtered_cosine", mutates_args=())
-def filtered_cosine_op(
+def define_filtered_cosine(
     p: Tensor,
     norm: Tensor,
     alpha: Tensor,
@@ -108,19 +115,9 @@ def filtered_cosine_op(
     return loss, N if R is None else N @ R
 
 
-@torch.library.custom_op("rdm::apply_rows", mutates_args=())
-def apply_rows(
-    N: Tensor, X: Tensor | None, scale: Tensor, loss: Tensor, dtype: torch.dtype
-) -> Tensor:
-    """scale N X of each view, [v, b, D] in this dtype; zero where the view's loss is not finite.
-
-    N [v, b, k]; X [v, k, D], None for the identity; scale, loss [v]. The product is float64 for
-    float64, else float32.
-    """
-    wide = torch.promote_types(dtype, torch.float32)
-    rows = (scale[:, None, None] * N).to(wide)
-    rows = rows if X is None else rows @ X.to(wide)
-    return torch.where(loss.isfinite()[:, None, None], rows, 0).to(dtype)
+filtered_cosine_op = torch.library.custom_op(
+    "rdm::filtered_cosine", define_filtered_cosine, mutates_args=()
+)
 
 
 @filtered_cosine_op.register_fake
@@ -135,12 +132,6 @@ def _(
 ) -> tuple[Tensor, Tensor]:
     k = alpha.shape[2] if R is None else R.shape[2]
     return alpha.new_empty(p.shape[0]), alpha.new_empty(p.shape[0], p.shape[1], k)
-
-
-@apply_rows.register_fake
-def _(N: Tensor, X: Tensor | None, scale: Tensor, loss: Tensor, dtype: torch.dtype) -> Tensor:
-    shape = (N.shape[0], N.shape[1], N.shape[2] if X is None else X.shape[2])
-    return N.new_empty(shape, dtype=dtype)
 
 
 def _save(ctx, inputs, output):
@@ -160,3 +151,84 @@ def _backward(ctx, grad_loss, _grad_N):
 
 
 filtered_cosine_op.register_autograd(_backward, setup_context=_save)
+
+
+# ---- the Triton kernel -----------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["b"])
+def _rows_kernel(
+    norm_ptr, alpha_ptr, beta_ptr, gamma_ptr, term_ptr, N_ptr,
+    b, n, EPS: tl.constexpr, SAME: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Of one row: what it adds to the loss, and a gamma + c beta. SAME: beta is alpha."""
+    row = tl.program_id(0).to(tl.int64)
+    alpha_ptr += row * n
+    gamma_ptr += row * n
+    beta_ptr = alpha_ptr if SAME else beta_ptr + row * n
+    lanes = tl.arange(0, BLOCK)
+    squares, dots = tl.zeros((BLOCK,), tl.float32), tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, n, BLOCK):
+        at = start + lanes
+        alpha = tl.load(alpha_ptr + at, mask=at < n, other=0.0)
+        squares += alpha * (alpha if SAME else tl.load(beta_ptr + at, mask=at < n, other=0.0))
+        dots += alpha * tl.load(gamma_ptr + at, mask=at < n, other=0.0)
+    square, dot, norm = tl.sum(squares, axis=0), tl.sum(dots, axis=0), tl.load(norm_ptr + row)
+
+    y = tl.sqrt(tl.maximum(square, 0.0))
+    a = -1.0 / (b.to(tl.float32) * tl.maximum(y, EPS) * tl.maximum(norm, EPS))
+    c = tl.where(y > EPS, -a * dot / square, 0.0)
+    finite = (tl.abs(square) < float("inf")) & (tl.abs(dot) < float("inf"))
+    finite = finite & (tl.abs(norm) < float("inf"))
+    tl.store(term_ptr + row, tl.where(finite, a * dot, float("nan")))
+
+    for start in range(0, n, BLOCK):  # from the cache
+        at = start + lanes
+        beta = tl.load(beta_ptr + at, mask=at < n, other=0.0)
+        gamma = tl.load(gamma_ptr + at, mask=at < n, other=0.0)
+        tl.store(N_ptr + row * n + at, a * gamma + c * beta, mask=at < n)
+
+
+# ---- block sizes and launcher ------------------------------------------------------------------
+
+ROWS = {"BLOCK": 1024, "num_warps": 4}
+
+
+@filtered_cosine_op.register_kernel("cuda")
+def filtered_cosine_triton(
+    p: Tensor,
+    norm: Tensor,
+    alpha: Tensor,
+    beta: Tensor,
+    gamma: Tensor,
+    R: Tensor | None,
+    X: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    if alpha.dtype == torch.float64:
+        return define_filtered_cosine(p, norm, alpha, beta, gamma, R, X)
+    v, b, n = alpha.shape
+    same = beta.data_ptr() == alpha.data_ptr() and beta.stride() == alpha.stride()
+    norm, alpha, gamma = norm.contiguous(), alpha.contiguous(), gamma.contiguous()
+    beta = alpha if same else beta.contiguous()
+    term, N = alpha.new_empty(v, b), alpha.new_empty(v, b, n)
+    _rows_kernel[(v * b,)](norm, alpha, beta, gamma, term, N, b, n, EPS=EPS, SAME=same, **ROWS)
+    return term.sum(dim=-1), N if R is None else _product(N, R)
+
+
+def _product(N: Tensor, R: Tensor) -> Tensor:
+    """N R in float32."""
+    return N @ R
+
+
+def variants() -> list[Variant]:
+    names = ("norm_ptr", "alpha_ptr", "beta_ptr", "gamma_ptr", "term_ptr", "N_ptr")
+    types = dict.fromkeys(names, "*fp32") | {"b": "i32", "n": "i32"}
+    return [
+        Variant(
+            _rows_kernel,
+            types,
+            {"EPS": EPS, "SAME": same, "BLOCK": ROWS["BLOCK"]},
+            ROWS["num_warps"],
+        )
+        for same in (False, True)
+    ]
