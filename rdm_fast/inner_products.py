@@ -8,8 +8,7 @@ float64 ones always are. If wide, the result is float64, else float32 but for fl
 import torch
 from torch import Tensor
 
-from rdm_kernels import gram
-from rdm_kernels.product import product
+from rdm_kernels import gram, product
 
 WIDE = torch.float64
 BLOCK = (

@@ -101,7 +101,8 @@ def damped_filter(X: Tensor, config: FilterConfig) -> Tensor:
     W = V g(sqrt(S^2 + tau^2)) S^2 / (S^2 + tau^2) V^T,   tau = max(cutoff c^(1/2), noise)
     """
     if config.kind == "poly" and config.sigma == 2:
-        return X.double().mT @ X.double()
+        W = X.double().mT @ X.double()
+        return W / W.trace().clamp_min(1e-300)  # a cosine takes any scale, PyTorch's eps does not
     B, D = X.shape
     _, s, Vh = torch.linalg.svd(X.double(), full_matrices=False)
     root_c = torch.linalg.vector_norm(s, 8)  # c = |G^2|_F^(1/2)

@@ -42,7 +42,7 @@ def define_apply_rows(
     wide = torch.promote_types(dtype, torch.float32)
     rows = (scale[:, None, None] * N).to(wide)
     rows = rows if X is None else rows @ X.to(wide)
-    return torch.where(loss.isfinite()[:, None, None], rows, 0).to(dtype)
+    return rows.masked_fill_(~loss.isfinite()[:, None, None], 0).to(dtype)
 
 
 apply_rows = torch.library.custom_op("rdm::apply_rows", define_apply_rows, mutates_args=())

@@ -33,6 +33,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rdm_kernels.apply_rows import apply_rows
+from rdm_kernels.product import product
 from rdm_kernels.variant import Variant
 
 EPS = 1e-8  # smallest norm, as in torch.nn.functional.cosine_similarity
@@ -46,6 +47,7 @@ def filtered_cosine(
     gamma: Tensor,
     R: Tensor | None = None,
     X: Tensor | None = None,
+    unit: Tensor | None = None,
 ) -> Tensor:
     """Mean negative cosine of each view between filtered online rows and target rows.
 
@@ -57,6 +59,7 @@ def filtered_cosine(
             row i and <alpha_i, gamma_i> its inner product with the target row. float32 or float64,
             one dtype for them, norm and R. beta may be alpha itself.
         R: [v, n, k]; None is the identity.
+        unit: [v], a factor of R; None is 1. So R may be a multiple of the identity.
         X: the global batch, [v, k, D], any floating dtype; None is the identity.
 
     Returns:
@@ -74,18 +77,22 @@ def filtered_cosine(
         norm.shape == (v, b)
         and alpha.shape == beta.shape == gamma.shape == (v, b, n)
         and (R is None or R.shape == (v, n, k))
+        and (unit is None or unit.shape == (v,))
         and (k == D if X is None else X.shape == (v, k, D))
     )
     given = {"norm": norm, "alpha": alpha, "beta": beta, "gamma": gamma, "R": R}
-    dtypes = {x.dtype for x in given.values() if x is not None}
+    dtypes = {x.dtype for x in (*given.values(), unit) if x is not None}
     if not fits or dtypes not in ({torch.float32}, {torch.float64}):
-        found = {name: x for name, x in {"p": p, **given, "X": X}.items() if x is not None}
+        found = {
+            name: x for name, x in {"p": p, **given, "X": X, "unit": unit}.items() if x is not None
+        }
         raise ValueError(
             "filtered_cosine needs p [v, b, D], norm [v, b], alpha, beta, gamma [v, b, n], "
-            "R [v, n, k] or None, X [v, k, D] or None, all but p and X float32 or all float64; got "
+            "R [v, n, k], X [v, k, D], unit [v] or None for each of these three, all but p and X "
+            "float32 or all float64; got "
             + ", ".join(f"{name} {x.dtype} {tuple(x.shape)}" for name, x in found.items())
         )
-    fixed = [None if x is None else x.detach() for x in (*given.values(), X)]
+    fixed = [None if x is None else x.detach() for x in (*given.values(), X, unit)]
     with torch.autocast(p.device.type, enabled=False):
         loss, _ = filtered_cosine_op(p, *fixed)
     return loss
@@ -102,8 +109,9 @@ def define_filtered_cosine(
     gamma: Tensor,
     R: Tensor | None,
     X: Tensor | None,
+    unit: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Loss [v] and N [v, b, k]. p is there for its gradient, and X is kept for backward."""
+    """Loss [v] and N [v, b, k]. p is there for its gradient, X and unit are for backward."""
     square, dot = (alpha * beta).sum(dim=-1), (alpha * gamma).sum(dim=-1)
     y = square.clamp_min(0).sqrt()  # rounding may leave a square under zero
     a = -1 / (p.shape[1] * y.clamp_min(EPS) * norm.clamp_min(EPS))
@@ -129,6 +137,7 @@ def _(
     gamma: Tensor,
     R: Tensor | None,
     X: Tensor | None,
+    unit: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     k = alpha.shape[2] if R is None else R.shape[2]
     return alpha.new_empty(p.shape[0]), alpha.new_empty(p.shape[0], p.shape[1], k)
@@ -137,17 +146,18 @@ def _(
 def _save(ctx, inputs, output):
     loss, N = output
     ctx.dtype = inputs[0].dtype
-    ctx.save_for_backward(N, inputs[-1], loss)
+    ctx.save_for_backward(N, *inputs[-2:], loss)
     ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, grad_loss, _grad_N):
     dp = None
     if grad_loss is not None:
-        N, X, loss = ctx.saved_tensors
+        N, X, unit, loss = ctx.saved_tensors
+        scale = grad_loss if unit is None else grad_loss * unit
         with torch.autocast(N.device.type, enabled=False):
-            dp = apply_rows(N, X, grad_loss, loss, ctx.dtype)
-    return (dp, *(None,) * 6)
+            dp = apply_rows(N, X, scale, loss, ctx.dtype)
+    return (dp, *(None,) * 7)
 
 
 filtered_cosine_op.register_autograd(_backward, setup_context=_save)
@@ -203,21 +213,17 @@ def filtered_cosine_triton(
     gamma: Tensor,
     R: Tensor | None,
     X: Tensor | None,
+    unit: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     if alpha.dtype == torch.float64:
-        return define_filtered_cosine(p, norm, alpha, beta, gamma, R, X)
+        return define_filtered_cosine(p, norm, alpha, beta, gamma, R, X, unit)
     v, b, n = alpha.shape
     same = beta.data_ptr() == alpha.data_ptr() and beta.stride() == alpha.stride()
     norm, alpha, gamma = norm.contiguous(), alpha.contiguous(), gamma.contiguous()
     beta = alpha if same else beta.contiguous()
     term, N = alpha.new_empty(v, b), alpha.new_empty(v, b, n)
     _rows_kernel[(v * b,)](norm, alpha, beta, gamma, term, N, b, n, EPS=EPS, SAME=same, **ROWS)
-    return term.sum(dim=-1), N if R is None else _product(N, R)
-
-
-def _product(N: Tensor, R: Tensor) -> Tensor:
-    """N R in float32."""
-    return N @ R
+    return term.sum(dim=-1), N if R is None else product(N, R)
 
 
 def variants() -> list[Variant]:

@@ -33,13 +33,13 @@ import torch
 from torch import Tensor
 
 from rdm_kernels.polar import (
-    _symmetric_product,
     bound,
     iterate,
     iterations_for,
     power_of_two,
     schedule,
 )
+from rdm_kernels.sym_matmul import sym_matmul
 
 NOT_FINITE = 1  # bits of the status word
 CHOLESKY_FAILED = 2
@@ -96,9 +96,10 @@ def matrix_function(
         raise ValueError(f"matrix_function needs a cutoff in (0, 0.1], got {cutoff}")
     degree = default_degree(cutoff) if degree is None else degree
     with torch.autocast(G.device.type, enabled=False):
-        G = G.to(torch.promote_types(G.dtype, torch.float32))
+        lead, n = G.shape[:-2], G.shape[-1]
+        G = G.to(torch.promote_types(G.dtype, torch.float32)).reshape(-1, n, n)
         finite = G.isfinite().all(dim=-1, keepdim=True).all(dim=-2, keepdim=True)
-        identity = torch.eye(G.shape[-1], dtype=G.dtype, device=G.device)
+        identity = torch.eye(n, dtype=G.dtype, device=G.device)
         G = G.where(finite, identity)
         scale = power_of_two(G)  # a power of four: its root is exact
         G = G / scale
@@ -107,14 +108,14 @@ def matrix_function(
 
         damping = torch.full_like(c, cutoff**2)  # tau^2 / c
         if floor is not None:
-            noise = (floor.to(G.dtype)[..., None, None] / root_c).where(finite, 0)
+            noise = (floor.to(G.dtype).reshape(-1, 1, 1) / root_c).where(finite, 0)
             damping = torch.maximum(damping, noise.square())
         A = G / c + damping * identity
         L, info = torch.linalg.cholesky_ex(A)
         lower = cutoff / 2  # rounding of A takes up to half of cutoff^2 = 1e-6 away
         steps = schedule(lower, iterations_for(lower, torch.finfo(G.dtype).eps)).coefficients
         Q = iterate(L, steps, A)
-        H = _symmetric_product(L, Q.mT)
+        H = sym_matmul(L, Q).matrix
 
         a, b = interval(cutoff)
         nodes, blocks = _series(a, b, degree, G.device)
@@ -127,10 +128,8 @@ def matrix_function(
 
         residuals = torch.stack(
             [
-                torch.linalg.matrix_norm(_symmetric_product(Q, Q.mT) - identity)
-                / math.sqrt(len(identity)),
-                torch.linalg.matrix_norm(_symmetric_product(H, H) - A)
-                / torch.linalg.matrix_norm(A),
+                sym_matmul(Q, gamma=-1.0).norm / math.sqrt(n),
+                sym_matmul(H, C=A, beta=-1.0).norm / torch.linalg.matrix_norm(A),
             ],
             dim=-1,
         )
@@ -141,11 +140,11 @@ def matrix_function(
         ).to(torch.int32)
         usable, unusable = (status == 0)[..., None, None], torch.where(finite, 0.0, torch.nan)
         return MatrixFunction(
-            M.where(usable, unusable.to(M.dtype)),
-            (h / c / scale).where(usable, unusable.to(M.dtype)),
-            (damping.sqrt() * root_c)[..., 0, 0],
-            status,
-            residuals,
+            M.where(usable, unusable.to(M.dtype)).view(*lead, n, n),
+            (h / c / scale).where(usable, unusable.to(M.dtype)).view(*lead, n, n),
+            (damping.sqrt() * root_c).view(lead),
+            status.view(lead),
+            residuals.view(*lead, 2),
         )
 
 
@@ -204,10 +203,10 @@ def _series(a: float, b: float, degree: int, device: torch.device) -> tuple[Tens
 def _evaluate(coefficients: Tensor, S: Tensor, identity: Tensor) -> Tensor:
     """sum_J B_J(S) T_J(T_m(S)) by Clenshaw, for block coefficients [..., J + 1, m]."""
     giant, m = coefficients.shape[-2] - 1, coefficients.shape[-1]
-    T = [identity.expand_as(S), S]
+    T = [identity.expand_as(S).contiguous(), S]
     for k in range(2, m + (giant > 0)):  # T_(i + j) = 2 T_i T_j - T_(i - j)
         i, j = (k + 1) // 2, k // 2
-        T.append(2 * _symmetric_product(T[i], T[j]) - T[i - j])
+        T.append(sym_matmul(T[i], T[j], C=T[i - j], alpha=2.0, beta=-1.0).matrix)
     small = torch.stack(T[:m], dim=-3)
 
     def block(J: int) -> Tensor:
@@ -215,6 +214,8 @@ def _evaluate(coefficients: Tensor, S: Tensor, identity: Tensor) -> Tensor:
 
     after, result = torch.zeros_like(S), block(giant)
     for J in range(giant - 1, -1, -1):
-        factor = 2 if J else 1
-        after, result = result, block(J) + factor * _symmetric_product(T[m], result) - after
+        factor = 2.0 if J else 1.0
+        before = block(J) - after
+        after = result
+        result = sym_matmul(T[m], result, C=before, alpha=factor, beta=1.0).matrix
     return result

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from rdm_fast.config import FilterConfig
-from rdm_kernels.filtered_cosine import apply_rows
+from rdm_kernels.apply_rows import apply_rows
 
 
 class SpectralFilter(ABC):

@@ -10,6 +10,7 @@ batch; undamped (`rdm_kernels.polar`) a collapsed batch's targets would be mostl
 """
 
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,8 +20,7 @@ from rdm_fast.decomposition import uses_samples
 from rdm_fast.engines.base import SpectralFilter, combine, lengths
 from rdm_fast.filters import g, noise_floor
 from rdm_fast.inner_products import WIDE, gram_and_swapped, gram_matrix, inner_products
-from rdm_kernels import filtered_cosine, matrix_function
-from rdm_kernels.product import product
+from rdm_kernels import filtered_cosine, matrix_function, product
 
 FALLING_DEGREE = 200  # of the Chebyshev series: s^-1 to 1e-7 of its maximum, at a cutoff of 1e-3
 
@@ -32,6 +32,17 @@ def needs_float64(config: FilterConfig) -> bool:
     """
     takes_h = config.location == "online" or config.basis == "online"
     return takes_h and (config.kind == "log" or config.is_falling)
+
+
+class Functions(NamedTuple):
+    """M = G h and h of a Gram matrix G, [v, n, n]; h None: a multiple of the identity, `unit` [v].
+
+    Of a feature side's Gram matrix, M is W.
+    """
+
+    M: Tensor
+    h: Tensor | None
+    unit: Tensor | None
 
 
 class GemmFilter(SpectralFilter):
@@ -47,26 +58,28 @@ class GemmFilter(SpectralFilter):
 
     def cosine(self, p: Tensor, z: Tensor) -> Tensor:
         norm = lengths(z, self.dtype)
-        M, h = self._functions
+        M, h, unit = self._functions
         if not self.samples:
             y = product(self.X[:, self.rows].to(self.dtype), M)
             return filtered_cosine(p, norm, y, y, z.to(self.dtype), M)
         G, inner = self._gram
         M = M[:, self.rows]
         inner = self._inner(z) if inner is None else inner
-        return filtered_cosine(p, norm, M, product(M, G), inner, h, self.X)
+        return filtered_cosine(p, norm, M, product(M, G), inner, h, self.X, unit)
 
     def own_rows(self) -> Tensor:
-        M, _ = self._functions
+        M = self._functions.M
         if self.samples:
             return combine(M[:, self.rows], self.X)
         return product(self.X[:, self.rows].to(self.dtype), M)
 
     def other_rows(self, z: Tensor) -> Tensor:
-        M, h = self._functions
+        M, h, unit = self._functions
         if not self.samples:
             return product(z.to(self.dtype), M)
         inner = self._inner(z)
+        if unit is not None:
+            inner = inner * unit[:, None, None]
         return combine(inner if h is None else product(inner, h), self.X)
 
     @cached_property
@@ -77,13 +90,14 @@ class GemmFilter(SpectralFilter):
         return gram_matrix(self.exact, samples=self.samples, wide=False), None
 
     @cached_property
-    def _functions(self) -> tuple[Tensor, Tensor | None]:
-        """M and h, [v, n, n]; h is None for 1. On the feature side M is W."""
+    def _functions(self) -> "Functions":
         G, _ = self._gram
+        trace = G.diagonal(dim1=-2, dim2=-1).sum(dim=-1)
         if self._is_power(2):
-            return G, None
+            unit = 1 / trace.where(trace != 0, 1)  # a cosine takes any scale; float32 does not
+            return Functions(unit[:, None, None] * G, None, unit)
         _, B, D = self.X.shape
-        rms = (G.diagonal(dim1=-2, dim2=-1).sum(dim=-1) / (B * D)).sqrt()
+        rms = (trace / (B * D)).sqrt()
         result = matrix_function(
             G,
             self._response,
@@ -92,7 +106,7 @@ class GemmFilter(SpectralFilter):
             degree=self._degree(),
         )
         self.status = result.status
-        return result.M, result.h
+        return Functions(result.M, result.h, None)
 
     def _degree(self) -> int | None:
         """Of the Chebyshev series of g; None for the one that suffices for a rising g."""

@@ -61,7 +61,7 @@ def test_the_gradient_is_that_of_the_damped_filter(
             assert grad.double().norm() <= 2e-2 * unit
             continue
         cosine = F.cosine_similarity(grad.double().flatten(), expected_grad.flatten(), dim=0)
-        assert cosine >= least_cosine(config)
+        assert cosine >= (least_cosine(config) if spectrum != "rank 1" else 0.99)
 
 
 @pytest.mark.parametrize("config", ONLINE + TARGET, ids=name)

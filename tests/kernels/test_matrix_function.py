@@ -3,6 +3,7 @@
 import math
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +20,6 @@ from rdm_kernels.matrix_function import (
     default_degree,
     interval,
 )
-from rdm_kernels.polar import _symmetric_product
 from tests.spectra import relative, spectrum, two_views, with_spectrum
 
 RESPONSES: dict[str, Callable[[Tensor], Tensor]] = {
@@ -253,8 +253,18 @@ def test_products_rounded_to_tf32_are_flagged(monkeypatch: pytest.MonkeyPatch) -
     X = with_spectrum(48, 96, spectrum("k^-1/2", 48)).float()
     G = X @ X.mT
     assert int(matrix_function(G, torch.log1p).status) == 0
-    module = sys.modules[_symmetric_product.__module__]  # rdm_kernels.polar is the function
-    monkeypatch.setattr(module, "_product", lambda A, B: tf32(A) @ tf32(B))
+    for module_name, name in (
+        ("rdm_kernels.polar", "product"),
+        ("rdm_kernels.polar", "sym_matmul"),
+        ("rdm_kernels.matrix_function", "sym_matmul"),
+    ):
+        module = sys.modules[module_name]  # the package's attribute of that name is the function
+        exact = getattr(module, name)
+
+        def rounded(A: Tensor, B: Tensor | None = None, exact: Any = exact, **words: Any) -> Any:
+            return exact(tf32(A), None if B is None else tf32(B), **words)
+
+        monkeypatch.setattr(module, name, rounded)
     assert int(matrix_function(G, torch.log1p).status) == INACCURATE
 
 
