@@ -40,7 +40,8 @@ def spectral_cosine(online: Tensor, target: Tensor | None, config: FilterConfig)
 
     Returns:
         [v] float32 (float64 for float64 inputs), within 1e-6 of float64 arithmetic by the eigh
-        engine. NaN, with a zero gradient, where the global batch holds a value that is not finite.
+        engine. NaN where the global batch holds a value that is not finite; the gradient is then
+        finite, and zero for a filtered view or row.
 
     Raises:
         ValueError: the two differ in shape or dtype, or are not three-dimensional.
