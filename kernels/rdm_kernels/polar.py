@@ -2,7 +2,7 @@
 
 Polar Express (arXiv:2505.16932): X is divided by a bound of its largest singular value, and then
 
-    X <- (a_k I + b_k R + c_k R^2) X,   R = X X^T
+    X <- P_k X,   P_k = a_k I + b_k R + c_k R^2,   R = X X^T
 
 applies the odd quintic p_k(s) = a_k s + b_k s^3 + c_k s^5 to every singular value s. Each p_k is
 the best approximation of 1 on the interval [l, u] that holds them by then, so its error E, largest
@@ -15,6 +15,9 @@ rounding into overflow within a few iterations, in 16 bits and in tf32.
 
 Normaliser. G = X X^T has lambda_max <= c = |G^2|_F^(1/2) <= n^(1/4) lambda_max, the first nearly
 tight for a decaying spectrum. sqrt(c) is the bound: one product, no iteration, no wait.
+
+All products are `sym_matmul`'s and `product`'s, so on CUDA float32 is multiplied by their kernels,
+and nothing reads PyTorch's global switches of precision. Nothing waits for the device.
 """
 
 import math
@@ -25,6 +28,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rdm_kernels.product import product
+from rdm_kernels.sym_matmul import sym_matmul
+
 SAFETY = 1.02
 NARROW = 1.05  # u / l under which Newton-Schulz is as good, and Remez ill-conditioned
 
@@ -34,7 +40,7 @@ def polar(X: Tensor, *, lower: float = 3e-4, iterations: int = 7) -> Tensor:
     """Orthonormal rows (or columns, if there are fewer) nearest to X; no gradient flows through it.
 
     Args:
-        X: [..., B, D], any floating dtype and scale.
+        X: [..., B, D], none of the sizes 0, any floating dtype and scale.
         lower: singular values from lower * sqrt(c) up, c as above, become 1 within
             `schedule(lower, iterations).error`; smaller ones some number from 0 to 1 plus that,
             growing with them.
@@ -49,18 +55,20 @@ def polar(X: Tensor, *, lower: float = 3e-4, iterations: int = 7) -> Tensor:
     Raises:
         ValueError: lower is not in (0, 1), iterations is not positive, or X is not a matrix.
     """
-    if X.ndim < 2 or not X.is_floating_point():
-        raise ValueError(f"polar needs floating X [..., B, D], got {X.dtype} {tuple(X.shape)}")
+    if X.ndim < 2 or not X.numel() or not X.is_floating_point():
+        raise ValueError(
+            f"polar needs non-empty floating X [..., B, D], got {X.dtype} {tuple(X.shape)}"
+        )
     steps = schedule(lower, iterations).coefficients
     with torch.autocast(X.device.type, enabled=False):
-        X = X.to(torch.promote_types(X.dtype, torch.float32))
-        X = X / power_of_two(X)
-        is_tall = X.shape[-2] > X.shape[-1]
-        X = X.mT if is_tall else X
-        G = _symmetric_product(X, X.mT)
+        Q = X.to(torch.promote_types(X.dtype, torch.float32)).reshape(-1, *X.shape[-2:])
+        Q = Q / power_of_two(Q)
+        is_tall = Q.shape[1] > Q.shape[2]
+        Q = Q.mT if is_tall else Q
+        G = sym_matmul(Q).matrix
         c = bound(G)
-        X = iterate(X / c.sqrt(), steps, G / c)
-        return (X.mT if is_tall else X).contiguous()
+        Q = iterate(Q / c.sqrt(), steps, G / c)
+        return (Q.mT if is_tall else Q).reshape(X.shape).contiguous()
 
 
 def power_of_two(X: Tensor) -> Tensor:
@@ -74,34 +82,21 @@ def power_of_two(X: Tensor) -> Tensor:
 
 
 def bound(G: Tensor) -> Tensor:
-    """c = |G^2|_F^(1/2) >= lambda_max of symmetric G, [..., 1, 1]; 1 for a matrix of zeros."""
-    c = torch.linalg.matrix_norm(_symmetric_product(G, G), keepdim=True).sqrt()
+    """c = |G^2|_F^(1/2) >= lambda_max of symmetric G [v, n, n], [v, 1, 1]; 1 for zeros."""
+    c = sym_matmul(G).norm.sqrt()[:, None, None]
     return c.where(c != 0, 1)
 
 
 def iterate(X: Tensor, steps: tuple[tuple[float, float, float], ...], R: Tensor) -> Tensor:
-    """The iterations above on X [..., n, m], n <= m, whose singular values are at most 1.
+    """The iterations above on X [v, n, m], n <= m, whose singular values are at most 1.
 
     R is X X^T of the start, which the caller has anyway.
     """
     for k, (a, b, c) in enumerate(steps):
-        R = _symmetric_product(X, X.mT) if k else R
-        X = a * X + _product(b * R + c * _symmetric_product(R, R), X)
+        R = sym_matmul(X).matrix if k else R
+        P = sym_matmul(R, alpha=c, beta=b, gamma=a).matrix
+        X = product(P, X)
     return X
-
-
-def _product(A: Tensor, B: Tensor) -> Tensor:
-    """A B of stacks of matrices, in their dtype: the one place where an iteration multiplies.
-
-    float32 must not be rounded to tf32 in it (`torch.backends.cuda.matmul` rules that here).
-    """
-    return A @ B
-
-
-def _symmetric_product(A: Tensor, B: Tensor) -> Tensor:
-    """A B where it is symmetric but for rounding, made bitwise so."""
-    C = _product(A, B)
-    return (C + C.mT) / 2
 
 
 # ---- the schedule ------------------------------------------------------------------------------
