@@ -315,7 +315,7 @@ def test_nothing_waits_and_a_captured_graph_repeats_it_bit_for_bit() -> None:
 
     def work() -> list[Tensor]:
         filtered = matrix_function(X @ X.mT, torch.log1p, floor=X.abs().amax(dim=(1, 2)) / 100)
-        return [*filtered, polar(X)]
+        return [*filtered, polar(X), polar(X, precision="fp16")]
 
     eager = work()  # also puts the constants of the series on the device
     torch.cuda.set_sync_debug_mode("error")
