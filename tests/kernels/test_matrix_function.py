@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rdm_kernels import matrix_function, polar, product, sym_matmul
 from rdm_kernels.matrix_function import (
@@ -235,7 +236,7 @@ def test_products_rounded_to_tf32_are_flagged_and_give_no_number(
     X = with_spectrum(48, 96, spectrum("k^-1/2", 48)).float()
     G = X @ X.mT
     assert int(matrix_function(G, torch.log1p).status) == 0
-    for module in (matrix_function.__module__, polar.__module__):  # those names are functions
+    for module in (matrix_function.__module__, polar.__module__):
         monkeypatch.setattr(sys.modules[module], "sym_matmul", rounded)
         monkeypatch.setattr(sys.modules[module], "product", lambda A, B: product(tf32(A), tf32(B)))
     found = matrix_function(G, torch.log1p)
@@ -306,6 +307,43 @@ def test_what_is_not_square_is_named() -> None:
 def test_a_floor_of_another_shape_is_named() -> None:
     with pytest.raises(ValueError, match=r"a floor for each matrix.*floor torch.float32 \(3,\)"):
         matrix_function(torch.zeros(2, 3, 3), torch.sqrt, floor=torch.zeros(3))
+
+
+class Multiplied(TorchDispatchMode):
+    """Counts products of PyTorch's own, below float64."""
+
+    count = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if {"mm", "bmm", "addmm", "baddbmm", "mv", "dot"} & set(str(func).split(".")):
+            self.count += args[0].dtype != torch.float64
+        return func(*args, **(kwargs or {}))
+
+
+def test_kernels_multiply_all_there_is_to_multiply(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on CUDA, where each op is its kernel: the same numbers, and no product of PyTorch's."""
+    X = with_spectrum(20, 30, spectrum("k^-1", 20)).float()
+    with Multiplied() as control:
+        G = X @ X.mT
+    assert control.count == 1
+
+    def work() -> list[Tensor]:
+        filtered = matrix_function(G, torch.log1p, cutoff=0.05)
+        assert not filtered.status.any()
+        return [filtered.M, filtered.h, polar(X), polar(X.mT, precision="fp16")]
+
+    expected = work()
+    for op in ("sym_matmul", "product", "gram"):
+        module = sys.modules[f"rdm_kernels.{op}"]  # the name in the package is the function
+        monkeypatch.setattr(module, f"{op}_op", getattr(module, f"{op}_triton"))
+    with Multiplied() as kernels:
+        found = work()
+    assert kernels.count == 0
+    for a, b in zip(found[:3], expected[:3], strict=True):
+        assert relative(a, b) <= 1e-4
+    assert relative(found[3], expected[3]) <= 6e-3
 
 
 @pytest.mark.gpu
