@@ -105,8 +105,8 @@ def padded(X: Tensor) -> Tensor:
 
 def described(**tensors: Tensor | None) -> str:
     """What was found, for a message."""
-    named = tensors.items()
-    return ", ".join(f"{name} {X.dtype} {tuple(X.shape)}" for name, X in named if X is not None)
+    given = ((name, X) for name, X in tensors.items() if X is not None)
+    return ", ".join(f"{name} {X.dtype} {tuple(X.shape)}" for name, X in given)
 
 
 # ---- kernels -------------------------------------------------------------------------------------
@@ -335,11 +335,9 @@ def finish_variant(block: Blocks, affine: bool) -> Variant:
     types = dict.fromkeys(("work_ptr", "out_ptr", "diagonal_ptr", "norms_ptr"), FP32)
     types |= dict.fromkeys(("n", "parts", "tiles"), "i32")
     types |= dict.fromkeys(("alpha", "beta", "gamma"), "fp32")
+    types |= {"C_ptr": FP32} if affine else {}
     constants: dict[str, int | None] = {"BLOCK": block.BLOCK, "SUB": FINISH["SUB"]}
-    if affine:
-        types["C_ptr"] = FP32
-    else:
-        constants["C_ptr"] = None
+    constants |= {} if affine else {"C_ptr": None}
     return Variant(_finish_kernel, types, constants, FINISH["num_warps"])
 
 
