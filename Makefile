@@ -17,7 +17,7 @@ ONE_EPOCH := rdm train digits_rdm_simsiam --optim.epochs 1 --optim.warmup-epochs
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help train test lint format types bench bench-check aot package check clean
+.PHONY: help train test lint format types bench bench-check accuracy aot package check clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -43,10 +43,13 @@ types: $(VENV)/.dev ## check types
 bench: $(VENV)/.dev ## run the benchmarks
 	@mkdir -p .benchmarks
 	$(BIN)/python -m pytest bench --benchmark-columns=median,iqr,rounds,iterations \
-	  --benchmark-group-by=func,param:filtered,param:B,param:D --benchmark-json=.benchmarks/latest.json
+	  --benchmark-group-by=func,param:case --benchmark-json=.benchmarks/latest.json
 
 bench-check: $(VENV)/.dev ## run every benchmark once, untimed
 	$(BIN)/python -m pytest bench --benchmark-disable
+
+accuracy: $(VENV)/.dev ## make the accuracy table of kernels/README.md; fails where a bound is broken
+	$(BIN)/python -m bench.accuracy --engine gemm --device cpu --write kernels/README.md
 
 aot: $(VENV)/.dev $(OLDEST_TRITON)/.installed ## compile every kernel for three GPUs, without one
 	$(BIN)/python -m rdm_kernels.aot

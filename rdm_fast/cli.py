@@ -14,6 +14,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, NoReturn
 
 import yaml
@@ -147,6 +148,7 @@ def _train_in(folder: "RunFolder", config: Config, *, extend: bool) -> None:
             return
         with distributed.lost_ranks_told():
             trainer = Trainer(config, folder, device)
+            signal.signal(signal.SIGTERM, _end_unless_failing)
             trainer.fit()
         if distributed.rank() == 0:
             path = f"step-{trainer.step:08d}"
@@ -154,6 +156,16 @@ def _train_in(folder: "RunFolder", config: Config, *, extend: bool) -> None:
         distributed.print0(f"finished: {folder.path}")
     finally:
         distributed.stop()
+
+
+def _end_unless_failing(number: int, _frame: FrameType | None) -> None:
+    """SIGTERM, once the trainer no longer takes it: not before a failure under way is told.
+
+    A launcher that sees one rank die ends the others, which are about to say so.
+    """
+    if sys.exception() is None:
+        signal.signal(number, signal.SIG_DFL)
+        os.kill(os.getpid(), number)
 
 
 @contextlib.contextmanager

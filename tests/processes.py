@@ -35,7 +35,7 @@ class Run:
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
                 [sys.executable, *(launcher if world > 1 else []), str(ROOT / "train.py"), *words],
-                env=_environment(), stdout=log, stderr=subprocess.STDOUT,
+                env=environment(), stdout=log, stderr=subprocess.STDOUT,
             )  # fmt: skip
         self._ranks: list[int] = []
 
@@ -118,7 +118,8 @@ def name(pid: int) -> str:
     return ""
 
 
-def _environment() -> dict[str, str]:
+def environment() -> dict[str, str]:
+    """Of a process that finds the checkout, uses one thread and no GPU, and is no rank."""
     path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
     kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     return kept | {

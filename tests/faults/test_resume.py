@@ -7,6 +7,7 @@ that every run of the tests makes.
 import os
 import random
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -15,8 +16,9 @@ from pathlib import Path
 import pytest
 
 from rdm_fast.run_folder import read_status
-from tests.processes import Run, final_bytes
+from tests.processes import Run, environment, final_bytes
 from tests.runs import metrics
+from tests.tiny import command
 
 pytestmark = pytest.mark.skipif(
     not sys.platform.startswith("linux"), reason="finds ranks through /proc"
@@ -124,6 +126,41 @@ def test_a_lost_rank_a_lost_launcher_and_a_signal_one_after_the_other_change_not
 
     start(out, world).finish()
     assert_same_end(out, undisturbed(world))
+
+
+TERMINATED_WHILE_FAILING = """
+import os, signal, sys
+from rdm_fast import cli, distributed
+from rdm_fast.errors import RankLost
+from rdm_fast.trainer import Trainer
+
+def fit(trainer):
+    with trainer._signals():
+        if sys.argv[1] == "fails":
+            raise RankLost("rank 0 lost another rank")
+
+Trainer.fit = fit
+distributed.stop = lambda: os.kill(os.getpid(), signal.SIGTERM)
+cli.train(sys.argv[2:], "train.py")
+"""
+
+
+@pytest.mark.parametrize(
+    ("word", "code", "told"),
+    [("fails", 76, ("failed", 76)), ("ends", -signal.SIGTERM, ("finished", 0))],
+)
+def test_a_launcher_that_ends_a_failing_rank_does_not_keep_it_from_telling(
+    word: str, code: int, told: tuple[str, int], tmp_path: Path
+) -> None:
+    """SIGTERM comes while the process group is left, when the trainer no longer takes signals."""
+    words = command(f"--out {tmp_path / 'run'}")
+    done = subprocess.run(
+        [sys.executable, "-c", TERMINATED_WHILE_FAILING, word, *words],
+        cwd=tmp_path, env=environment(), timeout=120, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == code, done.stderr
+    status = read_status(tmp_path / "run")
+    assert (status["state"], status["code"]) == told
 
 
 def test_ranks_that_are_still_starting_go_with_their_launcher(start: Start, tmp_path: Path) -> None:
