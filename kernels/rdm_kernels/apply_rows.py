@@ -85,26 +85,28 @@ def _apply_kernel(
 ):  # fmt: skip
     """A tile of view z. Rows of N hold K values, those of X hold W, zeros at the end; dp has D."""
     z = tl.program_id(2).to(tl.int64)
-    rows = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M).to(tl.int64)
-    cols = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D).to(tl.int64)
+    row, col = tl.program_id(1) * BLOCK_M, tl.program_id(0) * BLOCK_D
+    rows, cols = tl.arange(0, BLOCK_M)[:, None], tl.arange(0, BLOCK_D)[None, :]
     terms = tl.arange(0, BLOCK_K)
     finite = tl.abs(tl.load(loss_ptr + z)) < float("inf")
 
-    N_ptr += (z * b + rows[:, None]) * K + terms[None, :]
-    X_ptr += (z * k + terms[:, None]) * W + cols[None, :]
+    # Offsets in a tile are 32 bits wide: with 64, those of all its elements would spill.
+    N_ptr += (z * b + row) * K
+    X_ptr += z * k * W + col
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     for start in range(0, tl.where(finite, K, 0), BLOCK_K):
-        in_N = (rows[:, None] < b) & (start + terms[None, :] < K)
-        in_X = (start + terms[:, None] < k) & (cols[None, :] < W)
-        n = tl.load(N_ptr, mask=in_N, other=0.0)
-        x = tl.load(X_ptr, mask=in_X, other=0.0)
+        in_N = (rows < b - row) & (terms[None, :] < K - start)
+        in_X = (terms[:, None] < k - start) & (cols < W - col)
+        n = tl.load(N_ptr + rows * K + terms[None, :], mask=in_N, other=0.0)
+        x = tl.load(X_ptr + terms[:, None] * W + cols, mask=in_X, other=0.0)
         acc = _dot(n, x, acc, WIDE)
         N_ptr += BLOCK_K
-        X_ptr += BLOCK_K * W
+        X_ptr += BLOCK_K * W.to(tl.int64)
 
     dp = tl.where(finite, tl.load(scale_ptr + z) * acc, 0.0)
-    at = dp_ptr + (z * b + rows[:, None]) * D + cols[None, :]
-    tl.store(at, dp.to(dp_ptr.dtype.element_ty), mask=(rows[:, None] < b) & (cols[None, :] < D))
+    dp_ptr += (z * b + row) * D + col
+    inside = (rows < b - row) & (cols < D - col)
+    tl.store(dp_ptr + rows * D + cols, dp.to(dp_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
