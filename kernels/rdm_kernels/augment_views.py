@@ -20,7 +20,7 @@ import triton
 from torch import Tensor
 
 from rdm_kernels.variant import Variant
-from rdm_kernels.view_kernels import _finish_kernel, _resize_kernel
+from rdm_kernels.view_kernels import _blur_view_kernel, _colour_view_kernel, _resize_view_kernel
 from rdm_kernels.views import COLUMNS, FILTERS, levels_of_views, normalise
 
 DTYPES = {
@@ -29,6 +29,8 @@ DTYPES = {
     torch.float16: "*fp16",
     torch.uint8: "*u8",
 }
+
+TOGETHER = 256  # views that the definition makes at a time: more would leave a CPU's caches
 
 
 def augment_views(
@@ -102,9 +104,11 @@ def augment_views_op(
     dtype: torch.dtype,
 ) -> Tensor:
     """As `augment_views`."""
-    levels = levels_of_views(images, table, size, interpolation, taps)
-    views = levels if dtype == torch.uint8 else normalise(levels, mean, std)
-    return views.to(dtype).contiguous(memory_format=torch.channels_last)
+    views = _empty(images, table.shape[1], size, dtype)
+    for out, part in zip(views.split(TOGETHER), table.split(TOGETHER, dim=1), strict=True):
+        levels = levels_of_views(images, part, size, interpolation, taps)
+        out.copy_(levels if dtype == torch.uint8 else normalise(levels, mean, std))
+    return views
 
 
 def _empty(images: Tensor, n: int, size: int, dtype: torch.dtype) -> Tensor:
@@ -132,8 +136,7 @@ PATCH = 64  # and of what its blur is computed from
 MAX_TAPS = PATCH - BLOCK + 1
 MAX_TILES = 256  # of a view
 MAX_SIZE = 16 * BLOCK
-RESIZE_WARPS = 4
-FINISH_WARPS = 8
+WARPS = 8
 
 
 @augment_views_op.register_kernel("cuda")
@@ -160,31 +163,36 @@ def augment_views_triton(
     grid = (n, triton.cdiv(size, BLOCK) ** 2)
     levels = images.new_empty(n, C, size, size)
     sums = images.new_empty(grid, dtype=torch.float32)
-    cubic = interpolation == "bicubic"
-    _resize_kernel[grid](
+    _resize_view_kernel[grid](
         images, table, levels, sums, n, C, H, W, size,
-        BLOCK=BLOCK, CUBIC=cubic, num_warps=RESIZE_WARPS,
+        BLOCK=BLOCK, CUBIC=interpolation == "bicubic", num_warps=WARPS,
     )  # fmt: skip
     of_channels = [values[c % C] for values in (mean, std) for c in range(3)]
-    _finish_kernel[grid](
-        levels, sums, table, views, n, C, size, taps, *of_channels,
-        BLOCK=BLOCK, PATCH=PATCH, MAX_TILES=MAX_TILES, num_warps=FINISH_WARPS,
+    _colour_view_kernel[grid](
+        levels, sums, table, views, n, C, size, *of_channels,
+        BLOCK=BLOCK, MAX_TILES=MAX_TILES, num_warps=WARPS,
+    )  # fmt: skip
+    _blur_view_kernel[(*grid, C)](
+        levels, table, views, n, C, size, taps, *of_channels,
+        BLOCK=BLOCK, PATCH=PATCH, num_warps=WARPS,
     )  # fmt: skip
     return views
 
 
 def variants() -> list[Variant]:
-    """Of both passes: either interpolation, and every dtype of the views."""
+    """Of each pass: either interpolation, every dtype of the views."""
+    levels = {"table_ptr": "*i32", "levels_ptr": "*u8", "sums_ptr": "*fp32"}
     sizes = dict.fromkeys(("n", "C", "H", "W", "S", "taps"), "i32")
-    pointers = {"table_ptr": "*i32", "levels_ptr": "*u8", "sums_ptr": "*fp32"}
-    types = {"images_ptr": "*u8"} | pointers | sizes
+    resize = levels | {"images_ptr": "*u8"} | sizes
     found = [
-        Variant(_resize_kernel, types, {"BLOCK": BLOCK, "CUBIC": cubic}, RESIZE_WARPS)
+        Variant(_resize_view_kernel, resize, {"BLOCK": BLOCK, "CUBIC": cubic}, WARPS)
         for cubic in (False, True)
     ]
-    channels = [f"{what}_{c}" for what in ("mean", "std") for c in "rgb"]
-    constants = {"BLOCK": BLOCK, "PATCH": PATCH, "MAX_TILES": MAX_TILES}
+    numbers = dict.fromkeys([f"{what}_{c}" for what in ("mean", "std") for c in "rgb"], "fp32")
     for pointer in DTYPES.values():
-        types = pointers | {"out_ptr": pointer} | sizes | dict.fromkeys(channels, "fp32")
-        found.append(Variant(_finish_kernel, types, constants, FINISH_WARPS))
+        types = levels | {"out_ptr": pointer} | sizes | numbers
+        constants = {"BLOCK": BLOCK, "MAX_TILES": MAX_TILES}
+        found.append(Variant(_colour_view_kernel, types, constants, WARPS))
+        constants = {"BLOCK": BLOCK, "PATCH": PATCH}
+        found.append(Variant(_blur_view_kernel, types, constants, WARPS))
     return found

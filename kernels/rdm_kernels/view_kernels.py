@@ -198,21 +198,6 @@ def _jittered(r, g, b, table_ptr, n, view, mean, rounds):
     return r, g, b
 
 
-@triton.jit
-def _coloured(levels_ptr, table_ptr, n, view, row, column, mean, C, S):
-    """Levels of the first pass at (row, column), after jitter and grey."""
-    plane = tl.where(C > 1, S * S, 0)
-    at = levels_ptr + view * C * S * S + row * S + column
-    r = tl.load(at).to(tl.float32)
-    g = tl.load(at + plane).to(tl.float32)
-    b = tl.load(at + 2 * plane).to(tl.float32)
-    r, g, b = _jittered(r, g, b, table_ptr, n, view, mean, 4)
-    if _integer(table_ptr, GREY, n, view) != 0:
-        grey = _luma(r, g, b)
-        r, g, b = grey, grey, grey
-    return r, g, b
-
-
 # ---- blur --------------------------------------------------------------------------------------
 
 
@@ -234,12 +219,6 @@ def _gaussian(sigma, taps, BLOCK: tl.constexpr, PATCH: tl.constexpr):
     return tl.div_rn(weight, tl.sum(weight, axis=1)[:, None])
 
 
-@triton.jit
-def _blurred(x, gaussian):
-    across = tl.dot(x, tl.trans(gaussian), input_precision="ieee")  # [PATCH, BLOCK]
-    return _round(tl.dot(gaussian, across, input_precision="ieee"))
-
-
 # ---- the passes --------------------------------------------------------------------------------
 
 
@@ -254,11 +233,11 @@ def _tile(S, BLOCK: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["n", "C", "H", "W", "S"])
-def _resize_kernel(
+def _resize_view_kernel(
     images_ptr, table_ptr, levels_ptr, sums_ptr, n, C, H, W, S,
     BLOCK: tl.constexpr, CUBIC: tl.constexpr,
 ):  # fmt: skip
-    """Levels after crop, resize and distortion; each tile's sum of what contrast takes the mean of."""
+    """Levels after crop, resize and distortion; of each tile, the sum that contrast needs."""
     view = tl.program_id(0).to(tl.int64)
     row, column = _tile(S, BLOCK)
     mask = (row < S) & (column < S)
@@ -292,46 +271,73 @@ def _resize_kernel(
 
 
 @triton.jit
-def _store(out, x, mean, std, mask):
+def _store(
+    out_ptr, x, table_ptr, n, view, row, column, channel, C, S, mean, std
+):  # fmt: skip
+    """Solarize, flip and normalise a channel of a tile."""
+    solarize = _integer(table_ptr, SOLARIZE, n, view) != 0
+    flip = _integer(table_ptr, FLIP, n, view) != 0
+    x = tl.where(solarize & (x >= THRESHOLD), 255.0 - x, x)
+    place = tl.where(flip, S - 1 - column, column)
+    out = out_ptr + ((view * S + row) * S + place) * C + channel  # channels_last
     if out.dtype.element_ty != tl.uint8:
         x = tl.div_rn(tl.div_rn(x, 255.0) - mean, std)
-    tl.store(out, x.to(out.dtype.element_ty), mask=mask)
+    tl.store(out, x.to(out.dtype.element_ty), mask=(row < S) & (column < S))
 
 
-@triton.jit(do_not_specialize=["n", "C", "S", "taps"])
-def _finish_kernel(
-    levels_ptr, sums_ptr, table_ptr, out_ptr, n, C, S, taps,
+@triton.jit(do_not_specialize=["n", "C", "S"])
+def _colour_view_kernel(
+    levels_ptr, sums_ptr, table_ptr, out_ptr, n, C, S,
     mean_r, mean_g, mean_b, std_r, std_g, std_b,
-    BLOCK: tl.constexpr, PATCH: tl.constexpr, MAX_TILES: tl.constexpr,
+    BLOCK: tl.constexpr, MAX_TILES: tl.constexpr,
 ):  # fmt: skip
-    """All that follows, from a patch of levels as large as the blur reaches."""
+    """Jitter and grey; then the view, or levels once more where a blur is to follow."""
     view = tl.program_id(0).to(tl.int64)
     row, column = _tile(S, BLOCK)
+    mask = (row < S) & (column < S)
     tiles, tile = tl.num_programs(1), tl.arange(0, MAX_TILES)
     sums = tl.load(sums_ptr + view * tiles + tile, mask=tile < tiles, other=0.0)
     mean = tl.floor(tl.div_rn(tl.sum(sums, axis=0), (S * S).to(tl.float32)) + 0.5)
 
+    plane = tl.where(C > 1, S * S, 0)
+    at = levels_ptr + view * C * S * S + row * S + column
+    r = tl.load(at, mask=mask, other=0).to(tl.float32)
+    g = tl.load(at + plane, mask=mask, other=0).to(tl.float32)
+    b = tl.load(at + 2 * plane, mask=mask, other=0).to(tl.float32)
+    r, g, b = _jittered(r, g, b, table_ptr, n, view, mean, 4)
+    if _integer(table_ptr, GREY, n, view) != 0:
+        grey = _luma(r, g, b)
+        r, g, b = grey, grey, grey
+
+    if _number(table_ptr, SIGMA, n, view) != 0.0:
+        tl.store(at, r.to(tl.uint8), mask=mask)
+        tl.store(at + plane, g.to(tl.uint8), mask=mask)
+        tl.store(at + 2 * plane, b.to(tl.uint8), mask=mask)
+    else:
+        _store(out_ptr, r, table_ptr, n, view, row, column, 0, C, S, mean_r, std_r)
+        if C > 1:
+            _store(out_ptr, g, table_ptr, n, view, row, column, 1, C, S, mean_g, std_g)
+            _store(out_ptr, b, table_ptr, n, view, row, column, 2, C, S, mean_b, std_b)
+
+
+@triton.jit(do_not_specialize=["n", "C", "S", "taps"])
+def _blur_view_kernel(
+    levels_ptr, table_ptr, out_ptr, n, C, S, taps,
+    mean_r, mean_g, mean_b, std_r, std_g, std_b,
+    BLOCK: tl.constexpr, PATCH: tl.constexpr,
+):  # fmt: skip
+    """The views that are blurred, a channel of a tile from a patch that the blur reaches."""
+    view, channel = tl.program_id(0).to(tl.int64), tl.program_id(2)
     sigma = _number(table_ptr, SIGMA, n, view)
     if sigma != 0.0:
-        start = tl.arange(0, PATCH) - taps // 2
-        y = _reflected(tl.min(row) + start, S)[:, None]
-        x = _reflected(tl.min(column) + start, S)[None, :]
-        r, g, b = _coloured(levels_ptr, table_ptr, n, view, y, x, mean, C, S)
+        row, column = _tile(S, BLOCK)
+        patch = tl.arange(0, PATCH) - taps // 2
+        y = _reflected(tl.min(row) + patch, S)[:, None]
+        x = _reflected(tl.min(column) + patch, S)[None, :]
+        levels = tl.load(levels_ptr + (view * C + channel) * S * S + y * S + x).to(tl.float32)
         gaussian = _gaussian(sigma, taps, BLOCK, PATCH)
-        r, g, b = _blurred(r, gaussian), _blurred(g, gaussian), _blurred(b, gaussian)
-    else:
-        y, x = tl.minimum(row, S - 1), tl.minimum(column, S - 1)
-        r, g, b = _coloured(levels_ptr, table_ptr, n, view, y, x, mean, C, S)
-    if _integer(table_ptr, SOLARIZE, n, view) != 0:
-        r = tl.where(r < THRESHOLD, r, 255.0 - r)
-        g = tl.where(g < THRESHOLD, g, 255.0 - g)
-        b = tl.where(b < THRESHOLD, b, 255.0 - b)
-
-    mask = (row < S) & (column < S)
-    flip = _integer(table_ptr, FLIP, n, view) != 0
-    column = tl.where(flip, S - 1 - column, column)
-    out = out_ptr + ((view * S + row) * S + column) * C  # channels_last
-    _store(out, r, mean_r, std_r, mask)
-    if C > 1:
-        _store(out + 1, g, mean_g, std_g, mask)
-        _store(out + 2, b, mean_b, std_b, mask)
+        across = tl.dot(levels, tl.trans(gaussian), input_precision="tf32x3")  # [PATCH, BLOCK]
+        level = _round(tl.dot(gaussian, across, input_precision="tf32x3"))
+        mean = tl.where(channel == 0, mean_r, tl.where(channel == 1, mean_g, mean_b))
+        std = tl.where(channel == 0, std_r, tl.where(channel == 1, std_g, std_b))
+        _store(out_ptr, level, table_ptr, n, view, row, column, channel, C, S, mean, std)

@@ -10,11 +10,12 @@ flip, normalise. Images of one channel have no saturation, hue or grey.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 INTEGERS = ("image", "top", "left", "height", "width", "order", "grey", "solarize", "flip")
@@ -22,7 +23,7 @@ NUMBERS = ("angle", "shear", "brightness", "contrast", "saturation", "hue", "sig
 COLUMNS = (*INTEGERS, *NUMBERS)
 
 OPERATIONS = ("brightness", "contrast", "saturation", "hue")
-"""Of the jitter: `order` names one of them by its place here in two bits, the first in the lowest."""
+"""Of the jitter; `order` has the place here of each in two bits, the first in the lowest."""
 
 SOLARIZE_THRESHOLD = 128
 LUMA = (19595, 38470, 7471)  # ITU-R 601 in 1/65536, as Pillow has it; exact in float32
@@ -30,8 +31,9 @@ LUMA_SHIFT = 65536
 TIE = 1e-4  # levels; more than float32 loses in a weighted mean of pixels
 
 Rows = Mapping[str, Tensor]
-"""Each of COLUMNS for some views, [n]."""
+"""Each of NUMBERS for some views, [n, 1, 1, 1]."""
 Step = Callable[[Tensor, Rows], Tensor]
+Mask = NDArray[np.bool_]
 
 
 def pack_views(columns: Mapping[str, ArrayLike]) -> Tensor:
@@ -53,28 +55,32 @@ def pack_views(columns: Mapping[str, ArrayLike]) -> Tensor:
     return torch.from_numpy(np.concatenate([integers, numbers.view(np.int32)]))
 
 
-def unpack_views(table: Tensor) -> dict[str, Tensor]:
-    """The columns of a table, [n] each, int32 or float32."""
-    rows = dict(zip(COLUMNS, table, strict=True))
-    return {name: row.view(torch.float32) if name in NUMBERS else row for name, row in rows.items()}
-
-
 def levels_of_views(
     images: Tensor, table: Tensor, size: int, interpolation: str, taps: int
 ) -> Tensor:
-    """Views before their normalisation: whole levels, float32 [n, C, size, size]."""
-    p = unpack_views(table)
-    x = _crop_and_resize(images, p, size, interpolation)
-    steps: list[tuple[Tensor, Step]] = [((p["angle"] != 0) | (p["shear"] != 0), _distort)]
+    """Views before their normalisation: whole levels, float32 [n, C, size, size].
+
+    Which views undergo a step is decided on the host: on a GPU this waits for the table.
+    """
     colour = images.shape[1] == 3
-    steps += _jitter_steps(p, colour)
-    if colour:
-        steps.append((p["grey"] != 0, lambda x, _: luma(x).repeat(1, 3, 1, 1)))
-    steps.append((p["sigma"] != 0, lambda x, rows: _blur(x, rows["sigma"], taps)))
-    steps.append((p["solarize"] != 0, lambda x, _: torch.where(x < SOLARIZE_THRESHOLD, x, 255 - x)))
-    steps.append((p["flip"] != 0, lambda x, _: x.flip(3)))
+    x = _crop_and_resize(images, table, size, interpolation)
+    p = _unpack(table.cpu().numpy())
+    steps: list[tuple[Mask, Step]] = [
+        ((p["angle"] != 0) | (p["shear"] != 0), _distort),
+        *_jitter_steps(p, colour),
+        ((p["grey"] != 0) & colour, lambda x, _: luma(x).repeat(1, 3, 1, 1)),
+        (p["sigma"] != 0, lambda x, rows: _blur(x, rows["sigma"], taps)),
+        (p["solarize"] != 0, lambda x, _: torch.where(x < SOLARIZE_THRESHOLD, x, 255 - x)),
+        (p["flip"] != 0, lambda x, _: x.flip(3)),
+    ]
+    numbers = table[len(INTEGERS) :].view(torch.float32)[:, :, None, None, None]
     for mask, step in steps:
-        x = _on_rows(step, mask, x, p)
+        chosen = np.flatnonzero(mask)
+        if len(chosen) == len(x):
+            x = step(x, _named(numbers))
+        elif len(chosen):
+            rows = torch.from_numpy(chosen).to(x.device)
+            x = x.index_copy_(0, rows, step(x[rows], _named(numbers[:, rows])))
     return x
 
 
@@ -86,41 +92,37 @@ def normalise(levels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Te
         mean, std: of each channel, from 0 to 1.
 
     Returns:
-        float32, the same shape, channels_last.
+        float32, the same shape.
     """
     means = torch.tensor(mean, device=levels.device)[:, None, None]
     stds = torch.tensor(std, device=levels.device)[:, None, None]
     x = levels.to(torch.float32, memory_format=torch.contiguous_format)  # faster channel by channel
-    return x.div(255).sub_(means).div_(stds).contiguous(memory_format=torch.channels_last)
+    return x.div(255).sub_(means).div_(stds)
 
 
-def _on_rows(step: Step, mask: Tensor, x: Tensor, p: Rows) -> Tensor:
-    """Carry out a step on the views whose mask is set. On a GPU this waits for the mask."""
-    chosen = mask.nonzero()[:, 0]
-    if len(chosen) == len(x):
-        return step(x, p)
-    if not len(chosen):
-        return x
-    return x.index_copy_(0, chosen, step(x[chosen], {name: p[name][chosen] for name in NUMBERS}))
+def _unpack(table: NDArray[np.int32]) -> dict[str, NDArray[Any]]:
+    """The columns of a table, [n] each, int32 or float32."""
+    integers, numbers = np.split(table, [len(INTEGERS)])
+    return dict(zip(COLUMNS, (*integers, *numbers.view(np.float32)), strict=True))
 
 
-def _jitter_steps(p: Rows, colour: bool) -> list[tuple[Tensor, Step]]:
+def _named(numbers: Tensor) -> Rows:
+    return dict(zip(NUMBERS, numbers, strict=True))
+
+
+def _jitter_steps(p: Mapping[str, NDArray[Any]], colour: bool) -> list[tuple[Mask, Step]]:
     """Four rounds; in each, every view undergoes the operation that its order has there."""
     steps: dict[str, tuple[float, Step]] = {  # with the value that does nothing
-        "brightness": (1, lambda x, rows: _cut(x * _each(rows["brightness"]))),
+        "brightness": (1, lambda x, rows: _cut(x * rows["brightness"])),
         "contrast": (1, _contrast),
-        "saturation": (1, lambda x, rows: blend(luma(x), x, _each(rows["saturation"]))),
-        "hue": (0, lambda x, rows: turn_hue(x, _each(rows["hue"]))),
+        "saturation": (1, lambda x, rows: blend(luma(x), x, rows["saturation"])),
+        "hue": (0, lambda x, rows: turn_hue(x, rows["hue"])),
     }
     return [
-        ((p[name] != steps[name][0]) & (p["order"] >> 2 * place & 3 == number), steps[name][1])
+        ((p["order"] >> 2 * place & 3 == number) & (p[name] != steps[name][0]), steps[name][1])
         for place in range(len(OPERATIONS))
         for number, name in enumerate(OPERATIONS if colour else OPERATIONS[:2])
     ]
-
-
-def _each(numbers: Tensor) -> Tensor:
-    return numbers[:, None, None, None]
 
 
 # ---- geometry --------------------------------------------------------------------------------
@@ -170,11 +172,12 @@ def resampling_weights(
     return weights / weights.sum(-1, keepdim=True)
 
 
-def _crop_and_resize(images: Tensor, p: Rows, size: int, interpolation: str) -> Tensor:
-    top, height, left, width = (p[name].float() for name in ("top", "height", "left", "width"))
-    rows = resampling_weights(top, height, images.shape[2], size, interpolation)  # [n, S, H]
-    columns = resampling_weights(left, width, images.shape[3], size, interpolation)  # [n, S, W]
-    x = images[p["image"]].to(torch.float32, memory_format=torch.contiguous_format)
+def _crop_and_resize(images: Tensor, table: Tensor, size: int, interpolation: str) -> Tensor:
+    image, top, left, height, width = table[:5]
+    H, W = images.shape[2:]
+    rows = resampling_weights(top.float(), height.float(), H, size, interpolation)  # [n, S, H]
+    columns = resampling_weights(left.float(), width.float(), W, size, interpolation)  # [n, S, W]
+    x = images[image].to(torch.float32, memory_format=torch.contiguous_format)
     x = _round_mean(x.flatten(1, 2) @ columns.mT)  # across first, as Pillow did until 13
     return _round_mean(rows[:, None] @ x.unflatten(1, images.shape[1:3]))
 
@@ -182,10 +185,7 @@ def _crop_and_resize(images: Tensor, p: Rows, size: int, interpolation: str) -> 
 def _distort(x: Tensor, rows: Rows) -> Tensor:
     """Rotate and shear about the centre, [n, C, S, S]; the matrix is torchvision's, inverted."""
     S = x.shape[3]
-    angle, tangent = (
-        rows["angle"].deg2rad()[:, None, None],
-        rows["shear"].deg2rad().tan()[:, None, None],
-    )
+    angle, tangent = rows["angle"].deg2rad()[:, 0], rows["shear"].deg2rad().tan()[:, 0]
     cos, sin = angle.cos(), angle.sin()
     centred = torch.arange(S, device=x.device) + (1 - S) / 2
     down, across = centred[:, None], centred[None, :]
@@ -201,7 +201,7 @@ def _blur(x: Tensor, sigma: Tensor, taps: int) -> Tensor:
     """Gaussian blur with reflected borders, [n, C, S, S], as a matrix on either side."""
     S = x.shape[3]
     offset = torch.arange(taps, device=x.device) - taps // 2
-    kernel = torch.softmax(-0.5 * (offset / sigma[:, None, None]) ** 2, dim=-1)  # [n, 1, taps]
+    kernel = torch.softmax(-0.5 * (offset / sigma[:, 0]) ** 2, dim=-1)  # [n, 1, taps]
     source = (torch.arange(S, device=x.device)[:, None] + offset).abs()
     source = torch.where(source < S, source, 2 * (S - 1) - source)  # [S, taps]
     shape = (len(x), S, taps)
@@ -240,7 +240,7 @@ def blend(plain: Tensor, x: Tensor, factor: Tensor) -> Tensor:
 
 def _contrast(x: Tensor, rows: Rows) -> Tensor:
     mean = luma(x).mean(dim=(1, 2, 3), keepdim=True)
-    return blend(mean.add_(0.5).floor_(), x, _each(rows["contrast"]))
+    return blend(mean.add_(0.5).floor_(), x, rows["contrast"])
 
 
 def turn_hue(x: Tensor, share: Tensor) -> Tensor:
