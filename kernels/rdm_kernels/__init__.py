@@ -17,6 +17,7 @@ from rdm_kernels.matrix_power import (
 )
 from rdm_kernels.neg_cosine import neg_cosine
 from rdm_kernels.polar import polar
+from rdm_kernels.product import product
 from rdm_kernels.safe_eigh import Eigh, safe_eigh
 from rdm_kernels.sym_matmul import sym_matmul
 from rdm_kernels.views import pack_views
@@ -36,6 +37,7 @@ __all__ = [
     "neg_cosine",
     "pack_views",
     "polar",
+    "product",
     "safe_eigh",
     "sym_matmul",
 ]

@@ -6,8 +6,8 @@ off would need eigenvalues), the filter is W = X^T h X with
     h = g(sqrt(G + tau^2)) (G + tau^2)^-1,   M = G h = g(sqrt(G + tau^2)) - tau^2 h
     tau = cutoff sqrt(c),   c = |G^2|_F^(1/2) >= lambda_max
 
-so that X W = M X. A = G / c + cutoff^2 has its spectrum in [cutoff^2, 1 + cutoff^2] whatever G is,
-so every constant below is known before the batch:
+so that X W = M X, or tau = floor where that is larger. A = (G + tau^2) / c has its spectrum in
+[cutoff^2, 1 + tau^2 / c] whatever G is, so every constant below is known before the batch:
 
     L = cholesky(A)
     Q = polar(L)                      iterations of `rdm_kernels.polar`, so L = H Q
@@ -33,27 +33,28 @@ import torch
 from torch import Tensor
 
 from rdm_kernels.polar import (
-    _symmetric_product,
     bound,
     iterate,
     iterations_for,
     power_of_two,
     schedule,
 )
+from rdm_kernels.sym_matmul import sym_matmul
 
 NOT_FINITE = 1  # bits of the status word
 CHOLESKY_FAILED = 2
 INACCURATE = 4
 RESIDUAL_LIMIT = 1e-4  # float32 leaves 1e-6 to 1e-5, tf32 over 1e-3
+LARGEST_DAMPING = 2e-3  # of tau^2 / c: 1.001 sqrt(1 + cutoff^2) holds sqrt(1 + tau^2 / c)
 LOG_TOLERANCE = 1e-4  # of the default degree: largest error of log s, which spans log(1 / cutoff)
 
 
 class MatrixFunction(NamedTuple):
     """M = g(sqrt G) and h = M G^-1, damped; of each G of the batch."""
 
-    M: Tensor  # [..., n, n], symmetric; NaN where status tells NOT_FINITE or CHOLESKY_FAILED
-    h: Tensor  # [..., n, n], symmetric; NaN likewise
-    tau: Tensor  # [...], the damping: cutoff * sqrt(c)
+    M: Tensor  # [..., n, n], symmetric; NaN if NOT_FINITE, zero if another bit of status is set
+    h: Tensor  # [..., n, n], symmetric; likewise
+    tau: Tensor  # [...], the damping: cutoff * sqrt(c), or floor
     status: Tensor  # [...] int32: 0, or the sum of NOT_FINITE, CHOLESKY_FAILED and INACCURATE
     residuals: Tensor  # [..., 2]: |Q Q^T - I|_F / sqrt(n) and |H^2 - A|_F / |A|_F
 
@@ -64,6 +65,7 @@ def matrix_function(
     g: Callable[[Tensor], Tensor],
     *,
     cutoff: float = 1e-3,
+    floor: Tensor | None = None,
     degree: int | None = None,
 ) -> MatrixFunction:
     """M and h of damped Gram matrices for any smooth response g; nothing waits for the device.
@@ -74,6 +76,8 @@ def matrix_function(
         g: the response, element by element of singular values s [..., k] float64 in
             [tau, sqrt(c + tau^2)] to the same shape. On the device, without a wait.
         cutoff: tau / sqrt(c), at least 1e-4 in float32; in (0, 0.1].
+        floor: [...], least tau in units of s, such as the rounding noise of the batch. At most
+            0.04 sqrt(c), which the interval of the series still holds; INACCURATE over it.
         degree: of the Chebyshev series. None for one that has log s to 1e-4 absolute, which
             s^p (p >= 0), log(1 + s) and log(1 + s^2) reach too, relative to their maximum. 1 is
             exact for g linear in s.
@@ -92,21 +96,26 @@ def matrix_function(
         raise ValueError(f"matrix_function needs a cutoff in (0, 0.1], got {cutoff}")
     degree = default_degree(cutoff) if degree is None else degree
     with torch.autocast(G.device.type, enabled=False):
-        G = G.to(torch.promote_types(G.dtype, torch.float32))
+        lead, n = G.shape[:-2], G.shape[-1]
+        G = G.to(torch.promote_types(G.dtype, torch.float32)).reshape(-1, n, n)
         finite = G.isfinite().all(dim=-1, keepdim=True).all(dim=-2, keepdim=True)
-        identity = torch.eye(G.shape[-1], dtype=G.dtype, device=G.device)
+        identity = torch.eye(n, dtype=G.dtype, device=G.device)
         G = G.where(finite, identity)
         scale = power_of_two(G)  # a power of four: its root is exact
         G = G / scale
         c = bound(G)
         root_c = c.sqrt() * scale.sqrt()
 
-        A = G / c + cutoff**2 * identity
+        damping = torch.full_like(c, cutoff**2)  # tau^2 / c
+        if floor is not None:
+            noise = (floor.to(G.dtype).reshape(-1, 1, 1) / root_c).where(finite, 0)
+            damping = torch.maximum(damping, noise.square())
+        A = G / c + damping * identity
         L, info = torch.linalg.cholesky_ex(A)
         lower = cutoff / 2  # rounding of A takes up to half of cutoff^2 = 1e-6 away
         steps = schedule(lower, iterations_for(lower, torch.finfo(G.dtype).eps)).coefficients
         Q = iterate(L, steps, A)
-        H = _symmetric_product(L, Q.mT)
+        H = sym_matmul(L, Q).matrix
 
         a, b = interval(cutoff)
         nodes, blocks = _series(a, b, degree, G.device)
@@ -115,28 +124,27 @@ def matrix_function(
         S = (2 * H - (a + b) * identity) / (b - a)
         M0 = _evaluate(coefficients.to(G.dtype), S, identity)
         h = _divide(L, M0)
-        M = M0 - cutoff**2 * h
+        M = M0 - damping * h
 
         residuals = torch.stack(
             [
-                torch.linalg.matrix_norm(_symmetric_product(Q, Q.mT) - identity)
-                / math.sqrt(len(identity)),
-                torch.linalg.matrix_norm(_symmetric_product(H, H) - A)
-                / torch.linalg.matrix_norm(A),
+                sym_matmul(Q, gamma=-1.0).norm / math.sqrt(n),
+                sym_matmul(H, C=A, beta=-1.0).norm / torch.linalg.matrix_norm(A),
             ],
             dim=-1,
         )
         accurate = (residuals <= RESIDUAL_LIMIT).all(dim=-1)  # also false for NaN
-        usable = finite & (info == 0)[..., None, None]
+        accurate = accurate & (damping <= LARGEST_DAMPING)[..., 0, 0]
         status = (
             NOT_FINITE * ~finite[..., 0, 0] + CHOLESKY_FAILED * (info != 0) + INACCURATE * ~accurate
         ).to(torch.int32)
+        usable, unusable = (status == 0)[..., None, None], torch.where(finite, 0.0, torch.nan)
         return MatrixFunction(
-            M.where(usable, torch.nan),
-            (h / c / scale).where(usable, torch.nan),
-            cutoff * root_c[..., 0, 0],
-            status,
-            residuals,
+            M.where(usable, unusable.to(M.dtype)).view(*lead, n, n),
+            (h / c / scale).where(usable, unusable.to(M.dtype)).view(*lead, n, n),
+            (damping.sqrt() * root_c).view(lead),
+            status.view(lead),
+            residuals.view(*lead, 2),
         )
 
 
@@ -195,10 +203,10 @@ def _series(a: float, b: float, degree: int, device: torch.device) -> tuple[Tens
 def _evaluate(coefficients: Tensor, S: Tensor, identity: Tensor) -> Tensor:
     """sum_J B_J(S) T_J(T_m(S)) by Clenshaw, for block coefficients [..., J + 1, m]."""
     giant, m = coefficients.shape[-2] - 1, coefficients.shape[-1]
-    T = [identity.expand_as(S), S]
+    T = [identity.expand_as(S).contiguous(), S]
     for k in range(2, m + (giant > 0)):  # T_(i + j) = 2 T_i T_j - T_(i - j)
         i, j = (k + 1) // 2, k // 2
-        T.append(2 * _symmetric_product(T[i], T[j]) - T[i - j])
+        T.append(sym_matmul(T[i], T[j], C=T[i - j], alpha=2.0, beta=-1.0).matrix)
     small = torch.stack(T[:m], dim=-3)
 
     def block(J: int) -> Tensor:
@@ -206,6 +214,8 @@ def _evaluate(coefficients: Tensor, S: Tensor, identity: Tensor) -> Tensor:
 
     after, result = torch.zeros_like(S), block(giant)
     for J in range(giant - 1, -1, -1):
-        factor = 2 if J else 1
-        after, result = result, block(J) + factor * _symmetric_product(T[m], result) - after
+        factor = 2.0 if J else 1.0
+        before = block(J) - after
+        after = result
+        result = sym_matmul(T[m], result, C=before, alpha=factor, beta=1.0).matrix
     return result

@@ -25,6 +25,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rdm_kernels.product import product
+from rdm_kernels.sym_matmul import sym_matmul
+
 SAFETY = 1.02
 NARROW = 1.05  # u / l under which Newton-Schulz is as good, and Remez ill-conditioned
 
@@ -53,18 +56,19 @@ def polar(X: Tensor, *, lower: float = 3e-4, iterations: int = 7) -> Tensor:
         raise ValueError(f"polar needs floating X [..., B, D], got {X.dtype} {tuple(X.shape)}")
     steps = schedule(lower, iterations).coefficients
     with torch.autocast(X.device.type, enabled=False):
-        X = X.to(torch.promote_types(X.dtype, torch.float32))
+        shape = X.shape
+        X = X.to(torch.promote_types(X.dtype, torch.float32)).reshape(-1, *shape[-2:])
         X = X / power_of_two(X)
-        is_tall = X.shape[-2] > X.shape[-1]
-        X = X.mT if is_tall else X
-        G = _symmetric_product(X, X.mT)
+        is_tall = shape[-2] > shape[-1]
+        X = (X.mT if is_tall else X).contiguous()
+        G = sym_matmul(X).matrix
         c = bound(G)
         X = iterate(X / c.sqrt(), steps, G / c)
-        return (X.mT if is_tall else X).contiguous()
+        return (X.mT if is_tall else X).reshape(shape)
 
 
 def power_of_two(X: Tensor) -> Tensor:
-    """Power of four over each matrix's largest element, [..., 1, 1]; 1 for a matrix of zeros."""
+    """Power of four over each matrix's largest element, [v, 1, 1]; 1 for a matrix of zeros."""
     absmax = X.abs().amax(dim=(-2, -1), keepdim=True)
     _, exponent = torch.frexp(absmax)
     exponent = torch.div(exponent + 1, 2, rounding_mode="floor") * 2
@@ -74,34 +78,20 @@ def power_of_two(X: Tensor) -> Tensor:
 
 
 def bound(G: Tensor) -> Tensor:
-    """c = |G^2|_F^(1/2) >= lambda_max of symmetric G, [..., 1, 1]; 1 for a matrix of zeros."""
-    c = torch.linalg.matrix_norm(_symmetric_product(G, G), keepdim=True).sqrt()
+    """c = |G^2|_F^(1/2) >= lambda_max of symmetric G, [v, 1, 1]; 1 for a matrix of zeros."""
+    c = sym_matmul(G).norm.sqrt()[:, None, None]
     return c.where(c != 0, 1)
 
 
 def iterate(X: Tensor, steps: tuple[tuple[float, float, float], ...], R: Tensor) -> Tensor:
-    """The iterations above on X [..., n, m], n <= m, whose singular values are at most 1.
+    """The iterations above on X [v, n, m], n <= m, whose singular values are at most 1.
 
     R is X X^T of the start, which the caller has anyway.
     """
     for k, (a, b, c) in enumerate(steps):
-        R = _symmetric_product(X, X.mT) if k else R
-        X = a * X + _product(b * R + c * _symmetric_product(R, R), X)
+        R = sym_matmul(X).matrix if k else R
+        X = product(sym_matmul(R, alpha=c, beta=b).matrix, X, C=X, beta=a)
     return X
-
-
-def _product(A: Tensor, B: Tensor) -> Tensor:
-    """A B of stacks of matrices, in their dtype: the one place where an iteration multiplies.
-
-    float32 must not be rounded to tf32 in it (`torch.backends.cuda.matmul` rules that here).
-    """
-    return A @ B
-
-
-def _symmetric_product(A: Tensor, B: Tensor) -> Tensor:
-    """A B where it is symmetric but for rounding, made bitwise so."""
-    C = _product(A, B)
-    return (C + C.mT) / 2
 
 
 # ---- the schedule ------------------------------------------------------------------------------

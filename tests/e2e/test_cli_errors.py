@@ -298,9 +298,15 @@ def test_a_gpu_that_is_not_there(call: Call, tmp_path: Path) -> None:
     assert "--device cuda" in error(done, 69)
 
 
-def test_an_engine_that_is_not_built(call: Call, tmp_path: Path) -> None:
+def test_an_engine_that_cannot_do_the_filter(call: Call, tmp_path: Path) -> None:
+    done = call("train.py", *tiny(tmp_path / "run", "--filter.engine gemm --filter.center"))
+    assert "filter.engine=gemm cannot" in error(done, 2)
+
+
+def test_the_gemm_engine_trains(call: Call, tmp_path: Path) -> None:
     done = call("train.py", *tiny(tmp_path / "run", "--filter.engine gemm"))
-    assert "filter.engine=gemm is not built yet: use filter.engine=eigh" in error(done, 69)
+    assert done.returncode == 0 and "filter engine gemm" in done.stdout
+    assert_finite_losses(tmp_path / "run", 2)
 
 
 # ---- a finished run and its checkpoints -------------------------------------------------------

@@ -3,6 +3,7 @@
 import math
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +20,6 @@ from rdm_kernels.matrix_function import (
     default_degree,
     interval,
 )
-from rdm_kernels.polar import _symmetric_product
 from tests.spectra import relative, spectrum, two_views, with_spectrum
 
 RESPONSES: dict[str, Callable[[Tensor], Tensor]] = {
@@ -213,11 +213,35 @@ def test_a_view_that_is_not_finite_is_flagged_and_harms_no_other(bad: float) -> 
         assert torch.equal(found.M[i], clean.M[i]) and torch.equal(found.h[i], clean.h[i])
 
 
-def test_an_indefinite_matrix_is_flagged_and_gives_no_number() -> None:
-    G = torch.diag(torch.tensor([1.0, 0.5, -0.1]))[None]
+def test_an_indefinite_matrix_is_flagged_and_its_filter_is_zero() -> None:
+    """A loss and a gradient of zero then, and nothing else of the batch is touched."""
+    G = torch.stack([torch.diag(torch.tensor([1.0, 0.5, -0.1])), torch.eye(3)])
     found = matrix_function(G, torch.sqrt)
-    assert int(found.status) & CHOLESKY_FAILED
-    assert found.M.isnan().all() and found.h.isnan().all()
+    assert int(found.status[0]) & CHOLESKY_FAILED and int(found.status[1]) == 0
+    assert not found.M[0].any() and not found.h[0].any()
+    assert found.M[1].diagonal().min() > 0.9
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_the_floor_damps_what_lies_under_it(dtype: torch.dtype) -> None:
+    """tau of each matrix is the larger of cutoff sqrt(c) and its floor; h is g / (s^2 + tau^2)."""
+    s = torch.tensor([1.0, 0.1, 1e-2], dtype=torch.float64)
+    G = torch.diag(s.square()).to(dtype).expand(2, 3, 3)
+    floor = torch.tensor([0.0, 0.02], dtype=dtype)
+    found = matrix_function(G, torch.sqrt, floor=floor)
+    c = s.pow(8).sum() ** 0.25
+    tau = torch.stack([1e-3 * c.sqrt(), torch.tensor(0.02, dtype=torch.float64)])
+    torch.testing.assert_close(found.tau.double(), tau, rtol=1e-6, atol=0)
+    damped = s.square() + tau.square()[:, None]
+    expected = damped.sqrt().sqrt() / damped
+    h = found.h.diagonal(dim1=-2, dim2=-1).double()
+    torch.testing.assert_close(h, expected, rtol=1e-3, atol=0)
+    assert found.status.tolist() == [0, 0]
+
+
+def test_a_floor_that_the_series_does_not_hold_is_flagged() -> None:
+    found = matrix_function(torch.eye(3)[None], torch.sqrt, floor=torch.tensor([0.1]))
+    assert int(found.status) == INACCURATE and not found.M.any()
 
 
 def test_products_rounded_to_tf32_are_flagged(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -229,8 +253,18 @@ def test_products_rounded_to_tf32_are_flagged(monkeypatch: pytest.MonkeyPatch) -
     X = with_spectrum(48, 96, spectrum("k^-1/2", 48)).float()
     G = X @ X.mT
     assert int(matrix_function(G, torch.log1p).status) == 0
-    module = sys.modules[_symmetric_product.__module__]  # rdm_kernels.polar is the function
-    monkeypatch.setattr(module, "_product", lambda A, B: tf32(A) @ tf32(B))
+    for module_name, name in (
+        ("rdm_kernels.polar", "product"),
+        ("rdm_kernels.polar", "sym_matmul"),
+        ("rdm_kernels.matrix_function", "sym_matmul"),
+    ):
+        module = sys.modules[module_name]  # the package's attribute of that name is the function
+        exact = getattr(module, name)
+
+        def rounded(A: Tensor, B: Tensor | None = None, exact: Any = exact, **words: Any) -> Any:
+            return exact(tf32(A), None if B is None else tf32(B), **words)
+
+        monkeypatch.setattr(module, name, rounded)
     assert int(matrix_function(G, torch.log1p).status) == INACCURATE
 
 

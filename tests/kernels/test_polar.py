@@ -142,7 +142,7 @@ def test_the_bound_is_one_and_at_most_a_fourth_root_of_n_over(
 ) -> None:
     s = torch.arange(1, n + 1, dtype=torch.float64) ** -power
     X = with_spectrum(n, n, s, seed)
-    c = float(bound(X @ X.mT))
+    c = float(bound((X @ X.mT)[None]))
     largest = float(s[0] ** 2)
     assert largest * (1 - 1e-12) <= c <= n**0.25 * largest * (1 + 1e-12)
 
