@@ -6,6 +6,7 @@ order, so that nothing else moves: the next image of the list that can be read t
 drawn as that image is drawn in this epoch.
 """
 
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +18,9 @@ from rdm_fast.data.decode import Pixels, one_line
 from rdm_fast.data.images import ImageSet
 from rdm_fast.data.index import BadFile
 from rdm_fast.distributed import print0, rank
-from rdm_fast.errors import DataError
+from rdm_fast.errors import CannotCreate, DataError
 
+HEADER = "path\treason\n"
 NEIGHBOURS = 16
 """Images that are tried in the place of one; if none can be read, it is not the files."""
 
@@ -36,13 +38,17 @@ def leave_out(
         listing: the table to write; None for none.
 
     Raises:
+        CannotCreate: the table cannot be written.
         DataError: data.on_bad_image is stop, or more than data.max_bad of the files are bad, or
             all; the first is named.
     """
     if listing is not None and rank() == 0:
-        listing.unlink(missing_ok=True)  # of an earlier start
-        if bad:
-            durable.replace(listing, "path\treason\n" + "".join(map(_row, bad)))
+        try:
+            listing.unlink(missing_ok=True)  # of an earlier start
+            if bad:
+                durable.replace(listing, HEADER + "".join(map(_row, bad)))
+        except OSError as error:
+            raise CannotCreate(f"{listing} cannot be written ({error.strerror})") from error
     if not bad:
         return
     listed = f", all in {listing}" if listing is not None else ""
@@ -102,8 +108,8 @@ class LostImages:
         except DataError as error:
             why = str(error)
         if listing is not None:
-            header = "" if listing.exists() else "path\treason\n"
-            with open(listing, "a", encoding="utf-8") as table:
+            header = "" if listing.exists() else HEADER
+            with suppress(OSError), open(listing, "a", encoding="utf-8") as table:
                 table.write(header + _row(BadFile(name, why.removeprefix(name).strip())))
         if len(self._lost) > limit * len(self._images):
             raise DataError(
