@@ -32,9 +32,14 @@ from rdm_fast.data import Batch, ImageSet, build_loader, load
 from rdm_fast.data.decode import MAX_PIXELS, Header, decode, look
 from rdm_fast.data.folder import load_folder
 from rdm_fast.data.images import FileImages, PixelImages
+from rdm_fast.distributed import rank
 from rdm_fast.errors import DataError
+from rdm_fast.run_folder import RunFolder
+from rdm_fast.trainer import Trainer
 from tests.data.conftest import natural
 from tests.data.files import bomb, encode, png
+from tests.ranks import run_ranks
+from tests.tiny import tiny
 
 Pixels = NDArray[np.uint8]
 Make = Callable[[Path], Path]
@@ -438,6 +443,40 @@ def test_an_earlier_start_s_list_does_not_stay(root: Path, tmp_path: Path) -> No
     path.unlink()
     read_in(root, tmp_path)
     assert not (tmp_path / "bad_files.tsv").exists()
+
+
+# ---- several ranks ---------------------------------------------------------------------------
+
+
+def on_a_rank(root: Path, tmp_path: Path) -> tuple[int, str]:
+    images = read_in(root, tmp_path)
+    return len(images), images.digest
+
+
+def test_ranks_see_one_set_and_one_of_them_lists_what_is_bad(root: Path, tmp_path: Path) -> None:
+    path = file(b"", "odd.png")(root / "train/a")
+    seen = run_ranks(2, on_a_rank, root, tmp_path, tmp_path=tmp_path)
+    assert seen == [on_a_rank(root, tmp_path)] * 2 and seen[0][0] == 8
+    assert rows(tmp_path) == [[str(path), "empty"]]
+
+
+def trainer_on_a_rank(roots: list[str], tmp_path: Path) -> str:
+    data = DataConfig(name="folder", root=roots[rank()], workers=0)
+    config = replace(tiny(global_batch=4), data=data, augment=AUGMENT)
+    try:
+        with RunFolder.open(str(tmp_path / "run"), config, overwrite=True, rank=rank()) as folder:
+            Trainer(config, folder, torch.device("cpu"))
+    except DataError as error:
+        return str(error)
+    return ""
+
+
+def test_ranks_that_see_different_files_do_not_train(root: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(root, tmp_path / "other")
+    (other / "train/a/0.jpg").rename(other / "train/a/00.jpg")
+    roots = [str(root), str(other)]
+    told = run_ranks(2, trainer_on_a_rank, roots, tmp_path, tmp_path=tmp_path)
+    assert all("the ranks do not see the same images in --data.root" in text for text in told)
 
 
 # ---- memory, and files that nobody thought of ------------------------------------------------
