@@ -110,7 +110,7 @@ class LostImages:
         if listing is not None:
             header = "" if listing.exists() else HEADER
             with suppress(OSError), open(listing, "a", encoding="utf-8") as table:
-                table.write(header + _row(BadFile(name, why.removeprefix(name).strip())))
+                table.write(f"{header}{name}\t{why.removeprefix(name).strip()}\n")
         if len(self._lost) > limit * len(self._images):
             raise DataError(
                 f"{why}; with it rank {rank()} lost {len(self._lost)} of {len(self._images)} "

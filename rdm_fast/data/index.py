@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from rdm_fast import durable
-from rdm_fast.data.decode import MAX_PIXELS, Header, look
+from rdm_fast.data.decode import MAX_PIXELS, Header, look, one_line
 from rdm_fast.distributed import print0
 
 NAME = ".rdm_fast_index"
@@ -132,7 +132,7 @@ def _looks(
             if now - told > TELL_EVERY:
                 told = now
                 print(
-                    f"looked at {done:,} of {len(rows):,} files in {folder} "
+                    f"looked at {done:,} of {len(rows):,} files in {one_line(str(folder))} "
                     f"({done / len(rows):.0%}, {done / (now - start):,.0f} a second)",
                     flush=True,
                 )
@@ -198,9 +198,8 @@ def _read(place: Path) -> Arrays | None:
                 return None
         with np.load(place, allow_pickle=False) as saved:
             arrays: Arrays = dict(saved)
-        return (
-            arrays if str(arrays.pop("digest")) == _digest(arrays) and _is_sound(arrays) else None
-        )
+        is_whole = str(arrays.pop("digest")) == _digest(arrays)
+        return arrays if is_whole and _is_sound(arrays) else None
     except Exception:  # zipfile and numpy have many for a damaged file; it is then made anew
         return None
 

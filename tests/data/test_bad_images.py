@@ -6,7 +6,6 @@ stated reason; or ignored. Whichever it is, loaders and looks agree.
 
 import io
 import os
-import resource
 import shutil
 import struct
 import subprocess
@@ -383,6 +382,15 @@ def test_a_file_that_turns_bad_while_training_is_replaced_by_the_next_and_listed
     assert capfd.readouterr().out.count("the next image takes its place") == 1
 
 
+def test_a_lost_file_is_listed_under_its_escaped_name(root: Path, tmp_path: Path) -> None:
+    path = file(PNG, "odd\\\n\t\udcff.png")(root / "train/b")
+    images = read_in(root, tmp_path)
+    path.unlink()
+    epoch_of(images)
+    reason = "cannot be read as an image (no such file or directory)"
+    assert rows(tmp_path) == [[str(path.parent / r"odd\\\n\t\udcff.png"), reason]]
+
+
 def test_losing_too_many_files_stops_the_run(root: Path, tmp_path: Path) -> None:
     images = read_in(root, tmp_path)
     vanish(images, 5)
@@ -507,7 +515,7 @@ def test_refusing_bombs_takes_little_memory(root: Path, tmp_path: Path) -> None:
         capture_output=True,
         text=True,
         check=True,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_CORE, (0, 0)),
+        cwd=Path(__file__).parents[2],
     )
     number, kibibytes = measured.stdout.splitlines()[-1].split()
     assert int(number) == 8 and int(kibibytes) < 100 * 1024
