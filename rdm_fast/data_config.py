@@ -59,9 +59,23 @@ class DataConfig:
     """torch decodes in worker processes, resident keeps pixels on the device; auto chooses."""
     workers: int = 2
     """Worker processes of the torch loader, on each rank."""
+    classes: str = ""
+    """Of a folder, only the classes that this file names, one a line; empty for all."""
+    verify: Literal["header", "full"] = "header"
+    """How image files are looked at once before training: headers and ends, or by decoding all."""
+    on_bad_image: Literal["skip", "stop"] = "skip"
+    """Leave image files that cannot be used out and list them in bad_files.tsv, or stop."""
+    max_bad: float = 0.001
+    """Share of the image files that may be left out; if more are bad, the run stops."""
 
     def __post_init__(self) -> None:
         require_choices("data.", self)
+        require_probability("data.max_bad", self.max_bad)
+        for flag, value in (("classes", self.classes), ("verify", self.verify != "header")):
+            require(
+                not value or self.name == "folder",
+                f"data.{flag} is for image folders: with data.name={self.name}, leave it out",
+            )
         require(self.workers >= 0, f"data.workers={self.workers}: give 0 or more processes")
 
 

@@ -19,21 +19,21 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def write(path: Path, text: str) -> None:
-    """Write a UTF-8 file and flush it; not atomic, for folders that are renamed as a whole."""
-    path.write_bytes(text.encode())
+def write(path: Path, content: str | bytes) -> None:
+    """Write a file and flush it; not atomic, for folders that are renamed as a whole."""
+    path.write_bytes(content.encode() if isinstance(content, str) else content)
     sync(path)
 
 
-def replace(path: Path, text: str) -> None:
-    """Write a UTF-8 file that appears under its name complete or not at all.
+def replace(path: Path, content: str | bytes) -> None:
+    """Write a file (text as UTF-8) that appears under its name complete or not at all.
 
     Raises:
         OSError: it cannot be written; what was there before is untouched.
     """
     temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
     try:
-        write(temporary, text)
+        write(temporary, content)
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)

@@ -3,6 +3,7 @@
     run.json       marks the folder as ours: format, creation time, version, configuration digest
     config.yaml    the whole configuration
     status.json    how the run stands, replaced atomically
+    bad_files.tsv  image files that are left out, and why
     metrics.jsonl  checkpoints/  tensorboard/  logs/  and what later commands add
 
 A folder without our run.json is somebody else's: it is never written into and never emptied.
@@ -41,7 +42,7 @@ LOCK, OWNER = "run.lock", "run.lock.json"
 # --overwrite leaves nothing behind that could be taken for the new run's
 CONTENTS = (
     *("config.yaml", "status.json", "metrics.jsonl", "checkpoints", "spectrum.npz", "tensorboard"),
-    *("wandb", "logs", "report.html", "figures", "export"),
+    *("wandb", "logs", "report.html", "figures", "export", "bad_files.tsv"),
 )
 
 
@@ -91,6 +92,7 @@ class RunFolder:
         self.path, self.rank, self.is_new, self.id = path, rank, is_new, id
         self.checkpoints, self.logs = path / "checkpoints", path / "logs"
         self.metrics, self.tensorboard = path / "metrics.jsonl", path / "tensorboard"
+        self.bad_files = path / "bad_files.tsv"
         self._lock = lock
 
     @classmethod

@@ -88,7 +88,8 @@ RULES: dict[str, Rule] = {
     "method": "identity", "predictor": "identity", "model.": "identity", "filter.": "identity",
     "augment.": "identity", "seed": "identity", "precision": "identity", "sync_bn": "identity",
     "data.name": "identity", "data.root": "free", "data.download": "free", "data.loader": "free",
-    "data.workers": "free",
+    "data.workers": "free", "data.classes": "identity", "data.verify": "identity",
+    "data.on_bad_image": "free", "data.max_bad": "free",
     "optim.": "schedule", "optim.optimizer": "identity", "optim.accumulate": "identity",
     "log.": "free", "device": "free", "out": "free",
 }  # fmt: skip

@@ -61,7 +61,8 @@ def quick_and_restless() -> Iterator[None]:
     """Images are prepared once for all trainers. The loss scale starts so high that it overflows,
     and is raised after every two steps that did not."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trainer_module, "load", cache(trainer_module.load))
+        prepared = cache(trainer_module.load)
+        patch.setattr(trainer_module, "load", lambda config, split, _=None: prepared(config, split))
         scaler = partial(torch.amp.GradScaler, init_scale=2.0**22, growth_interval=2)
         patch.setattr(torch.amp, "GradScaler", scaler)
         yield

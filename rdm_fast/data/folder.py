@@ -3,66 +3,109 @@
 Rules: files are taken by their suffix, at any depth under a class; names that start with a dot
 are ignored; links are followed, but no folder or file is visited twice, so a loop of links ends
 and a file with two names counts once. A class folder without images gets no label. Classes are
-numbered in the order of their names in train, for every split.
+numbered in the order of their names in train, for every split, whether or not their files turn out
+to be usable (`rdm_fast.data.index`).
 """
 
+import hashlib
 import os
 from pathlib import Path
 
 import numpy as np
 
+from rdm_fast.config import DataConfig
+from rdm_fast.data import index
+from rdm_fast.data.bad_files import leave_out
+from rdm_fast.data.decode import one_line
 from rdm_fast.data.images import FileImages
+from rdm_fast.data.index import Found
 from rdm_fast.errors import DataError, InputMissing
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")
 TEST_NAMES = ("val", "test")
 SHOWN = 6
 
-Found = tuple[str, int]
-"""Path relative to the split's folder, and size in bytes."""
+FOLDER = DataConfig(name="folder")
 
 
-def load_folder(root: Path, split: str) -> FileImages:
-    """The train or test images of a folder.
+def load_folder(
+    root: Path, split: str, config: DataConfig = FOLDER, bad_files: Path | None = None
+) -> FileImages:
+    """The train or test images of a folder, without those that cannot be used.
+
+    Args:
+        root: the folder.
+        split: train or test.
+        config: classes, verify, on_bad_image and max_bad.
+        bad_files: the table that lists files that cannot be used; None for none.
 
     Raises:
-        InputMissing: the folder has no such split.
-        DataError: the split holds no images, mixes labelled and unlabelled ones, or some files
-            cannot be read as images; the first is named.
+        InputMissing: the folder has no such split, or not every class of data.classes.
+        DataError: the split holds no images, mixes labelled and unlabelled ones, or too many files
+            cannot be used; the first is named.
     """
+    chosen = read_classes(Path(config.classes).expanduser()) if config.classes else None
     folder = _split_folder(root, split)
-    classes, loose = _scan(folder, flat=folder == root)
-    if any(classes.values()) and loose:
+    classes, loose = _scan(folder, flat=folder == root, chosen=chosen)
+    if chosen is not None and split == "train":
+        _require_classes(folder, classes, chosen, config.classes)
+    filled = {name: found for name, found in classes.items() if found}
+    if filled and loose and chosen is None:
         raise DataError(
-            f"{folder} has images beside class folders, such as {loose[0][0]}: "
+            f"{folder} has images beside class folders, such as {one_line(loose[0].path)}: "
             "put every image into a class folder, or none"
         )
-    if not loose and not any(classes.values()):
+    files = [file for found in filled.values() for file in found] or loose
+    if not files:
         raise DataError(
             f"{folder} (--data.root) has no images: expected <class>/<image> or <image>, "
             f"named {' '.join(SUFFIXES)}; found {listing(folder)}"
         )
-    if loose:
-        return FileImages(
-            folder, [path for path, _ in loose], [size for _, size in loose], None, []
+    names = list(filled)
+    if split == "test" and names and (root / "train").is_dir():
+        names = _train_classes(root, names, chosen)
+    labels = np.repeat([names.index(name) for name in filled], [*map(len, filled.values())])
+    part = "" if chosen is None else hashlib.sha256("\0".join(chosen).encode()).hexdigest()[:8]
+    looked = index.build(folder, files, full=config.verify == "full", part=part)
+    leave_out(looked.bad, len(files), folder, config, bad_files)
+    images = FileImages(folder, looked, labels.astype(np.int64) if filled else None, names)
+    images.bad_files = bad_files
+    return images
+
+
+def read_classes(path: Path) -> list[str]:
+    """The names in a class list, sorted: one a line; blank lines and those with # do not count.
+
+    Raises:
+        InputMissing: there is no such file.
+        DataError: it cannot be read, or names nothing.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError as error:
+        raise InputMissing(f"--data.classes {path} does not exist") from error
+    except (OSError, ValueError) as error:
+        raise DataError(f"--data.classes {path} cannot be read as a list of names") from error
+    names = {line.strip() for line in lines if line.strip() and not line.startswith("#")}
+    if not names:
+        raise DataError(f"--data.classes {path} names no class: give one a line")
+    return sorted(names)
+
+
+def _require_classes(
+    folder: Path, classes: dict[str, list[Found]], chosen: list[str], file: str
+) -> None:
+    missing = [name for name in chosen if not classes.get(name)]
+    if missing:
+        raise InputMissing(
+            f"{folder} has no images of {len(missing)} of the {len(chosen)} classes in "
+            f"--data.classes {file}, such as {missing[0]}; it holds {listing(folder)}"
         )
-    names = [name for name, found in classes.items() if found]
-    if split == "test" and (root / "train").is_dir():
-        names = _train_classes(root, names)
-    labels = [names.index(name) for name, found in classes.items() for _ in found]
-    files = [file for found in classes.values() for file in found]
-    return FileImages(
-        folder,
-        [path for path, _ in files],
-        [size for _, size in files],
-        np.array(labels, np.int64),
-        names,
-    )
 
 
 def listing(folder: Path) -> str:
     """What is in a folder, for a message."""
-    names = sorted(entry.name for entry in folder.iterdir())
+    names = sorted(one_line(e.name) for e in folder.iterdir() if not e.name.startswith("."))
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return (", ".join(names[:SHOWN]) + more) or "nothing"
 
@@ -98,8 +141,9 @@ def _split_folder(root: Path, split: str) -> Path:
     )
 
 
-def _train_classes(root: Path, names: list[str]) -> list[str]:
-    train = [name for name, found in _scan(root / "train", flat=False)[0].items() if found]
+def _train_classes(root: Path, names: list[str], chosen: list[str] | None) -> list[str]:
+    classes, _ = _scan(root / "train", flat=False, chosen=chosen)
+    train = [name for name, found in classes.items() if found]
     unknown = [name for name in names if name not in train]
     if train and unknown:
         raise DataError(
@@ -109,17 +153,20 @@ def _train_classes(root: Path, names: list[str]) -> list[str]:
     return train or names
 
 
-def _scan(folder: Path, flat: bool) -> tuple[dict[str, list[Found]], list[Found]]:
+def _scan(
+    folder: Path, flat: bool, chosen: list[str] | None = None
+) -> tuple[dict[str, list[Found]], list[Found]]:
     """Files under each class folder, in the order of names, and files directly in `folder`.
 
-    With `flat` only the latter: the folders beside them are no classes.
+    With `flat` only the latter: the folders beside them are no classes. With `chosen`, folders of
+    other names are not looked into.
     """
     visited = {_identity(folder.stat())}
     classes: dict[str, list[Found]] = {}
     loose: list[Found] = []
     for entry in _entries(folder):
-        if entry.is_dir():
-            if not flat:
+        if _is_folder(entry):
+            if not flat and (chosen is None or entry.name in chosen):
                 classes[entry.name] = _walk(entry, entry.name, visited)
         else:
             loose += _image(entry, entry.name, visited)
@@ -134,7 +181,7 @@ def _walk(folder: "os.DirEntry[str]", prefix: str, visited: set[tuple[int, int]]
     found: list[Found] = []
     for entry in _entries(folder):
         path = f"{prefix}/{entry.name}"
-        found += _walk(entry, path, visited) if entry.is_dir() else _image(entry, path, visited)
+        found += (_walk if _is_folder(entry) else _image)(entry, path, visited)
     return found
 
 
@@ -143,12 +190,19 @@ def _image(entry: "os.DirEntry[str]", path: str, visited: set[tuple[int, int]]) 
         return []
     try:
         status = entry.stat()
-    except OSError:  # a link to nothing: opening it will say so, and name it
-        return [(path, 0)]
+    except OSError:  # a link to nothing or to itself: opening it will say so
+        return [Found(path, 0, 0)]
     if _identity(status) in visited:
         return []
     visited.add(_identity(status))
-    return [(path, status.st_size)]
+    return [Found(path, status.st_size, status.st_mtime_ns)]
+
+
+def _is_folder(entry: "os.DirEntry[str]") -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
 
 
 def _entries(folder: "os.PathLike[str]") -> list["os.DirEntry[str]"]:

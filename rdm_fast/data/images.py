@@ -1,36 +1,29 @@
 """A set of images, wherever its pixels are: in memory, encoded in memory, or in files.
 
-Every way of reading gives the same pixels: Pillow decodes, and whatever the file holds (grey,
-palette, CMYK, 16 bits, transparency) becomes 8-bit RGB by Pillow's `convert("RGB")`, which drops
-transparency and cuts 16-bit grey off at 255. Of an animation the first frame is taken. EXIF
-rotation is not applied.
+Every way of reading gives the same pixels, those of `rdm_fast.data.decode`.
 """
 
 import hashlib
 import io
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
 
+from rdm_fast.data.decode import Pixels as Pixels
+from rdm_fast.data.decode import decode, look, one_line
+from rdm_fast.data.index import Index
 from rdm_fast.errors import DataError
 
-Pixels = NDArray[np.uint8]
 Labels = NDArray[np.int64]
 
 SMALL = 96
 """Encoded images of one size and at most this many pixels a side are decoded once, for good."""
-MAX_PIXELS = 89_478_485
-"""Pillow's threshold of a decompression bomb (it warns there; here it is refused)."""
 DECODE_THREADS = 8
-BAD_IMAGE = (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError)
-"""What Pillow raises for a damaged file: SyntaxError is its own for a broken PNG."""
 
 
 class ImageSet(ABC):
@@ -39,6 +32,8 @@ class ImageSet(ABC):
     pixels: Pixels | None = None
     """[N, H, W, C] if all images are decoded and of one size."""
     channels: int = 3
+    bad_files: Path | None = None
+    """Table in which images that turn bad while training are listed."""
 
     def __init__(self, labels: Labels | None, classes: list[str], sizes: NDArray[np.int64]) -> None:
         self.labels = labels
@@ -50,6 +45,10 @@ class ImageSet(ABC):
 
     def __len__(self) -> int:
         return len(self.sizes)
+
+    def name(self, i: int) -> str:
+        """What a message calls image i."""
+        return f"image {i}"
 
     @abstractmethod
     def read(self, i: int) -> Pixels:
@@ -107,18 +106,24 @@ class EncodedImages(ImageSet):
     ) -> None:
         """Image i is encoded[offsets[i]:offsets[i + 1]]; `source` names them in messages."""
         self._encoded, self._offsets, self._source = encoded, offsets, source
-        headers = [self._header(i) for i in range(len(offsets) - 1)]
-        sizes = _sizes_or_refuse(headers, lambda i: f"image {i} of {source}", f"in {source}")
-        super().__init__(labels, classes, sizes)
+        looks = [look(self._bytes(i), full=False) for i in range(len(offsets) - 1)]
+        bad = [(i, seen) for i, seen in enumerate(looks) if isinstance(seen, str)]
+        if bad:
+            raise DataError(
+                f"{len(bad)} of {len(looks)} images in {source} cannot be used; the first is "
+                f"{self.name(bad[0][0])} ({bad[0][1]}): pack the file again without them"
+            )
+        sizes = [(seen.height, seen.width) for seen in looks if not isinstance(seen, str)]
+        super().__init__(labels, classes, np.array(sizes, np.int64).reshape(-1, 2))
 
     def _bytes(self, i: int) -> io.BytesIO:
         return io.BytesIO(self._encoded[self._offsets[i] : self._offsets[i + 1]].tobytes())
 
-    def _header(self, i: int) -> "Size":
-        return image_size(self._bytes(i))
+    def name(self, i: int) -> str:
+        return f"image {i} of {self._source}"
 
     def read(self, i: int) -> Pixels:
-        return decode(self._bytes(i), f"image {i} of {self._source}")
+        return decode(self._bytes(i), self.name(i))
 
     def _content(self, digest: "hashlib._Hash") -> None:
         digest.update(np.ascontiguousarray(self._offsets, dtype="<i8").data)
@@ -137,87 +142,39 @@ class EncodedImages(ImageSet):
 class FileImages(ImageSet):
     """Image files, decoded when read."""
 
-    def __init__(
-        self, root: Path, paths: list[str], file_sizes: list[int], labels: Labels | None,
-        classes: list[str],
-    ) -> None:  # fmt: skip
-        """`paths` are relative to `root`; `file_sizes` are in bytes, for the digest."""
-        encoded = [os.fsencode(path) for path in paths]
+    def __init__(self, root: Path, index: Index, labels: Labels | None, classes: list[str]) -> None:
+        """The usable ones of the files in an index of `root`; `labels` are those of all files."""
+        kept = np.flatnonzero(index.usable)
+        files = [index.files[k] for k in kept.tolist()]
+        encoded = [os.fsencode(file.path) for file in files]
         # One buffer, not a million objects, whose reference counts would copy it into each worker.
         self._paths = b"".join(encoded)
         self._ends = np.cumsum([0, *map(len, encoded)])
-        self._root, self._file_sizes = root, np.array(file_sizes, "<i8")
-        with ThreadPoolExecutor(DECODE_THREADS) as pool:
-            headers = list(pool.map(image_size, (root / path for path in paths)))
-        sizes = _sizes_or_refuse(headers, lambda i: str(root / paths[i]), f"under {root}")
-        super().__init__(labels, classes, sizes)
+        self._root, self._file_sizes = root, np.array([file.size for file in files], "<i8")
+        self._kinds, self._kind_names = index.kinds[kept], index.kind_names
+        super().__init__(None if labels is None else labels[kept], classes, index.sizes[kept])
 
     def path(self, i: int) -> Path:
         """File of image i."""
         return self._root / os.fsdecode(self._paths[self._ends[i] : self._ends[i + 1]])
 
+    def kind(self, i: int) -> str:
+        """Format and Pillow mode of image i, `animated` if it is: `PNG I;16`, `GIF P animated`."""
+        return self._kind_names[self._kinds[i]]
+
+    def name(self, i: int) -> str:
+        return one_line(str(self.path(i)))
+
     def read(self, i: int) -> Pixels:
-        return decode(self.path(i), str(self.path(i)))
+        pixels, (height, width) = decode(self.path(i), self.name(i)), self.sizes[i]
+        if pixels.shape[:2] != (height, width):
+            H, W = pixels.shape[:2]
+            raise DataError(
+                f"{self.name(i)} has changed: it is {H} x {W} pixels, not {height} x {width}"
+            )
+        return pixels
 
     def _content(self, digest: "hashlib._Hash") -> None:
         digest.update(self._paths)
         digest.update(self._ends.astype("<i8").data)
         digest.update(self._file_sizes.data)
-
-
-Size = tuple[int, int] | str
-"""Height and width, or why the image is unusable."""
-
-
-def image_size(file: Path | io.BytesIO) -> Size:
-    """Height and width from the header, without decoding; or why there are none."""
-    try:
-        with Image.open(file) as image:
-            width, height = image.size
-    except BAD_IMAGE as error:
-        return "empty" if _is_empty(file) else _reason(error)
-    if width * height > MAX_PIXELS:
-        return f"{height} x {width} pixels are more than {MAX_PIXELS}"
-    return height, width
-
-
-def decode(file: Path | io.BytesIO, name: str) -> Pixels:
-    """The image as 8-bit RGB, [H, W, 3].
-
-    Raises:
-        DataError: it is missing, damaged, or too large; the message calls it `name`.
-    """
-    try:
-        with Image.open(file) as image:
-            width, height = image.size
-            if width * height > MAX_PIXELS:
-                raise ValueError(f"{height} x {width} pixels are more than {MAX_PIXELS}")
-            return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
-    except BAD_IMAGE as error:
-        raise DataError(f"{name} cannot be read as an image ({_reason(error)})") from error
-
-
-def _sizes_or_refuse(
-    headers: list[Size], name: Callable[[int], str], where: str
-) -> NDArray[np.int64]:
-    bad = [i for i, header in enumerate(headers) if isinstance(header, str)]
-    if bad:
-        raise DataError(
-            f"{len(bad)} of {len(headers)} images {where} cannot be used; the first is "
-            f"{name(bad[0])} ({headers[bad[0]]}): repair or remove them"
-        )
-    return np.array(headers, np.int64).reshape(-1, 2)
-
-
-def _is_empty(file: Path | io.BytesIO) -> bool:
-    if isinstance(file, io.BytesIO):
-        return not file.getbuffer().nbytes
-    return file.is_file() and file.stat().st_size == 0
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, UnidentifiedImageError):
-        return "not an image, or a damaged header"
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror.lower()
-    return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -21,8 +21,13 @@ DIGITS_TRAIN = 1400
 DIGITS_MAX = 16  # scikit-learn's digits count pixels of a 4 x 4 block
 
 
-def load(config: DataConfig, split: Split) -> ImageSet:
+def load(config: DataConfig, split: Split, bad_files: Path | None = None) -> ImageSet:
     """The train or test images of a data set.
+
+    Args:
+        config: which, and what is done about image files that cannot be used.
+        split: train or test.
+        bad_files: table that lists such files; None for none.
 
     Raises:
         InputMissing: they are not where --data.root says; the message shows what is there.
@@ -33,7 +38,7 @@ def load(config: DataConfig, split: Split) -> ImageSet:
     if config.name == "digits":
         return load_digits(split)
     if config.name == "folder":
-        return load_folder(root, split)
+        return load_folder(root, split, config, bad_files)
     if config.name == "arrays":
         return load_arrays(root, split)
     return load_torchvision(config.name, root, split, config.download)

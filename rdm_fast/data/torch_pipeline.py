@@ -15,8 +15,10 @@ from torch.utils.data import DataLoader, Dataset
 
 from rdm_fast.config import Config
 from rdm_fast.data.augment import normalise, view_of_image
+from rdm_fast.data.bad_files import LostImages, read_or_next
 from rdm_fast.data.batch import Batch, draw_pair, labels_of
-from rdm_fast.data.images import ImageSet, Pixels
+from rdm_fast.data.decode import Pixels
+from rdm_fast.data.images import ImageSet
 from rdm_fast.data.sampler import ViewParameters, epoch_order, step_indices
 from rdm_fast.errors import UserError
 
@@ -37,6 +39,7 @@ class TorchLoader:
         self.config, self.images, self.device = config, images, device
         self.rank, self.world_size = rank, world_size
         self.steps_per_epoch = len(images) // config.optim.global_batch
+        self._lost = LostImages(images, config.data)
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
         config, device = self.config, self.device
@@ -46,7 +49,9 @@ class TorchLoader:
             for step in range(start_step, self.steps_per_epoch)
         ]
         make = PairOfViews(config, self.images, epoch)
-        for view1, view2, labels, indices in in_workers(make, steps, config.data.workers, device):
+        made = in_workers(make, steps, config.data.workers, device)
+        for asked, (view1, view2, labels, indices) in zip(steps, made, strict=True):
+            self._lost.note(asked, indices.numpy())
             yield Batch(
                 to_device(view1, config, device),
                 to_device(view2, config, device),
@@ -56,21 +61,30 @@ class TorchLoader:
 
 
 class PairOfViews:
-    """Makes both views of some images, as uint8 [b, S, S, C], with labels and indices."""
+    """Makes both views of some images, as uint8 [b, S, S, C], with labels and indices.
+
+    The indices are those asked for, but for images that cannot be read (`read_or_next`).
+    """
 
     def __init__(self, config: Config, images: ImageSet, epoch: int) -> None:
         self.config, self.images, self.epoch = config, images, epoch
 
     def __call__(self, indices: Indices) -> tuple[Tensor, ...]:
+        read = [self._read(i) for i in indices.tolist()]
+        indices = np.array([i for i, _ in read])
         parameters = draw_pair(self.config, self.images, self.epoch, indices)
-        pairs = [self._pair(parameters, row, int(i)) for row, i in enumerate(indices)]
+        pairs = [self._pair(parameters, row, image) for row, (_, image) in enumerate(read)]
         view1, view2 = (torch.from_numpy(np.stack(views)) for views in zip(*pairs, strict=True))
         return view1, view2, labels_of(self.images, indices), torch.from_numpy(indices)
 
+    def _read(self, i: int) -> tuple[int, Pixels]:
+        if self.config.data.on_bad_image == "stop":
+            return i, self.images.read(i)
+        return read_or_next(self.images, i)
+
     def _pair(
-        self, parameters: tuple[ViewParameters, ViewParameters], row: int, i: int
+        self, parameters: tuple[ViewParameters, ViewParameters], row: int, image: Pixels
     ) -> tuple[Pixels, Pixels]:
-        image = self.images.read(i)  # decoded once for both
         view1, view2 = (view_of_image(image, p, row, self.config.augment) for p in parameters)
         return view1, view2
 

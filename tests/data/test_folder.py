@@ -1,6 +1,7 @@
 """rdm_fast.data.folder: which files count, which label they have, and what is refused."""
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -147,3 +148,52 @@ def test_images_of_a_folder_are_not_all_one_size(tmp_path: Path) -> None:
     images = load_folder(tmp_path, "train")
     assert images.pixels is None
     np.testing.assert_array_equal(images.sizes, [[10, 10], [10, 11]])
+
+
+# ---- some of the classes ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def four_classes(tmp_path: Path) -> Path:
+    put(tmp_path / "data", *(f"{s}/{c}/{s}{c}.png" for s in ("train", "val") for c in "dcba"))
+    return tmp_path / "data"
+
+
+def listed(tmp_path: Path, text: str) -> DataConfig:
+    (tmp_path / "classes.txt").write_text(text, encoding="utf-8")
+    return DataConfig(
+        name="folder", root=str(tmp_path / "data"), classes=str(tmp_path / "classes.txt")
+    )
+
+
+def test_a_class_list_selects_and_does_not_order(four_classes: Path, tmp_path: Path) -> None:
+    config = listed(tmp_path, "# two of four\r\nd\r\n\n  b \nd\n")
+    train, test = load(config, "train"), load(config, "test")
+    assert train.classes == test.classes == ["b", "d"]
+    assert names(train) == ["trainb.png", "traind.png"] and names(test) == ["valb.png", "vald.png"]
+    assert train.labels is not None and train.labels.tolist() == [0, 1]
+    everything = load(DataConfig(name="folder", root=str(four_classes)), "train")
+    assert len(everything) == 4 and everything.digest != train.digest
+    (four_classes / "train/stray.png").write_bytes(b"")  # nor is what lies beside looked at
+    assert load(config, "train").digest == train.digest
+
+
+def test_a_class_list_that_does_not_fit_is_refused(four_classes: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputMissing, match=r"no images of 1 of the 2 classes.* such as e; .*a, b"):
+        load(listed(tmp_path, "a\ne\n"), "train")
+    (four_classes / "train/f").mkdir()
+    with pytest.raises(InputMissing, match=r"no images of 1 of the 1 classes.* such as f"):
+        load(listed(tmp_path, "f"), "train")
+    with pytest.raises(DataError, match=r"classes\.txt names no class"):
+        load(listed(tmp_path, "# none\n"), "train")
+    with pytest.raises(InputMissing, match=r"--data.classes .*nowhere does not exist"):
+        load(replace(listed(tmp_path, ""), classes=str(tmp_path / "nowhere")), "train")
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\0")
+    with pytest.raises(DataError, match="cannot be read as a list of names"):
+        load(replace(listed(tmp_path, ""), classes=str(tmp_path / "binary")), "train")
+
+
+@pytest.mark.parametrize("changes", [{"classes": "x.txt"}, {"verify": "full"}])
+def test_what_only_folders_have_is_refused_elsewhere(changes: dict[str, str]) -> None:
+    with pytest.raises(ValueError, match=r"data\.\w+ is for image folders: with data\.name=digits"):
+        DataConfig(name="digits", **changes)  # type: ignore[arg-type]

@@ -9,16 +9,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy.stats import chisquare, ks_2samp, kstest
-from torchvision.transforms import ColorJitter, RandomResizedCrop
+from torchvision.transforms import ColorJitter, GaussianBlur, RandomAffine, RandomResizedCrop
 
 from rdm_fast.config import ViewConfig
+from rdm_fast.data.philox import uniforms
 from rdm_fast.data.sampler import (
+    CROP_TRIES,
     JITTER_ORDERS,
+    SCALAR_BLOCKS,
+    VIEW_STREAM,
     ViewParameters,
     draw_views,
     epoch_order,
     step_indices,
 )
+from rdm_fast.recipes import RECIPES
 
 N = 4000
 P = 0.001  # of a false alarm in one comparison; the seeds are fixed, so it cannot flicker
@@ -140,11 +145,55 @@ def test_windows_lie_within_the_image(height: int, width: int, seed: int) -> Non
     assert (p.top + p.height <= height).all() and (p.left + p.width <= width).all()
 
 
-def test_jitter_follows_color_jitter() -> None:
-    ours = draw()
-    theirs = [
-        ColorJitter.get_params([0.6, 1.4], [0.6, 1.4], [0.8, 1.2], [-0.1, 0.1]) for _ in range(N)
-    ]
+class Numbers:
+    """torch's random numbers, replaced by those of our sampler for one image."""
+
+    def __init__(self, seed: int, index: int) -> None:
+        first = len(SCALAR_BLOCKS)
+        blocks = range(first, first + CROP_TRIES)
+        tries = uniforms(seed, 0, np.array([index]), VIEW_STREAM, blocks).reshape(-1, 4)
+        self.tries, self.left = iter(tries.tolist()), list[float]()
+
+    def uniform_(self, tensor: torch.Tensor, low: float, high: float) -> torch.Tensor:
+        if len(self.left) != 3:  # not a ratio, which follows its area: another try
+            self.left = next(self.tries)
+        return tensor.fill_(low + (high - low) * self.left.pop(0))
+
+    def randint(self, low: int, high: int, size: tuple[int, ...]) -> torch.Tensor:
+        assert low == 0
+        return torch.tensor([int(self.left.pop(0) * high)])
+
+
+@pytest.mark.parametrize("scale", [(0.08, 1.0), (0.2, 1.0), (0.9, 1.0)])
+@pytest.mark.parametrize("shape", [(100, 150), (32, 32), (30, 75), (375, 500), (3, 2), (7, 90)])
+def test_windows_are_random_resized_crop_s_given_its_numbers(
+    scale: tuple[float, float], shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    view = ViewConfig(crop_scale=scale)
+    ours = draw_views(view, 5, 0, np.arange(300), 0, *shape)
+    image = torch.zeros(1, *shape)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)  # torchvision draws in it
+    try:
+        for i in range(300):
+            numbers = Numbers(5, i)
+            with monkeypatch.context() as patch:
+                patch.setattr(
+                    torch.Tensor, "uniform_", lambda t, a, b, n=numbers: n.uniform_(t, a, b)
+                )
+                patch.setattr(torch, "randint", numbers.randint)
+                expected = RandomResizedCrop.get_params(image, list(scale), list(view.crop_ratio))
+            assert (ours.top[i], ours.left[i], ours.height[i], ours.width[i]) == expected
+    finally:
+        torch.set_default_dtype(before)
+
+
+@pytest.mark.parametrize("name", ["cifar10_simsiam", "cifar10_byol", "imagenet_byol"])
+def test_jitter_follows_color_jitter(name: str) -> None:
+    view = RECIPES[name]().augment.view1
+    ours = draw_views(view, 3, 1, np.arange(N), 0, 100, 150)
+    ranges = [[1 - x, 1 + x] for x in (view.brightness, view.contrast, view.saturation)]
+    theirs = [ColorJitter.get_params(*ranges, [-view.hue, view.hue]) for _ in range(N)]
     columns = np.array([row[1:] for row in theirs], float).T
     for mine, expected in zip(
         (ours.brightness, ours.contrast, ours.saturation, ours.hue), columns, strict=True
@@ -161,8 +210,14 @@ def uniform_pvalue(values: NDArray[np.float64], low: float, high: float) -> floa
     return float(kstest((values - low) / (high - low), "uniform").pvalue)
 
 
-def test_angles_and_sigmas_are_uniform() -> None:
+def test_angles_and_sigmas_follow_random_affine_and_gaussian_blur() -> None:
     p = draw()
+    affine = [
+        RandomAffine.get_params([-20, 20], None, None, [-12, 12], [100, 150]) for _ in range(N)
+    ]
+    assert ks_2samp(p.angle, [a[0] for a in affine]).pvalue > P
+    assert ks_2samp(p.shear, [a[3][0] for a in affine]).pvalue > P
+    assert ks_2samp(p.sigma, [GaussianBlur.get_params(0.1, 2.0) for _ in range(N)]).pvalue > P
     assert uniform_pvalue(p.angle, -20, 20) > P
     assert uniform_pvalue(p.shear, -12, 12) > P
     assert uniform_pvalue(p.sigma, 0.1, 2.0) > P

@@ -283,6 +283,27 @@ def test_log_of_data_with_exact_zeros_trains_and_stays_finite(call: Call, tmp_pa
     assert_finite_losses(tmp_path / "run", steps=2)
 
 
+def test_a_bad_image_is_left_out_and_listed_or_stops_the_run(call: Call, tmp_path: Path) -> None:
+    folder = tmp_path / "images/train/any"
+    folder.mkdir(parents=True)
+    for shade in range(8):
+        Image.new("RGB", (16, 16), (30 * shade, 0, 0)).save(folder / f"{shade}.png")
+    (folder / "bad.png").touch()
+    flags = (
+        f"--data.name folder --data.root {tmp_path / 'images'} --data.workers 0 "
+        "--data.loader torch --augment.mean 0 0 0 --augment.std 1 1 1 --batch-size 4 --log.every 1"
+    )
+    run = tmp_path / "run"
+    told = error(call("train.py", *tiny(run, flags)), 65)
+    assert "1 of 9 images" in told and f"{folder / 'bad.png'} (empty)" in told
+    assert "--data.max-bad" in told
+    done = call("train.py", *tiny(run, f"{flags} --data.max-bad 0.2"))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("1 of 9 images") == 1
+    assert (run / "bad_files.tsv").read_text() == f"path\treason\n{folder / 'bad.png'}\tempty\n"
+    assert_finite_losses(run, steps=2)
+
+
 def assert_finite_losses(run: Path, steps: int) -> None:
     text = (run / "metrics.jsonl").read_text()
     losses = [float(x) for x in re.findall(r'"loss": ?(NaN|-?[\d.e+-]+|null|-?Infinity)', text)]

@@ -1,0 +1,128 @@
+"""Image files that cannot be used: left out, replaced, listed, and counted against data.max_bad.
+
+What the index finds before training is left out of the data set. A file that turns bad after that
+(it vanished, changed its size, or has damage that only decoding shows) keeps its place in the
+order, so that nothing else moves: the next image of the list that can be read takes its turn,
+drawn as that image is drawn in this epoch.
+"""
+
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rdm_fast import durable
+from rdm_fast.config import DataConfig
+from rdm_fast.data.decode import Pixels, one_line
+from rdm_fast.data.images import ImageSet
+from rdm_fast.data.index import BadFile
+from rdm_fast.distributed import print0, rank
+from rdm_fast.errors import CannotCreate, DataError
+
+HEADER = "path\treason\n"
+NEIGHBOURS = 16
+"""Images that are tried in the place of one; if none can be read, it is not the files."""
+
+
+def leave_out(
+    bad: list[BadFile], total: int, where: Path, config: DataConfig, listing: Path | None
+) -> None:
+    """List the files that the index found bad (rank zero), and stop if that is one too many.
+
+    Args:
+        bad: the files.
+        total: how many there are, good and bad.
+        where: the folder, for the message.
+        config: on_bad_image and max_bad.
+        listing: the table to write; None for none.
+
+    Raises:
+        CannotCreate: the table cannot be written.
+        DataError: data.on_bad_image is stop, or more than data.max_bad of the files are bad, or
+            all; the first is named.
+    """
+    if listing is not None and rank() == 0:
+        try:
+            listing.unlink(missing_ok=True)  # of an earlier start
+            if bad:
+                durable.replace(listing, HEADER + "".join(map(_row, bad)))
+        except OSError as error:
+            raise CannotCreate(f"{listing} cannot be written ({error.strerror})") from error
+    if not bad:
+        return
+    listed = f", all in {listing}" if listing is not None else ""
+    found = (
+        f"{len(bad)} of {total} images under {one_line(str(where))} cannot be used{listed}; the "
+        f"first is {one_line(bad[0].path)} ({bad[0].reason})"
+    )
+    if config.on_bad_image == "stop" or len(bad) == total:
+        raise DataError(f"{found}: repair or remove them")
+    if len(bad) > config.max_bad * total:
+        raise DataError(
+            f"{found}: repair or remove them, or allow more than {config.max_bad:g} of all with "
+            "--data.max-bad"
+        )
+    print0(f"warning: {found}: they are left out")
+
+
+def read_or_next(images: ImageSet, i: int) -> tuple[int, Pixels]:
+    """Image i, or the first after it that can be read, with its index.
+
+    Raises:
+        DataError: none of NEIGHBOURS images can be read; the first is named.
+    """
+    first: DataError | None = None
+    for candidate in range(i, i + min(NEIGHBOURS, len(images))):
+        try:
+            return candidate % len(images), images.read(candidate % len(images))
+        except DataError as error:
+            first = first or error
+    assert first is not None
+    raise DataError(f"{first}, nor can any of the {NEIGHBOURS - 1} images after it") from first
+
+
+class LostImages:
+    """Images that turned bad after the index looked at them, as this rank sees them."""
+
+    def __init__(self, images: ImageSet, config: DataConfig) -> None:
+        self._images, self._config = images, config
+        self._lost: set[int] = set()
+
+    def note(self, asked: NDArray[np.int64], shown: NDArray[np.int64]) -> None:
+        """Warn of images in whose place another was shown, list and count them.
+
+        Raises:
+            DataError: more than data.max_bad of the images are lost.
+        """
+        for i in asked[asked != shown].tolist():
+            if i not in self._lost:
+                self._lost.add(i)
+                self._tell(i)
+
+    def _tell(self, i: int) -> None:
+        name, listing, limit = self._images.name(i), self._images.bad_files, self._config.max_bad
+        try:
+            self._images.read(i)
+            why = f"{name} could not be read for a moment"
+        except DataError as error:
+            why = str(error)
+        if listing is not None:
+            header = "" if listing.exists() else HEADER
+            with suppress(OSError), open(listing, "a", encoding="utf-8") as table:
+                table.write(f"{header}{name}\t{why.removeprefix(name).strip()}\n")
+        if len(self._lost) > limit * len(self._images):
+            raise DataError(
+                f"{why}; with it rank {rank()} lost {len(self._lost)} of {len(self._images)} "
+                f"images while training, more than --data.max-bad {limit:g}: repair them and run "
+                "the same command again, or allow more"
+            )
+        if len(self._lost) == 1:
+            more = f", and further ones are only listed in {listing}" if listing else ""
+            print(
+                f"warning: rank {rank()}: {why}: the next image takes its place{more}", flush=True
+            )
+
+
+def _row(bad: BadFile) -> str:
+    return f"{one_line(bad.path)}\t{bad.reason}\n"

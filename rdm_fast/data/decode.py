@@ -1,0 +1,165 @@
+"""One image file, through Pillow: can it be used, what is it, and its pixels.
+
+Whatever the file holds becomes 8-bit RGB in one way, for every loader:
+
+    grey, 1 bit, palette, CMYK, YCbCr    as Pillow converts them
+    transparency                         dropped: the colours beneath it are kept, on no background
+    16 bits a channel                    the high byte, of grey (Pillow cuts it off) as of RGB
+    animations                           the first frame
+    EXIF orientation                     not applied
+
+Files come from strangers: only the formats named here are tried, by content and not by name, and
+nothing is decoded that says it is larger than MAX_PIXELS.
+"""
+
+import os
+import stat
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+
+from rdm_fast.errors import DataError
+
+Pixels = NDArray[np.uint8]
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+"""What is tried; not all that Pillow knows, which would hand EPS to Ghostscript."""
+EIGHT_BIT = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")
+SIXTEEN_BIT = ("I;16", "I;16B", "I;16L", "I;16N")
+SIXTEEN_BIT_AS_32 = ("PNG", "PPM")
+"""Formats whose 16-bit grey Pillow holds as mode I; that mode is 32 bits deep elsewhere."""
+MAX_PIXELS = 178_956_970
+"""Pillow's own limit of a decompression bomb."""
+LARGE = 16_000_000
+"""Pixels from which images are looked at one by one, or eight threads would fill the memory."""
+ENDS = {"JPEG": b"\xff\xd9", "PNG": b"\0\0\0\0IEND\xaeB\x60\x82", "GIF": b";"}
+
+
+_one_large = threading.Lock()
+
+
+@dataclass(frozen=True, slots=True)
+class Header:
+    """What a file says it is."""
+
+    height: int
+    width: int
+    kind: str
+    """Format and Pillow mode, and whether it is an animation: `JPEG RGB`, `GIF P animated`."""
+
+
+def look(source: Path | BinaryIO, *, full: bool) -> Header | str:
+    """What an image file is, or in a few words why it cannot be used.
+
+    Args:
+        source: the file, or its bytes.
+        full: decode it too. Without, only a file whose end is not an image's end is decoded: that
+            finds those that were cut off, not those with damage in the middle.
+    """
+    try:
+        with _opened(source) as file, _image(file) as image:
+            (width, height), form, mode = image.size, str(image.format), image.mode
+            still = "" if not getattr(image, "is_animated", False) else " animated"
+            if full or not _ends_whole(file, form):
+                with _one_large if width * height >= LARGE else nullcontext():
+                    image.load()
+            return Header(height, width, f"{form} {mode}{still}")
+    except MemoryError:
+        raise
+    except Exception as error:  # a damaged file may raise anything, from any depth of a codec
+        return reason(error)
+
+
+def decode(source: Path | BinaryIO, name: str) -> Pixels:
+    """The image as 8-bit RGB, [H, W, 3].
+
+    Raises:
+        DataError: it is missing, damaged, too large or unsupported; the message calls it `name`.
+    """
+    try:
+        with _opened(source) as file, _image(file) as image:
+            if not image.mode.startswith("I"):
+                return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
+            grey = (np.asarray(image) >> 8).astype(np.uint8)
+            return np.repeat(grey[:, :, None], 3, axis=2)
+    except MemoryError:
+        raise
+    except Exception as error:
+        raise DataError(f"{name} cannot be read as an image ({reason(error)})") from error
+
+
+def reason(error: Exception) -> str:
+    """Why Pillow or the operating system refused a file, in a few words on one line."""
+    if isinstance(error, UnidentifiedImageError):
+        return "not an image, or a damaged header"
+    if isinstance(error, Image.DecompressionBombError):
+        return f"more than {MAX_PIXELS} pixels"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror.lower()
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def one_line(path: str) -> str:
+    r"""A path on one line of a message or table: \n, \t, \r, \\ and non-UTF-8 bytes escaped."""
+    for character, escaped in (("\\", r"\\"), ("\n", r"\n"), ("\t", r"\t"), ("\r", r"\r")):
+        path = path.replace(character, escaped)
+    return path.encode(errors="backslashreplace").decode()
+
+
+@contextmanager
+def _opened(source: Path | BinaryIO) -> Iterator[BinaryIO]:
+    """The file of a path, closed after use; bytes that are open already stay so."""
+    if not isinstance(source, Path):
+        yield source
+        return
+    with open(source, "rb", opener=_without_waiting) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise ValueError("not a regular file")
+        yield file
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | os.O_NONBLOCK)  # a named pipe would be waited for, for ever
+
+
+def _image(file: BinaryIO) -> Image.Image:
+    """The file's image, not decoded yet.
+
+    Raises:
+        ValueError: it is empty, too large, or of a mode that has no one meaning in 8-bit RGB.
+    """
+    if not file.seek(0, os.SEEK_END):
+        raise ValueError("empty")
+    file.seek(0)
+    image = Image.open(file, formats=FORMATS)
+    width, height = image.size
+    if width * height > MAX_PIXELS:
+        raise ValueError(f"more than {MAX_PIXELS} pixels")
+    if image.mode not in (*EIGHT_BIT, *SIXTEEN_BIT) and not (
+        image.mode == "I" and image.format in SIXTEEN_BIT_AS_32
+    ):
+        raise ValueError(f"{image.format} of mode {image.mode}, which is not supported")
+    return image
+
+
+def _ends_whole(file: BinaryIO, form: str) -> bool:
+    """Whether the file's last bytes are an image's; False where that cannot be told."""
+    place, size = file.tell(), file.seek(0, os.SEEK_END)
+    try:
+        if form == "WEBP":
+            file.seek(4)
+            return int.from_bytes(file.read(4), "little") + 8 <= size
+        end = ENDS.get(form)
+        if end is None or size < len(end):
+            return False
+        file.seek(-len(end), os.SEEK_END)
+        return file.read(len(end)) == end
+    finally:
+        file.seek(place)
