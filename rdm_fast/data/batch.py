@@ -19,7 +19,8 @@ class Batch:
     """This rank's images of one step."""
 
     view1: Tensor
-    """float32 [b, C, S, S], normalised, channels_last, on the device."""
+    """float32 [b, C, S, S], normalised, channels_last, on the device. (float16 from DALI on a GPU,
+    unless the precision is fp32.)"""
     view2: Tensor
     """The second view of the same images."""
     labels: Tensor

@@ -59,6 +59,18 @@ class ImageSet(ABC):
             DataError: the image cannot be decoded.
         """
 
+    def file(self, i: int) -> Pixels:
+        """The file of image i, undecoded, as bytes [n]; there is none if `pixels` is set.
+
+        Raises:
+            DataError: it cannot be read.
+        """
+        raise NotImplementedError
+
+    def name(self, i: int) -> str:
+        """What messages call image i."""
+        return f"image {i}"
+
     @abstractmethod
     def _content(self, digest: "hashlib._Hash") -> None:
         """Feed the digest with what tells these images from others."""
@@ -111,14 +123,17 @@ class EncodedImages(ImageSet):
         sizes = _sizes_or_refuse(headers, lambda i: f"image {i} of {source}", f"in {source}")
         super().__init__(labels, classes, sizes)
 
-    def _bytes(self, i: int) -> io.BytesIO:
-        return io.BytesIO(self._encoded[self._offsets[i] : self._offsets[i + 1]].tobytes())
+    def file(self, i: int) -> Pixels:
+        return self._encoded[self._offsets[i] : self._offsets[i + 1]]
+
+    def name(self, i: int) -> str:
+        return f"image {i} of {self._source}"
 
     def _header(self, i: int) -> "Size":
-        return image_size(self._bytes(i))
+        return image_size(io.BytesIO(self.file(i).tobytes()))
 
     def read(self, i: int) -> Pixels:
-        return decode(self._bytes(i), f"image {i} of {self._source}")
+        return decode(io.BytesIO(self.file(i).tobytes()), self.name(i))
 
     def _content(self, digest: "hashlib._Hash") -> None:
         digest.update(np.ascontiguousarray(self._offsets, dtype="<i8").data)
@@ -156,8 +171,17 @@ class FileImages(ImageSet):
         """File of image i."""
         return self._root / os.fsdecode(self._paths[self._ends[i] : self._ends[i + 1]])
 
+    def file(self, i: int) -> Pixels:
+        try:
+            return np.fromfile(self.path(i), np.uint8)
+        except OSError as error:
+            raise unreadable(self.name(i), error) from error
+
+    def name(self, i: int) -> str:
+        return str(self.path(i))
+
     def read(self, i: int) -> Pixels:
-        return decode(self.path(i), str(self.path(i)))
+        return decode(self.path(i), self.name(i))
 
     def _content(self, digest: "hashlib._Hash") -> None:
         digest.update(self._paths)
@@ -194,7 +218,12 @@ def decode(file: Path | io.BytesIO, name: str) -> Pixels:
                 raise ValueError(f"{height} x {width} pixels are more than {MAX_PIXELS}")
             return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
     except BAD_IMAGE as error:
-        raise DataError(f"{name} cannot be read as an image ({_reason(error)})") from error
+        raise unreadable(name, error) from error
+
+
+def unreadable(name: str, error: Exception) -> DataError:
+    """The sentence for an image that cannot be read or decoded."""
+    return DataError(f"{name} cannot be read as an image ({_reason(error)})")
 
 
 def _sizes_or_refuse(
