@@ -175,9 +175,7 @@ def contrasted(x: Node, factor: Node, colour: bool) -> Node:
     """mean + factor (x - mean), about the mean grey of each image."""
     grey = luma(x) if colour else x
     mean = dali_math.floor(fn.reductions.mean(grey, axes=[0, 1, 2]) + 0.5)
-    return fn.brightness_contrast(
-        x, contrast=factor, contrast_center=mean, brightness_shift=CUT, dtype=types.UINT8
-    )
+    return cut(x * factor + mean * (1 - factor))  # an operator's argument cannot be on the GPU
 
 
 def cut(x: Node) -> Node:

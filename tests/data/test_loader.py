@@ -4,7 +4,7 @@ import io
 import pickle
 import sys
 import tomllib
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +16,21 @@ from torch import Tensor
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
 
 from rdm_fast.config import AugmentConfig, Config, DataConfig, OptimConfig, ViewConfig
-from rdm_fast.data import Batch, ImageSet, build_loader, evaluation_batches, load
+from rdm_fast.data import (
+    Batch,
+    ImageSet,
+    build_loader,
+    dali_input,
+    evaluation_batches,
+    load,
+    resident,
+    torch_pipeline,
+)
+from rdm_fast.data.batch import draw_pair
 from rdm_fast.data.dali import install_line
 from rdm_fast.data.folder import load_folder
 from rdm_fast.data.images import EncodedImages, PixelImages
-from rdm_fast.data.sampler import epoch_order
+from rdm_fast.data.sampler import ViewParameters, epoch_order
 from rdm_fast.data.torch_pipeline import PairOfViews
 from rdm_fast.errors import DataError, Unavailable, UsageError
 from tests.data.dali_here import DECODING, HERE, LOADERS, needs_dali
@@ -148,6 +158,60 @@ def test_an_epoch_has_every_image_once_and_drops_the_rest(loader: str, images: I
     seen = torch.cat([batch.indices for batch in batches(config, images, epoch=3)])
     assert len(seen) == 80 and len(seen.unique()) == 80
     np.testing.assert_array_equal(seen, epoch_order(config.seed, 3, 96)[:80])
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_every_epoch_has_the_planned_number_of_steps(loader: str, images: ImageSet) -> None:
+    made = build_loader(configure(loader, batch=20), images, rank=1, world_size=2, device=CPU)
+    for epoch in range(4):
+        assert made.steps_per_epoch == 4 and len(list(made.epoch(epoch))) == 4
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_an_epoch_left_in_its_middle_disturbs_no_other(loader: str, images: ImageSet) -> None:
+    made = build_loader(configure(loader), images, rank=0, world_size=1, device=CPU)
+    whole = list(made.epoch(1))
+    left = made.epoch(0)
+    next(left)
+    again = made.epoch(1, 2)
+    assert same(next(again), whole[2])
+    next(left)
+    assert same(next(again), whole[3])
+
+
+def test_every_loader_is_given_the_same_parameters(
+    images: ImageSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In any loader, on any number of ranks, and going on from any step."""
+
+    def table(loader: str, world: int, start: int) -> dict[int, bytes]:
+        rows: dict[int, bytes] = {}
+
+        def recorded(
+            config: Config, images: ImageSet, epoch: int, indices: NDArray[np.int64]
+        ) -> tuple[ViewParameters, ViewParameters]:
+            drawn = draw_pair(config, images, epoch, indices)
+            for row, i in enumerate(indices.tolist() if epoch == 1 else ()):
+                rows[i] = b"".join(
+                    getattr(p, field.name)[row].tobytes() for p in drawn for field in fields(p)
+                )
+            return drawn
+
+        for module in (resident, torch_pipeline, dali_input):
+            monkeypatch.setattr(module, "draw_pair", recorded)
+        for rank in range(world):
+            made = build_loader(configure(loader), images, rank=rank, world_size=world, device=CPU)
+            list(made.epoch(1, start))
+        return rows
+
+    whole = table("resident", 1, 0)
+    assert len(whole) == 96
+    loaders = ["resident", "torch"] + ["dali"] * HERE
+    for loader in loaders:
+        for world in (1, 2, 4):
+            assert table(loader, world, 0) == whole
+        rest = table(loader, 1, 4)
+        assert len(rest) == 32 and rest == {i: whole[i] for i in rest}
 
 
 @pytest.mark.parametrize("loader", LOADERS)
