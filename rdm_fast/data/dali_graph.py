@@ -153,7 +153,7 @@ def distorted(x: Node, matrix: Node) -> Node:
     moved = fn.warp_affine(x, matrix=matrix, interp_type=types.INTERP_LINEAR, dtype=types.FLOAT)
     ones = fn.cast(x >= 0, dtype=types.UINT8)
     inside = fn.warp_affine(ones, matrix=matrix, interp_type=types.INTERP_NN, fill_value=0)
-    return cut(moved + 1e-3) * inside  # the summand keeps 99.9999 from becoming 99
+    return cut(moved) * inside
 
 
 def jittered(x: Node, operation: Node, p: Nodes) -> Node:
@@ -179,7 +179,7 @@ def contrasted(x: Node, factor: Node, colour: bool) -> Node:
 
 
 def cut(x: Node) -> Node:
-    """Whole levels 0..255, cut off: math.floor is far slower on a CPU."""
+    """Whole levels 0..255, cut off; 99.9999 makes 100. (math.floor is far slower on a CPU.)"""
     return fn.brightness(x, brightness=1.0, brightness_shift=CUT, dtype=types.UINT8)
 
 

@@ -18,7 +18,6 @@ from rdm_fast.data.images import ImageSet, Pixels
 from rdm_fast.data.sampler import (
     HUE,
     JITTER_ORDERS,
-    SATURATION,
     ViewParameters,
     epoch_order,
     step_indices,
@@ -127,7 +126,7 @@ def arrays_of(p: ViewParameters, view: ViewConfig, *, size: int, channels: int) 
     if view.rotate or view.shear:
         arrays |= {"distort": (p.angle != 0) | (p.shear != 0), "matrix": _from_where(p, size)}
     if view.jitter:
-        arrays |= {f"round{i}": x for i, x in enumerate(_jitter_rounds(p, channels).T)}
+        arrays |= {f"round{i}": x for i, x in enumerate(_jitter_rounds(p).T)}
         arrays |= {"brightness": _floats(p.brightness), "contrast": _floats(p.contrast)}
         if channels == 3:
             turn = np.trunc(p.hue * 255).astype(np.int64)
@@ -146,12 +145,10 @@ def _floats(values: NDArray[np.float64]) -> NDArray[np.float32]:
     return values.astype(np.float32)
 
 
-def _jitter_rounds(p: ViewParameters, channels: int) -> NDArray[np.int32]:
-    """Operation of each image in each round, [B, 4]; those without effect are left out."""
+def _jitter_rounds(p: ViewParameters) -> NDArray[np.int32]:
+    """Operation of each image in each round, [B, 4]."""
     rounds = np.where(p.jitter[:, None], JITTER_ORDERS[p.order], NOTHING)
-    rounds[(rounds == HUE) & (p.hue == 0)[:, None]] = NOTHING
-    if channels == 1:
-        rounds[(rounds == SATURATION) | (rounds == HUE)] = NOTHING
+    rounds[(rounds == HUE) & (p.hue == 0)[:, None]] = NOTHING  # no way through HSV for nothing
     return rounds.astype(np.int32)
 
 
