@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rdm_kernels import product
-from rdm_kernels.aot import every_variant
 from rdm_kernels.product import (
     DTYPES,
     PRECISIONS,
@@ -20,6 +19,7 @@ from rdm_kernels.product import (
     lines,
     product_op,
     product_triton,
+    variants,
 )
 from rdm_kernels.tiles import LARGE, Blocks
 from rdm_kernels.variant import POINTERS
@@ -188,7 +188,7 @@ def test_every_block_of_the_launcher_is_listed() -> None:
     listed = {
         (v.types["X_ptr"], v.constants["PRECISION"], v.constants["BLOCK"], v.constants["BLOCK_K"],
          v.num_warps, v.num_stages)
-        for v in every_variant()
+        for v in variants()
         if v.name == "_general_product_kernel"
     }  # fmt: skip
     for name in ("float16", "float32"):
