@@ -20,10 +20,11 @@ from nvidia.dali import fn, pipeline_def, types
 from nvidia.dali import math as dali_math
 
 from rdm_fast.config import AugmentConfig
-from rdm_fast.data.augment import SOLARIZE_THRESHOLD, blur_taps
+from rdm_fast.data.augment import blur_taps
 from rdm_fast.data.dali_input import Arrays
 from rdm_fast.data.images import Pixels
 from rdm_fast.data.sampler import BRIGHTNESS, CONTRAST, HUE, SATURATION
+from rdm_kernels.views import SOLARIZE_THRESHOLD
 
 Node = Any
 """A batch of tensors that the graph will hold (DALI's DataNode)."""

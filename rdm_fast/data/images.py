@@ -66,10 +66,6 @@ class ImageSet(ABC):
         """
         raise NotImplementedError
 
-    def name(self, i: int) -> str:
-        """What messages call image i."""
-        return f"image {i}"
-
     @abstractmethod
     def _content(self, digest: "hashlib._Hash") -> None:
         """Feed the digest with what tells these images from others."""
@@ -118,7 +114,9 @@ class EncodedImages(ImageSet):
     ) -> None:
         """Image i is encoded[offsets[i]:offsets[i + 1]]; `source` names them in messages."""
         self._encoded, self._offsets, self._source = encoded, offsets, source
-        looks = [look(io.BytesIO(self.file(i).tobytes()), full=False) for i in range(len(offsets) - 1)]
+        looks = [
+            look(io.BytesIO(self.file(i).tobytes()), full=False) for i in range(len(offsets) - 1)
+        ]
         bad = [(i, seen) for i, seen in enumerate(looks) if isinstance(seen, str)]
         if bad:
             raise DataError(
