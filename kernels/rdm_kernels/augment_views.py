@@ -1,16 +1,15 @@
-"""Random views of images that already lie on the device, in two passes over small tiles.
+"""Random views of images that already lie on the device, in two passes, and a third where it blurs.
 
     view = normalise(flip(solarize(blur(grey(jitter(distort(resize(crop(image)))))))))
 
 What each step is, views.py says; which steps a view undergoes, and how, is a row of a table
 (`pack_views`). Views of any images in any number, both views of a batch for instance, are made
-in one call, and nothing waits for the device.
+in one call.
 
 The op `rdm::augment_views` is *defined* by its PyTorch body, `views.levels_of_views`. Triton
-registers itself as its CUDA kernel: the first pass crops, resizes and distorts, leaves whole levels
-and, for each tile, the sum of the grey levels that contrast will see; the second does the rest. A
-pixel is computed from what it depends on, so tiles share nothing. A level is the definition's but
-where rounding meets a tie: at most 0.1 % of them, by 1 in the step where it happens.
+registers itself as its CUDA kernel, and there nothing waits for the device. A level is the
+definition's but where rounding meets a tie: at most 0.1 % of them, by 1 in the step where it
+happens. The kernels are in view_kernels.py.
 """
 
 from collections.abc import Sequence
@@ -194,5 +193,5 @@ def variants() -> list[Variant]:
         constants = {"BLOCK": BLOCK, "MAX_TILES": MAX_TILES}
         found.append(Variant(_colour_view_kernel, types, constants, WARPS))
         constants = {"BLOCK": BLOCK, "PATCH": PATCH}
-        found.append(Variant(_blur_view_kernel, types, constants, WARPS))
+        found.append(Variant(_blur_view_kernel, types, constants, WARPS, tensor_cores=True))
     return found

@@ -271,9 +271,7 @@ def _resize_view_kernel(
 
 
 @triton.jit
-def _store(
-    out_ptr, x, table_ptr, n, view, row, column, channel, C, S, mean, std
-):  # fmt: skip
+def _store(out_ptr, x, table_ptr, n, view, row, column, channel, C, S, mean, std):
     """Solarize, flip and normalise a channel of a tile."""
     solarize = _integer(table_ptr, SOLARIZE, n, view) != 0
     flip = _integer(table_ptr, FLIP, n, view) != 0

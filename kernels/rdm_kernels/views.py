@@ -48,7 +48,8 @@ def pack_views(columns: Mapping[str, ArrayLike]) -> Tensor:
             grey, solarize, flip: whether to. sigma: of the blur, in pixels of the view, 0 for none.
 
     Returns:
-        [len(COLUMNS), n] int32 on the CPU; the rows of NUMBERS hold the bits of float32.
+        [len(COLUMNS), n] int32 on the CPU, one column after another; those of NUMBERS hold the bits
+        of float32.
     """
     integers = np.stack([np.asarray(columns[name], np.int32) for name in INTEGERS])
     numbers = np.stack([np.asarray(columns[name], np.float32) for name in NUMBERS])
