@@ -17,7 +17,7 @@ import torch.distributed as dist
 from rdm_fast import checkpoint
 from rdm_fast.checkpoint import Snapshot
 from rdm_fast.config import Config
-from rdm_fast.data import ImageSet, build_loader, load
+from rdm_fast.data import ImageSet, build_loader, load, require_same_images
 from rdm_fast.distributed import all_reduce_max, print0, rank, world_size
 from rdm_fast.engines import engine_for
 from rdm_fast.environment import describe_environment
@@ -45,7 +45,7 @@ class Trainer:
     def __init__(self, config: Config, folder: RunFolder, device: torch.device) -> None:
         self.config, self.folder, self.device = config, folder, device
         self.images = load(config.data, "train", folder.bad_files)
-        self._require_same_images()
+        require_same_images(self.images, config.data, device)
         self.loader = build_loader(
             config, self.images, rank=rank(), world_size=world_size(), device=device
         )
@@ -66,18 +66,6 @@ class Trainer:
         self._failed_saves = 0
         self._stop_asked = False
         self._last_saved = -1
-
-    def _require_same_images(self) -> None:
-        """Refuse ranks that do not see the same files: their orders would not be parts of one."""
-        if world_size() == 1:
-            return
-        mine = int(self.images.digest[:15], 16)
-        if all_reduce_max(int(all_reduce_max(mine, self.device) != mine), self.device):
-            raise DataError(
-                f"the ranks do not see the same images in --data.root {self.config.data.root} "
-                f"(rank {rank()} has {len(self.images)}): is it the same on every machine? if so, "
-                "a file could not be read for a moment; run the same command again"
-            )
 
     # ---- the loop ----------------------------------------------------------------------------
 
