@@ -11,6 +11,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 ROUND_S = 0.02  # a round is long beside the clock and the one wait for the GPU that it contains
 TOTAL_S = 2.0
+RIVALS = ("name", "loader")  # parameters that say whose time it is
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -32,7 +33,15 @@ def synced_clock() -> float:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        item.add_marker(pytest.mark.benchmark(timer=synced_clock))
+        item.add_marker(pytest.mark.benchmark(timer=synced_clock, group=group_of(item)))
+
+
+def group_of(item: pytest.Item) -> str:
+    """What is compared in one table: a benchmark's rivals with the same parameters otherwise."""
+    callspec = getattr(item, "callspec", None)
+    parameters: dict[str, object] = callspec.params if callspec else {}
+    others = [f"{key}={value}" for key, value in parameters.items() if key not in RIVALS]
+    return " ".join([getattr(item, "originalname", item.name), *others])
 
 
 @pytest.fixture(autouse=True)
