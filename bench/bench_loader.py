@@ -44,6 +44,7 @@ WORKERS = sorted({1, 2, min(8, os.cpu_count() or 1)})
 INTERPOLATION = {"bilinear": v2.InterpolationMode.BILINEAR, "bicubic": v2.InterpolationMode.BICUBIC}
 COLOURS = np.array([[1, 0.25, 0.1], [1, 0, -0.2], [1, -0.25, 0.1]])
 """Red, green and blue of three independent fields: one of lightness, two of colour."""
+ROUNDS = 3
 BATCHES = 2000
 CREEP_MB = 64.0
 
@@ -187,7 +188,6 @@ def user_loader(data: Dataset[Any], batch: int, workers: int) -> DataLoader[Any]
         shuffle=True,
         drop_last=True,
         num_workers=workers,
-        persistent_workers=True,
         pin_memory=DEVICE.type == "cuda",
     )
 
@@ -231,18 +231,27 @@ def kornia(name: str, images: ImageSet, batch: int, workers: int) -> Epoch:
 # ---- speed -----------------------------------------------------------------------------------
 
 
+def cpu_seconds() -> float:
+    """CPU time of this process and of the workers that have ended."""
+    return sum(os.times()[:4])
+
+
 @pytest.fixture
 def time_epochs(benchmark: BenchmarkFixture) -> Iterator[Callable[[Epoch], None]]:
-    """time_epochs(epoch): three rounds after one to warm up; images/s go to extra_info."""
+    """time_epochs(epoch): rounds after one to warm up. extra_info gets images a second, and CPU
+    time an image, which other programs on the machine disturb less."""
 
     def run(epoch: Epoch) -> None:
         if benchmark.disabled:
             benchmark(epoch)
             return
         images = epoch()
-        benchmark.pedantic(epoch, rounds=3, iterations=1)
+        before = cpu_seconds()
+        benchmark.pedantic(epoch, rounds=ROUNDS, iterations=1)
+        cpu_ms = 1000 * (cpu_seconds() - before) / (ROUNDS * images)
         benchmark.extra_info["images"] = images
         benchmark.extra_info["images_per_s"] = round(images / benchmark.stats.stats.median, 1)
+        benchmark.extra_info["cpu_ms_per_image"] = round(cpu_ms, 2)
         benchmark.extra_info["load_average"] = os.getloadavg()[0]
 
     yield run

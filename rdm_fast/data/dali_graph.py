@@ -20,7 +20,6 @@ from nvidia.dali import fn, pipeline_def, types
 from nvidia.dali import math as dali_math
 
 from rdm_fast.config import AugmentConfig
-from rdm_fast.data.augment import blur_taps
 from rdm_fast.data.dali_input import Arrays
 from rdm_fast.data.images import Pixels
 from rdm_fast.data.sampler import BRIGHTNESS, CONTRAST, HUE, SATURATION
@@ -131,7 +130,7 @@ def view_of(image: Node, p: Nodes, augment: AugmentConfig) -> Node:
     if p.get("grey"):
         x = fn.color_space_conversion(luma(x), image_type=types.GRAY, output_type=types.RGB)
     if p.get("blur"):
-        x = fn.gaussian_blur(x, window_size=blur_taps(S), sigma=p["sigma"])
+        x = fn.gaussian_blur(x, window_size=p["window"], sigma=p["sigma"])
     if p.get("solarize"):
         x = fn.lookup_table(x, keys=LEVELS, values=SOLARIZED, dtype=types.UINT8)
     return x

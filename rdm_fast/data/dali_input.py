@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rdm_fast.config import Config, ViewConfig
+from rdm_fast.data.augment import blur_taps
 from rdm_fast.data.batch import draw_pair
 from rdm_fast.data.images import ImageSet, Pixels
 from rdm_fast.data.sampler import (
@@ -134,7 +135,7 @@ def arrays_of(p: ViewParameters, view: ViewConfig, *, size: int, channels: int) 
     if view.grey and channels == 3:
         arrays["grey"] = p.grey
     if view.blur:
-        arrays |= {"blur": p.blur, "sigma": _floats(p.sigma)}
+        arrays |= {"blur": p.blur, "sigma": _floats(p.sigma), "window": _window(p.sigma, size)}
     if view.solarize:
         arrays["solarize"] = p.solarize
     arrays["flip"] = p.flip.astype(np.int32)
@@ -150,6 +151,12 @@ def _jitter_rounds(p: ViewParameters) -> NDArray[np.int32]:
     rounds = np.where(p.jitter[:, None], JITTER_ORDERS[p.order], NOTHING)
     rounds[(rounds == HUE) & (p.hue == 0)[:, None]] = NOTHING  # no way through HSV for nothing
     return rounds.astype(np.int32)
+
+
+def _window(sigma: NDArray[np.float64], size: int) -> NDArray[np.int32]:
+    """Taps of each image's blur, [B]: four sigmas either way, beyond which lie less than 1e-4 of
+    the weight, or a 60th of a level; and no more than other loaders take."""
+    return np.minimum(blur_taps(size), 2 * np.ceil(4 * sigma) + 1).astype(np.int32)
 
 
 def _from_where(p: ViewParameters, size: int) -> NDArray[np.float32]:

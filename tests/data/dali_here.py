@@ -1,5 +1,6 @@
 """Whether DALI is installed, for tests that need it: without it they are skipped, and say so."""
 
+import sys
 from importlib.util import find_spec
 
 import pytest
@@ -11,3 +12,10 @@ needs_dali = pytest.mark.skipif(not HERE, reason=f"needs NVIDIA DALI: {install_l
 LOADERS = ["resident", "torch", pytest.param("dali", marks=needs_dali)]
 DECODING = ["torch", pytest.param("dali", marks=needs_dali)]
 """Loaders that decode images one by one."""
+
+
+def without_dali(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if DALI were not installed."""
+    monkeypatch.setitem(sys.modules, "nvidia.dali", None)
+    monkeypatch.delitem(sys.modules, "rdm_fast.data.dali_graph", raising=False)
+    monkeypatch.delattr("rdm_fast.data.dali_graph", raising=False)

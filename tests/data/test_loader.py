@@ -2,7 +2,6 @@
 
 import io
 import pickle
-import sys
 import tomllib
 from dataclasses import fields, replace
 from pathlib import Path
@@ -33,7 +32,7 @@ from rdm_fast.data.images import EncodedImages, PixelImages
 from rdm_fast.data.sampler import ViewParameters, epoch_order
 from rdm_fast.data.torch_pipeline import PairOfViews
 from rdm_fast.errors import DataError, Unavailable, UsageError
-from tests.data.dali_here import DECODING, HERE, LOADERS, needs_dali
+from tests.data.dali_here import DECODING, HERE, LOADERS, needs_dali, without_dali
 
 Pixels = NDArray[np.uint8]
 CPU = torch.device("cpu")
@@ -88,12 +87,6 @@ def test_auto_keeps_decoded_images_resident_and_decodes_others_with_dali_if_ther
     assert choice(configure(batch=4), encoded) == ("dali" if HERE else "torch")
     without_dali(monkeypatch)
     assert choice(configure(batch=4), encoded) == "torch"
-
-
-def without_dali(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "nvidia.dali", None)
-    monkeypatch.delitem(sys.modules, "rdm_fast.data.dali_graph", raising=False)
-    monkeypatch.delattr("rdm_fast.data.dali_graph", raising=False)
 
 
 def test_dali_asked_for_and_absent_is_refused_with_the_line_that_installs_it(

@@ -19,6 +19,8 @@ import yaml
 from PIL import Image
 
 from rdm_fast import cli
+from rdm_fast.data.dali import install_line
+from tests.data.dali_here import without_dali
 from tests.tiny import command
 
 Call = Callable[..., subprocess.CompletedProcess[str]]
@@ -312,6 +314,15 @@ def assert_finite_losses(run: Path, steps: int) -> None:
 
 
 # ---- devices and engines ----------------------------------------------------------------------
+
+
+def test_dali_that_is_not_installed(
+    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_dali(monkeypatch)
+    done = call("train.py", *tiny(tmp_path / "run", "--data.loader dali"))
+    line = error(done, 69)
+    assert "--data.loader dali needs NVIDIA DALI" in line and install_line() in line
 
 
 def test_a_gpu_that_is_not_there(call: Call, tmp_path: Path) -> None:
