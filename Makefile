@@ -43,7 +43,7 @@ types: $(VENV)/.dev ## check types
 bench: $(VENV)/.dev ## run the benchmarks
 	@mkdir -p .benchmarks
 	$(BIN)/python -m pytest bench --benchmark-columns=median,iqr,rounds,iterations \
-	  --benchmark-group-by=func,param:case --benchmark-json=.benchmarks/latest.json
+	  --benchmark-json=.benchmarks/latest.json
 
 bench-check: $(VENV)/.dev ## run every benchmark once, untimed
 	$(BIN)/python -m pytest bench --benchmark-disable

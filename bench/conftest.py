@@ -15,6 +15,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from bench.machine import device_name, floor, peak
 
 ROUND_S = 0.02  # a round is long beside the clock and the one wait for the GPU that it contains
+RIVALS = ("name", "loader")  # parameters that say whose time it is
 WARM_S, WARM_CALLS = 1.0, 4
 MIN_ROUNDS, MAX_ROUNDS = 5, 30
 SLOW_S, SLOW_ROUNDS = 3.0, 3  # of what is as slow as that, so many rounds are enough
@@ -51,7 +52,15 @@ def synced_clock() -> float:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        item.add_marker(pytest.mark.benchmark(timer=synced_clock))
+        item.add_marker(pytest.mark.benchmark(timer=synced_clock, group=group_of(item)))
+
+
+def group_of(item: pytest.Item) -> str:
+    """What is compared in one table: a benchmark's rivals with the same parameters otherwise."""
+    callspec = getattr(item, "callspec", None)
+    parameters: dict[str, object] = callspec.params if callspec else {}
+    others = [f"{key}={value}" for key, value in parameters.items() if key not in RIVALS]
+    return " ".join([getattr(item, "originalname", item.name), *others])
 
 
 @pytest.fixture(autouse=True)

@@ -11,9 +11,8 @@ from torch import Tensor
 from rdm_kernels import gram, product
 
 WIDE = torch.float64
-BLOCK = (
-    128  # rows; smaller products waste a processor, larger ones compute more of what is mirrored
-)
+# Rows; smaller products waste a processor, larger ones compute more of what is mirrored.
+BLOCK = 64
 
 
 def gram_matrix(X: Tensor, *, samples: bool, wide: bool) -> Tensor:

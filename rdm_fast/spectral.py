@@ -58,6 +58,7 @@ def spectral_cosine(online: Tensor, target: Tensor | None, config: FilterConfig)
     engine = engine_for(config, online.device)
     with torch.autocast(online.device.type, enabled=False):
         swapped = target is None and world_size() == 1 and len(online) == 2
+        swapped = swapped and config.location == "online"  # a target's rows meet no others
         if target is None:
             P = gather_rows(online)
             Z = P.flip(0)
