@@ -111,19 +111,13 @@ class DaliLoader:
         Raises:
             DataError: one of these.
         """
-        name, (height, width) = self.images.name(i), self.images.sizes[i]
-        now = self.images.read(i).shape[:2]
-        if now != (height, width):
-            raise DataError(
-                f"{name} had {height} x {width} pixels when the run began and has {now[0]} x "
-                f"{now[1]} now: do not change images while a run reads them"
-            )
+        self.images.read(i)
         if self.images.pixels is None:
             try:
                 self._graph.decode_alone(file_for_dali(self.images, i))
             except RuntimeError as error:
                 raise DataError(
-                    f"{name} cannot be decoded by DALI ({_line(error)}): repair it, or use "
+                    f"{self.images.name(i)} cannot be decoded by DALI ({_line(error)}): repair it, or use "
                     "--data.loader torch"
                 ) from None
 

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rdm_fast.data.decode import Pixels as Pixels
-from rdm_fast.data.decode import decode, look, one_line, reason
+from rdm_fast.data.decode import decode, look, one_line, unreadable
 from rdm_fast.data.index import Index
 from rdm_fast.errors import DataError
 
@@ -176,7 +176,7 @@ class FileImages(ImageSet):
         try:
             return np.fromfile(self.path(i), np.uint8)
         except OSError as error:
-            raise DataError(f"{self.name(i)} cannot be read ({reason(error)})") from error
+            raise unreadable(self.name(i), error) from error
 
     def name(self, i: int) -> str:
         return one_line(str(self.path(i)))
