@@ -117,8 +117,8 @@ class DaliLoader:
                 self._graph.decode_alone(file_for_dali(self.images, i))
             except RuntimeError as error:
                 raise DataError(
-                    f"{self.images.name(i)} cannot be decoded by DALI ({_line(error)}): repair it, or use "
-                    "--data.loader torch"
+                    f"{self.images.name(i)} cannot be decoded by DALI ({_line(error)}): repair "
+                    "it, or use --data.loader torch"
                 ) from None
 
 
