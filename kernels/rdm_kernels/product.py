@@ -131,7 +131,7 @@ def blocks(dtype: torch.dtype, elements: int) -> Blocks:
     """Block sizes for results of so many elements in all."""
     if dtype == torch.float16:
         return Blocks(128, 64, 8, 3) if elements >= LARGE**2 else Blocks(64, 64, 8, 4)
-    return Blocks(128, 16, 8, 3) if elements >= LARGE**2 else Blocks(64, 32, 8, 3)
+    return Blocks(128, 16, 8, 2) if elements >= LARGE**2 else Blocks(64, 32, 8, 3)
 
 
 def lines(X: Tensor) -> tuple[Tensor, bool]:
