@@ -87,6 +87,7 @@ def levels(grey: NDArray[np.integer]) -> Pixels:
 
 GIF = encode(PALETTE, "GIF", save_all=True, append_images=[OTHER.quantize(64)] * 2)
 WEBP = encode(PICTURE, "WEBP", save_all=True, append_images=[OTHER] * 2, lossless=True)
+STILL = encode(PICTURE, "WEBP")
 APNG = encode(PICTURE, "PNG", save_all=True, append_images=[OTHER] * 2)
 RGB16 = png(W, H, 16, 2, zlib.compress(b"".join(b"\0" + row.tobytes() for row in DEEP.byteswap())))
 PGM16 = b"P5\n%d %d\n65535\n" % (W, H) + DEEP[:, :, 0].byteswap().tobytes()
@@ -114,6 +115,8 @@ USED: dict[str, tuple[bytes, str, Pixels]] = {
     "animated WebP": (WEBP, "odd.webp", PIXELS),
     "animated PNG": (APNG, "odd.png", PIXELS),
     "progressive JPEG": (p := encode(PICTURE, "JPEG", progressive=True), "odd.jpg", converted(p)),
+    "PNG with bytes after its end": (PNG + b"\0" * 40, "odd.png", PIXELS),
+    "animated PNG with bytes after its end": (APNG + b"\0" * 40, "odd.png", PIXELS),
     "JPEG with bytes after its end": (JPEG + b"\0" * 40, "odd.jpg", converted(JPEG)),
     "JPEG of two pictures": (m := encode(PICTURE, "MPO", save_all=True, append_images=[OTHER]),
                              "odd.jpg", converted(m)),
@@ -165,6 +168,7 @@ BAD: dict[str, tuple[Make, str]] = {
         file(WEBP[: len(WEBP) // 2], "odd.webp"),
         "could not create decoder",
     ),
+    "still WebP cut in the middle": (file(STILL[: len(STILL) // 2], "odd.webp"), "could not"),
     "GIF cut in the middle": (file(GIF[:900], "odd.gif"), "truncated|not an image"),
     "damaged header": (file(patched(JPEG, 0, bytes(4)), "odd.jpg"), NO_IMAGE),
     "not an image": (file(b"<html>404</html>", "odd.jpg"), NO_IMAGE),
