@@ -5,6 +5,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 REQUIREMENTS := pyproject.toml constraints.txt
+# The oldest Triton that pyproject.toml allows, for `make aot`, beside the installed one.
+OLDEST := $(shell sed -n 's/.*"triton>=\([0-9.]*\).*/\1/p' pyproject.toml)
+OLDEST_TRITON := $(VENV)/triton-$(OLDEST)
 PYTHONS := $(or $(PYTHON),python3 python3.14 python3.13 python3.12 python3.11)
 
 # The main job, and the same in seconds for a check of an installation.
@@ -14,7 +17,7 @@ ONE_EPOCH := rdm train digits_rdm_simsiam --optim.epochs 1 --optim.warmup-epochs
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help train test lint format types bench bench-check aot package check clean
+.PHONY: help train test lint format types bench bench-check accuracy aot package check clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -40,13 +43,17 @@ types: $(VENV)/.dev ## check types
 bench: $(VENV)/.dev ## run the benchmarks
 	@mkdir -p .benchmarks
 	$(BIN)/python -m pytest bench --benchmark-columns=median,iqr,rounds,iterations \
-	  --benchmark-group-by=func,param:filtered,param:B,param:D --benchmark-json=.benchmarks/latest.json
+	  --benchmark-json=.benchmarks/latest.json
 
 bench-check: $(VENV)/.dev ## run every benchmark once, untimed
 	$(BIN)/python -m pytest bench --benchmark-disable
 
-aot: $(VENV)/.dev ## compile every kernel for three GPUs, without one
+accuracy: $(VENV)/.dev ## make the accuracy table of kernels/README.md; fails where a bound is broken
+	$(BIN)/python -m bench.accuracy --engine gemm --device cpu --write kernels/README.md
+
+aot: $(VENV)/.dev $(OLDEST_TRITON)/.installed ## compile every kernel for three GPUs, without one
 	$(BIN)/python -m rdm_kernels.aot
+	PYTHONPATH=$(OLDEST_TRITON) $(BIN)/python -m rdm_kernels.aot
 
 # The wheel is built from the sdist, so what the sdist lacks is missed here.
 package: $(VENV)/.dev ## build sdist and wheel, install the wheel in a clean environment, run it
@@ -76,6 +83,12 @@ $(VENV)/.dev: $(VENV)/.python $(REQUIREMENTS)
 	@echo "installing rdm-fast and its tools into $(VENV) (once; torch takes minutes and about 6 GB)"
 	@$(PIP) install --quiet -c constraints.txt -e '.[dev]'
 	@touch $(VENV)/.base $@
+
+$(OLDEST_TRITON)/.installed: $(VENV)/.python
+	@echo "installing triton $(OLDEST) into $(OLDEST_TRITON) (once; about 650 MB)"
+	@rm -rf $(OLDEST_TRITON)
+	@$(PIP) install --quiet --no-deps --target $(OLDEST_TRITON) 'triton==$(OLDEST)'
+	@touch $@
 
 # An environment that is already there is kept, whoever made it.
 $(VENV)/.python:

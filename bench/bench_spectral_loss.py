@@ -1,92 +1,144 @@
 """Does the filter disappear in the step? The filtered loss, forward and backward of both views.
 
-    svd        the loss as the paper's code writes it
-    gram_eigh  the same by an eigendecomposition of the smaller Gram matrix
-    rdm_fast   rdm_fast.spectral_loss
+    svd                the loss as the paper's code writes it
+    gram_eigh          the same by an eigendecomposition of the smaller Gram matrix
+    compiled           the same under torch.compile
+    eigh, gemm, auto   rdm_fast.spectral_loss with this engine
 
-Each implementation's gradient is compared with that of the paper's formulation, in float64 and
-with the cutoff, before it is timed.
+Each implementation's gradient is compared with the float64 gradient of its own definition
+(`bench.exact`) before it is timed.
 """
 
 from collections.abc import Callable
-from functools import cache, partial
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from bench.conftest import is_small
+from bench.exact import Definition, exact, spectra, views
 from bench.reference import gram_eigh_loss, svd_loss
 from rdm_fast import FilterConfig, spectral_loss
+from rdm_fast.engines import engine_for
+
+pytestmark = pytest.mark.filterwarnings("ignore:filter.location")
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
 DTYPE = torch.bfloat16 if GPU else torch.float32  # what autocast hands to the loss
 
-# (global batch, projection width): BYOL's and SimSiam's CIFAR recipes, SimSiam's on ImageNet,
-# and batches up to where the features become the smaller side.
-SHAPES = [(256, 256), (256, 2048)]
-if GPU:
-    SHAPES += [(512, 2048), (1024, 2048), (2048, 2048), (4096, 2048)]
+# (global batch, projection width): SimSiam's on ImageNet, BYOL's and SimSiam's CIFAR recipes, and
+# batches up to where the features become the smaller side. The first that fit in a campaign's
+# time are those that matter most.
+SMALL = [(32, 64), (64, 32)]
+CPU = [(256, 2048), (256, 256)]
+CUDA = [(512, 2048), *CPU, (1024, 2048)]
+LARGE = [(2048, 2048), (4096, 2048), (4096, 8192)]
 
 FILTERS = {
-    "online-poly-1": FilterConfig(location="online", kind="poly", sigma=1.0),
-    "online-log_1": FilterConfig(location="online", kind="log_1"),
-    "target-poly--1": FilterConfig(location="target", kind="poly", sigma=-1.0),
+    **{f"online{sigma:g}": FilterConfig(sigma=sigma) for sigma in (1, 2, 0.5, -0.5, -1)},
+    **{f"online-{kind}": FilterConfig(kind=kind) for kind in ("log", "log_1", "log_2")},
+    **{f"target{sigma:g}": FilterConfig(location="target", sigma=sigma) for sigma in (-1, -0.5)},
 }
+ENGINES = ["auto", "gemm", "eigh"]
+OPPONENTS = {"svd": svd_loss, "gram_eigh": gram_eigh_loss}
 Loss = Callable[[Tensor, Tensor, FilterConfig], Tensor]
-IMPLEMENTATIONS: dict[str, Loss] = {
-    "svd": svd_loss,
-    "gram_eigh": gram_eigh_loss,
-    "rdm_fast": spectral_loss,
-}
 
-# Cosine of a gradient with the exact one. Without a cutoff, the directions that are only rounding
-# error have amplitude 1 in a target of sigma -1: a few of n, each a share 1 / n of the gradient.
-AGREEMENT = {"svd": 0.98, "gram_eigh": 0.995, "rdm_fast": 0.995}
+# Where the time does not depend on g, and is long, these stand for all: from a smaller side on.
+ONE_OF_EACH = ["online1", "target-1"]
+SLOW = {"svd": 1024, "gram_eigh": 4096, "eigh": 4096}
+COMPILED = [(512, 2048), (256, 2048), (2048, 2048)]  # each takes the compiler half a minute
+
+# Cosine of a gradient with the exact one of its definition. In float32 (gram_eigh) directions just
+# over the cutoff have a few correct digits.
+AGREEMENT = {"gram_eigh": 0.995, "compiled": 0.995, "gemm": 0.99, "eigh": 0.9999}
+LOSS_ERROR = 0.02
 
 
-@cache
-def views(B: int, D: int) -> tuple[Tensor, Tensor]:
-    """Projections of two views as a projector's final batch norm leaves them, [B, D].
+def cases(small: bool) -> list[tuple[str, str, tuple[int, int]]]:
+    """(implementation, filter, shape) of all that this machine can time."""
+    shapes = SMALL if small else CUDA + LARGE if GPU else CPU
+    return [
+        (name, filtered, shape)
+        for shape in shapes
+        for filtered in FILTERS
+        for name in [*OPPONENTS, "compiled", *ENGINES]
+        if is_timed(name, filtered, shape)
+    ]
 
-    Features are centred and of unit variance; the spectrum falls as k^-1 in energy; the two
-    views share nine tenths of their energy.
+
+def is_timed(name: str, filtered: str, shape: tuple[int, int]) -> bool:
+    if name == "compiled":
+        return GPU and filtered in ONE_OF_EACH and shape in COMPILED
+    return min(shape) < SLOW.get(name, max(shape) + 1) or filtered in ONE_OF_EACH
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    metafunc.parametrize(
+        ("name", "case"),
+        [
+            (name, f"{B}x{D} {filtered}")
+            for name, filtered, (B, D) in cases(is_small(metafunc.config))
+        ],
+    )
+
+
+def gradient(loss: Loss, z1: Tensor, z2: Tensor, config: FilterConfig) -> tuple[Tensor, Tensor]:
+    """The loss and d loss / d (z1, z2), [2 B D], both float64."""
+    value = loss(z1, z2, config)
+    gradients = torch.autograd.grad(value, (z1, z2))
+    return value.detach().double(), torch.stack(gradients).flatten().double()
+
+
+def check(name: str, loss: Loss, z1: Tensor, z2: Tensor, config: FilterConfig) -> None:
+    """That it computes what it is timed for."""
+    engine = engine_for(config, z1.device).name if name == "auto" else name
+    definition: Definition = "damped" if engine == "gemm" else "cutoff"
+    value, found = gradient(loss, z1, z2, config)
+    both = spectra(*z1.shape, z1.device, z1.dtype)
+    exact_value, expected = exact(config, z1, z2, definition, both)
+    error = abs(float(value - exact_value))
+    assert error <= LOSS_ERROR, f"{name}'s loss is wrong by {error:.1e}"
+    least = AGREEMENT.get(engine, without_cutoff(config, min(z1.shape)))
+    agreement = float(F.cosine_similarity(found, expected, dim=0))
+    assert agreement >= least, f"{name}'s gradient is wrong: cosine {agreement:.5f}"
+
+
+def without_cutoff(config: FilterConfig, n: int) -> float:
+    """What the paper's gradient can agree with one that leaves out directions of rounding error.
+
+    Features are centred, so one of n is always such a direction, sometimes more: most of the
+    gradient under a falling online filter, of which nothing can be asked then; a share 1 / n each
+    of that from targets of sigma -1.
     """
-    generator = torch.Generator().manual_seed(0)
-    image = torch.randn(B, D, generator=generator)
-    noise = torch.randn(2, B, D, generator=generator)
-    strength = torch.arange(1, D + 1) ** -0.5
-    rotation = torch.linalg.qr(torch.randn(D, D, generator=generator)).Q
-    z = ((0.9**0.5 * image + 0.1**0.5 * noise) * strength) @ rotation
-    z = (z - z.mean(dim=1, keepdim=True)) / z.std(dim=1, keepdim=True)
-    z1, z2 = z.to(DEVICE, DTYPE)
-    return z1.requires_grad_(), z2.requires_grad_()
+    is_noise = config.location == "online" and (config.kind == "log" or config.is_falling)
+    return -1.0 if is_noise else 1 - 4 / n
 
 
-def gradient(loss: Loss, z1: Tensor, z2: Tensor, config: FilterConfig) -> Tensor:
-    """d loss / d (z1, z2), [2 B D] float64."""
-    return torch.stack(torch.autograd.grad(loss(z1, z2, config), (z1, z2))).flatten().double()
-
-
-@cache
-def exact_gradient(config: FilterConfig, B: int, D: int) -> Tensor:
-    """The gradient of the paper's formulation in float64, [2 B D]."""
-    z1, z2 = views(B, D)
-    return gradient(partial(svd_loss, cutoff=config.cutoff), z1.double(), z2.double(), config)
-
-
-@pytest.mark.parametrize(("B", "D"), SHAPES, ids=lambda size: str(size))
-@pytest.mark.parametrize("filtered", FILTERS)
-@pytest.mark.parametrize("name", IMPLEMENTATIONS)
-def bench_forward_backward(
-    measure: Callable[[Callable[[], object]], None], name: str, filtered: str, B: int, D: int
-) -> None:
+def bench_forward_backward(measure: Callable[..., None], name: str, case: str) -> None:
+    size, filtered = case.split()
+    B, D = map(int, size.split("x"))
+    z1, z2 = views(B, D, DEVICE, DTYPE)
+    engine_for.cache_clear()
+    loss: Loss = spectral_loss
     config = FILTERS[filtered]
-    z1, z2 = views(B, D)
-    loss = IMPLEMENTATIONS[name]
-    exact = exact_gradient(config, B, D)
-    agreement = float(F.cosine_similarity(gradient(loss, z1, z2, config), exact, dim=0))
-    assert agreement >= AGREEMENT[name], f"{name}'s gradient is wrong: cosine {agreement:.4f}"
+    if name in ENGINES:
+        config = replace(config, engine=name)
+    elif name == "compiled":
+        torch._dynamo.reset()
+        loss = torch.compile(gram_eigh_loss)
+    else:
+        loss = OPPONENTS[name]
+    check(name, loss, z1, z2, config)
 
-    measure(lambda: torch.autograd.grad(loss(z1, z2, config), (z1, z2)))
+    # The least that any method needs: a Gram matrix of both views, half of it mirrored, and one
+    # product a view with the rows, or on the feature side two.
+    flops = 8 * B * B * D if B <= D else 10 * B * D * D
+    measure(
+        lambda: torch.autograd.grad(loss(z1, z2, config), (z1, z2)),
+        bytes_moved=2 * 2 * B * D * z1.element_size(),
+        flops={"bf16" if GPU else "fp32": flops},
+        capturable=name in ENGINES and engine_for(config, z1.device).name == "gemm",
+    )

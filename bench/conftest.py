@@ -1,21 +1,41 @@
 """Timing rules for every benchmark: `pytest bench` on a GPU, `--benchmark-disable` elsewhere."""
 
+import json
+import statistics
 import time
 import timeit
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-import triton
 from pytest_benchmark.fixture import BenchmarkFixture
 
+from bench.machine import device_name, floor, peak
+
 ROUND_S = 0.02  # a round is long beside the clock and the one wait for the GPU that it contains
-TOTAL_S = 2.0
+RIVALS = ("name", "loader")  # parameters that say whose time it is
+WARM_S, WARM_CALLS = 1.0, 4
+MIN_ROUNDS, MAX_ROUNDS = 5, 30
+SLOW_S, SLOW_ROUNDS = 3.0, 3  # of what is as slow as that, so many rounds are enough
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("rdm benchmarks")
+    group.addoption("--seconds", type=float, default=2.0, help="time for the rounds of a case")
+    group.addoption("--small", action="store_true", help="the smallest shapes only")
+    group.addoption("--rows", type=Path, help="append each result to this file, a JSON line each")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("benchmark_disable"):  # nothing is timed: leave the other cores alone
         torch.set_num_threads(1)
+
+
+def is_small(config: pytest.Config) -> bool:
+    """Whether every case is wanted in its smallest form, as where nothing is timed."""
+    return bool(config.getoption("small") or config.getoption("benchmark_disable"))
 
 
 def synced_clock() -> float:
@@ -32,7 +52,15 @@ def synced_clock() -> float:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        item.add_marker(pytest.mark.benchmark(timer=synced_clock))
+        item.add_marker(pytest.mark.benchmark(timer=synced_clock, group=group_of(item)))
+
+
+def group_of(item: pytest.Item) -> str:
+    """What is compared in one table: a benchmark's rivals with the same parameters otherwise."""
+    callspec = getattr(item, "callspec", None)
+    parameters: dict[str, object] = callspec.params if callspec else {}
+    others = [f"{key}={value}" for key, value in parameters.items() if key not in RIVALS]
+    return " ".join([getattr(item, "originalname", item.name), *others])
 
 
 @pytest.fixture(autouse=True)
@@ -40,22 +68,92 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
-@pytest.fixture
-def measure(benchmark: BenchmarkFixture) -> Callable[[Callable[[], object]], None]:
-    """measure(fn): 5 to 30 rounds within about two seconds, after warm-up; records the machine."""
+def warmed(fn: Callable[[], object]) -> float:
+    """Seconds of the fastest of up to four calls, which warm up, too."""
+    times: list[float] = []
+    while len(times) < WARM_CALLS and sum(times) < WARM_S:
+        times += timeit.repeat(fn, timer=synced_clock, number=1, repeat=1)
+    return min(times)
 
-    def run(fn: Callable[[], object]) -> None:
+
+def plan(once: float, seconds: float) -> tuple[int, int]:
+    """Rounds, and calls in each, that fit into so many seconds."""
+    iterations = max(1, round(min(ROUND_S, seconds) / once))
+    fewest = MIN_ROUNDS if once < SLOW_S else SLOW_ROUNDS
+    return min(MAX_ROUNDS, max(fewest, round(seconds / (once * iterations)))), iterations
+
+
+def replay(fn: Callable[[], object]) -> Callable[[], None]:
+    """fn as a CUDA graph: without the launches, which a captured training step has not either."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):  # capture wants what is made once to be made already
+        for _ in range(3):
+            fn()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        fn()
+    return graph.replay
+
+
+@pytest.fixture
+def measure(benchmark: BenchmarkFixture, request: pytest.FixtureRequest) -> Callable[..., None]:
+    """measure(fn, bytes_moved=, flops=, capturable=): times fn after warm-up, in rounds.
+
+    Args of it:
+        bytes_moved, flops: the least that the case needs, as for `bench.machine.floor`.
+        capturable: also time it as a CUDA graph, where there is a GPU.
+
+    Writes a row of `--rows`: medians and inter-quartile ranges in seconds, number of rounds and of
+    calls in each, and the share of the floor where the device's peaks are known.
+    """
+    params = request.node.callspec.params
+    row: dict[str, Any] = {"bench": request.function.__name__, **params}
+
+    def run(
+        fn: Callable[[], object],
+        *,
+        bytes_moved: float = 0,
+        flops: Mapping[str, float] | None = None,
+        capturable: bool = False,
+    ) -> None:
         if benchmark.disabled:
             benchmark(fn)
             return
-        once = min(timeit.repeat(fn, timer=synced_clock, number=1, repeat=4))  # warms up, too
-        iterations = max(1, round(ROUND_S / once))
-        rounds = min(30, max(5, round(TOTAL_S / (once * iterations))))
+        seconds = request.config.getoption("seconds")
+        rounds, iterations = plan(warmed(fn), seconds)
         benchmark.pedantic(fn, rounds=rounds, iterations=iterations)
-        gpu = torch.cuda.is_available()
-        benchmark.extra_info["device"] = torch.cuda.get_device_name() if gpu else "cpu"
-        benchmark.extra_info["threads"] = torch.get_num_threads()
-        benchmark.extra_info["torch"] = torch.__version__
-        benchmark.extra_info["triton"] = triton.__version__
+        row.update(
+            median_s=benchmark.stats["median"],
+            iqr_s=benchmark.stats["iqr"],
+            rounds=rounds,
+            iterations=iterations,
+            bytes=bytes_moved,
+            flops=dict(flops or {}),
+        )
+        if capturable and torch.cuda.is_available():
+            row.update(_captured(fn, seconds))
+        known = peak(device_name())
+        if known and (bytes_moved or flops):
+            row["floor_s"] = floor(known, bytes_moved, flops or {})
+            fastest = min(row["median_s"], row.get("graph_median_s", row["median_s"]))
+            row["percent_of_floor"] = 100 * row["floor_s"] / fastest
+        benchmark.extra_info.update(row)
+        if rows := request.config.getoption("rows"):
+            with rows.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
 
     return run
+
+
+def _captured(fn: Callable[[], object], seconds: float) -> dict[str, Any]:
+    """The same of fn's CUDA graph, or why there is none."""
+    try:
+        again = replay(fn)
+    except RuntimeError as error:
+        return {"graph_error": str(error)[:300]}
+    rounds, iterations = plan(warmed(again), seconds)
+    times = timeit.repeat(again, timer=synced_clock, number=iterations, repeat=rounds)
+    low, median, high = statistics.quantiles([t / iterations for t in times], n=4)
+    return {"graph_median_s": median, "graph_iqr_s": high - low}

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rdm_fast import FilterConfig
+from rdm_fast.filters import cutoff
 
 
 def response(config: FilterConfig, s: Tensor) -> Tensor:
@@ -26,12 +27,12 @@ def response(config: FilterConfig, s: Tensor) -> Tensor:
             return s.square().log1p()
 
 
-def svd_loss(z1: Tensor, z2: Tensor, config: FilterConfig, cutoff: float = 0.0) -> Tensor:
+def svd_loss(z1: Tensor, z2: Tensor, config: FilterConfig) -> Tensor:
     """The paper's formulation: a thin SVD of the online rows, or of the targets themselves.
 
         online: p <- p V g(S) V^T        target (poly only): z <- U S^(1 + sigma) V^T
 
-    The paper keeps every direction (cutoff 0), also those that are nothing but rounding error.
+    Every direction is kept, also those that are nothing but rounding error.
     """
 
     def direction(p: Tensor, z: Tensor) -> Tensor:
@@ -39,11 +40,10 @@ def svd_loss(z1: Tensor, z2: Tensor, config: FilterConfig, cutoff: float = 0.0) 
         online = config.location == "online"
         with torch.no_grad():
             U, s, Vh = torch.linalg.svd(p if online else z, full_matrices=False)
-            kept = s >= cutoff * s[0]
             if online:
-                W = Vh.mT @ torch.diag(response(config, s) * kept) @ Vh  # [D, D]
+                W = Vh.mT @ torch.diag(response(config, s)) @ Vh  # [D, D]
             else:
-                z = U @ torch.diag(s ** (1 + config.sigma) * kept) @ Vh
+                z = U @ torch.diag(s ** (1 + config.sigma)) @ Vh
         if online:
             p = p @ W
         return -F.cosine_similarity(p, z, dim=1).mean()
@@ -52,7 +52,7 @@ def svd_loss(z1: Tensor, z2: Tensor, config: FilterConfig, cutoff: float = 0.0) 
 
 
 def gram_eigh_loss(z1: Tensor, z2: Tensor, config: FilterConfig) -> Tensor:
-    """The same by an eigendecomposition of the smaller Gram matrix, with the cutoff.
+    """The same by an eigendecomposition of the smaller Gram matrix, with the rule of `cutoff`.
 
     W = V g(S) V^T, with V^T = S^-1 U^T X from X X^T = U S^2 U^T where B <= D
     """
@@ -62,10 +62,12 @@ def gram_eigh_loss(z1: Tensor, z2: Tensor, config: FilterConfig) -> Tensor:
         online = config.location == "online"
         with torch.no_grad():
             X = p if online else z
-            samples = X.shape[0] <= X.shape[1]
+            samples = len(X) <= X.shape[1]
             eigenvalues, vectors = torch.linalg.eigh(X @ X.mT if samples else X.mT @ X)
             s = eigenvalues.clamp_min(0).sqrt()
-            kept = s > config.cutoff * s[-1]
+            B, D = X.shape
+            tau = cutoff(s[None], samples=B, features=D, dtype=z1.dtype, relative=config.cutoff)
+            kept = s > tau[0]
             s = s.where(kept, 1)
             g = response(config, s) * kept
             basis = vectors.mT @ X / s[:, None] if samples else vectors.mT  # rows of V^T

@@ -84,6 +84,25 @@ class FilterConfig:
             "filter.engine=reference is the paper's formulation, which never centres: "
             "leave out filter.center, or use filter.engine=eigh",
         )
+        require(
+            self.engine != "gemm" or self.why_not_gemm is None,
+            f"filter.engine=gemm cannot be accurate with {self.why_not_gemm}: "
+            "use filter.engine=eigh, or auto, which takes it",
+        )
+
+    @property
+    def is_falling(self) -> bool:
+        """Whether g falls with s."""
+        return self.kind == "poly" and self.sigma < 0
+
+    @property
+    def why_not_gemm(self) -> str | None:
+        """What matrix products alone cannot do of this filter, if any."""
+        if self.center:
+            return "filter.center"
+        if not 1e-4 <= self.cutoff <= 0.1:
+            return f"filter.cutoff={self.cutoff:g} (it takes 1e-4 to 0.1)"
+        return None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

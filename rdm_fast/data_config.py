@@ -55,10 +55,11 @@ class DataConfig:
     """Folder of the data set, in torchvision's layout; for arrays, the .npz file."""
     download: bool = False
     """Fetch the data set into root if it is not there (torchvision sets only)."""
-    loader: Literal["auto", "torch", "resident"] = "auto"
-    """torch decodes in worker processes, resident keeps pixels on the device; auto chooses."""
+    loader: Literal["auto", "dali", "torch", "resident"] = "auto"
+    """dali decodes on the GPU (or CPU threads), torch in worker processes, resident keeps pixels on
+    the device; auto takes resident if images are small and of one size, else dali if installed."""
     workers: int = 2
-    """Worker processes of the torch loader, on each rank."""
+    """Worker processes of the torch loader, or CPU threads of the DALI loader, on each rank."""
     classes: str = ""
     """Of a folder, only the classes that this file names, one a line; empty for all."""
     verify: Literal["header", "full"] = "header"

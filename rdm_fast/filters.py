@@ -54,8 +54,26 @@ def cutoff(
         [v, 1] in the dtype of s.
     """
     rms = (s.square().sum(dim=-1, keepdim=True) / (samples * features)).sqrt()
-    noise = NOISE * unit_roundoff(dtype) * (math.sqrt(samples) + math.sqrt(features)) * rms
+    noise = noise_floor(rms, samples=samples, features=features, dtype=dtype)
     return torch.maximum(relative * s.amax(dim=-1, keepdim=True), noise)
+
+
+def noise_floor(rms: Tensor, *, samples: int, features: int, dtype: torch.dtype) -> Tensor:
+    """Largest singular value of the rounding error of projections [B, D] of this dtype and rms."""
+    return NOISE * unit_roundoff(dtype) * (math.sqrt(samples) + math.sqrt(features)) * rms
+
+
+def g(config: FilterConfig, s: Tensor) -> Tensor:
+    """The paper's g, element by element of singular values s > 0."""
+    match config.kind:
+        case "poly":
+            return s**config.sigma
+        case "log":
+            return s.log()
+        case "log_1":
+            return s.log1p()
+        case "log_2":
+            return s.square().log1p()
 
 
 def response(config: FilterConfig, s: Tensor, tau: Tensor) -> Tensor:
@@ -74,24 +92,17 @@ def response(config: FilterConfig, s: Tensor, tau: Tensor) -> Tensor:
     """
     kept = s > tau
     s = s.where(kept, 1)
-    match config.kind:
-        case "poly":
-            s_max = s.where(kept, 0).amax(dim=-1, keepdim=True)
-            g = (s / s_max.where(s_max > 0, 1)) ** config.sigma
-        case "log":
-            g = s.log()
-        case "log_1":
-            g = s.log1p()
-        case "log_2":
-            g = s.square().log1p()
-    return g.where(kept, 0)
+    if config.kind == "poly":
+        s_max = s.where(kept, 0).amax(dim=-1, keepdim=True)
+        s = s / s_max.where(s_max > 0, 1)
+    return g(config, s).where(kept, 0)
 
 
 def trend(config: FilterConfig) -> Literal["rising", "falling", "flat"]:
     """How g moves with s."""
     if config.kind != "poly" or config.sigma > 0:
         return "rising"
-    return "falling" if config.sigma < 0 else "flat"
+    return "falling" if config.is_falling else "flat"
 
 
 def advice(config: FilterConfig) -> str | None:

@@ -1,157 +1,26 @@
-"""From projections to the filtered loss: which side, which engine, and the loss itself.
+"""From projections to the filtered loss, by whichever engine computes the filter.
 
-The filter of a global batch X = U S V^T [B, D] needs V and S. The eigh engine takes them from the
-smaller of two Gram matrices, X X^T = U S^2 U^T [B, B] ("samples") or X^T X = V S^2 V^T [D, D]
-("features"), formed and solved in float64: squaring the singular values costs half the digits,
-and float32 has not enough for a cutoff of 1e-3. On the sample side V = X^T U / S is never formed;
-loss and gradient are made of inner products (`rdm_kernels.filtered_cosine`).
+    online   L = -mean cos(p W, z)      target   L = -mean cos(p, z W)
 
-Filters are detached, as in the paper's code: the gradient flows through the rows, not through W.
+W = V g(S) V^T is the spectral filter of the global batch X = U S V^T that the filtered rows belong
+to (of the online rows, with basis=online). It is detached, as in the paper's code: the gradient
+flows through the rows, not through W. An online filter and its gradient are one op
+(`rdm_kernels.filtered_cosine`); filtered targets are rows like any others.
 """
 
 import warnings
-from dataclasses import dataclass
+from dataclasses import replace
 from functools import cache
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rdm_fast.config import FilterConfig
-from rdm_fast.distributed import gather_rows, local_rows
-from rdm_fast.errors import Unavailable
-from rdm_fast.filters import advice, cutoff, response
-from rdm_kernels import filtered_cosine, safe_eigh
-
-WIDE = torch.float64  # squared singular values are accurate to 1e-16 s_max^2
-
-
-@dataclass(frozen=True)
-class Decomposition:
-    """Spectrum of a batch X = U S V^T from its smaller side, and the filter's response on it."""
-
-    s: Tensor  # singular values, [v, n] float64, ascending
-    g: Tensor  # response, [v, n] float64; 0 where cut off, NaN where X is not finite
-    vectors: Tensor  # [v, n, n] float64: columns of U on the sample side, of V on the feature side
-
-    @property
-    def U_over_S(self) -> Tensor:
-        """On the sample side, [v, B, n]: V = X^T (U / S). Zero where cut off."""
-        inverse = (self.g != 0) / self.s.where(self.g != 0, 1)
-        return self.vectors * inverse[:, None, :]
-
-
-def uses_samples(B: int, D: int) -> bool:
-    """Whether the Gram matrix of the samples is the smaller one."""
-    return B <= D
-
-
-def exact(X: Tensor) -> Tensor:
-    """X in a dtype that holds products of its elements exactly: float32 for 16 bits, else float64.
-
-    What is left is the rounding of sums, so a Gram matrix has the accuracy of that dtype.
-    """
-    return X.to(torch.float32 if X.dtype.itemsize == 2 else WIDE)
-
-
-def gram(X: Tensor) -> Tensor:
-    """X X^T or X^T X, whichever is smaller, [v, n, n] float64, for X [v, B, D]."""
-    X = exact(X)
-    return (X @ X.mT if uses_samples(*X.shape[1:]) else X.mT @ X).to(WIDE)
-
-
-def centre_samples(G: Tensor) -> Tensor:
-    """Gram matrix of the centred rows, from that of the rows: H G H, H = I - 11^T / B."""
-    mean = G.mean(dim=-1, keepdim=True)
-    return G - mean - mean.mT + mean.mean(dim=-2, keepdim=True)
-
-
-def decompose(G: Tensor, X: Tensor, config: FilterConfig) -> Decomposition:
-    """Eigendecomposition of a Gram matrix by the eigh engine, and the response.
-
-    Args:
-        G: Gram matrix of X (of the centred X if config.center), [v, n, n] float64.
-        X: [v, B, D]; gives the sizes and the dtype whose noise is cut off.
-        config: the filter.
-    """
-    eigen = safe_eigh(G, non_negative=True)
-    s = eigen.eigenvalues.sqrt()
-    _, B, D = X.shape
-    tau = cutoff(s, samples=B, features=D, dtype=X.dtype, relative=config.cutoff)
-    g = response(config, s, tau).where(eigen.finite[:, None], torch.nan)
-    return Decomposition(s, g, eigen.vectors)
-
-
-@torch.no_grad()
-def right_vectors(X: Tensor, config: FilterConfig) -> tuple[Tensor, Tensor]:
-    """V [v, D, n] and the response g [v, n] of a global batch X [v, B, D], float64.
-
-    Columns of directions that are cut off are zero on the sample side; their g is zero anyway.
-    """
-    wide = X.to(WIDE)
-    wide = wide - wide.mean(dim=1, keepdim=True) if config.center else wide
-    spectrum = decompose(gram(wide), X, config)
-    if uses_samples(*X.shape[1:]):
-        return wide.mT @ spectrum.U_over_S, spectrum.g
-    return spectrum.vectors, spectrum.g
-
-
-# ---- the loss --------------------------------------------------------------------------------
-
-
-def _samples(p: Tensor, z: Tensor, P: Tensor, Z: Tensor, config: FilterConfig) -> Tensor:
-    """Loss of each view by the Gram matrix of the samples X of the branch that gives the basis."""
-    own_target = config.location == "target" and config.basis == "own"
-    X, x, other = (Z, z, p) if own_target else (P, p, z)
-    rows = local_rows(x.shape[1])
-    G = gram(X)
-    spectrum = decompose(centre_samples(G) if config.center else G, X, config)
-    U_over_S = spectrum.U_over_S
-    if config.center:  # the basis is of centred rows, the rows in it are not
-        xV = G[:, rows] @ U_over_S
-    else:
-        xV = spectrum.vectors[:, rows] * spectrum.s[:, None, :]
-    otherV = (exact(other) @ exact(X).mT).to(WIDE) @ U_over_S
-    pV, zV = (otherV, xV) if own_target else (xV, otherV)
-    online = config.location == "online"
-    norm = (z if online else p).to(WIDE).norm(dim=-1)
-    return filtered_cosine(p, norm, pV, zV, spectrum.g, U_over_S, X, online=online)
-
-
-def _features(p: Tensor, z: Tensor, P: Tensor, Z: Tensor, config: FilterConfig) -> Tensor:
-    """Loss of each view by the Gram matrix of the features."""
-    own_target = config.location == "target" and config.basis == "own"
-    V, g = right_vectors(Z if own_target else P, config)
-    pV, zV = p.to(WIDE) @ V, z.to(WIDE) @ V
-    online = config.location == "online"
-    norm = (z if online else p).to(WIDE).norm(dim=-1)
-    return filtered_cosine(p, norm, pV, zV, g, V, None, online=online)
-
-
-def _reference(p: Tensor, z: Tensor, P: Tensor, Z: Tensor, config: FilterConfig) -> Tensor:
-    """The paper's formulation: thin SVD in float32, no cutoff, autograd through the rows."""
-    own_target = config.location == "target" and config.basis == "own"
-    with torch.no_grad():
-        X = Z if own_target else P
-        _, s, Vh = torch.linalg.svd(X.to(torch.promote_types(X.dtype, torch.float32)), False)
-        g = response(config, s, torch.full_like(s[:, :1], -1.0))
-        W = (Vh.mT * g[:, None, :]) @ Vh
-    y, t = p.to(W.dtype), z.to(W.dtype)
-    y, t = (y @ W, t) if config.location == "online" else (y, t @ W)
-    return -F.cosine_similarity(y, t, dim=-1).mean(dim=-1)
-
-
-def choose_engine(config: FilterConfig) -> str:
-    """The engine that `auto` stands for, or the one asked for by name.
-
-    Raises:
-        Unavailable: engine=gemm, whose kernels are not built yet.
-    """
-    if config.engine == "gemm":
-        raise Unavailable(
-            "filter.engine=gemm is not built yet: use filter.engine=eigh (or auto, which takes it)"
-        )
-    return "eigh" if config.engine == "auto" else config.engine
+from rdm_fast.distributed import gather_rows, local_rows, world_size
+from rdm_fast.engines import build_filter, engine_for
+from rdm_fast.filters import advice
+from rdm_kernels import neg_cosine
 
 
 @cache
@@ -170,11 +39,13 @@ def spectral_cosine(online: Tensor, target: Tensor | None, config: FilterConfig)
         config: the filter; it is taken from the global batch, without gradient.
 
     Returns:
-        [v] float32 (float64 for float64 inputs), within 1e-6 of float64 arithmetic. NaN, with a
-        zero gradient, where the global batch holds a value that is not finite.
+        [v] float32 (float64 for float64 inputs), within 1e-6 of float64 arithmetic by the eigh
+        engine. NaN where the global batch holds a value that is not finite; the gradient is then
+        finite, and zero for a filtered view or row.
 
     Raises:
         ValueError: the two differ in shape or dtype, or are not three-dimensional.
+        Unavailable: engine=gemm cannot be accurate for this filter, or was not on the last batch.
     """
     if online.ndim != 3 or (
         target is not None and (online.shape != target.shape or online.dtype != target.dtype)
@@ -184,20 +55,25 @@ def spectral_cosine(online: Tensor, target: Tensor | None, config: FilterConfig)
             "spectral_cosine needs [v, b, D] tensors of one shape and dtype, got online "
             f"{online.dtype} {tuple(online.shape)} and target {found}"
         )
-    engine = choose_engine(config)
+    engine = engine_for(config, online.device)
     with torch.autocast(online.device.type, enabled=False):
+        swapped = target is None and world_size() == 1 and len(online) == 2
+        swapped = swapped and config.location == "online"  # a target's rows meet no others
         if target is None:
             P = gather_rows(online)
-            Z, target = P.flip(0), online.detach().flip(0)
+            Z = P.flip(0)
         else:
             P, Z = gather_rows(torch.cat([online.detach(), target.detach()])).chunk(2)
-            target = target.detach()
-        if engine == "reference":
-            loss = _reference(online, target, P, Z, config)
-        elif uses_samples(*P.shape[1:]):
-            loss = _samples(online, target, P, Z, config)
+        rows = local_rows(online.shape[1])
+        target = Z[:, rows]
+        own_target = config.location == "target" and config.basis == "own"
+        X = Z if own_target else P
+        W = build_filter(engine.current(), X, rows, config, swapped=swapped)
+        if config.location == "online":
+            loss = W.cosine(online, target)
         else:
-            loss = _features(online, target, P, Z, config)
+            loss = neg_cosine(online, W.own_rows() if own_target else W.other_rows(target))
+        engine.watch(W.status)
     return loss.to(torch.promote_types(online.dtype, torch.float32))
 
 
@@ -227,6 +103,23 @@ def spectral_loss(
     return spectral_cosine(torch.stack([z1, z2]), target, config).mean()
 
 
+class _Filtered(torch.autograd.Function):
+    """z W for rows z of the batch that W is the filter of; W is detached: dL/dz = dL/dy W."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, config: FilterConfig) -> Tensor:
+        engine = engine_for(config, z.device)
+        ctx.W = build_filter(engine.current(), gather_rows(z[None]), local_rows(len(z)), config)
+        p = ctx.W.own_rows()[0].to(z.dtype)
+        engine.watch(ctx.W.status)
+        return p
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        with torch.autocast(grad.device.type, enabled=False):
+            return ctx.W.other_rows(grad[None])[0].to(grad.dtype), None
+
+
 class SpectralPredictor(nn.Module):
     """p = z W, W the spectral filter of the global batch that z belongs to.
 
@@ -238,14 +131,13 @@ class SpectralPredictor(nn.Module):
     def __init__(self, config: FilterConfig) -> None:
         super().__init__()
         self.config = config
-        choose_engine(config)
         _warn_once(config)
 
     def forward(self, z: Tensor) -> Tensor:
         """z: this rank's projections, [b, D]. Returns predictions, [b, D] in z's dtype."""
         with torch.autocast(z.device.type, enabled=False):
-            V, g = right_vectors(gather_rows(z[None]), self.config)
-            return (((z.to(WIDE) @ V[0]) * g[0]) @ V[0].mT).to(z.dtype)
+            # whatever its location, it may be differentiated through
+            return _Filtered.apply(z, replace(self.config, location="online", basis="own"))
 
     def extra_repr(self) -> str:
         return f"{self.config.kind}, sigma={self.config.sigma:g}, {self.config.location}"

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rdm_fast.config import FilterConfig
+from rdm_fast.decomposition import decompose, right_vectors, smaller_gram
 from rdm_fast.distributed import gather_rows
-from rdm_fast.spectral import decompose, gram, right_vectors
 
 
 def eigenvalues(z: Tensor) -> Tensor:
@@ -26,7 +26,7 @@ def eigenvalues(z: Tensor) -> Tensor:
         [min(B, d)] float64, ascending, non-negative: all that can differ from zero. NaN if z
         holds a value that is not finite.
     """
-    G = gram(z[None])[0]
+    G = smaller_gram(z[None])[0]
     if not G.isfinite().all():
         return torch.full_like(G[0], torch.nan)
     return torch.linalg.eigvalsh(G).clamp_min(0) / z.shape[0]
@@ -79,7 +79,7 @@ def filtered_eigenvalues(z: Tensor, config: FilterConfig, basis: Tensor | None =
         [min(B, d)] float64, non-negative; NaN if the input is not finite.
     """
     if basis is None and not config.center:
-        spectrum = decompose(gram(z[None]), z[None], config)
+        spectrum = decompose(smaller_gram(z[None]), z[None], config)
         return (spectrum.s * spectrum.g)[0].square() / z.shape[0]
     V, g = right_vectors((z if basis is None else basis)[None], config)
     return eigenvalues((z.to(torch.float64) @ V[0]) * g[0])  # V^T after it turns, and no more

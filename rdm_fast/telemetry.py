@@ -48,6 +48,7 @@ KEYS = {
     "probe_top1": "accuracy of a linear probe on embeddings, in percent",
     "grad_norm": "Euclidean norm of the whole gradient",
     "skipped_steps": "steps skipped so far because something was not finite",
+    "filter_failures": "batches so far on which filter.engine=gemm was not accurate",
     "gpu_mem_gib": "most GPU memory used so far, GiB",
 }
 

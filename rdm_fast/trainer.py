@@ -17,15 +17,15 @@ import torch.distributed as dist
 from rdm_fast import checkpoint
 from rdm_fast.checkpoint import Snapshot
 from rdm_fast.config import Config
-from rdm_fast.data import ImageSet, build_loader, load
+from rdm_fast.data import ImageSet, build_loader, load, require_same_images
 from rdm_fast.distributed import all_reduce_max, print0, rank, world_size
+from rdm_fast.engines import engine_for
 from rdm_fast.environment import describe_environment
 from rdm_fast.errors import DataError, InputMissing, Interrupted, NonFinite, OutputFailed
 from rdm_fast.evaluation.online import knn_top1
 from rdm_fast.filters import advice
 from rdm_fast.methods import build_method
 from rdm_fast.run_folder import RunFolder
-from rdm_fast.spectral import choose_engine
 from rdm_fast.spectrum import branch_spectra
 from rdm_fast.step import StepReport, TrainStep
 from rdm_fast.telemetry import Clock, Plan, Telemetry
@@ -45,7 +45,7 @@ class Trainer:
     def __init__(self, config: Config, folder: RunFolder, device: torch.device) -> None:
         self.config, self.folder, self.device = config, folder, device
         self.images = load(config.data, "train", folder.bad_files)
-        self._require_same_images()
+        require_same_images(self.images, config.data, device)
         self.loader = build_loader(
             config, self.images, rank=rank(), world_size=world_size(), device=device
         )
@@ -54,6 +54,10 @@ class Trainer:
         self.train_step = TrainStep(
             build_method(config), config, device, self.loader.steps_per_epoch
         )
+        spectral = self.train_step.method.filter
+        self.engine = engine_for(spectral, device) if spectral else None
+        if self.engine:
+            self.engine.restore({})  # another run of this process may have used it
         self.step = 0
         """Optimizer steps done."""
         self.skipped = 0
@@ -62,18 +66,6 @@ class Trainer:
         self._failed_saves = 0
         self._stop_asked = False
         self._last_saved = -1
-
-    def _require_same_images(self) -> None:
-        """Refuse ranks that do not see the same files: their orders would not be parts of one."""
-        if world_size() == 1:
-            return
-        mine = int(self.images.digest[:15], 16)
-        if all_reduce_max(int(all_reduce_max(mine, self.device) != mine), self.device):
-            raise DataError(
-                f"the ranks do not see the same images in --data.root {self.config.data.root} "
-                f"(rank {rank()} has {len(self.images)}): is it the same on every machine? if so, "
-                "a file could not be read for a moment; run the same command again"
-            )
 
     # ---- the loop ----------------------------------------------------------------------------
 
@@ -155,12 +147,16 @@ class Trainer:
             device=self.device,
             world_size=world_size(),
             loader=self.loader.name,
-            engine=self._engine(),
+            engine=self.engine.name if self.engine else "none",
         )
         return Telemetry.open(self.folder, self.config, environment, plan)
 
     def _engine(self) -> str:
-        return choose_engine(self.config.filter) if self.train_step.method.filter else "none"
+        return (
+            engine_for(self.config.filter, self.device).name
+            if self.train_step.method.filter
+            else "none"
+        )
 
     def _announce(self) -> None:
         """Say once what `auto` stands for, and what RDM thinks of the filter."""
@@ -170,7 +166,8 @@ class Trainer:
             f"{config.data.name}: {world_size()} rank(s) on {self.device.type}, global batch "
             f"{config.optim.global_batch}, {config.optim.local_batch(world_size())} a rank"
             + (f" in {parts} parts" if parts > 1 else "")
-            + f", loader {self.loader.name}, filter engine {self._engine()}"
+            + f", loader {self.loader.name}"
+            + (f", filter engine {self.engine.name}" if self.engine else "")
         )
         if self.train_step.method.filter and (text := advice(config.filter)):
             print0(f"warning: {text}")
@@ -196,6 +193,8 @@ class Trainer:
             **spectra.metrics(),
             **clock.read(self.config.optim.global_batch),
         }
+        if self.engine:
+            metrics["filter_failures"] = self.engine.failures
         if self.config.method == "byol":
             metrics["ema_momentum"] = report.ema_momentum
         if self.device.type == "cuda":
@@ -264,6 +263,7 @@ class Trainer:
                 "scaler": self.train_step.scaler.state_dict(),
                 "skipped": self.skipped,
                 "skipped_in_a_row": self._skipped_in_a_row,
+                "filter_engine": self.engine.state if self.engine else {},
                 "world_size": world_size(),
                 "ema_momentum": self.train_step.momentum(self.step),
             },
@@ -298,6 +298,8 @@ class Trainer:
         self.step = self._last_saved = snapshot.step
         self.skipped = snapshot.state["skipped"]
         self._skipped_in_a_row = snapshot.state["skipped_in_a_row"]
+        if self.engine:
+            self.engine.restore(snapshot.state["filter_engine"])
 
     # ---- signals -----------------------------------------------------------------------------
 

@@ -1,6 +1,7 @@
 """Batches with known spectra, and the paper's formulas in float64, for the tests of the filter."""
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -94,8 +95,29 @@ def paper_filter(X: Tensor, config: FilterConfig) -> Tensor:
     return (Vh[kept].mT * g(config, s[kept])) @ Vh[kept]
 
 
+def damped_filter(X: Tensor, config: FilterConfig) -> Tensor:
+    """W as the gemm engine defines it: strengths s / (s^2 + tau^2)^(1/2) in place of a cutoff.
+
+    W = V g(sqrt(S^2 + tau^2)) S^2 / (S^2 + tau^2) V^T,   tau = max(cutoff c^(1/2), noise)
+    """
+    if config.kind == "poly" and config.sigma == 2:
+        W = X.double().mT @ X.double()
+        return W / W.trace().clamp_min(1e-300)  # a cosine takes any scale, PyTorch's eps does not
+    B, D = X.shape
+    _, s, Vh = torch.linalg.svd(X.double(), full_matrices=False)
+    root_c = torch.linalg.vector_norm(s, 8)  # c = |G^2|_F^(1/2)
+    noise = 0.75 * UNIT_ROUNDOFF.get(X.dtype, 2.0**-53) * X.double().square().mean().sqrt()
+    tau = max(config.cutoff * float(root_c), float(noise) * (math.sqrt(B) + math.sqrt(D)))
+    damped = (s.square() + tau**2).sqrt()
+    return (Vh.mT * (g(config, damped) * (s / damped).square())) @ Vh
+
+
 def paper_loss(
-    z1: Tensor, z2: Tensor, config: FilterConfig, targets: tuple[Tensor, Tensor] | None = None
+    z1: Tensor,
+    z2: Tensor,
+    config: FilterConfig,
+    targets: tuple[Tensor, Tensor] | None = None,
+    filter_of: Callable[[Tensor, FilterConfig], Tensor] = paper_filter,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The symmetric loss and its gradients for z1 and z2 by autograd, in float64."""
     t1, t2 = (z1, z2) if targets is None else targets
@@ -103,7 +125,7 @@ def paper_loss(
     loss = torch.zeros((), dtype=torch.float64)
     for p, raw, t in ((leaves[0], z1, t2), (leaves[1], z2, t1)):
         own = config.location == "target" and config.basis == "own"
-        W = paper_filter(t.detach() if own else raw.detach(), config)
+        W = filter_of(t.detach() if own else raw.detach(), config)
         y, z = (p @ W, t.double()) if config.location == "online" else (p, t.double() @ W)
         loss = loss - F.cosine_similarity(y, z.detach(), dim=1).mean() / 2
     loss.backward()

@@ -5,10 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from rdm_fast.config import FilterConfig
-from rdm_fast.spectral import (
-    right_vectors,
-    spectral_loss,
-)
+from rdm_fast.decomposition import right_vectors
+from rdm_fast.spectral import spectral_loss
 from tests.spectra import (
     ONLINE,
     SHAPES,

@@ -352,6 +352,6 @@ def test_every_metric_key_says_its_unit() -> None:
     fixed = (
         "step epoch loss lr ema_momentum images_per_s data_wait_s filter_ms effective_rank/online "
         "effective_rank/target effective_rank/projection rank_difference std knn_top1 probe_top1 "
-        "grad_norm skipped_steps gpu_mem_gib"
+        "grad_norm skipped_steps filter_failures gpu_mem_gib"
     )
     assert list(KEYS) == fixed.split() and all(KEYS.values())

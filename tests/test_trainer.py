@@ -20,11 +20,13 @@ from rdm_fast import trainer as trainer_module
 from rdm_fast.config import Config
 from rdm_fast.data import Batch
 from rdm_fast.distributed import rank, world_size
+from rdm_fast.engines import choice
 from rdm_fast.errors import DataError, Interrupted, NonFinite, OutputFailed
 from rdm_fast.evaluation import online
 from rdm_fast.run_folder import RunFolder, read_status
-from rdm_fast.step import TrainStep
+from rdm_fast.step import StepReport, TrainStep
 from rdm_fast.trainer import SIGNALS, Trainer
+from rdm_kernels.matrix_function import INACCURATE
 from tests import runs
 from tests.ranks import run_ranks
 from tests.runs import CPU, Hooked, final_state, metrics, run, run_with_stops, with_log
@@ -85,6 +87,43 @@ def assert_same_run(path: Path, other: Path) -> None:
     state, expected = final_state(path), final_state(other)
     assert [name for name in expected if state.get(name) != expected[name]] == []
     assert state.keys() == expected.keys()
+
+
+# ---- an engine that fails --------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:filter.engine=gemm was not accurate")
+@pytest.mark.parametrize("stops", [[3], [4]], ids=["before it is looked at", "after"])
+def test_a_failure_of_the_gemm_engine_is_counted_and_kept_across_a_resume(
+    stops: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As if the batch of the third step had been too hard: eigh from the fourth on."""
+    monkeypatch.setattr(choice, "choose", lambda config, device: "gemm")
+    used: list[str] = []
+    config = with_log(tiny(), every=1)
+
+    def prepare(trainer: Trainer, stop: int = 0) -> None:
+        assert trainer.engine is not None
+        engine = trainer.engine
+
+        def after(_: StepReport, number: int) -> None:
+            used.append(engine.name)
+            if number == 2:
+                engine.watch(torch.tensor([0, INACCURATE], dtype=torch.int32))
+            if number + 1 == stop:
+                trainer.ask_to_stop()
+
+        trainer.train_step = Hooked(trainer.train_step, after=after)  # type: ignore[assignment]
+
+    run(tmp_path / "undisturbed", config, prepare)
+    assert used == ["gemm"] * 3 + ["eigh"] * 5
+    lines = metrics(tmp_path / "undisturbed")
+    assert [line["filter_failures"] for line in lines if "loss" in line] == [0] * 3 + [1] * 5
+    for stop in stops:
+        with pytest.raises(Interrupted):
+            run(tmp_path / "stopped", config, partial(prepare, stop=stop))
+    run(tmp_path / "stopped", config, prepare)
+    assert_same_run(tmp_path / "stopped", tmp_path / "undisturbed")
 
 
 # ---- exact resume, one rank ------------------------------------------------------------------

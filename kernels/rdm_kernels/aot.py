@@ -2,42 +2,44 @@
 
     python -m rdm_kernels.aot [--cc 80 90 100] [--kernel NAME ...] [--jobs N]
 
-Prints a row for each: registers a thread and bytes spilled, as ptxas reports them, shared memory,
-and the tensor-core instruction in its PTX. Exits with 1 if a kernel does not compile, spills, asks
-for more shared memory than a block may have, lacks tensor-core instructions that it was written
-for, or is listed by no file's `variants()`.
+Prints a row for each: registers a thread and bytes spilled, as ptxas reports them to Triton, shared
+memory, and the tensor-core instruction in its PTX. Exits with 1 if a kernel does not compile,
+spills, asks for more shared or tensor memory than a block may have, lacks tensor-core instructions
+that it was written for, or is listed by no file's `variants()`.
 
-Each variant is compiled as Triton would, for sizes that are multiples of 16 and for others
-("any n"), where the kernel lets Triton tell. A size of exactly 1 only folds constants.
+Each variant is compiled as Triton's launcher would, once for all that it tells apart of a size
+(rdm_kernels/variant.py, SIZES). Whatever Triton is imported compiles; `make aot` runs this with the
+installed one and with the oldest that pyproject.toml allows.
 """
 
 import argparse
 import importlib
+import io
 import os
 import pkgutil
 import re
-import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from contextlib import redirect_stdout
+from dataclasses import dataclass, replace
+from functools import cache
+from itertools import product
 from multiprocessing import get_context
-from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 import triton
+from triton import knobs
 from triton.backends.compiler import GPUTarget
-from triton.backends.nvidia.compiler import sm_arch_from_capability
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, CompiledKernel
 
 import rdm_kernels
-from rdm_kernels.variant import Variant
+from rdm_kernels.variant import SIZES, Variant
 
 # Shared memory that one block may have, in bytes: CUDA C++ Programming Guide, "Technical
 # Specifications per Compute Capability".
 SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+TENSOR_MEMORY = 512  # columns, on sm_100: PTX ISA, "Tensor Memory"
 TENSOR_CORES = re.compile(r"\b(wgmma\.mma_async|tcgen05\.mma|mma\.sync)")
 
 
@@ -51,6 +53,7 @@ class Row:
     registers: int = 0
     spilled: int = 0  # bytes, stored and loaded
     shared: int = 0  # bytes
+    tensor_memory: int = 0  # columns
     instruction: str = "-"  # of the tensor cores
     error: str = ""
 
@@ -74,93 +77,94 @@ def launched(module: ModuleType) -> set[str]:
 
 def unlisted() -> list[str]:
     """Kernels that no `variants()` names, so that nothing here would check them."""
-    listed = {variant.name for variant in every_variant()}
+    names = {variant.name for variant in listed()}
     return [
         f"{module.__name__}.{name}"
         for module in modules()
-        for name in sorted(launched(module) - listed)
+        for name in sorted(launched(module) - names)
     ]
 
 
+def listed() -> list[Variant]:
+    """All that the launchers of all files may ask for."""
+    return [v for module in modules() if hasattr(module, "variants") for v in module.variants()]
+
+
+@cache
 def every_variant() -> list[Variant]:
-    """All that the launchers of all files may ask for, each once."""
-    found = [v for module in modules() if hasattr(module, "variants") for v in module.variants()]
+    """The same as Triton tells them apart, each once."""
+    found = [each for variant in listed() for each in specialised(variant)]
     return list({(v.name, v.label, *v.types.items()): v for v in found}.values())
 
 
-def source(variant: Variant, aligned: bool) -> ASTSource:
-    """The variant as Triton's compiler takes it; free sizes are multiples of 16 or of nothing."""
-    signature, attributes = {}, {}
+def specialised(variant: Variant) -> Iterator[Variant]:
+    """The variant, each of its sizes one of SIZES, in every combination that it allows.
+
+    A launcher looks at the value of every integer that the kernel does not exclude.
+    """
+    choices = []
+    for parameter in variant.kernel.params:
+        kind, _, sizes = variant.types.get(parameter.name, "constexpr").partition(":")
+        if kind[0] == "i":
+            free = sizes.split(",") if sizes else SIZES
+            types = [kind] if parameter.do_not_specialize else [f"{kind}:{size}" for size in free]
+            choices.append([(parameter.name, each) for each in types])
+    for choice in product(*choices):
+        yield replace(variant, types=variant.types | dict(choice))
+
+
+def source(variant: Variant) -> ASTSource:
+    """One of those as Triton's compiler takes it."""
+    signature, constants, attributes = {}, dict(variant.constants), {}
     for index, parameter in enumerate(variant.kernel.params):
-        kind, _, multiple = variant.types.get(parameter.name, "constexpr").partition(":")
-        signature[parameter.name] = kind
-        if kind[0] == "*" or multiple or (kind[0] == "i" and aligned and is_free(parameter)):
+        kind, _, size = variant.types.get(parameter.name, "constexpr").partition(":")
+        if size == "1":
+            kind, constants[parameter.name] = "constexpr", 1
+        if size == "16" or kind[0] == "*":
             attributes[(index,)] = [["tt.divisibility", 16]]
-    return ASTSource(variant.kernel, signature, variant.constants, attributes)
+        signature[parameter.name] = kind
+    return ASTSource(variant.kernel, signature, constants, attributes)
 
 
-def is_free(parameter: Any) -> bool:
-    """Whether Triton looks at the value of this argument when it compiles."""
-    return not parameter.do_not_specialize
+def assembled(variant: Variant, cc: int) -> tuple[CompiledKernel, str]:
+    """The compiled kernel, and what ptxas had to say of it."""
+    options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
+    report = io.StringIO()
+    with knobs.compilation.scope(), knobs.nvidia.scope(), redirect_stdout(report):
+        knobs.compilation.always_compile = True  # a cached kernel comes without a report
+        knobs.nvidia.dump_ptxas_log = True
+        target = GPUTarget("cuda", cc, 32)
+        kernel = triton.compile(source(variant), target=target, options=options)
+    return kernel, report.getvalue()
 
 
-def alignments(variant: Variant) -> list[bool]:
-    """Both, unless the kernel has no size that may be a multiple of 16 or not."""
-    free = (p for p in variant.kernel.params if variant.types.get(p.name) == "i32" and is_free(p))
-    return [True, False] if any(free) else [True]
-
-
-def assemble(ptx: str, cc: int) -> str:
-    """What ptxas has to say of a kernel. Triton keeps the binary only."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "kernel.ptx"
-        path.write_text(ptx)
-        command = [_ptxas(cc), "-v", f"--gpu-name={sm_arch_from_capability(cc)}"]
-        if tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 9):
-            command += ["--regAllocOptLevel=2"]  # as Triton does
-        run = subprocess.run(
-            [*command, str(path), "-o", str(Path(folder) / "kernel.cubin")],
-            capture_output=True, text=True, check=True,
-        )  # fmt: skip
-    return run.stderr
-
-
-def _ptxas(cc: int) -> str:
-    from triton.backends.nvidia import compiler
-
-    return compiler.get_ptxas(cc).path
-
-
-def compiled(task: tuple[int, bool, int]) -> Row:
-    """Compile variant number `task[0]` for the compute capability `task[2]`."""
-    number, aligned, cc = task
+def compiled(task: tuple[int, int]) -> Row:
+    """Compile variant number `task[0]` for the compute capability `task[1]`."""
+    number, cc = task
     variant = every_variant()[number]
-    label = variant.label + ("" if aligned else " any n")
-    options: dict[str, Any] = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
     try:
-        kernel = triton.compile(
-            source(variant, aligned), target=GPUTarget("cuda", cc, 32), options=options
+        kernel, report = assembled(variant, cc)
+        match = TENSOR_CORES.search(kernel.asm["ptx"])
+        return Row(
+            variant.name,
+            variant.label,
+            cc,
+            registers=max(_numbers(r"Used (\d+) registers", report)),
+            spilled=sum(_numbers(r"(\d+) bytes spill", report)),
+            shared=kernel.metadata.shared,
+            tensor_memory=kernel.metadata.tmem_size or 0,
+            instruction=match[1] if match else "-",
         )
-        ptx, report = kernel.asm["ptx"], assemble(kernel.asm["ptx"], cc)
     except Exception as error:  # the table goes on, and the run fails
-        return Row(variant.name, label, cc, error=f"does not compile: {error}"[:500])
-    return Row(
-        variant.name,
-        label,
-        cc,
-        registers=_number(r"Used (\d+) registers", report),
-        spilled=_number(r"(\d+) bytes spill stores", report)
-        + _number(r"(\d+) bytes spill loads", report),
-        shared=kernel.metadata.shared,
-        instruction=match[1] if (match := TENSOR_CORES.search(ptx)) else "-",
-    )
+        return Row(variant.name, variant.label, cc, error=f"does not compile: {error}"[:500])
 
 
-def _number(pattern: str, report: str) -> int:
-    match = re.search(pattern, report)
-    if match is None:
+def _numbers(pattern: str, report: str) -> list[int]:
+    """One of each function that was not inlined."""
+    found = re.findall(pattern, report)
+    if not found:
         raise ValueError(f"ptxas did not report {pattern!r}: {report}")
-    return int(match[1])
+    return [int(number) for number in found]
 
 
 def fault(row: Row, tensor_cores: bool) -> str:
@@ -171,12 +175,14 @@ def fault(row: Row, tensor_cores: bool) -> str:
         return f"spills {row.spilled} bytes"
     if row.shared > SHARED[row.cc]:
         return f"{row.shared} bytes of shared memory, over {SHARED[row.cc]}"
+    if row.tensor_memory > TENSOR_MEMORY:
+        return f"{row.tensor_memory} columns of tensor memory, over {TENSOR_MEMORY}"
     if tensor_cores and row.instruction == "-":
         return "no tensor-core instruction"
     return ""
 
 
-def rows(tasks: list[tuple[int, bool, int]], jobs: int) -> Iterator[Row]:
+def rows(tasks: list[tuple[int, int]], jobs: int) -> Iterator[Row]:
     """Compile all, each process at its own; in order."""
     if jobs == 1:
         yield from map(compiled, tasks)
@@ -191,7 +197,7 @@ def main() -> int:
     parser.add_argument("--kernel", nargs="+", help="only kernels whose name contains one of these")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes")
     args = parser.parse_args()
-    if triton.knobs.runtime.interpret:
+    if knobs.runtime.interpret:
         sys.exit("error: TRITON_INTERPRET is set, and interpreted kernels do not compile: unset it")
 
     variants = every_variant()
@@ -200,19 +206,14 @@ def main() -> int:
         for number, variant in enumerate(variants)
         if not args.kernel or any(part in variant.name for part in args.kernel)
     ]
-    tasks = [
-        (number, aligned, cc)
-        for number in wanted
-        for aligned in alignments(variants[number])
-        for cc in args.cc
-    ]
+    tasks = [(number, cc) for number in wanted for cc in args.cc]
     if not tasks:
         sys.exit(f"error: no kernel's name contains {' or '.join(args.kernel)}")
 
     faults = [f"{name}: in no variants(), so not checked" for name in unlisted()]
     form = "{:26} {:>4} {:>4} {:>6} {:>7}  {:16} {}"
     print(form.format("kernel", "cc", "regs", "spills", "shared", "tensor cores", "variant"))
-    for (number, _, _), row in zip(tasks, rows(tasks, args.jobs), strict=True):
+    for (number, _), row in zip(tasks, rows(tasks, args.jobs), strict=True):
         print(
             form.format(
                 row.kernel, row.cc, row.registers, row.spilled, row.shared, row.instruction,

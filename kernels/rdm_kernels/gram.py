@@ -143,9 +143,9 @@ def dot_precision(dtype: torch.dtype, centre: bool, precision: str) -> str:
 def blocks(dtype: torch.dtype, centre: bool, precision: str, n: int) -> Blocks:
     """Block sizes for an n x n Gram matrix."""
     if dtype != torch.float32 and not centre:  # 16-bit products
-        return Blocks(128, 64, 8, 3) if n >= LARGE else Blocks(64, 64, 4, 4)
+        return Blocks(128, 64, 8, 3) if n >= LARGE else Blocks(64, 32, 4, 4)
     if precision == "ieee":
-        return Blocks(64, 16, 4, 2)
+        return Blocks(64, 16, 8, 1) if centre else Blocks(64, 16, 4, 2)
     if centre:
         return Blocks(64, 16, 8, 3)
     return Blocks(128, 16, 8, 3) if n >= LARGE else Blocks(64, 32, 8, 3)

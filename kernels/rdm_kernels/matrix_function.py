@@ -4,19 +4,22 @@ For a batch X with G = X X^T and singular values s, and a response g, damped by 
 off would need eigenvalues), the filter is W = X^T h X with
 
     h = g(sqrt(G + tau^2)) (G + tau^2)^-1,   M = G h = g(sqrt(G + tau^2)) - tau^2 h
-    tau = cutoff sqrt(c),   c = |G^2|_F^(1/2) >= lambda_max
+    tau = max(cutoff sqrt(c), floor),   c = |G^2|_F^(1/2) >= lambda_max
 
-so that X W = M X. A = G / c + cutoff^2 has its spectrum in [cutoff^2, 1 + cutoff^2] whatever G is,
-so every constant below is known before the batch:
+so that X W = M X. With C = c + tau^2, A = (G + tau^2) / C has its spectrum in [tau^2 / C, 1], and
+tau^2 / C grows with tau: in [cutoff^2 / (1 + cutoff^2), 1] whatever G and floor are. So every
+constant below is known before the batch:
 
     L = cholesky(A)
     Q = polar(L)                      iterations of `rdm_kernels.polar`, so L = H Q
     H = L Q^T = sqrt(A)
-    g(sqrt(c) H) = sum_k a_k T_k(S)   Chebyshev series on S = H mapped to [-1, 1], a_k on the device
-    h = A^-1 g(sqrt(c) H) / c         by two triangular solves with L
+    g(sqrt(C) H) = sum_k a_k T_k(S)   Chebyshev series on S = H mapped to [-1, 1], a_k on the device
+    h = A^-1 g(sqrt(C) H) / C         by Cholesky's two triangular solves
 
 The series converges as rho^-k, rho = (1 + sqrt cutoff) / (1 - sqrt cutoff), and is evaluated in
-2 sqrt(degree) products (Paterson and Stockmeyer 1973, in Chebyshev form). 48 products in all.
+2 sqrt(degree) products (Paterson and Stockmeyer 1973, in Chebyshev form). 48 products in all at
+cutoff 1e-3, all by `sym_matmul` and `product`: float32 on CUDA by tf32x3, whatever PyTorch's global
+switches say. h is two triangular solves of that, so there is no cheaper M without it.
 
 With the inner products O = Z X^T and the coefficients a and c of `rdm_kernels.filtered_cosine`,
 y = M X, |y_i|^2 = (M G M)_ii, <y_i, z_i> = (M o O) summed over row i, and
@@ -32,14 +35,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rdm_kernels.polar import (
-    _symmetric_product,
-    bound,
-    iterate,
-    iterations_for,
-    power_of_two,
-    schedule,
-)
+from rdm_kernels.polar import bound, iterate, iterations_for, power_of_two, schedule
+from rdm_kernels.product import product
+from rdm_kernels.sym_matmul import sym_matmul
+from rdm_kernels.tiles import described
 
 NOT_FINITE = 1  # bits of the status word
 CHOLESKY_FAILED = 2
@@ -51,9 +50,9 @@ LOG_TOLERANCE = 1e-4  # of the default degree: largest error of log s, which spa
 class MatrixFunction(NamedTuple):
     """M = g(sqrt G) and h = M G^-1, damped; of each G of the batch."""
 
-    M: Tensor  # [..., n, n], symmetric; NaN where status tells NOT_FINITE or CHOLESKY_FAILED
+    M: Tensor  # [..., n, n], symmetric; NaN if not finite, zero if it failed
     h: Tensor  # [..., n, n], symmetric; NaN likewise
-    tau: Tensor  # [...], the damping: cutoff * sqrt(c)
+    tau: Tensor  # [...], the damping
     status: Tensor  # [...] int32: 0, or the sum of NOT_FINITE, CHOLESKY_FAILED and INACCURATE
     residuals: Tensor  # [..., 2]: |Q Q^T - I|_F / sqrt(n) and |H^2 - A|_F / |A|_F
 
@@ -64,16 +63,19 @@ def matrix_function(
     g: Callable[[Tensor], Tensor],
     *,
     cutoff: float = 1e-3,
+    floor: Tensor | None = None,
     degree: int | None = None,
 ) -> MatrixFunction:
     """M and h of damped Gram matrices for any smooth response g; nothing waits for the device.
 
     Args:
-        G: symmetric positive semi-definite, [..., n, n], any floating dtype and scale; below
-            float64 everything but g is computed in float32.
+        G: symmetric positive semi-definite, [..., n, n], none of the sizes 0, any floating dtype
+            and scale; below float64 everything but g is computed in float32.
         g: the response, element by element of singular values s [..., k] float64 in
             [tau, sqrt(c + tau^2)] to the same shape. On the device, without a wait.
-        cutoff: tau / sqrt(c), at least 1e-4 in float32; in (0, 0.1].
+        cutoff: smallest tau / sqrt(c), at least 1e-4 in float32; in (0, 0.1].
+        floor: smallest tau, [...], in the unit of singular values and on G's device: the noise of
+            the dtype that G's rows had. None for 0.
         degree: of the Chebyshev series. None for one that has log s to 1e-4 absolute, which
             s^p (p >= 0), log(1 + s) and log(1 + s^2) reach too, relative to their maximum. 1 is
             exact for g linear in s.
@@ -81,69 +83,85 @@ def matrix_function(
     Returns:
         MatrixFunction, in G's dtype but at least float32. No gradient flows through it.
 
+    The first call for a cutoff, degree and device copies the constants of the series there: make
+    one before a CUDA graph is captured.
+
     Raises:
-        ValueError: G is not [..., n, n] of a floating dtype, or cutoff is out of range.
+        ValueError: G is not [..., n, n] of a floating dtype, floor does not fit it, or cutoff is
+            out of range.
     """
-    if G.ndim < 2 or G.shape[-1] != G.shape[-2] or not G.is_floating_point():
+    if G.ndim < 2 or G.shape[-1] != G.shape[-2] or not G.numel() or not G.is_floating_point():
         raise ValueError(
-            f"matrix_function needs floating G [..., n, n], got {G.dtype} {tuple(G.shape)}"
+            f"matrix_function needs non-empty floating G [..., n, n], got {described(G=G)}"
+        )
+    if floor is not None and (floor.shape != G.shape[:-2] or floor.device != G.device):
+        raise ValueError(
+            "matrix_function needs a floor for each matrix of G, on its device, got "
+            f"{described(G=G, floor=floor)} on {G.device} and {floor.device}"
         )
     if not 0 < cutoff <= 0.1:
         raise ValueError(f"matrix_function needs a cutoff in (0, 0.1], got {cutoff}")
     degree = default_degree(cutoff) if degree is None else degree
     with torch.autocast(G.device.type, enabled=False):
-        G = G.to(torch.promote_types(G.dtype, torch.float32))
+        batch, n = G.shape[:-2], G.shape[-1]
+        G = G.to(torch.promote_types(G.dtype, torch.float32)).reshape(-1, n, n)
         finite = G.isfinite().all(dim=-1, keepdim=True).all(dim=-2, keepdim=True)
-        identity = torch.eye(G.shape[-1], dtype=G.dtype, device=G.device)
+        identity = torch.eye(n, dtype=G.dtype, device=G.device)
         G = G.where(finite, identity)
         scale = power_of_two(G)  # a power of four: its root is exact
         G = G / scale
         c = bound(G)
-        root_c = c.sqrt() * scale.sqrt()
+        tau = cutoff * c.sqrt()
+        if floor is not None:
+            noise = floor.to(G.dtype).reshape(-1, 1, 1) / scale.sqrt()
+            tau = torch.maximum(tau, noise.where(finite, 0))  # what is not finite has no noise
+        C = c + tau.square()
+        damping = tau.square() / C
 
-        A = G / c + cutoff**2 * identity
+        A = G / C + damping * identity
         L, info = torch.linalg.cholesky_ex(A)
         lower = cutoff / 2  # rounding of A takes up to half of cutoff^2 = 1e-6 away
         steps = schedule(lower, iterations_for(lower, torch.finfo(G.dtype).eps)).coefficients
         Q = iterate(L, steps, A)
-        H = _symmetric_product(L, Q.mT)
+        H = sym_matmul(L, Q).matrix
 
         a, b = interval(cutoff)
         nodes, blocks = _series(a, b, degree, G.device)
-        values = g(root_c[..., 0].to(torch.float64) * nodes)
+        values = g((C.sqrt() * scale.sqrt())[..., 0].to(torch.float64) * nodes)
         coefficients = (blocks @ values[..., None, :, None]).squeeze(-1)
         S = (2 * H - (a + b) * identity) / (b - a)
         M0 = _evaluate(coefficients.to(G.dtype), S, identity)
         h = _divide(L, M0)
-        M = M0 - cutoff**2 * h
+        M = M0 - damping * h
 
         residuals = torch.stack(
             [
-                torch.linalg.matrix_norm(_symmetric_product(Q, Q.mT) - identity)
-                / math.sqrt(len(identity)),
-                torch.linalg.matrix_norm(_symmetric_product(H, H) - A)
-                / torch.linalg.matrix_norm(A),
+                sym_matmul(Q, gamma=-1.0).norm / math.sqrt(n),
+                sym_matmul(H, C=A, beta=-1.0).norm / torch.linalg.matrix_norm(A),
             ],
             dim=-1,
         )
         accurate = (residuals <= RESIDUAL_LIMIT).all(dim=-1)  # also false for NaN
-        usable = finite & (info == 0)[..., None, None]
         status = (
-            NOT_FINITE * ~finite[..., 0, 0] + CHOLESKY_FAILED * (info != 0) + INACCURATE * ~accurate
+            NOT_FINITE * ~finite[:, 0, 0] + CHOLESKY_FAILED * (info != 0) + INACCURATE * ~accurate
         ).to(torch.int32)
+        usable = (status == 0)[:, None, None]
+        unusable = torch.where(finite, 0.0, torch.nan).to(M.dtype)  # no filter at all: y = 0
         return MatrixFunction(
-            M.where(usable, torch.nan),
-            (h / c / scale).where(usable, torch.nan),
-            cutoff * root_c[..., 0, 0],
-            status,
-            residuals,
+            M.where(usable, unusable).reshape(*batch, n, n),
+            (h / C / scale).where(usable, unusable).reshape(*batch, n, n),
+            (tau * scale.sqrt()).reshape(batch),
+            status.reshape(batch),
+            residuals.reshape(*batch, 2),
         )
 
 
 def _divide(L: Tensor, M0: Tensor) -> Tensor:
     """A^-1 M0 for A = L L^T, which commutes with M0."""
-    half = torch.linalg.solve_triangular(L, M0, upper=False)
-    h = torch.linalg.solve_triangular(L.mT, half, upper=True)
+    # solve_triangular is cuBLAS's, which a global switch may let round to tf32; this is cuSOLVER's,
+    # and of one matrix at a time in every version of PyTorch.
+    pairs = zip(M0.split(1), L.split(1), strict=True)
+    h = torch.cat([torch.cholesky_solve(right, factor) for right, factor in pairs])
     return (h + h.mT) / 2
 
 
@@ -152,7 +170,7 @@ def _divide(L: Tensor, M0: Tensor) -> Tensor:
 
 def interval(cutoff: float) -> tuple[float, float]:
     """What holds the spectrum of H, with room for rounding."""
-    return 0.97 * cutoff, 1.001 * math.sqrt(1 + cutoff**2)
+    return 0.97 * cutoff / math.sqrt(1 + cutoff**2), 1.001
 
 
 @cache
@@ -193,19 +211,18 @@ def _series(a: float, b: float, degree: int, device: torch.device) -> tuple[Tens
 
 
 def _evaluate(coefficients: Tensor, S: Tensor, identity: Tensor) -> Tensor:
-    """sum_J B_J(S) T_J(T_m(S)) by Clenshaw, for block coefficients [..., J + 1, m]."""
-    giant, m = coefficients.shape[-2] - 1, coefficients.shape[-1]
+    """sum_J B_J(S) T_J(T_m(S)) by Clenshaw, for block coefficients [v, J + 1, m]."""
+    giant, m = coefficients.shape[1] - 1, coefficients.shape[2]
     T = [identity.expand_as(S), S]
     for k in range(2, m + (giant > 0)):  # T_(i + j) = 2 T_i T_j - T_(i - j)
         i, j = (k + 1) // 2, k // 2
-        T.append(2 * _symmetric_product(T[i], T[j]) - T[i - j])
-    small = torch.stack(T[:m], dim=-3)
+        T.append(sym_matmul(T[i], T[j], C=T[i - j], alpha=2.0, beta=-1.0).matrix)
+    small = torch.stack(T[:m], dim=1)
+    B = product(coefficients, small.flatten(2)).unflatten(2, S.shape[1:])
 
-    def block(J: int) -> Tensor:
-        return (coefficients[..., J, :, None, None] * small).sum(dim=-3)
-
-    after, result = torch.zeros_like(S), block(giant)
+    after, result = torch.zeros_like(S), B[:, giant]
     for J in range(giant - 1, -1, -1):
-        factor = 2 if J else 1
-        after, result = result, block(J) + factor * _symmetric_product(T[m], result) - after
+        factor = 2.0 if J else 1.0
+        rest = B[:, J] - after
+        after, result = result, sym_matmul(T[m], result, C=rest, alpha=factor, beta=1.0).matrix
     return result

@@ -99,9 +99,12 @@ def check(A: Tensor, name: str) -> None:
 
 def solves_narrow(A: Tensor) -> bool:
     """Whether the rule above solves A in float32: a GPU whose float64 is slow, and no float64 A."""
-    if A.device.type != "cuda" or A.dtype == WIDE:
-        return False
-    return torch.cuda.get_device_capability(A.device)[1] != 0
+    return A.dtype != WIDE and not has_fast_float64(A.device)
+
+
+def has_fast_float64(device: torch.device) -> bool:
+    """Whether float64 has at least half the rate of float32: CPUs, and GPUs of capability x.0."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device)[1] == 0
 
 
 def default_cutoff(A: Tensor, narrow: bool) -> float:

@@ -1,6 +1,8 @@
-"""Symmetric products X Y^T or X^T Y in tiles of the lower triangle: the kernels of two ops.
+"""Tiles of matrix products, and symmetric products X Y^T or X^T Y made of those: two ops' kernels.
 
-Three kernels, one after the other, none with atomics, so the same input gives the same bits:
+`multiplied` is the one place where tiles are multiplied, also those of product.py. For a symmetric
+product, three kernels, one after the other, none with atomics, so the same input gives the same
+bits:
 
     product   tiles at or under the diagonal, each cut into chunks of the sum, to a workspace
     finish    adds the chunks first to last, scales, and stores each element twice, mirrored: the
@@ -45,7 +47,7 @@ class Blocks(NamedTuple):
 
 
 class Symmetric(NamedTuple):
-    """v symmetric matrices and what their computation gives away; float32 but for the flag."""
+    """v symmetric matrices and what their computation gives away; float32 (or 64) but the flag."""
 
     matrix: Tensor  # [v, n, n], bitwise symmetric
     diagonal: Tensor  # [v, n]
@@ -56,7 +58,7 @@ class Symmetric(NamedTuple):
 
 def empty(like: Tensor, v: int, n: int) -> Symmetric:
     """Room for the results."""
-    matrix = like.new_empty(v, n, n, dtype=torch.float32)
+    matrix = like.new_empty(v, n, n, dtype=torch.promote_types(like.dtype, torch.float32))
     diagonal, trace, norm = matrix.new_empty(v, n), matrix.new_empty(v), matrix.new_empty(v)
     return Symmetric(matrix, diagonal, trace, norm, matrix.new_empty(v, dtype=torch.int32))
 
@@ -78,15 +80,33 @@ def lower_tiles(n: int, block: int) -> int:
 
 
 def parts(v: int, n: int, K: int, block: Blocks) -> int:
+    """In how many chunks to sum a symmetric product."""
+    return parts_of(v * lower_tiles(n, block.BLOCK), K, block)
+
+
+def parts_of(tiles: int, K: int, block: Blocks) -> int:
     """In how many chunks to sum so that all of a device has work, each at least 4 steps long."""
-    room = PROGRAMS // (v * lower_tiles(n, block.BLOCK))
-    return max(1, min(room, K // (4 * block.BLOCK_K), MAX_PARTS))
+    return max(1, min(PROGRAMS // tiles, K // (4 * block.BLOCK_K), MAX_PARTS))
+
+
+def chunked(K: int, parts: int, block: Blocks) -> tuple[int, int]:
+    """Length of a chunk, in whole steps, and how many of them K terms then make: at most parts."""
+    chunk = triton.cdiv(triton.cdiv(K, parts), block.BLOCK_K) * block.BLOCK_K
+    return chunk, triton.cdiv(K, chunk)
 
 
 def padded(X: Tensor) -> Tensor:
     """X or a copy: contiguous, 16-byte aligned, columns a multiple of WIDTH with zeros there."""
-    X = torch.nn.functional.pad(X, (0, -X.shape[-1] % WIDTH)).contiguous()
+    if missing := -X.shape[-1] % WIDTH:  # padding by nothing copies too
+        return torch.nn.functional.pad(X, (0, missing)).contiguous()
+    X = X.contiguous()
     return X.clone() if X.data_ptr() % 16 else X
+
+
+def described(**tensors: Tensor | None) -> str:
+    """What was found, for a message."""
+    given = ((name, X) for name, X in tensors.items() if X is not None)
+    return ", ".join(f"{name} {X.dtype} {tuple(X.shape)}" for name, X in given)
 
 
 # ---- kernels -------------------------------------------------------------------------------------
@@ -102,14 +122,47 @@ def _lower_tile(t):
 
 
 @triton.jit
-def _load(X_ptr, mean_ptr, mask, CENTRE: tl.constexpr, WIDE: tl.constexpr):
-    """Values at these addresses, as they are or centred; 0 outside the matrix. [BLOCK, BLOCK_K]"""
-    x = tl.load(X_ptr, mask=mask, other=0.0)
+def _terms(
+    X_ptr, mean_ptr, z, line, k, stop, rows, W, group,
+    COLUMNS: tl.constexpr, CENTRE: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Terms k, before stop, of these lines of matrix z [rows, W], centred if asked; 0 outside."""
+    if COLUMNS:  # a line is a column, its terms go along the rows
+        lines, terms = W, rows
+        at, mean_at = z * rows * W + k * W + line, z * W + line + 0 * k
+    else:
+        lines, terms = rows, W
+        at, mean_at = z * rows * W + line * W + k, (z * rows + line) // group * W + k
+    mask = (line < lines) & (k < tl.minimum(stop, terms))
+    x = tl.load(X_ptr + at, mask=mask, other=0.0)
     if WIDE:
         x = x.to(tl.float32)
     if CENTRE:
-        x = tl.where(mask, x - tl.load(mean_ptr, mask=mask, other=0.0), 0.0)
+        x = tl.where(mask, x - tl.load(mean_ptr + mean_at, mask=mask, other=0.0), 0.0)
     return x
+
+
+@triton.jit
+def multiplied(
+    X_ptr, Y_ptr, mean_ptr, z, i, j, start, stop,
+    x_rows, x_width, y_rows, y_width, group,
+    X_COLUMNS: tl.constexpr, Y_COLUMNS: tl.constexpr, CENTRE: tl.constexpr, WIDE: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """Tile (i, j) of X Y^T in matrix z, of the terms from start to stop: [BLOCK, BLOCK].
+
+    Lines of X by lines of Y, each rows or columns of what `padded` left. Means are of `group` rows.
+    """
+    a = i * BLOCK + tl.arange(0, BLOCK).to(tl.int64)[:, None]
+    b = j * BLOCK + tl.arange(0, BLOCK).to(tl.int64)[:, None]
+    k = start + tl.arange(0, BLOCK_K)[None, :]
+    acc = tl.zeros((BLOCK, BLOCK), tl.float32)
+    for _ in range(start, stop, BLOCK_K):
+        x = _terms(X_ptr, mean_ptr, z, a, k, stop, x_rows, x_width, group, X_COLUMNS, CENTRE, WIDE)
+        y = _terms(Y_ptr, mean_ptr, z, b, k, stop, y_rows, y_width, group, Y_COLUMNS, CENTRE, WIDE)
+        acc = tl.dot(x, tl.trans(y), acc, input_precision=PRECISION)
+        k += BLOCK_K
+    return acc
 
 
 @triton.jit(do_not_specialize=["rows", "group"])
@@ -119,37 +172,15 @@ def _product_kernel(
     FEATURES: tl.constexpr, CENTRE: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Lower tile t of matrix z, of the terms in chunk s of the sum; means are of `group` rows."""
+    """Lower tile t of matrix z, of the terms in chunk s of the sum."""
     t, s, z = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     i, j = _lower_tile(t)
-    a_line = i * BLOCK + tl.arange(0, BLOCK).to(tl.int64)
-    b_line = j * BLOCK + tl.arange(0, BLOCK).to(tl.int64)
     start = s.to(tl.int64) * chunk
-    k = start + tl.arange(0, BLOCK_K)
-    if FEATURES:  # a line is a column of X, terms go along its rows
-        lines, stop, line_step, k_step = W, tl.minimum(start + chunk, rows), 1, W
-        a_mean = mean_ptr + z * W + a_line[:, None] + 0 * k[None, :]
-        b_mean = mean_ptr + z * W + b_line[:, None] + 0 * k[None, :]
-    else:
-        lines, stop, line_step, k_step = rows, tl.minimum(start + chunk, W), W, 1
-        a_mean = mean_ptr + ((z * rows + a_line) // group)[:, None] * W + k[None, :]
-        b_mean = mean_ptr + ((z * rows + b_line) // group)[:, None] * W + k[None, :]
-    a_ptr = X_ptr + z * rows * W + a_line[:, None] * line_step + k[None, :] * k_step
-    b_ptr = Y_ptr + z * rows * W + b_line[:, None] * line_step + k[None, :] * k_step
-
-    acc = tl.zeros((BLOCK, BLOCK), tl.float32)
-    for _ in range(start, stop, BLOCK_K):
-        terms = k[None, :] < stop
-        a = _load(a_ptr, a_mean, (a_line[:, None] < lines) & terms, CENTRE, WIDE)
-        b = _load(b_ptr, b_mean, (b_line[:, None] < lines) & terms, CENTRE, WIDE)
-        acc = tl.dot(a, tl.trans(b), acc, input_precision=PRECISION)
-        k += BLOCK_K
-        a_ptr += BLOCK_K * k_step
-        b_ptr += BLOCK_K * k_step
-        if not FEATURES:
-            a_mean += BLOCK_K
-            b_mean += BLOCK_K
-
+    stop = tl.minimum(start + chunk, rows if FEATURES else W)
+    acc = multiplied(
+        X_ptr, Y_ptr, mean_ptr, z, i, j, start, stop, rows, W, rows, W, group,
+        FEATURES, FEATURES, CENTRE, WIDE, PRECISION, BLOCK, BLOCK_K,
+    )  # fmt: skip
     at = ((z * tl.num_programs(1) + s) * tl.num_programs(0) + t) * BLOCK * BLOCK
     inside = tl.arange(0, BLOCK)
     tl.store(work_ptr + at + inside[:, None] * BLOCK + inside[None, :], acc)
@@ -157,11 +188,11 @@ def _product_kernel(
 
 @triton.jit(do_not_specialize=["parts", "tiles"])
 def _finish_kernel(
-    work_ptr, A_ptr, C_ptr, diagonal_ptr, norms_ptr,
+    work_ptr, C_ptr, out_ptr, diagonal_ptr, norms_ptr,
     n, parts, tiles, alpha, beta, gamma,
-    AFFINE: tl.constexpr, BLOCK: tl.constexpr, SUB: tl.constexpr,
+    BLOCK: tl.constexpr, SUB: tl.constexpr,
 ):  # fmt: skip
-    """Lower tile t, SUB x SUB, of matrix z: the parts' sum S, or alpha S + beta A + gamma I."""
+    """Lower tile t, SUB x SUB, of matrix z: alpha S + beta C + gamma I, S the sum of the parts."""
     t, z = tl.program_id(0), tl.program_id(1).to(tl.int64)
     i, j = _lower_tile(t)
     rows = i * SUB + tl.arange(0, SUB).to(tl.int64)
@@ -177,14 +208,15 @@ def _finish_kernel(
         acc += tl.load(work_ptr)
         work_ptr += tiles.to(tl.int64) * BLOCK * BLOCK
 
-    C_ptr += z * n * n
+    out_ptr += z * n * n
     lower = (c <= r) & (r < n)
-    if AFFINE:
-        acc = alpha * acc + beta * tl.load(A_ptr + z * n * n + r * n + c, mask=lower, other=0.0)
-        acc += tl.where(r == c, gamma, 0.0)
-    tl.store(C_ptr + r * n + c, acc, mask=lower)
+    acc *= alpha
+    if C_ptr is not None:
+        acc += beta * tl.load(C_ptr + z * n * n + r * n + c, mask=lower, other=0.0)
+    acc += tl.where(r == c, gamma, 0.0)
+    tl.store(out_ptr + r * n + c, acc, mask=lower)
     mirrored = (cols[:, None] < rows[None, :]) & (rows[None, :] < n)
-    tl.store(C_ptr + cols[:, None] * n + rows[None, :], tl.trans(acc), mask=mirrored)
+    tl.store(out_ptr + cols[:, None] * n + rows[None, :], tl.trans(acc), mask=mirrored)
     if i == j:
         diagonal = tl.sum(tl.where(r == c, acc, 0.0), axis=1)
         tl.store(diagonal_ptr + z * n + rows, diagonal, mask=rows < n)
@@ -246,9 +278,12 @@ def symmetric_product(
     features: bool = False,
     mean: Tensor | None = None,
     group: int = 1,
-    affine: tuple[Tensor, float, float, float] | None = None,
+    C: Tensor | None = None,
+    alpha: float = 1.0,
+    beta: float = 0.0,
+    gamma: float = 0.0,
 ) -> Symmetric:
-    """The lower triangle of X Y^T or X^T Y, [v, n, n], completed to a symmetric matrix.
+    """alpha X Y^T (or X^T Y) + beta C + gamma I, [v, n, n]: the lower triangle, mirrored.
 
     Args:
         X, Y: [v, rows, W], as `padded` leaves them.
@@ -256,12 +291,11 @@ def symmetric_product(
         parts: largest number of chunks of the sum.
         features: X^T Y, of columns; otherwise X Y^T, of rows.
         mean: subtracted from rows of X and Y, [views, W], one for each `group` rows.
-        affine: (A, alpha, beta, gamma) for alpha X Y^T + beta A + gamma I, A [v, n, n].
+        C: [v, n, n], contiguous.
     """
     v, rows, W = X.shape
-    K = rows if features else W
-    chunk = triton.cdiv(triton.cdiv(K, parts), block.BLOCK_K) * block.BLOCK_K
-    parts, tiles = triton.cdiv(K, chunk), lower_tiles(n, block.BLOCK)
+    chunk, parts = chunked(rows if features else W, parts, block)
+    tiles = lower_tiles(n, block.BLOCK)
     out = empty(X, v, n)
     work = out.matrix.new_empty(v, parts, tiles, block.BLOCK, block.BLOCK)
     # Triton's interpreter multiplies bfloat16 as if its bits were integers.
@@ -271,12 +305,11 @@ def symmetric_product(
         FEATURES=features, CENTRE=mean is not None, WIDE=wide, PRECISION=precision,
         **block._asdict(),
     )  # fmt: skip
-    A, alpha, beta, gamma = affine or (work, 1.0, 0.0, 0.0)
     sub = min(FINISH["SUB"], block.BLOCK)
     norms = out.matrix.new_empty(v, lower_tiles(n, sub), 2)
     _finish_kernel[(norms.shape[1], v)](
-        work, A, out.matrix, out.diagonal, norms, n, parts, tiles, alpha, beta, gamma,
-        AFFINE=affine is not None, BLOCK=block.BLOCK, SUB=sub, num_warps=FINISH["num_warps"],
+        work, C, out.matrix, out.diagonal, norms, n, parts, tiles, alpha, beta, gamma,
+        BLOCK=block.BLOCK, SUB=sub, num_warps=FINISH["num_warps"],
     )  # fmt: skip
     _totals_kernel[(v,)](
         out.diagonal, norms, out.trace, out.norm, out.nonfinite, n, norms.shape[1], **TOTALS
@@ -298,10 +331,13 @@ def product_variant(X: str, precision: str, block: Blocks, features: bool, centr
 
 
 def finish_variant(block: Blocks, affine: bool) -> Variant:
-    types = dict.fromkeys(("work_ptr", "A_ptr", "C_ptr", "diagonal_ptr", "norms_ptr"), FP32)
+    """With beta C, if affine; alpha and gamma are always there."""
+    types = dict.fromkeys(("work_ptr", "out_ptr", "diagonal_ptr", "norms_ptr"), FP32)
     types |= dict.fromkeys(("n", "parts", "tiles"), "i32")
     types |= dict.fromkeys(("alpha", "beta", "gamma"), "fp32")
-    constants = {"AFFINE": affine, "BLOCK": block.BLOCK, "SUB": FINISH["SUB"]}
+    types |= {"C_ptr": FP32} if affine else {}
+    constants: dict[str, int | None] = {"BLOCK": block.BLOCK, "SUB": FINISH["SUB"]}
+    constants |= {} if affine else {"C_ptr": None}
     return Variant(_finish_kernel, types, constants, FINISH["num_warps"])
 
 

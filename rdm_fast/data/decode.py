@@ -92,7 +92,12 @@ def decode(source: Path | BinaryIO, name: str) -> Pixels:
     except MemoryError:
         raise
     except Exception as error:
-        raise DataError(f"{name} cannot be read as an image ({reason(error)})") from error
+        raise unreadable(name, error) from error
+
+
+def unreadable(name: str, error: Exception) -> DataError:
+    """The sentence for an image that cannot be read or decoded."""
+    return DataError(f"{name} cannot be read as an image ({reason(error)})")
 
 
 def reason(error: Exception) -> str:

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rdm_fast.data.decode import Pixels as Pixels
-from rdm_fast.data.decode import decode, look, one_line
+from rdm_fast.data.decode import decode, look, one_line, unreadable
 from rdm_fast.data.index import Index
 from rdm_fast.errors import DataError
 
@@ -57,6 +57,14 @@ class ImageSet(ABC):
         Raises:
             DataError: the image cannot be decoded.
         """
+
+    def file(self, i: int) -> Pixels:
+        """The file of image i, undecoded, as bytes [n]; there is none if `pixels` is set.
+
+        Raises:
+            DataError: it cannot be read.
+        """
+        raise NotImplementedError
 
     @abstractmethod
     def _content(self, digest: "hashlib._Hash") -> None:
@@ -106,7 +114,9 @@ class EncodedImages(ImageSet):
     ) -> None:
         """Image i is encoded[offsets[i]:offsets[i + 1]]; `source` names them in messages."""
         self._encoded, self._offsets, self._source = encoded, offsets, source
-        looks = [look(self._bytes(i), full=False) for i in range(len(offsets) - 1)]
+        looks = [
+            look(io.BytesIO(self.file(i).tobytes()), full=False) for i in range(len(offsets) - 1)
+        ]
         bad = [(i, seen) for i, seen in enumerate(looks) if isinstance(seen, str)]
         if bad:
             raise DataError(
@@ -116,14 +126,14 @@ class EncodedImages(ImageSet):
         sizes = [(seen.height, seen.width) for seen in looks if not isinstance(seen, str)]
         super().__init__(labels, classes, np.array(sizes, np.int64).reshape(-1, 2))
 
-    def _bytes(self, i: int) -> io.BytesIO:
-        return io.BytesIO(self._encoded[self._offsets[i] : self._offsets[i + 1]].tobytes())
+    def file(self, i: int) -> Pixels:
+        return self._encoded[self._offsets[i] : self._offsets[i + 1]]
 
     def name(self, i: int) -> str:
         return f"image {i} of {self._source}"
 
     def read(self, i: int) -> Pixels:
-        return decode(self._bytes(i), self.name(i))
+        return decode(io.BytesIO(self.file(i).tobytes()), self.name(i))
 
     def _content(self, digest: "hashlib._Hash") -> None:
         digest.update(np.ascontiguousarray(self._offsets, dtype="<i8").data)
@@ -161,6 +171,12 @@ class FileImages(ImageSet):
     def kind(self, i: int) -> str:
         """Format and Pillow mode of image i, `animated` if it is: `PNG I;16`, `GIF P animated`."""
         return self._kind_names[self._kinds[i]]
+
+    def file(self, i: int) -> Pixels:
+        try:
+            return np.fromfile(self.path(i), np.uint8)
+        except OSError as error:
+            raise unreadable(self.name(i), error) from error
 
     def name(self, i: int) -> str:
         return one_line(str(self.path(i)))

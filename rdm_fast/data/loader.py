@@ -1,6 +1,8 @@
 """From a data set to batches: two augmented views to train on, or plain images to evaluate."""
 
+import contextlib
 from collections.abc import Iterator
+from typing import TypedDict
 
 import numpy as np
 import torch
@@ -11,10 +13,11 @@ from torch import Tensor
 from rdm_fast.config import AugmentConfig, Config
 from rdm_fast.data.augment import normalise
 from rdm_fast.data.batch import Loader
+from rdm_fast.data.dali import DaliLoader
 from rdm_fast.data.images import ImageSet, Pixels
 from rdm_fast.data.resident import ResidentLoader
 from rdm_fast.data.torch_pipeline import TorchLoader, in_workers
-from rdm_fast.errors import UsageError
+from rdm_fast.errors import Unavailable, UsageError
 
 RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 MARGIN = (256, 224)
@@ -25,11 +28,14 @@ NO_MARGIN_BELOW = 64
 def build_loader(
     config: Config, images: ImageSet, *, rank: int, world_size: int, device: torch.device
 ) -> Loader:
-    """The loader that `data.loader` names; auto takes resident for decoded images of one size.
+    """The loader that `data.loader` names.
+
+    auto takes resident for decoded images of one size, else DALI if it works here, else torch.
 
     Raises:
         UsageError: the images do not fit the configuration: too few for a step, another number
             of channels, or not resident though data.loader says so.
+        Unavailable: data.loader says dali, and DALI is not installed or does not work here.
     """
     name, batch = config.data.name, config.optim.global_batch
     _require_channels(images, config.augment, f"--data.name {name}")
@@ -39,16 +45,31 @@ def build_loader(
             f"{name}: give {len(images)} or less"
         )
     config.optim.local_batch(world_size)  # refuses a batch that does not divide
-    if config.data.loader == "torch" or (config.data.loader == "auto" and images.pixels is None):
-        return TorchLoader(config, images, rank=rank, world_size=world_size, device=device)
-    if images.pixels is None:
-        raise UsageError(
-            f"--data.loader resident needs small images of one size, and those of {name} are "
-            "decoded one by one: use --data.loader torch"
-        )
-    return ResidentLoader(
-        config, images, images.pixels, rank=rank, world_size=world_size, device=device
-    )
+    place = _Place(rank=rank, world_size=world_size, device=device)
+    match config.data.loader:
+        case "auto":
+            if images.pixels is not None:
+                return ResidentLoader(config, images, images.pixels, **place)
+            with contextlib.suppress(Unavailable):
+                return DaliLoader(config, images, **place)
+            return TorchLoader(config, images, **place)
+        case "dali":
+            return DaliLoader(config, images, **place)
+        case "torch":
+            return TorchLoader(config, images, **place)
+        case "resident":
+            if images.pixels is None:
+                raise UsageError(
+                    f"--data.loader resident needs small images of one size, and those of {name} "
+                    "are decoded one by one: use --data.loader torch"
+                )
+            return ResidentLoader(config, images, images.pixels, **place)
+
+
+class _Place(TypedDict):
+    rank: int
+    world_size: int
+    device: torch.device
 
 
 def evaluation_batches(

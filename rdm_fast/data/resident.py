@@ -1,16 +1,24 @@
-"""The loader for images that fit on the device: pixels stay there, views are made in batches."""
+"""The loader for images that fit on the device: pixels stay there, views are made in batches.
+
+Parameters are drawn on the host and travel in one table; both views of a batch are one call. On a
+GPU nothing here waits for it.
+"""
 
 from collections.abc import Iterator
 from typing import ClassVar
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from rdm_fast.config import Config
-from rdm_fast.data.augment import views_of_batch
+from rdm_fast.data.augment import view_table, views_of_table
 from rdm_fast.data.batch import Batch, draw_pair, labels_of
 from rdm_fast.data.images import ImageSet, Pixels
 from rdm_fast.data.sampler import epoch_order, step_indices
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""What a backbone under autocast would round its input to: the views are made so on a GPU."""
 
 
 class ResidentLoader:
@@ -34,6 +42,7 @@ class ResidentLoader:
         self.steps_per_epoch = len(images) // config.optim.global_batch
         planes = np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))  # resizing reads planes
         self._planes = torch.from_numpy(planes).to(device)
+        self._dtype = DTYPES[config.precision] if device.type == "cuda" else torch.float32
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
         config = self.config
@@ -42,12 +51,15 @@ class ResidentLoader:
             indices = step_indices(
                 order, step, config.optim.global_batch, self.rank, self.world_size
             )
-            chosen = torch.from_numpy(indices)
-            planes = self._planes[chosen.to(self.device, non_blocking=True)]
-            pixels = planes.permute(0, 2, 3, 1)
-            view1, view2 = (
-                views_of_batch(pixels, parameters, config.augment)
-                for parameters in draw_pair(config, self.images, epoch, indices)
-            )
-            labels = labels_of(self.images, indices).to(self.device, non_blocking=True)
-            yield Batch(view1, view2, labels, chosen)
+            parameters = draw_pair(config, self.images, epoch, indices)
+            table = self._to_device(view_table(parameters, indices))
+            views = views_of_table(self._planes, table, config.augment, self._dtype)
+            view1, view2 = views.chunk(2)
+            labels = self._to_device(labels_of(self.images, indices))
+            yield Batch(view1, view2, labels, torch.from_numpy(indices))
+
+    def _to_device(self, tensor: Tensor) -> Tensor:
+        """A copy that nothing waits for, from memory that the device can read by itself."""
+        if self.device.type == "cuda":
+            tensor = tensor.pin_memory()
+        return tensor.to(self.device, non_blocking=True)

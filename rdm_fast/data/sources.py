@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any, Literal, cast
 
 import numpy as np
+import torch
 from PIL import Image
 
 from rdm_fast.config import DataConfig, DataName
 from rdm_fast.data.arrays import load_arrays
 from rdm_fast.data.folder import listing, load_folder, require_folder
 from rdm_fast.data.images import ImageSet, PixelImages, Pixels
+from rdm_fast.distributed import all_reduce_max, rank, world_size
 from rdm_fast.errors import DataError, InputMissing, Unavailable
 
 Split = Literal["train", "test"]
@@ -130,3 +132,20 @@ def load_torchvision(name: DataName, root: Path, split: Split, download: bool) -
 
 def _line(error: Exception) -> str:
     return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def require_same_images(images: ImageSet, config: DataConfig, device: torch.device) -> None:
+    """Refuse ranks that do not see the same files: their orders would not be parts of one.
+
+    Raises:
+        DataError: on every rank, if any two differ.
+    """
+    if world_size() == 1:
+        return
+    mine = int(images.digest[:15], 16)
+    if all_reduce_max(int(all_reduce_max(mine, device) != mine), device):
+        raise DataError(
+            f"the ranks do not see the same images in --data.root {config.root} "
+            f"(rank {rank()} has {len(images)}): is it the same on every machine? if so, "
+            "a file could not be read for a moment; run the same command again"
+        )

@@ -20,6 +20,12 @@ class Subset(ImageSet):
     def read(self, i: int) -> Pixels:
         return self.images.read(int(self.indices[i]))
 
+    def file(self, i: int) -> Pixels:
+        return self.images.file(int(self.indices[i]))
+
+    def name(self, i: int) -> str:
+        return self.images.name(int(self.indices[i]))
+
     def _content(self, digest: "hashlib._Hash") -> None:
         digest.update(self.images.digest.encode())
         digest.update(np.ascontiguousarray(self.indices).data)

@@ -21,11 +21,11 @@ from rdm_fast.data.augment import (
     blur_taps,
     levels_of_batch,
     normalise,
-    resampling_weights,
     view_of_image,
     views_of_batch,
 )
 from rdm_fast.data.sampler import ViewParameters, draw_views
+from rdm_kernels.views import resampling_weights
 
 Pixels = NDArray[np.uint8]
 

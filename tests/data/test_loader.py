@@ -1,8 +1,9 @@
-"""Both loaders against each other, across ranks, workers and restarts; and evaluation batches."""
+"""The loaders against each other, across ranks, workers and restarts; and evaluation batches."""
 
 import io
 import pickle
-from dataclasses import replace
+import tomllib
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -14,12 +15,24 @@ from torch import Tensor
 from torchvision.transforms import CenterCrop, Compose, InterpolationMode, Resize
 
 from rdm_fast.config import AugmentConfig, Config, DataConfig, OptimConfig, ViewConfig
-from rdm_fast.data import Batch, ImageSet, build_loader, evaluation_batches, load
+from rdm_fast.data import (
+    Batch,
+    ImageSet,
+    build_loader,
+    dali_input,
+    evaluation_batches,
+    load,
+    resident,
+    torch_pipeline,
+)
+from rdm_fast.data.batch import draw_pair
+from rdm_fast.data.dali import install_line
 from rdm_fast.data.folder import load_folder
 from rdm_fast.data.images import EncodedImages, PixelImages
-from rdm_fast.data.sampler import epoch_order
+from rdm_fast.data.sampler import ViewParameters, epoch_order
 from rdm_fast.data.torch_pipeline import PairOfViews
-from rdm_fast.errors import DataError, UsageError
+from rdm_fast.errors import DataError, Unavailable, UsageError
+from tests.data.dali_here import DECODING, HERE, LOADERS, needs_dali, without_dali
 
 Pixels = NDArray[np.uint8]
 CPU = torch.device("cpu")
@@ -63,20 +76,41 @@ def encoded(jpeg_files: list[bytes]) -> ImageSet:
     return EncodedImages(data, np.cumsum([0, *map(len, jpeg_files)]), None, [], "test.npz")
 
 
-def test_auto_keeps_decoded_images_resident_and_decodes_others_in_workers(
-    images: ImageSet, encoded: ImageSet
+def choice(config: Config, images: ImageSet) -> str:
+    return build_loader(config, images, rank=0, world_size=1, device=CPU).name
+
+
+def test_auto_keeps_decoded_images_resident_and_decodes_others_with_dali_if_there(
+    images: ImageSet, encoded: ImageSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = {"rank": 0, "world_size": 1, "device": CPU}
-    assert build_loader(configure(), images, **options).name == "resident"  # type: ignore[arg-type]
-    small = configure(batch=4)
-    assert build_loader(small, encoded, **options).name == "torch"  # type: ignore[arg-type]
+    assert choice(configure(), images) == "resident"
+    assert choice(configure(batch=4), encoded) == ("dali" if HERE else "torch")
+    without_dali(monkeypatch)
+    assert choice(configure(batch=4), encoded) == "torch"
 
 
-def test_loaders_show_the_same_images_over_an_epoch(images: ImageSet) -> None:
-    resident, torch_ = (batches(configure(name), images, epoch=2) for name in ("resident", "torch"))
-    assert len(resident) == len(torch_) == 6
+def test_dali_asked_for_and_absent_is_refused_with_the_line_that_installs_it(
+    images: ImageSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_dali(monkeypatch)
+    with pytest.raises(Unavailable, match=r"DALI.*pip install 'nvidia-dali-cuda1\d0>=2\.4,<3'"):
+        batches(configure("dali"), images)
+
+
+def test_the_line_that_installs_dali_is_that_of_the_extras(monkeypatch: pytest.MonkeyPatch) -> None:
+    pyproject = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text("utf-8"))
+    extras = pyproject["project"]["optional-dependencies"]
+    for cuda, extra in (("12.9", "dali-cuda12"), ("13.2", "dali"), (None, "dali")):
+        monkeypatch.setattr(torch.version, "cuda", cuda)
+        assert install_line() == f"pip install '{extras[extra][0]}'"
+
+
+@pytest.mark.parametrize("loader", ["resident", pytest.param("dali", marks=needs_dali)])
+def test_loaders_show_the_same_images_over_an_epoch(loader: str, images: ImageSet) -> None:
+    other, torch_ = (batches(configure(name), images, epoch=2) for name in (loader, "torch"))
+    assert len(other) == len(torch_) == 6
     off = []
-    for a, b in zip(resident, torch_, strict=True):
+    for a, b in zip(other, torch_, strict=True):
         assert torch.equal(a.indices, b.indices) and torch.equal(a.labels, b.labels)
         for x, y in ((a.view1, b.view1), (a.view2, b.view2)):
             off.append(np.abs(levels(x) - levels(y)).reshape(len(x), -1))
@@ -85,7 +119,7 @@ def test_loaders_show_the_same_images_over_an_epoch(images: ImageSet) -> None:
     assert np.abs(levels(a.view1) - levels(a.view2)).mean() > 5  # the two views do differ
 
 
-@pytest.mark.parametrize("loader", ["resident", "torch"])
+@pytest.mark.parametrize("loader", LOADERS)
 def test_a_batch_is_what_the_trainer_expects(loader: str, images: ImageSet) -> None:
     batch = batches(configure(loader), images)[0]
     for view in (batch.view1, batch.view2):
@@ -96,7 +130,7 @@ def test_a_batch_is_what_the_trainer_expects(loader: str, images: ImageSet) -> N
     assert batch.labels.tolist() == images.labels[batch.indices.numpy()].tolist()
 
 
-@pytest.mark.parametrize("loader", ["resident", "torch"])
+@pytest.mark.parametrize("loader", LOADERS)
 @pytest.mark.parametrize("world", [2, 4])
 def test_ranks_together_see_what_one_rank_sees(loader: str, world: int, images: ImageSet) -> None:
     config = configure(loader)
@@ -111,7 +145,7 @@ def test_ranks_together_see_what_one_rank_sees(loader: str, world: int, images: 
             assert off.mean() < 0.01  # a sum taken in another order may round differently
 
 
-@pytest.mark.parametrize("loader", ["resident", "torch"])
+@pytest.mark.parametrize("loader", LOADERS)
 def test_an_epoch_has_every_image_once_and_drops_the_rest(loader: str, images: ImageSet) -> None:
     config = configure(loader, batch=20)
     seen = torch.cat([batch.indices for batch in batches(config, images, epoch=3)])
@@ -119,7 +153,61 @@ def test_an_epoch_has_every_image_once_and_drops_the_rest(loader: str, images: I
     np.testing.assert_array_equal(seen, epoch_order(config.seed, 3, 96)[:80])
 
 
-@pytest.mark.parametrize("loader", ["resident", "torch"])
+@pytest.mark.parametrize("loader", LOADERS)
+def test_every_epoch_has_the_planned_number_of_steps(loader: str, images: ImageSet) -> None:
+    made = build_loader(configure(loader, batch=20), images, rank=1, world_size=2, device=CPU)
+    for epoch in range(4):
+        assert made.steps_per_epoch == 4 and len(list(made.epoch(epoch))) == 4
+
+
+@pytest.mark.parametrize("loader", LOADERS)
+def test_an_epoch_left_in_its_middle_disturbs_no_other(loader: str, images: ImageSet) -> None:
+    made = build_loader(configure(loader), images, rank=0, world_size=1, device=CPU)
+    whole = list(made.epoch(1))
+    left = made.epoch(0)
+    next(left)
+    again = made.epoch(1, 2)
+    assert same(next(again), whole[2])
+    next(left)
+    assert same(next(again), whole[3])
+
+
+def test_every_loader_is_given_the_same_parameters(
+    images: ImageSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In any loader, on any number of ranks, and going on from any step."""
+
+    def table(loader: str, world: int, start: int) -> dict[int, bytes]:
+        rows: dict[int, bytes] = {}
+
+        def recorded(
+            config: Config, images: ImageSet, epoch: int, indices: NDArray[np.int64]
+        ) -> tuple[ViewParameters, ViewParameters]:
+            drawn = draw_pair(config, images, epoch, indices)
+            for row, i in enumerate(indices.tolist() if epoch == 1 else ()):
+                rows[i] = b"".join(
+                    getattr(p, field.name)[row].tobytes() for p in drawn for field in fields(p)
+                )
+            return drawn
+
+        for module in (resident, torch_pipeline, dali_input):
+            monkeypatch.setattr(module, "draw_pair", recorded)
+        for rank in range(world):
+            made = build_loader(configure(loader), images, rank=rank, world_size=world, device=CPU)
+            list(made.epoch(1, start))
+        return rows
+
+    whole = table("resident", 1, 0)
+    assert len(whole) == 96
+    loaders = ["resident", "torch"] + ["dali"] * HERE
+    for loader in loaders:
+        for world in (1, 2, 4):
+            assert table(loader, world, 0) == whole
+        rest = table(loader, 1, 4)
+        assert len(rest) == 32 and rest == {i: whole[i] for i in rest}
+
+
+@pytest.mark.parametrize("loader", LOADERS)
 def test_an_epoch_continues_in_its_middle_bit_for_bit(loader: str, images: ImageSet) -> None:
     whole = batches(configure(loader), images, epoch=1)
     rest = batches(configure(loader), images, epoch=1, start=4)
@@ -127,7 +215,7 @@ def test_an_epoch_continues_in_its_middle_bit_for_bit(loader: str, images: Image
     assert batches(configure(loader), images, epoch=1, start=6) == []
 
 
-@pytest.mark.parametrize("loader", ["resident", "torch"])
+@pytest.mark.parametrize("loader", LOADERS)
 def test_epochs_and_seeds_show_other_views(loader: str, images: ImageSet) -> None:
     first = batches(configure(loader), images)[0]
     assert same(first, batches(configure(loader), images)[0])
@@ -135,7 +223,7 @@ def test_epochs_and_seeds_show_other_views(loader: str, images: ImageSet) -> Non
     assert not torch.equal(first.indices, batches(configure(loader, seed=6), images)[0].indices)
 
 
-@pytest.mark.parametrize("loader", ["resident", "torch"])
+@pytest.mark.parametrize("loader", LOADERS)
 def test_each_view_is_drawn_from_its_own_settings(loader: str, images: ImageSet) -> None:
     whole = ViewConfig(crop_scale=(1, 1), crop_ratio=(6 / 5, 6 / 5))  # 48 x 40 pixels
     augment = AugmentConfig(size=16, view1=whole, view2=replace(whole, flip=1))
@@ -150,7 +238,7 @@ def test_the_number_of_workers_changes_nothing(workers: int, images: ImageSet) -
     assert len(alone) == len(helped) and all(map(same, alone, helped))
 
 
-@pytest.mark.parametrize("loader", ["resident", "torch"])
+@pytest.mark.parametrize("loader", LOADERS)
 def test_loading_leaves_the_global_generators_alone(loader: str, images: ImageSet) -> None:
     torch_state, numpy_state = torch.get_rng_state(), pickle.dumps(np.random.get_state())
     batches(configure(loader), images)
@@ -159,7 +247,7 @@ def test_loading_leaves_the_global_generators_alone(loader: str, images: ImageSe
 
 
 def test_images_of_several_sizes_are_decoded_in_workers(encoded: ImageSet) -> None:
-    config = configure(workers=1, batch=4)
+    config = configure("torch", workers=1, batch=4)
     batch = batches(config, encoded)[0]
     assert batch.labels.tolist() == [-1] * 4  # none has a label
     make = pickle.loads(pickle.dumps(PairOfViews(config, encoded, 0)))
@@ -167,15 +255,18 @@ def test_images_of_several_sizes_are_decoded_in_workers(encoded: ImageSet) -> No
     assert torch.equal(again[0].permute(0, 3, 1, 2).double(), torch.from_numpy(levels(batch.view1)))
 
 
+@pytest.mark.parametrize("loader", DECODING)
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_bad_image_is_one_sentence_even_from_a_worker(tmp_path: Path, workers: int) -> None:
+def test_a_bad_image_is_one_sentence_even_from_a_worker(
+    loader: str, workers: int, tmp_path: Path
+) -> None:
     for i in range(4):
         Image.new("RGB", (64, 64)).save(tmp_path / f"{i}.png")
     images = load_folder(tmp_path, "train")
     whole = (tmp_path / "2.png").read_bytes()
     (tmp_path / "2.png").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(DataError, match=r"2\.png cannot be read") as caught:
-        batches(configure(workers=workers, batch=4), images)
+        batches(configure(loader, workers, batch=4), images)
     assert "\n" not in str(caught.value)
 
 

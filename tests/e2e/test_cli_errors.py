@@ -19,6 +19,8 @@ import yaml
 from PIL import Image
 
 from rdm_fast import cli
+from rdm_fast.data.dali import install_line
+from tests.data.dali_here import without_dali
 from tests.tiny import command
 
 Call = Callable[..., subprocess.CompletedProcess[str]]
@@ -314,14 +316,29 @@ def assert_finite_losses(run: Path, steps: int) -> None:
 # ---- devices and engines ----------------------------------------------------------------------
 
 
+def test_dali_that_is_not_installed(
+    call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_dali(monkeypatch)
+    done = call("train.py", *tiny(tmp_path / "run", "--data.loader dali"))
+    line = error(done, 69)
+    assert "--data.loader dali needs NVIDIA DALI" in line and install_line() in line
+
+
 def test_a_gpu_that_is_not_there(call: Call, tmp_path: Path) -> None:
     done = call("train.py", *tiny(tmp_path / "run", "--device cuda"))
     assert "--device cuda" in error(done, 69)
 
 
-def test_an_engine_that_is_not_built(call: Call, tmp_path: Path) -> None:
+def test_an_engine_that_cannot_do_the_filter(call: Call, tmp_path: Path) -> None:
+    done = call("train.py", *tiny(tmp_path / "run", "--filter.engine gemm --filter.center"))
+    assert "filter.engine=gemm cannot" in error(done, 2)
+
+
+def test_the_gemm_engine_trains(call: Call, tmp_path: Path) -> None:
     done = call("train.py", *tiny(tmp_path / "run", "--filter.engine gemm"))
-    assert "filter.engine=gemm is not built yet: use filter.engine=eigh" in error(done, 69)
+    assert done.returncode == 0 and "filter engine gemm" in done.stdout
+    assert_finite_losses(tmp_path / "run", 2)
 
 
 # ---- a finished run and its checkpoints -------------------------------------------------------

@@ -1,6 +1,8 @@
 """rdm_kernels.filtered_cosine against autograd through the paper's formula, in float64."""
 
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import torch
@@ -10,114 +12,143 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rdm_kernels import filtered_cosine
-from rdm_kernels.filtered_cosine import EPS, filtered_cosine_op
+from rdm_kernels.apply_rows import apply_rows_triton
+from rdm_kernels.filtered_cosine import (
+    EPS,
+    ROWS,
+    define_filtered_cosine,
+    filtered_cosine_op,
+    filtered_cosine_triton,
+)
 
-SIDES = pytest.mark.parametrize("samples", [True, False], ids=["samples", "features"])
-BRANCHES = pytest.mark.parametrize("online", [True, False], ids=["online", "target"])
-EXACT = 1e-11  # float64 carries 1e-16, and the conditions of the bases drawn here are under 100
-ROUNDED = 5e-6  # float32 carries 6e-8, and so much more by a basis of condition up to 100
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+S_MAX = 20  # largest singular value of the batches drawn here; the smallest is 1
+EXACT = 1e-11  # float64 carries 1e-16, of numbers up to S_MAX^2, and as much more by the condition
+ROUNDED = 5e-6  # float32 carries 6e-8, and so much more by sums of up to S_MAX times the result
+U = 2.0**-24  # unit roundoff of float32
+
+NAMES = ("vectors-samples", "vectors-features", "matrix-samples", "matrix-features", "power")
+ENGINES = pytest.mark.parametrize("engine", NAMES)
+BODIES = pytest.mark.parametrize(
+    "body", [filtered_cosine_op, filtered_cosine_triton], ids=["definition", "kernel"]
+)
+Body = Callable[..., Any]
+seeds = st.integers(0, 2**31)
 
 
 @dataclass(frozen=True)
 class Case:
-    """A filter with basis V and response g, and online and target rows before it; all float64."""
+    """A batch X = U diag(s) V^T, the response g on s, targets t of b of its rows; all float64."""
 
-    p: Tensor  # [v, b, D]
-    z: Tensor  # [v, b, D]
+    U: Tensor  # [v, B, n]
+    s: Tensor  # [v, n]
+    V: Tensor  # [v, D, n]
     g: Tensor  # [v, n]
-    V: Tensor  # [v, D, n], orthonormal columns
-    basis: Tensor  # V, or U / S
-    X: Tensor | None
+    t: Tensor  # [v, b, D]
 
-    def loss(self, p: Tensor, online: bool) -> Tensor:
-        """The op, fed by its contract. It may be given rows in other dtypes than float64."""
-        unfiltered = self.z if online else p.detach().double()
-        return filtered_cosine(
-            p,
-            unfiltered.norm(dim=-1),
-            p.detach().double() @ self.V,
-            self.z @ self.V,
-            self.g,
-            self.basis,
-            self.X,
-            online=online,
-        )
+    @property
+    def X(self) -> Tensor:
+        return (self.U * self.s[:, None]) @ self.V.mT
 
-    def literal(self, p: Tensor, online: bool) -> Tensor:
-        """-mean cos(p W, z) or -mean cos(p, z W), W = V diag(g) V^T; autograd does the rest."""
-        W = (self.V * self.g[:, None, :]) @ self.V.mT
-        y, t = (p @ W, self.z) if online else (p, self.z @ W)
-        return -F.cosine_similarity(y, t, dim=-1, eps=EPS).mean(dim=-1)
+    @property
+    def p(self) -> Tensor:
+        """This rank's rows: not the first of the batch, where there are others."""
+        return self.X[:, -self.t.shape[1] :]
+
+    def W(self, engine: str) -> Tensor:
+        """The filter V diag(g) V^T, or X^T X = V diag(s^2) V^T."""
+        response = self.s.square() if engine == "power" else self.g
+        return (self.V * response[:, None]) @ self.V.mT
+
+    def arguments(self, engine: str) -> list[Tensor | None]:
+        """What a caller fills in for p's gradient: norm, alpha, beta, gamma, R, X."""
+        b, X, t, norm = self.t.shape[1], self.X, self.t, self.t.norm(dim=-1)
+        U, s, V, g = self.U, self.s[:, None], self.V, self.g[:, None]
+        if engine == "vectors-samples":
+            alpha = U[:, -b:] * s * g
+            return [norm, alpha, alpha, t @ (X.mT @ (U / s)), ((U / s) * g).mT, X]
+        if engine == "vectors-features":
+            alpha = (self.p @ V) * g
+            return [norm, alpha, alpha, t @ V, (V * g).mT, None]
+        G = X @ X.mT
+        if engine == "matrix-samples":
+            M, h = (U * g) @ U.mT, (U * (g / s.square())) @ U.mT
+            return [norm, M[:, -b:], (M @ G)[:, -b:], t @ X.mT, h, X]
+        if engine == "matrix-features":
+            W = self.W(engine)
+            return [norm, self.p @ W, self.p @ W, t, W, None]
+        return [norm, G[:, -b:], (G @ G)[:, -b:], t @ X.mT, None, X]
+
+    def loss(self, engine: str, p: Tensor) -> Tensor:
+        return filtered_cosine(p, *self.arguments(engine))  # type: ignore[arg-type]
+
+    def literal(self, engine: str, p: Tensor) -> Tensor:
+        """-mean cos(p W, t); autograd does the rest."""
+        return -F.cosine_similarity(p @ self.W(engine), self.t, dim=-1, eps=EPS).mean(dim=-1)
+
+    def unit(self, engine: str) -> Tensor:
+        """Of the gradient, 1 / |p W| times W."""
+        W = self.W(engine)
+        return torch.linalg.matrix_norm(W, 2).max() / (self.p @ W).norm(dim=-1).min()
 
 
-def case(v: int, b: int, B: int, D: int, samples: bool, seed: int = 0) -> Case:
-    """A global batch X of B rows, and b rows of each branch that need not be among them."""
+def case(v: int, b: int, B: int, D: int, seed: int = 0) -> Case:
+    """b of the batch's B rows (all, if there are fewer) are this rank's."""
     generator = torch.Generator().manual_seed(seed)
 
     def randn(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(DEVICE)
 
     n = min(B, D)
-    U, _ = torch.linalg.qr(randn(v, B, n))
-    V, _ = torch.linalg.qr(randn(v, D, n))
-    s = torch.linspace(1, 20, n, dtype=torch.float64).expand(v, n)
+    s = torch.linspace(1, S_MAX, n, dtype=torch.float64, device=DEVICE).expand(v, n)
     g = randn(v, n)  # of either sign, like log s
-    if samples:
-        return Case(randn(v, b, D), randn(v, b, D), g, V, U / s[:, None], U * s[:, None] @ V.mT)
-    return Case(randn(v, b, D), randn(v, b, D), g, V, V, None)
+    U, V = torch.linalg.qr(randn(v, B, n))[0], torch.linalg.qr(randn(v, D, n))[0]
+    return Case(U, s.clone(), V, g, randn(v, min(b, B), D))
 
 
-def both(drawn: Case, online: bool, p: Tensor | None = None) -> tuple[Tensor, ...]:
+def both(drawn: Case, engine: str, p: Tensor | None = None) -> tuple[Tensor, ...]:
     """Loss and gradient of the op, then of the literal formula, with a different weight a view."""
     p = drawn.p if p is None else p
-    weight = torch.arange(1, len(p) + 1, dtype=torch.float64)
+    weight = torch.arange(1, len(p) + 1, dtype=torch.float64, device=DEVICE)
     found: list[Tensor] = []
     for leaf, function in (
         (p.clone().requires_grad_(), drawn.loss),
-        (p.double().clone().requires_grad_(), drawn.literal),
+        (drawn.p.clone().requires_grad_(), drawn.literal),
     ):
-        loss = function(leaf, online)
+        loss = function(engine, leaf)
         (loss * weight).sum().backward()
         assert leaf.grad is not None
         found += [loss.detach(), leaf.grad]
     return tuple(found)
 
 
-@SIDES
-@BRANCHES
-@settings(max_examples=60)
+@ENGINES
+@settings(max_examples=40)
 @given(
     v=st.integers(1, 3),
     b=st.integers(1, 9),
     B=st.sampled_from([1, 2, 3, 7, 16, 33]),
     D=st.sampled_from([1, 2, 5, 16, 31, 64]),
-    seed=st.integers(0, 2**31),
+    seed=seeds,
 )
 def test_loss_and_gradient_equal_autograd_of_the_literal_formula(
-    v: int, b: int, B: int, D: int, seed: int, samples: bool, online: bool
+    v: int, b: int, B: int, D: int, seed: int, engine: str
 ) -> None:
-    """A gradient's own unit is 1 / |p| of an unfiltered row, and 1 / |p W| times W of a filtered
-    one; the literal one's largest element is as good and simpler."""
-    drawn = case(v, b, B, D, samples, seed)
-    loss, grad, expected_loss, expected_grad = both(drawn, online)
+    drawn = case(v, b, B, D, seed)
+    loss, grad, expected_loss, expected_grad = both(drawn, engine)
     torch.testing.assert_close(loss, expected_loss, atol=EXACT, rtol=0)
-    unit = 1 + expected_grad.abs().max() + 1 / drawn.p.norm(dim=-1).min()
-    if online:
-        unit = unit * (
-            drawn.g.abs().max() / (drawn.p @ drawn.V * drawn.g[:, None]).norm(dim=-1).min()
-        )
+    unit = 1 + drawn.unit(engine)
     torch.testing.assert_close(grad / unit, expected_grad / unit, atol=EXACT, rtol=0)
 
 
-@SIDES
-@BRANCHES
+@ENGINES
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_narrow_rows_cost_the_rounding_of_the_last_product_and_of_the_result(
-    dtype: torch.dtype, samples: bool, online: bool
+    dtype: torch.dtype, engine: str
 ) -> None:
-    drawn = case(2, 6, 16, 40, samples)
-    p = drawn.p.to(dtype)
-    loss, grad, expected_loss, expected_grad = both(drawn, online, p)
+    """p's values are not read: float64 forms of p give float64's loss whatever p's dtype."""
+    drawn = case(2, 6, 16, 40)
+    loss, grad, expected_loss, expected_grad = both(drawn, engine, drawn.p.to(dtype))
     torch.testing.assert_close(loss, expected_loss, atol=1e-12, rtol=0)
     assert loss.dtype == torch.float64 and grad.dtype == dtype
     rounding = 0 if dtype == torch.float32 else torch.finfo(dtype).eps / 2
@@ -125,114 +156,332 @@ def test_narrow_rows_cost_the_rounding_of_the_last_product_and_of_the_result(
     assert error <= ROUNDED + rounding
 
 
-@SIDES
-@BRANCHES
-def test_a_direction_that_is_cut_off_takes_no_part(samples: bool, online: bool) -> None:
-    """g = 0: the coordinates along it may be anything."""
-    drawn = case(2, 5, 12, 20, samples)
+@ENGINES
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_batch_as_it_came_in_16_bits_is_taken_as_it_is(dtype: torch.dtype, engine: str) -> None:
+    """The gradient of X rounded, where X is needed: exact products, no rounding of N."""
+    drawn = case(2, 6, 16, 40)
+    *rest, X = drawn.arguments(engine)
+    p = drawn.p.float().requires_grad_()
+    narrow = None if X is None else X.to(dtype)
+    filtered_cosine(p, *rest, narrow).sum().backward()  # type: ignore[arg-type]
+    q = drawn.p.clone().requires_grad_()
+    exact = None if narrow is None else narrow.double()
+    filtered_cosine(q, *rest, exact).sum().backward()  # type: ignore[arg-type]
+    assert p.grad is not None and q.grad is not None
+    assert (p.grad - q.grad).norm() <= ROUNDED * q.grad.norm()
+
+
+@ENGINES
+def test_a_direction_that_is_cut_off_takes_no_part(engine: str) -> None:
+    """g = 0, and what a caller then gives is as if the direction were not in the batch."""
+    drawn = case(2, 5, 12, 20)
     drawn.g[:, 3] = 0
-    loss, grad, expected_loss, expected_grad = both(drawn, online)
+    loss, grad, expected_loss, expected_grad = both(drawn, engine)
     torch.testing.assert_close(loss, expected_loss, atol=EXACT, rtol=0)
     torch.testing.assert_close(grad, expected_grad, atol=EXACT, rtol=0)
-    other = replace(drawn, V=drawn.V.clone())
-    other.V[:, :, 3] *= 7  # only in the coordinates: the op has its own basis
-    torch.testing.assert_close(other.loss(drawn.p, online), loss, atol=EXACT, rtol=0)
+    if engine != "power":
+        along = grad @ drawn.V[:, :, 3:4]
+        torch.testing.assert_close(along, torch.zeros_like(along), atol=1e-14, rtol=0)
 
 
-@SIDES
-@BRANCHES
-def test_a_row_of_zeros_adds_nothing_to_the_loss_and_its_gradient_is_finite(
-    samples: bool, online: bool
-) -> None:
-    drawn = case(1, 4, 12, 20, samples)
-    drawn.p[:, 0] = 0
-    drawn.z[:, 1] = 0
-    loss, grad, expected_loss, _ = both(drawn, online)
-    torch.testing.assert_close(loss, expected_loss, atol=EXACT, rtol=0)
-    assert grad.isfinite().all()
-    assert (grad[:, 1] == 0).all()  # every direction is as far from a zero target
-    rest = Case(*(getattr(drawn, f.name) for f in fields(drawn)))
-    rest = replace(rest, p=drawn.p[:, 2:], z=drawn.z[:, 2:])
-    torch.testing.assert_close(loss, rest.loss(rest.p, online) / 2, atol=EXACT, rtol=0)
+@ENGINES
+def test_a_row_of_zeros_adds_nothing_to_the_loss_and_its_gradient_is_finite(engine: str) -> None:
+    drawn = case(1, 4, 12, 20)
+    drawn.U[:, -4] = 0  # the first of this rank's rows; U is then not orthonormal, X as it is
+    drawn = replace(drawn, V=drawn.V)
+    drawn.t[:, 1] = 0
+    arguments = drawn.arguments(engine)
+    p = drawn.p.clone().requires_grad_()
+    loss = filtered_cosine(p, *arguments)  # type: ignore[arg-type]
+    loss.sum().backward()
+    assert p.grad is not None and p.grad.isfinite().all()
+    assert (p.grad[:, 1] == 0).all()  # every direction is as far from a zero target
+    norm, alpha, beta, gamma, R, X = arguments
+    rest = [x[:, 2:] for x in (norm, alpha, beta, gamma) if x is not None]
+    half = filtered_cosine(p[:, 2:], *rest, R, X) / 2
+    torch.testing.assert_close(loss, half, atol=EXACT, rtol=0)
 
 
-@SIDES
-@BRANCHES
-def test_a_filter_that_lets_nothing_through_gives_zero_and_not_nan(
-    samples: bool, online: bool
-) -> None:
-    drawn = case(2, 4, 12, 20, samples)
+@BODIES
+def test_a_square_that_rounding_left_under_zero_is_a_length_of_zero(body: Body) -> None:
+    alpha, gamma = torch.ones(1, 1, 2, device=DEVICE), torch.zeros(1, 1, 2, device=DEVICE)
+    beta = torch.tensor([[[1.0, -1 - 1e-6]]], device=DEVICE)
+    loss, N = body(alpha, alpha.new_ones(1, 1), alpha, beta, gamma, None, None)
+    assert loss.item() == 0 and (N == 0).all()
+
+
+@ENGINES
+def test_a_filter_that_lets_nothing_through_gives_zero_and_not_nan(engine: str) -> None:
+    drawn = case(2, 4, 12, 20)
     drawn.g.zero_()
-    loss, grad, *_ = both(drawn, online)
+    if engine == "power":
+        drawn.s.zero_()
+    loss, grad, *_ = both(drawn, engine)
     assert (loss == 0).all() and (grad == 0).all()
 
 
-@SIDES
-@BRANCHES
-@pytest.mark.parametrize("where", ["p", "g", "z"])
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@ENGINES
+@pytest.mark.parametrize("where", ["U", "s", "V", "g", "t"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_a_value_that_is_not_finite_makes_its_view_s_loss_nan_and_gradient_zero(
-    where: str, bad: float, samples: bool, online: bool
+    where: str, bad: float, engine: str
 ) -> None:
-    good = case(2, 4, 12, 20, samples)
-    drawn = Case(*(None if x is None else x.clone() for x in vars(good).values()))  # type: ignore[arg-type]
-    getattr(drawn, where)[1, 2] = bad
-    loss, grad, *_ = both(drawn, online)
-    expected_loss, expected_grad, *_ = both(good, online)
-    assert not loss[1].isfinite() and (grad[1] == 0).all()
+    if engine == "power" and where == "g":
+        pytest.skip("h = 1 has no response")
+    good = case(2, 4, 12, 20)
+    drawn = replace(good, **{where: getattr(good, where).clone()})
+    getattr(drawn, where)[1, 2 if where != "U" else -2] = bad  # of a row that is this rank's
+    loss, grad, *_ = both(drawn, engine)
+    expected_loss, expected_grad, *_ = both(good, engine)
+    assert loss[1].isnan() and (grad[1] == 0).all()
     assert loss[0] == expected_loss[0]
     torch.testing.assert_close(grad[0], expected_grad[0], atol=0, rtol=1e-12)
 
 
-@SIDES
-@BRANCHES
+@BODIES
+@pytest.mark.parametrize("where", ["norm", "alpha", "beta", "gamma"])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_no_argument_s_infinity_hides_in_a_quotient(where: str, bad: float, body: Body) -> None:
+    """1 / inf is 0: an infinite length alone would look like a cosine of 0."""
+    tensors = dict(zip(("norm", "alpha", "beta", "gamma"), bilinear(2, 3, 8), strict=True))
+    tensors[where][1, 2] = bad
+    loss, _ = body(torch.ones(2, 3, 8, device=DEVICE), *tensors.values(), None, None)
+    assert loss[0].isfinite() and loss[1].isnan()
+
+
+@ENGINES
 @settings(max_examples=20)
-@given(scale=st.floats(1e-3, 1e3), seed=st.integers(0, 2**31))
+@given(scale=st.floats(1e-3, 1e3), seed=seeds)
 def test_the_scale_of_rows_and_response_is_ignored_and_the_gradient_falls_with_that_of_the_rows(
-    scale: float, seed: int, samples: bool, online: bool
+    scale: float, seed: int, engine: str
 ) -> None:
-    drawn = case(1, 4, 12, 20, samples, seed)
-    loss, grad, *_ = both(drawn, online)
-    scaled = replace(drawn, p=drawn.p * scale, z=drawn.z / scale, g=drawn.g * scale)
-    scaled_loss, scaled_grad, *_ = both(scaled, online)
+    drawn = case(1, 4, 12, 20, seed)
+    loss, grad, *_ = both(drawn, engine)
+    scaled = replace(drawn, s=drawn.s * scale, t=drawn.t / scale, g=drawn.g * scale)
+    scaled_loss, scaled_grad, *_ = both(scaled, engine)
     torch.testing.assert_close(scaled_loss, loss, atol=1e-9, rtol=0)
-    torch.testing.assert_close(
-        scaled_grad * scale, grad, atol=1e-9 * float(grad.abs().max()), rtol=0
-    )
+    unit = float(drawn.unit(engine))
+    torch.testing.assert_close(scaled_grad * scale, grad, atol=1e-9 * unit, rtol=0)
 
 
-@SIDES
-@BRANCHES
-def test_backward_multiplies_the_gradient_by_what_comes_back(samples: bool, online: bool) -> None:
-    drawn = case(3, 4, 12, 20, samples)
+@ENGINES
+def test_backward_multiplies_the_gradient_by_what_comes_back(engine: str) -> None:
+    drawn = case(3, 4, 12, 20)
     grads = []
-    for weight in (torch.ones(3), torch.tensor([2.0, 0.0, -3.0])):
+    weights = torch.tensor([[1.0, 1.0, 1.0], [2.0, 0.0, -4.0]], device=DEVICE)
+    for weight in weights:
         p = drawn.p.clone().requires_grad_()
-        drawn.loss(p, online).backward(weight.double())
+        drawn.loss(engine, p).backward(weight.double())
         assert p.grad is not None
         grads.append(p.grad)
-    expected = torch.tensor([2.0, 0.0, -3.0])[:, None, None] * grads[0]
+    expected = weights[1, :, None, None] * grads[0]
     torch.testing.assert_close(grads[1], expected, atol=0, rtol=1e-15)
 
 
-@SIDES
-@BRANCHES
-def test_only_the_online_rows_take_a_gradient(samples: bool, online: bool) -> None:
-    drawn = case(2, 4, 12, 20, samples)
-    tensors = [drawn.p, drawn.z.norm(dim=-1), drawn.p @ drawn.V, drawn.z @ drawn.V, drawn.g]
-    leaves = [x.clone().requires_grad_() for x in (*tensors, drawn.basis)]
-    X = None if drawn.X is None else drawn.X.clone().requires_grad_()
-    filtered_cosine(*leaves, X, online=online).sum().backward()
-    assert leaves[0].grad is not None
-    assert all(leaf.grad is None for leaf in leaves[1:]) and (X is None or X.grad is None)
+@ENGINES
+def test_only_the_online_rows_take_a_gradient(engine: str) -> None:
+    drawn = case(2, 4, 12, 20)
+    given = [drawn.p, *drawn.arguments(engine)]
+    leaves = [None if x is None else x.clone().requires_grad_() for x in given]
+    filtered_cosine(*leaves).sum().backward()  # type: ignore[arg-type]
+    assert leaves[0] is not None and leaves[0].grad is not None
+    assert all(leaf is None or leaf.grad is None for leaf in leaves[1:])
 
 
-@SIDES
-@BRANCHES
-def test_the_op_is_registered_correctly(samples: bool, online: bool) -> None:
-    drawn = case(2, 4, 12, 20, samples)
-    X = drawn.g.new_zeros(0) if drawn.X is None else drawn.X.float()
+@ENGINES
+def test_the_op_is_registered_correctly(engine: str) -> None:
+    drawn = case(2, 4, 12, 20)
+    *rest, X = drawn.arguments(engine)
+    rest[2] = rest[2].clone() if rest[2] is not None else None
     p = drawn.p.to(torch.bfloat16).requires_grad_()
-    norm = drawn.z.norm(dim=-1)
-    args = (p, norm, drawn.p @ drawn.V, drawn.z @ drawn.V, drawn.g, drawn.basis, X, online)
-    torch.library.opcheck(filtered_cosine_op, args)
+    torch.library.opcheck(filtered_cosine_op, (p, *rest, None if X is None else X.float()))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"norm": torch.ones(2, 4)},
+        {"alpha": torch.ones(2, 3, 9)},
+        {"gamma": torch.ones(2, 3, 8, dtype=torch.float64)},
+        {"beta": torch.ones(2, 3, 8, dtype=torch.bfloat16)},
+        {"R": torch.ones(2, 9, 6)},
+        {"X": torch.ones(2, 8, 10)},
+        {"R": None, "X": None},
+    ],
+    ids=lambda change: "-".join(change),
+)
+def test_what_does_not_fit_together_is_named(change: dict[str, Tensor | None]) -> None:
+    forms = {name: torch.ones(2, 3, 8) for name in ("alpha", "beta", "gamma")}
+    fits = {"p": torch.ones(2, 3, 10), "norm": torch.ones(2, 3), **forms}
+    fits |= {"R": torch.ones(2, 8, 6), "X": torch.ones(2, 6, 10)}
+    filtered_cosine(**fits)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"needs p \[v, b, D\].*got p torch.float32 \(2, 3, 10\)"):
+        filtered_cosine(**(fits | change))  # type: ignore[arg-type]
+
+
+# ---- in float32, by the definition and by the kernels ----------------------------------------
+
+
+def bilinear(v: int, b: int, n: int, seed: int = 0) -> list[Tensor]:
+    """norm, alpha, beta, gamma in float32; |y|^2 is not small against its terms."""
+    generator = torch.Generator().manual_seed(seed)
+    alpha, noise, gamma = torch.randn(3, v, b, n, generator=generator)
+    beta = alpha * (0.5 + noise.abs())
+    norm = gamma.norm(dim=-1) * (1 + torch.rand(v, b, generator=generator))
+    return [x.to(DEVICE) for x in (norm, alpha, beta, gamma)]
+
+
+def coefficients(norm: Tensor, alpha: Tensor, beta: Tensor, gamma: Tensor) -> dict[str, Tensor]:
+    """In float64: each row's term of the loss and of N, and the error allowed to float32.
+
+    A sum of n products is within (n + 1) u of the sum of their magnitudes. A device's square root
+    and quotient are within 2 u, and there are few of them: 12 u in all.
+    """
+    norm, alpha, beta, gamma = (x.double() for x in (norm, alpha, beta, gamma))
+    b, n = alpha.shape[1:]
+    square, dot = (alpha * beta).sum(-1), (alpha * gamma).sum(-1)
+    a = -1 / (b * square.sqrt() * norm)
+    c = -a * dot / square
+    in_square = (n + 1) * U * (alpha * beta).abs().sum(-1) / square
+    in_dot = (n + 1) * U * (alpha * gamma).abs().sum(-1)
+    in_a = a.abs() * (in_square + 12 * U)
+    in_c = c.abs() * (2 * in_square + 12 * U) + a.abs() * in_dot / square
+    return {
+        "term": a * dot,
+        "in_term": in_a * dot.abs() + a.abs() * in_dot,
+        "N": a[..., None] * gamma + c[..., None] * beta,
+        "in_N": (in_a + 3 * U * a.abs())[..., None] * gamma.abs()
+        + (in_c + 3 * U * c.abs())[..., None] * beta.abs(),
+    }
+
+
+def check(body: Body, forms: list[Tensor], R: Tensor | None) -> None:
+    """Loss and N of a body against float64, within the bound."""
+    v, b, n = forms[1].shape
+    k = n if R is None else R.shape[2]
+    loss, N = body(forms[1].new_zeros(v, b, k), *forms, R, None)
+    expected = coefficients(*forms)
+    in_loss = expected["in_term"].sum(-1) + (b + 1) * U * expected["term"].abs().sum(-1)
+    assert loss.dtype == N.dtype == torch.float32
+    assert ((loss - expected["term"].sum(-1)).abs() <= in_loss).all()
+    wanted, allowed = expected["N"], expected["in_N"]
+    if R is not None:
+        R = R.double()
+        allowed = allowed @ R.abs() + (n + 14) * U * (wanted.abs() + allowed) @ R.abs()
+        wanted = wanted @ R
+    assert ((N - wanted).abs() <= allowed).all()
+
+
+@BODIES
+@settings(max_examples=40)
+@given(
+    v=st.integers(1, 3),
+    b=st.sampled_from([1, 2, 7]),
+    n=st.sampled_from([1, 2, 15, 16, 33, 100]),
+    k=st.sampled_from([None, 1, 5, 16]),
+    same=st.booleans(),
+    seed=seeds,
+)
+def test_float32_is_within_the_bound_of_float64(
+    v: int, b: int, n: int, k: int | None, same: bool, seed: int, body: Body
+) -> None:
+    forms = bilinear(v, b, n, seed)
+    forms[2] = forms[1] if same else forms[2]
+    generator = torch.Generator().manual_seed(seed)
+    R = None if k is None else torch.randn(v, n, k, generator=generator).to(DEVICE)
+    check(body, forms, R)
+
+
+@BODIES
+@pytest.mark.parametrize("same", [True, False], ids=["beta-is-alpha", "beta"])
+def test_rows_of_several_blocks_are_read_to_their_end(same: bool, body: Body) -> None:
+    norm, alpha, beta, gamma = bilinear(2, 3, 2 * ROWS["BLOCK"] + 5)
+    check(body, [norm, alpha, alpha if same else beta, gamma], None)
+
+
+def test_rows_of_this_rank_may_be_a_slice_of_all() -> None:
+    forms = bilinear(2, 9, 20)
+    R = torch.randn(2, 20, 6, device=DEVICE)
+    p = R.new_zeros(2, 4, 6)
+    sliced = [x[:, 3:7] for x in forms]
+    expected = filtered_cosine_triton(p, *(x.contiguous() for x in sliced), R, None)
+    found = filtered_cosine_triton(p, *sliced, R.mT.contiguous().mT, None)
+    sliced[2] = sliced[1]  # beta is alpha, and neither contiguous
+    torch.testing.assert_close(found, expected, atol=0, rtol=1e-6)
+    check(filtered_cosine_triton, sliced, None)
+
+
+def test_beta_that_only_starts_where_alpha_does_is_not_taken_for_it() -> None:
+    norm, alpha, _, gamma = bilinear(1, 4, 4)
+    square = alpha + 5 * torch.eye(4, device=DEVICE)
+    check(filtered_cosine_triton, [norm, square, square.mT, gamma], None)
+
+
+@ENGINES
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_the_kernels_together_give_the_literal_gradient(dtype: torch.dtype, engine: str) -> None:
+    """float32 forms of the batch, X in p's dtype: what a step is, but for the launches."""
+    drawn = case(2, 6, 16, 40)
+    *_, expected_loss, expected_grad = both(drawn, engine)
+    arguments = [None if x is None else x.float() for x in drawn.arguments(engine)]
+    X = None if arguments[-1] is None else arguments[-1].to(dtype)
+    p = drawn.p.to(dtype)
+    loss, N = filtered_cosine_triton(p, *arguments[:-1], X)
+    weight = torch.arange(1.0, 3.0, device=DEVICE)
+    grad = apply_rows_triton(N, X, weight, loss, dtype)
+    torch.testing.assert_close(loss.double(), expected_loss, atol=1e-5, rtol=0)
+    # X, and then the gradient, are rounded to p's dtype; the condition of X is S_MAX
+    rounding = 0 if dtype == torch.float32 else 2 * S_MAX * torch.finfo(dtype).eps
+    error = (grad.double() - expected_grad).norm() / expected_grad.norm()
+    assert error <= S_MAX**2 * ROUNDED + rounding
+
+
+def test_float64_runs_the_definition_on_every_device() -> None:
+    forms = [x.double() for x in bilinear(2, 3, 8)]
+    p = forms[1]
+    found = filtered_cosine_triton(p, *forms, None, None)
+    assert all(map(torch.equal, found, define_filtered_cosine(p, *forms, None, None)))
+
+
+# ---- on a device -----------------------------------------------------------------------------
+
+
+def step(p: Tensor, forms: list[Tensor], R: Tensor, X: Tensor) -> tuple[Tensor, Tensor]:
+    loss = filtered_cosine(p, *forms, R, X)
+    return loss, *torch.autograd.grad(loss.sum(), p)
+
+
+def drawn_on_device(seed: int) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    R = torch.randn(2, 256, 256, generator=generator)
+    X = torch.randn(2, 256, 200, generator=generator)
+    p = X[:, :64].to(DEVICE, torch.bfloat16).requires_grad_()
+    return p, bilinear(2, 64, 256, seed), R.to(DEVICE), X.to(DEVICE, torch.bfloat16)
+
+
+@pytest.mark.gpu
+def test_loss_and_gradient_wait_for_nothing() -> None:
+    arguments = drawn_on_device(0)
+    step(*arguments)  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step(*arguments)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+def test_a_captured_graph_replays_the_same_bits() -> None:
+    p, forms, R, X = drawn_on_device(0)
+    step(p, forms, R, X)  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        captured = step(p, forms, R, X)
+    other_p, other_forms, other_R, other_X = drawn_on_device(1)
+    others = [other_p, *other_forms, other_R, other_X]
+    with torch.no_grad():
+        for old, new in zip([p, *forms, R, X], others, strict=True):
+            old.copy_(new)
+    graph.replay()
+    assert all(map(torch.equal, captured, step(p, forms, R, X)))

@@ -3,13 +3,15 @@
 import math
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from rdm_kernels import matrix_function, polar
+from rdm_kernels import matrix_function, polar, product, sym_matmul
 from rdm_kernels.matrix_function import (
     CHOLESKY_FAILED,
     INACCURATE,
@@ -19,7 +21,7 @@ from rdm_kernels.matrix_function import (
     default_degree,
     interval,
 )
-from rdm_kernels.polar import _symmetric_product
+from rdm_kernels.tiles import Symmetric
 from tests.spectra import relative, spectrum, two_views, with_spectrum
 
 RESPONSES: dict[str, Callable[[Tensor], Tensor]] = {
@@ -213,25 +215,72 @@ def test_a_view_that_is_not_finite_is_flagged_and_harms_no_other(bad: float) -> 
         assert torch.equal(found.M[i], clean.M[i]) and torch.equal(found.h[i], clean.h[i])
 
 
-def test_an_indefinite_matrix_is_flagged_and_gives_no_number() -> None:
+def test_an_indefinite_matrix_is_flagged_and_its_filter_is_zero() -> None:
     G = torch.diag(torch.tensor([1.0, 0.5, -0.1]))[None]
     found = matrix_function(G, torch.sqrt)
     assert int(found.status) & CHOLESKY_FAILED
-    assert found.M.isnan().all() and found.h.isnan().all()
+    assert not found.M.any() and not found.h.any()
 
 
-def test_products_rounded_to_tf32_are_flagged(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a global switch of PyTorch can do to every float32 product."""
+def test_products_rounded_to_tf32_are_flagged_and_their_filter_is_zero(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What one product of 10-bit significands in place of three does."""
 
     def tf32(x: Tensor) -> Tensor:
         return ((x.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
 
+    def rounded(A: Tensor, B: Tensor | None = None, **options: Any) -> Symmetric:
+        return sym_matmul(tf32(A), tf32(A if B is None else B), **options)
+
     X = with_spectrum(48, 96, spectrum("k^-1/2", 48)).float()
     G = X @ X.mT
     assert int(matrix_function(G, torch.log1p).status) == 0
-    module = sys.modules[_symmetric_product.__module__]  # rdm_kernels.polar is the function
-    monkeypatch.setattr(module, "_product", lambda A, B: tf32(A) @ tf32(B))
-    assert int(matrix_function(G, torch.log1p).status) == INACCURATE
+    for module in (matrix_function.__module__, polar.__module__):
+        monkeypatch.setattr(sys.modules[module], "sym_matmul", rounded)
+        monkeypatch.setattr(sys.modules[module], "product", lambda A, B: product(tf32(A), tf32(B)))
+    found = matrix_function(G, torch.log1p)
+    assert int(found.status) == INACCURATE
+    assert not found.M.any() and not found.h.any()
+
+
+@ALL
+@pytest.mark.parametrize("relative_floor", [1e-4, 5e-3, 0.3, 30.0])
+def test_a_floor_over_the_cutoff_is_the_damping(relative_floor: float, name: str) -> None:
+    """At any ratio to the largest singular value: of a matrix of noise only, too."""
+    X = torch.stack([with_spectrum(20, 40, spectrum("k^-1", 20), i) for i in range(2)])
+    X[1] *= 1e3
+    floor = torch.linalg.matrix_norm(X, 2) * torch.tensor([relative_floor, 0]).double()
+    plain = matrix_function(X @ X.mT, RESPONSES[name])
+    found = matrix_function(X @ X.mT, RESPONSES[name], floor=floor)
+    torch.testing.assert_close(found.tau, torch.maximum(plain.tau, floor))
+    assert found.status.tolist() == [0, 0]
+    torch.testing.assert_close(found.M[1], plain.M[1], rtol=0, atol=0)
+    M, h = literal(X[0], RESPONSES[name], found.tau[0])
+    g_max = RESPONSES[name]((X[0].norm() ** 2 + found.tau[0] ** 2).sqrt()).abs().item()
+    tolerance = (1e-4 + 1e-9) * max(g_max, 1)
+    assert torch.linalg.matrix_norm(found.M[0] - M, 2) <= tolerance
+    assert torch.linalg.matrix_norm(found.h[0] - h, 2) * found.tau[0].square() <= tolerance
+
+
+def test_a_floor_that_is_no_number_is_flagged_and_a_negative_one_is_none() -> None:
+    X = torch.stack([with_spectrum(8, 12, spectrum("flat", 8), i).float() for i in range(3)])
+    G = X @ X.mT
+    clean = matrix_function(G, torch.sqrt)
+    found = matrix_function(G, torch.sqrt, floor=torch.tensor([torch.nan, torch.inf, -9.0]))
+    assert (found.status != 0).tolist() == [True, True, False]
+    assert not found.M[:2].any() and not found.h[:2].any()
+    assert torch.equal(found.M[2], clean.M[2]) and torch.equal(found.tau[2], clean.tau[2])
+
+
+@pytest.mark.parametrize("batch", [(), (1,), (2, 3)], ids=str)
+def test_any_number_of_batch_dimensions(batch: tuple[int, ...]) -> None:
+    X = with_spectrum(6, 8, spectrum("k^-1", 6)).expand(*batch, 6, 8)
+    floor = torch.full(batch, 0.1)
+    found = matrix_function(X @ X.mT, torch.sqrt, floor=floor)
+    assert found.M.shape == found.h.shape == (*batch, 6, 6)
+    assert found.tau.shape == found.status.shape == batch and found.residuals.shape == (*batch, 2)
+    assert polar(X).shape == X.shape and not found.status.any()
 
 
 @pytest.mark.parametrize("name", ["s^0.5", "s", "log_1", "log_2"])
@@ -255,13 +304,56 @@ def test_what_is_not_square_is_named() -> None:
         matrix_function(torch.zeros(2, 3), torch.sqrt)
 
 
+def test_a_floor_of_another_shape_is_named() -> None:
+    with pytest.raises(ValueError, match=r"a floor for each matrix.*floor torch.float32 \(3,\)"):
+        matrix_function(torch.zeros(2, 3, 3), torch.sqrt, floor=torch.zeros(3))
+
+
+class Multiplied(TorchDispatchMode):
+    """Counts products of PyTorch's own, below float64."""
+
+    count = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if {"mm", "bmm", "addmm", "baddbmm", "mv", "dot"} & set(str(func).split(".")):
+            self.count += args[0].dtype != torch.float64
+        return func(*args, **(kwargs or {}))
+
+
+def test_kernels_multiply_all_there_is_to_multiply(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on CUDA, where each op is its kernel: the same numbers, and no product of PyTorch's."""
+    X = with_spectrum(20, 30, spectrum("k^-1", 20)).float()
+    with Multiplied() as control:
+        G = X @ X.mT
+    assert control.count == 1
+
+    def work() -> list[Tensor]:
+        filtered = matrix_function(G, torch.log1p, cutoff=0.05)
+        assert not filtered.status.any()
+        return [filtered.M, filtered.h, polar(X), polar(X.mT, precision="fp16")]
+
+    expected = work()
+    for op in ("sym_matmul", "product", "gram"):
+        module = sys.modules[f"rdm_kernels.{op}"]  # the name in the package is the function
+        monkeypatch.setattr(module, f"{op}_op", getattr(module, f"{op}_triton"))
+    with Multiplied() as kernels:
+        found = work()
+    assert kernels.count == 0
+    for a, b in zip(found[:3], expected[:3], strict=True):
+        assert relative(a, b) <= 1e-4
+    assert relative(found[3], expected[3]) <= 6e-3
+
+
 @pytest.mark.gpu
 def test_nothing_waits_and_a_captured_graph_repeats_it_bit_for_bit() -> None:
     views = [with_spectrum(64, 128, spectrum("k^-1", 64), seed) for seed in range(2)]
     X = torch.stack(views).float().cuda()
 
     def work() -> list[Tensor]:
-        return [*matrix_function(X @ X.mT, torch.log1p), polar(X)]
+        filtered = matrix_function(X @ X.mT, torch.log1p, floor=X.abs().amax(dim=(1, 2)) / 100)
+        return [*filtered, polar(X), polar(X, precision="fp16")]
 
     eager = work()  # also puts the constants of the series on the device
     torch.cuda.set_sync_debug_mode("error")

@@ -4,13 +4,14 @@ from itertools import pairwise
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from rdm_kernels import polar
 from rdm_kernels.polar import SAFETY, bound, iterations_for, schedule
-from tests.spectra import with_spectrum
+from tests.spectra import relative, two_views, with_spectrum
 
 SPECTRA = {
     "flat": torch.linspace(1, 0.8, 24),
@@ -135,6 +136,57 @@ def test_zero_is_zero_and_a_matrix_that_is_not_finite_harms_no_other() -> None:
     assert not found[1].isfinite().any() and not found[2].isfinite().any()
 
 
+def target_gradient(P: Tensor, Z: Tensor) -> Tensor:
+    """Of -mean cos(P, Z) for P, by autograd in float64."""
+    p = P.double().requires_grad_()
+    (-F.cosine_similarity(p, Z.double(), dim=1).mean()).backward()
+    assert p.grad is not None
+    return p.grad
+
+
+@pytest.mark.parametrize("shape", [(128, 384), (200, 200), (384, 128)], ids=str)
+@pytest.mark.parametrize("name", ["flat", "k^-1/2", "k^-1", "clusters"])
+def test_float16_leaves_the_gradient_to_six_thousandths(name: str, shape: tuple[int, int]) -> None:
+    X, P = two_views(*shape, name, torch.bfloat16)
+    found = polar(X, precision="fp16")
+    assert found.dtype == torch.float32
+    error = relative(target_gradient(P, found), target_gradient(P, exact(X)))
+    assert 1e-3 < error <= 6e-3  # under that it was no float16
+    assert torch.linalg.matrix_norm(found, 2) <= 1 + schedule(3e-4, 7).error + 2.0**-11
+
+
+def test_float16_of_a_collapsed_batch_with_noise() -> None:
+    X, P = two_views(128, 384, "rank 8", torch.float64)
+    X = X + 1e-3 * torch.randn(128, 384, dtype=torch.float64)
+    found = target_gradient(P, polar(X.bfloat16(), precision="fp16"))
+    assert relative(found, target_gradient(P, exact(X.bfloat16()))) <= 2e-2
+
+
+@pytest.mark.parametrize("name", ["flat", "k^-2", "rank 1", "rank 8", "straddling"])
+@pytest.mark.parametrize("scale", [4.0**-20, 1.0, 4.0**20])
+def test_float16_neither_overflows_nor_blows_up(name: str, scale: float) -> None:
+    """Whatever the scale: X is divided by its largest element before it is rounded."""
+    X, _ = two_views(64, 96, name, torch.float32)
+    found = polar(X * scale, precision="fp16")
+    assert torch.linalg.matrix_norm(found, 2) <= 1 + schedule(3e-4, 7).error + 2.0**-11
+    assert torch.equal(found, polar(X, precision="fp16"))
+
+
+def test_float16_of_zero_is_zero_and_what_is_not_finite_harms_no_other() -> None:
+    X = torch.stack([with_spectrum(8, 12, torch.linspace(1, 0.5, 8), i).float() for i in range(3)])
+    clean = polar(X, precision="fp16")
+    X[1, 2, 3] = torch.nan
+    X[2] = 0
+    found = polar(X, precision="fp16")
+    assert torch.equal(found[0], clean[0]) and not found[2].any()
+    assert not found[1].isfinite().any()
+
+
+def test_an_unknown_precision_is_named() -> None:
+    with pytest.raises(ValueError, match="'bf16'"):
+        polar(torch.eye(3), precision="bf16")  # type: ignore[arg-type]
+
+
 @settings(max_examples=30)
 @given(n=st.integers(1, 20), seed=st.integers(0, 2**31), power=st.floats(0, 3))
 def test_the_bound_is_one_and_at_most_a_fourth_root_of_n_over(
@@ -142,7 +194,7 @@ def test_the_bound_is_one_and_at_most_a_fourth_root_of_n_over(
 ) -> None:
     s = torch.arange(1, n + 1, dtype=torch.float64) ** -power
     X = with_spectrum(n, n, s, seed)
-    c = float(bound(X @ X.mT))
+    c = float(bound((X @ X.mT)[None]))
     largest = float(s[0] ** 2)
     assert largest * (1 - 1e-12) <= c <= n**0.25 * largest * (1 + 1e-12)
 

@@ -1,0 +1,312 @@
+"""How accurate is the filtered loss? Its gradient against float64, for every filter and spectrum.
+
+    python -m bench.accuracy [--engine gemm eigh auto] [--dtype float32 bfloat16]
+                             [--shape 128 384] [--device cpu] [--write FILE] [--json FILE]
+
+Prints a table in Markdown for each engine and dtype. A cell is 1 - cos(dP, exact dP), the larger of
+two views; exact is the float64 gradient of the engine's own definition on the same inputs: the
+paper's, without directions under the cutoff, or damped (gemm). What else a cell may say:
+
+    0          rank 1 and zero have no gradient, and what came out is 0 but for rounding (below)
+    size x     it is not: there the definition itself makes a gradient of the inputs' rounding; x is
+               the length of its longest row in units of 1 / (2 B |p_i|)
+    flagged    the engine reported that it is not accurate here: no gradient in this step; in the
+               next, `auto` takes eigh (its result stands behind the word), `gemm` ends the run
+
+Exits with 1 if something is less accurate than `fault` allows, or NaN comes of what is finite.
+
+Rounding of 0. Sums of up to m = max(B, D) terms are rounded by (m + 2) u. A filter amplifies that
+by at most A = max(1, |g(cutoff s_1) / g(s_1)|) beside what is left of a row: once in filtered rows
+and, online, once more in what comes back through W. x is "0" up to (m + 2) u A^2 (target: A).
+"""
+
+import argparse
+import json
+import math
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from functools import cache, partial
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bench.machine import describe
+from bench.markdown import replace_between, table
+from rdm_fast import FilterConfig
+from rdm_fast.config import Kind
+from rdm_fast.engines import engine_for
+from rdm_fast.errors import Unavailable
+from tests.spectra import damped_filter, g, gradients, paper_filter, paper_loss, two_views
+from tests.spectra import with_spectrum as matrix
+
+ONLINE = [2.0, 1.0, 0.5, -0.3, -0.5, -0.7, -1.0]
+LOGS: list[Kind] = ["log", "log_1", "log_2"]
+TARGET = [-1.0, -0.7, -0.5, -0.3]
+SPECTRA = [
+    "flat",
+    "k^-1/2",
+    "k^-1",
+    "k^-2",
+    "clusters",
+    "centred",
+    "duplicates",
+    "1e-4 x",
+    "1e4 x",
+    "rank 8 + noise",
+    "rank 1",
+    "zero",
+]
+FilterOf = Callable[[Tensor, FilterConfig], Tensor]
+NO_GRADIENT = {"rank 1", "zero"}
+COLLAPSED = {"rank 8 + noise"} | NO_GRADIENT
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One filter of one batch."""
+
+    error: float  # 1 - cosine; where there is no gradient, the size of what came out, or 0
+    limit: float | None  # where there is none: twice what the inputs' rounding makes by definition
+    loss_error: float
+    finite: bool
+    flagged: bool
+
+    @property
+    def text(self) -> str:
+        if not self.finite:
+            return "NaN"
+        found = f"{self.error:.0e}" if self.error else "0"
+        found = f"size {found}" if self.error and self.limit is not None else found
+        return f"flagged {found}" if self.flagged else found
+
+
+# ---- the grid --------------------------------------------------------------------------------
+
+
+def filters() -> dict[str, FilterConfig]:
+    """The rows: every filter by its name."""
+    logs = {f"online {kind}": FilterConfig(kind=kind) for kind in LOGS}
+    powers = {f"online s^{sigma:g}": FilterConfig(sigma=sigma) for sigma in ONLINE}
+    targets = {
+        f"target s^{sigma:g}": FilterConfig(location="target", sigma=sigma) for sigma in TARGET
+    }
+    return powers | logs | targets
+
+
+@cache
+def batch(spectrum: str, B: int, D: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Two correlated views [B, D] whose singular values are as the column's name says.
+
+    duplicates: the second half of the rows equals the first. rank 1: of both views together.
+    rank 8 + noise: 1/k for k <= 8, then 1e-4, a tenth of the cutoff.
+    """
+    match spectrum:
+        case "rank 1":
+            first = two_views(B, D, spectrum, torch.float64)[0]
+            views = first, matrix(B, B, torch.ones(B), seed=1) @ first
+        case "rank 8 + noise":
+            k = torch.arange(1.0, min(B, D) + 1)
+            s = math.sqrt(min(B, D)) * torch.where(k <= 8, 1 / k, 1e-4)
+            first = matrix(B, D, s)
+            views = first, 0.8 * first + 0.6 * matrix(B, D, s, seed=1)
+        case "zero":
+            views = (torch.zeros(B, D, dtype=torch.float64),) * 2
+        case "centred":
+            views = tuple(z - z.mean(dim=0) for z in two_views(B, D, "k^-1/2", torch.float64))
+        case "duplicates":
+            half = two_views((B + 1) // 2, D, "k^-1/2", torch.float64)
+            views = tuple(torch.cat([z, z])[:B] for z in half)
+        case "1e-4 x" | "1e4 x":
+            scale = float(spectrum.split()[0])
+            views = tuple(scale * z for z in two_views(B, D, "k^-1/2", torch.float64))
+        case _:
+            views = two_views(B, D, spectrum, torch.float64)
+    return views[0].to(dtype), views[1].to(dtype)
+
+
+def fault(config: FilterConfig, spectrum: str, cell: Cell) -> str:
+    """What is wrong with a cell, or nothing."""
+    if not cell.finite:
+        return "not finite, of finite inputs"
+    if cell.limit is not None:
+        limit = cell.limit
+    elif not config.is_falling:
+        limit = 1e-4
+    elif config.location == "target":
+        limit = 1e-3
+    else:
+        limit = math.inf if spectrum in COLLAPSED else 1e-2
+    return f"{cell.error:.1e}, over {limit:.1e}" if cell.error > limit else ""
+
+
+# ---- one cell ----------------------------------------------------------------------------------
+
+
+def measure(config: FilterConfig, spectrum: str, z1: Tensor, z2: Tensor, device: str) -> Cell:
+    """The filter's loss and gradient on this device, compared with float64 on the CPU."""
+    engine_for.cache_clear()
+    loss, *grads = gradients(z1.to(device), z2.to(device), config)
+    engine = engine_for(config, torch.device(device))
+    try:
+        used, flagged = engine.current(), engine.failures > 0
+    except Unavailable:
+        used, flagged = "gemm", True
+    if used == "eigh" and flagged:
+        loss, *grads = gradients(z1.to(device), z2.to(device), config)
+    found = [grad.cpu().double() for grad in grads]
+    finite = bool(loss.isfinite()) and all(bool(grad.isfinite().all()) for grad in found)
+
+    filter_of = partial(normalised, damped_filter if used == "gemm" else paper_filter)
+    if spectrum == "zero":  # the definitions divide by 0
+        exact_loss, *exact = torch.zeros(()), *(torch.zeros_like(grad) for grad in found)
+    else:
+        exact_loss, *exact = paper_loss(z1, z2, config, filter_of=filter_of)
+    loss_error = abs(float(loss) - float(exact_loss))
+    if spectrum not in NO_GRADIENT:
+        cosines = [
+            float(F.cosine_similarity(a.flatten(), b.flatten(), dim=0))
+            for a, b in zip(found, exact, strict=True)
+        ]
+        return Cell(max(1 - min(cosines), 1e-16), None, loss_error, finite, flagged)
+
+    lengths = [p.double().norm(dim=1) if spectrum == "rank 1" else 1 for p in (z1, z2)]
+    size, exact_size = (
+        max(
+            float((grad.norm(dim=1) * 2 * len(grad) * p).max())
+            for grad, p in zip(grads, lengths, strict=True)
+        )
+        for grads in (found, exact)
+    )
+    allowed = rounding_of_zero(config, z1) if spectrum == "rank 1" else 0.0
+    error = size if size > allowed else 0.0
+    return Cell(error, 2 * exact_size + allowed, loss_error, finite, flagged)
+
+
+def normalised(filter_of: FilterOf, X: Tensor, config: FilterConfig) -> Tensor:
+    """W, but |W| = 1 for a power of s: its factor is not to matter, not even for tiny rows."""
+    W = filter_of(X, config)
+    return W / torch.linalg.matrix_norm(W, 2) if config.kind == "poly" else W
+
+
+def rounding_of_zero(config: FilterConfig, X: Tensor) -> float:
+    """x of a gradient that is 0 but for rounding (see above), of a batch of rank 1."""
+    s_1 = X.double().norm()
+    amplified = max(1.0, abs(float(g(config, config.cutoff * s_1) / g(config, s_1))))
+    passes = 2 if config.location == "online" else 1
+    return (max(X.shape) + 2) * 2.0**-24 * amplified**passes
+
+
+def is_told_of(
+    config: FilterConfig, bad: float, shape: tuple[int, int], dtype: torch.dtype, device: str
+) -> bool:
+    """Whether one value that is not finite makes the loss NaN, and no gradient NaN."""
+    engine_for.cache_clear()
+    z1, z2 = (z.to(device).clone() for z in batch("k^-1/2", *shape, dtype))
+    z1[1, 2] = bad
+    loss, *grads = gradients(z1, z2, config)
+    return bool(loss.isnan()) and all(bool(grad.isfinite().all()) for grad in grads)
+
+
+# ---- the report --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Report:
+    """One engine on batches of one dtype and shape."""
+
+    engine: str
+    dtype: str
+    shape: tuple[int, int]
+    cells: dict[str, dict[str, Cell]]  # by filter and spectrum
+    unflagged: list[str]  # filters that do not tell of a value that is not finite
+
+    @property
+    def faults(self) -> list[str]:
+        where = f"engine={self.engine} {self.dtype}"
+        inaccurate = [
+            f"{where} {name} of {spectrum}: {text}"
+            for name, row in self.cells.items()
+            for spectrum, cell in row.items()
+            if (text := fault(filters()[name], spectrum, cell))
+        ]
+        return inaccurate + [f"{where} {name}: no NaN loss" for name in self.unflagged]
+
+    @property
+    def markdown(self) -> str:
+        B, D = self.shape
+        header = ["filter", *SPECTRA, "loss, worst"]
+        rows = [
+            [name, *(cell.text for cell in row.values()), worst_loss(row)]
+            for name, row in self.cells.items()
+        ]
+        told = "the loss is NaN, so the step is skipped, and the gradient finite; for every filter."
+        if self.unflagged:
+            told = f"NOT told of by {', '.join(self.unflagged)}."
+        return (
+            f"engine={self.engine}, {self.dtype} ({B}, {D}):\n\n{table(header, rows)}\n\n"
+            f"One NaN or one infinity in a batch: {told}"
+        )
+
+
+def report(engine: str, dtype: str, shape: tuple[int, int], device: str) -> Report:
+    """All filters and spectra, measured."""
+    configs = {name: replace(config, engine=engine) for name, config in filters().items()}
+    cells: dict[str, dict[str, Cell]] = {name: {} for name in configs}
+    narrow = getattr(torch, dtype)
+    for spectrum in SPECTRA:
+        z1, z2 = batch(spectrum, *shape, narrow)
+        for name, config in configs.items():
+            cells[name][spectrum] = measure(config, spectrum, z1, z2, device)
+    unflagged = [
+        f"{name} ({bad})"
+        for name, config in configs.items()
+        for bad in (math.nan, math.inf)
+        if not is_told_of(config, bad, shape, narrow, device)
+    ]
+    return Report(engine, dtype, shape, cells, unflagged)
+
+
+def worst_loss(row: dict[str, Cell]) -> str:
+    """The largest error of the loss of a filter, over all spectra."""
+    return f"{max(cell.loss_error for cell in row.values()):.0e}"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="bench.accuracy", description=__doc__.split("\n")[0])
+    parser.add_argument("--engine", nargs="+", choices=["auto", "gemm", "eigh"], default=["auto"])
+    parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--shape", nargs=2, type=int, default=[128, 384], metavar=("B", "D"))
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--write", type=Path, help="Markdown file whose accuracy table this is")
+    parser.add_argument("--json", type=Path, help="file for all numbers")
+    args = parser.parse_args()
+    warnings.filterwarnings("ignore", message="filter.")
+    torch.set_num_threads(1)
+
+    reports = [
+        report(engine, dtype, tuple(args.shape), args.device)
+        for engine in args.engine
+        for dtype in args.dtype
+    ]
+    machine = describe()
+    versions = f"torch {machine['torch']}, triton {machine['triton']}"
+    where = f"{versions}, {args.device} ({machine['device']}), {machine['date']}."
+    markdown = "\n\n".join([where, *(r.markdown for r in reports)])
+    faults = [text for r in reports for text in r.faults]
+    print(markdown)
+    if args.write:
+        replace_between(args.write, "accuracy", markdown)
+    if args.json:
+        numbers = {"machine": machine, "faults": faults, "reports": [asdict(r) for r in reports]}
+        args.json.write_text(json.dumps(numbers | {"markdown": markdown}), encoding="utf-8")
+    if faults:
+        print("\nNot accurate enough:", *faults, sep="\n  ", file=sys.stderr)
+    return 1 if faults else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

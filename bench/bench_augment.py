@@ -1,0 +1,145 @@
+"""Does making the views disappear in the step? Both views of a batch of images on the device.
+
+    rdm          draw the parameters, send them, make both views
+    rdm_op       the last of that alone, `rdm_kernels.augment_views`
+    definition   the op's PyTorch body on the same device
+    torchvision  transforms v2 on the batch: all images share one draw of each step, a weaker
+                 augmentation that is less work
+    kornia       its own draw for each image, where kornia is installed
+
+The op's levels are compared with the definition's on the CPU before it is timed. The others draw
+their own parameters, so of them only shape, range and mean are checked.
+"""
+
+from collections.abc import Callable
+from importlib.util import find_spec
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torchvision.transforms import v2
+
+from bench.conftest import is_small
+from rdm_fast.config import AugmentConfig, Config, DataConfig, OptimConfig, ViewConfig
+from rdm_fast.data.augment import blur_taps, view_table, views_of_table
+from rdm_fast.data.batch import draw_pair
+from rdm_fast.data.images import PixelImages
+from rdm_kernels.augment_views import augment_views_op
+from rdm_kernels.views import levels_of_views, normalise
+
+GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if GPU else "cpu")
+DTYPE = torch.bfloat16 if GPU else torch.float32
+
+# images of a batch, their side, and the side of a view
+SMALL = ["8x16 to 16"]
+CASES = ["512x32 to 32", "512x96 to 96", "256x256 to 224"] if GPU else ["64x32 to 32"]
+NAMES = ["rdm", "rdm_op", "definition", "torchvision"] + (["kornia"] if find_spec("kornia") else [])
+
+VIEW = ViewConfig(crop_scale=(0.2, 1), jitter=0.8, grey=0.2, blur=0.5, flip=0.5)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    cases = SMALL if is_small(metafunc.config) else CASES
+    metafunc.parametrize(("name", "case"), [(name, case) for case in cases for name in NAMES])
+
+
+def photographs(n: int, side: int) -> np.ndarray:
+    """[n, side, side, 3] uint8: smooth colours with some grain."""
+    soft = torch.nn.functional.interpolate(255 * torch.rand(n, 3, 5, 5), side, mode="bicubic")
+    grain = 6 * torch.randn(n, 3, side, side)
+    return (soft + grain).clamp(0, 255).byte().permute(0, 2, 3, 1).contiguous().numpy()
+
+
+def configure(n: int, size: int) -> Config:
+    """SimSiam's views; CIFAR's recipes have no blur."""
+    view = VIEW if size > 32 else ViewConfig(crop_scale=(0.2, 1), jitter=0.8, grey=0.2, flip=0.5)
+    return Config(
+        data=DataConfig(name="arrays", loader="resident"),
+        augment=AugmentConfig(size=size, view1=view, view2=view),
+        optim=OptimConfig(global_batch=n),
+    )
+
+
+def by_torchvision(augment: AugmentConfig) -> Callable[[Tensor], Tensor]:
+    view = augment.view1
+    jitter = v2.ColorJitter(view.brightness, view.contrast, view.saturation, view.hue)
+    blur = v2.GaussianBlur(blur_taps(augment.size), view.blur_sigma)
+    return v2.Compose(
+        [
+            v2.RandomResizedCrop(augment.size, view.crop_scale, antialias=True),
+            v2.RandomApply([jitter], view.jitter),
+            v2.RandomGrayscale(view.grey),
+            v2.RandomApply([blur], view.blur),
+            v2.RandomHorizontalFlip(view.flip),
+            v2.ToDtype(DTYPE, scale=True),
+            v2.Normalize(list(augment.mean), list(augment.std)),
+        ]
+    )
+
+
+def by_kornia(augment: AugmentConfig) -> Callable[[Tensor], Tensor]:
+    import kornia.augmentation as K
+
+    view, taps = augment.view1, blur_taps(augment.size)
+    steps = nn.Sequential(
+        K.RandomResizedCrop((augment.size, augment.size), view.crop_scale),
+        K.ColorJiggle(view.brightness, view.contrast, view.saturation, view.hue, p=view.jitter),
+        K.RandomGrayscale(p=view.grey),
+        K.RandomGaussianBlur((taps, taps), view.blur_sigma, p=view.blur),
+        K.RandomHorizontalFlip(p=view.flip),
+        K.Normalize(torch.tensor(augment.mean), torch.tensor(augment.std)),
+    )
+    return lambda images: steps(images.float() / 255).to(DTYPE)
+
+
+def bench_two_views(measure: Callable[..., None], name: str, case: str) -> None:
+    n, side, size = map(int, case.replace(" to ", "x").split("x"))
+    config, pixels = configure(n, size), photographs(n, side)
+    augment, images = config.augment, PixelImages(pixels, None, [])
+    planes = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous().to(DEVICE)
+    indices = np.arange(n)
+    table = view_table(draw_pair(config, images, 0, indices), indices)
+    there = table.to(DEVICE)
+    taps, interpolation = blur_taps(size), augment.interpolation
+
+    def drawn() -> Tensor:
+        fresh = view_table(draw_pair(config, images, 0, indices), indices)
+        fresh = (fresh.pin_memory() if GPU else fresh).to(DEVICE, non_blocking=True)
+        return views_of_table(planes, fresh, augment, DTYPE)
+
+    def defined() -> Tensor:
+        levels = levels_of_views(planes, there, size, interpolation, taps)
+        views = normalise(levels, augment.mean, augment.std).to(DTYPE)
+        return views.contiguous(memory_format=torch.channels_last)
+
+    def made() -> Tensor:
+        return views_of_table(planes, there, augment, DTYPE)
+
+    def by(transform: Callable[[Tensor], Tensor]) -> Callable[[], Tensor]:
+        return lambda: torch.cat([transform(planes) for _ in range(2)])
+
+    match name:
+        case "torchvision":
+            run = by(by_torchvision(augment))
+        case "kornia":
+            run = by(by_kornia(augment))
+        case _:
+            run = {"rdm": drawn, "rdm_op": made, "definition": defined}[name]
+
+    views = run()
+    assert views.shape == (2 * n, 3, size, size) and views.dtype == DTYPE
+    assert views.isfinite().all() and abs(float(views.float().mean())) < 1
+    if name in ("rdm", "rdm_op"):
+        some = table[:, :8]
+        expected = augment_views_op(
+            planes.cpu(), some, size, interpolation, taps, augment.mean, augment.std, torch.uint8
+        )
+        found = views_of_table(planes, some.to(DEVICE), augment, torch.uint8).cpu()
+        assert (found != expected).double().mean() <= 1e-3, "the op does not give its definition"
+    measure(
+        run,
+        bytes_moved=planes.numel() + views.numel() * views.element_size(),
+        capturable=name == "rdm_op",
+    )

@@ -1,0 +1,285 @@
+"""Is each op worth it? Against PyTorch's own, eager and compiled, and others' kernels.
+
+Every result is compared with float64 before it is timed. What an implementation needs in another
+dtype or layout is made before the clock starts, unless the op makes it too.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bench.conftest import is_small
+from bench.exact import decompose, views
+from rdm_kernels import filtered_cosine, gram, neg_cosine, polar, safe_eigh, sym_matmul
+from rdm_kernels.product import product
+
+GPU = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if GPU else "cpu")
+NARROW = torch.bfloat16 if GPU else torch.float32  # what autocast hands to the loss
+
+# (global batch, projection width), as in bench_spectral_loss.py, and sides n of square matrices;
+# those that matter most come first.
+SMALL = ["32x64", "64x32"]
+SHAPES = ["512x2048", "256x2048", "1024x2048", "2048x2048", "4096x2048"] if GPU else ["256x2048"]
+SIDES = ["512", "256", "1024", "2048"] if GPU else ["256"]
+
+COMPILED = ["compiled"] if GPU else []  # not worth the compiler's minute on a CPU
+MATMUL = ["rdm", "torch_fp32", "torch_tf32"] if GPU else ["rdm", "torch_fp32"]
+IMPLEMENTATIONS = {
+    # cublas_fp32 sums 16-bit products in float32 and returns that; torch_fp32 widens first
+    "bench_gram": ["rdm", "torch_fp32"]
+    + (["cublas_fp32"] if GPU else [])
+    + (["quack"] if GPU and find_spec("quack") else []),
+    "bench_sym_matmul": [*MATMUL, "rdm_tf32"],
+    "bench_product": MATMUL,
+    "bench_safe_eigh": ["rdm", "torch_fp32", "torch_fp64"],
+    "bench_polar": ["rdm", "svd"],
+    "bench_neg_cosine": ["rdm", "eager", *COMPILED],
+    "bench_filtered_cosine": ["rdm", "eager", *COMPILED],
+}
+
+Measure = Callable[..., None]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    bench = metafunc.function.__name__
+    small = is_small(metafunc.config)
+    if bench in ("bench_sym_matmul", "bench_product", "bench_safe_eigh"):
+        cases = ["32"] if small else SIDES
+    else:
+        cases = SMALL if small else SHAPES
+    if bench == "bench_gram":
+        cases = [case + views for case in cases for views in ("", " stacked")]
+    cases = [case for case in cases if is_possible(bench, case)]
+    chosen = [(name, case) for case in cases for name in IMPLEMENTATIONS[bench]]
+    metafunc.parametrize(("name", "case"), chosen)
+
+
+def is_possible(bench: str, case: str) -> bool:
+    """Rows are stacked, and bilinear forms are of X X^T, only on the sample side, B <= D."""
+    if bench != "bench_filtered_cosine" and "stacked" not in case:
+        return True
+    B, D = shape_of(case)
+    return B <= D
+
+
+def shape_of(case: str) -> tuple[int, ...]:
+    """Of a case "512x2048" or "512x2048 stacked" or "512"."""
+    return tuple(map(int, case.split()[0].split("x")))
+
+
+def batch(B: int, D: int) -> Tensor:
+    """Both views' projections, [2, B, D], without gradient."""
+    return torch.stack([z.detach() for z in views(B, D, DEVICE, NARROW)])
+
+
+def require_close(found: Tensor, exact: Tensor, tolerance: float) -> None:
+    """That the relative error in the Frobenius norm is within the tolerance; NaN is not."""
+    error = float((found.double() - exact.double()).norm() / exact.double().norm())
+    assert error <= tolerance, f"wrong by {error:.1e} of its norm, over {tolerance:.0e}"
+
+
+@contextmanager
+def tf32(enabled: bool) -> Iterator[None]:
+    """PyTorch's float32 products on CUDA rounded to tf32 or not; put back afterwards."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "tf32" if enabled else "ieee"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before
+
+
+def with_tf32(name: str) -> bool:
+    return name.endswith("tf32")
+
+
+# ---- symmetric products ------------------------------------------------------------------------
+
+
+def bench_gram(measure: Measure, name: str, case: str) -> None:
+    """The smaller Gram matrix of each view; stacked: of the rows of both views at once."""
+    B, D = shape_of(case)
+    X = batch(B, D)
+    stacked, samples = "stacked" in case, B <= D
+    rows = X.flatten(0, 1)[None] if stacked else X
+    rows = rows if samples else rows.mT
+    wide, dense = rows.float(), rows.contiguous()
+    n, K = rows.shape[1:]
+    side = "samples" if samples else "features"
+    out = torch.empty(len(rows), n, n, device=DEVICE)
+
+    def run() -> Tensor:
+        match name:
+            case "rdm":
+                return gram(X, side=side, stacked=stacked).matrix
+            case "torch_fp32":
+                return torch.bmm(wide, wide.mT)
+            case "cublas_fp32":
+                return torch.bmm(rows, rows.mT, out_dtype=torch.float32)
+            case _:
+                from quack.gemm_interface import gemm_symmetric
+
+                gemm_symmetric(dense, dense.mT, out=out)
+                return out
+
+    with tf32(False):
+        require_close(run(), rows.double() @ rows.double().mT, 1e-5)
+        unit = "bf16" if GPU else "fp32"
+        measure(
+            run,
+            bytes_moved=X.numel() * X.element_size() + len(rows) * n * n * 4,
+            flops={unit: len(rows) * n * n * K},
+            capturable=True,
+        )
+
+
+def squares(n: int) -> tuple[Tensor, Tensor]:
+    """Two matrices of each view that are symmetric and commute, [2, n, n] float32."""
+    G = gram(batch(n, 2 * n), side="samples")
+    A = G.matrix / G.norm[:, None, None]
+    return A, A @ A
+
+
+def bench_sym_matmul(measure: Measure, name: str, case: str) -> None:
+    """A B of symmetric matrices that commute, half of it mirrored; float32 as three tf32."""
+    n = shape_of(case)[0]
+    A, B = squares(n)
+    run = {
+        "rdm": lambda: sym_matmul(A, B).matrix,
+        "rdm_tf32": lambda: sym_matmul(A, B, precision="tf32").matrix,
+    }.get(name, lambda: torch.bmm(A, B))
+    with tf32(with_tf32(name)):
+        require_close(run(), A.double() @ B.double(), 2e-3 if with_tf32(name) else 1e-5)
+        passes = 1 if with_tf32(name) else 3
+        measure(
+            run, bytes_moved=3 * A.numel() * 4, flops={"tf32": passes * 2 * n**3}, capturable=True
+        )
+
+
+def bench_product(measure: Measure, name: str, case: str) -> None:
+    """A B of any matrices, float32 as three products of tf32."""
+    n = shape_of(case)[0]
+    A, B = torch.randn(2, 2, n, n, device=DEVICE)
+    with tf32(with_tf32(name)):
+        run = (lambda: product(A, B)) if name == "rdm" else (lambda: torch.bmm(A, B))
+        require_close(run(), A.double() @ B.double(), 2e-3 if with_tf32(name) else 1e-5)
+        passes = 1 if with_tf32(name) else 3
+        measure(
+            run, bytes_moved=3 * A.numel() * 4, flops={"tf32": passes * 4 * n**3}, capturable=True
+        )
+
+
+# ---- decompositions ------------------------------------------------------------------------------
+
+
+def bench_safe_eigh(measure: Measure, name: str, case: str) -> None:
+    """Of both views' Gram matrices. The floor is that of reducing them to tridiagonal form."""
+    n = shape_of(case)[0]
+    A = squares(n)[0]
+    wide = A.double()
+
+    def run() -> tuple[Tensor, Tensor]:
+        if name == "rdm":
+            found = safe_eigh(A)
+            return found.eigenvalues, found.vectors
+        return torch.linalg.eigh(wide if name == "torch_fp64" else A)
+
+    eigenvalues, V = run()
+    require_close((V * eigenvalues[:, None]) @ V.mT, wide, 1e-4)
+    unit = "fp32" if name == "torch_fp32" else "fp64"
+    measure(run, bytes_moved=2 * A.numel() * 4, flops={unit: 2 * 4 / 3 * n**3})
+
+
+def bench_polar(measure: Measure, name: str, case: str) -> None:
+    """The orthogonal factor of each view: 7 iterations of 3 products, or an SVD."""
+    B, D = shape_of(case)
+    X = batch(B, D).float()
+    n, m = sorted((B, D))
+
+    def run() -> Tensor:
+        if name == "rdm":
+            return polar(X)
+        U, _, Vh = torch.linalg.svd(X, full_matrices=False)
+        return U @ Vh
+
+    with tf32(False):
+        found = run().double()
+        # X^T Q is the positive semi-definite factor, its trace the sum of the singular values;
+        # singular values under 3e-4 sqrt(c) have no say in it.
+        length = torch.stack([decompose(x).s.sum() for x in X])
+        trace = (X.double() * found).sum(dim=(1, 2))
+        assert ((trace / length - 1).abs() <= 1e-3).all(), f"wrong by {trace / length - 1}"
+        # by products: X X^T is symmetric, so is its square, and then both sides of X remain
+        flops = 2 * 7 * 3 * (n * n * m + n**3 + 2 * n * n * m)
+        measure(run, bytes_moved=2 * X.numel() * 4, flops={"tf32": flops}, capturable=name == "rdm")
+
+
+# ---- cosines -------------------------------------------------------------------------------------
+
+
+def eager_cosine(p: Tensor, z: Tensor) -> Tensor:
+    wide = torch.promote_types(p.dtype, torch.float32)
+    return -F.cosine_similarity(p.to(wide), z.to(wide), dim=-1).mean(dim=-1)
+
+
+def bench_neg_cosine(measure: Measure, name: str, case: str) -> None:
+    """Forward and backward of both views."""
+    p, z = batch(*shape_of(case)), batch(*shape_of(case)).flip(0)
+    p.requires_grad_()
+    torch._dynamo.reset()
+    loss = {"rdm": neg_cosine, "eager": eager_cosine}.get(name) or torch.compile(eager_cosine)
+
+    def run() -> Tensor:
+        return torch.autograd.grad(loss(p, z).sum(), p)[0]
+
+    exact = eager_cosine(p.double(), z.double()).sum()
+    require_close(run(), torch.autograd.grad(exact, p)[0], 5e-3)
+    measure(run, bytes_moved=5 * p.numel() * p.element_size(), capturable=True)
+
+
+def filtered_eager(p: Tensor, z: Tensor, X: Tensor, h: Tensor) -> Tensor:
+    """The definition that a PyTorch user would write: y = p W = (p X^T) h X, without W."""
+    y = (p.to(X.dtype) @ X.mT) @ h @ X
+    return -F.cosine_similarity(y, z.to(X.dtype), dim=-1).mean(dim=-1)
+
+
+def bench_filtered_cosine(measure: Measure, name: str, case: str) -> None:
+    """Forward and backward of both views from h, M = G h and inner products, samples.
+
+    rdm from the bilinear forms; the others by forming rows.
+    """
+    X = batch(*shape_of(case))
+    z = X.flip(0)
+    p, wide = X.clone().requires_grad_(), X.float()
+    _, B, D = X.shape
+    torch._dynamo.reset()
+    eager = torch.compile(filtered_eager) if name == "compiled" else filtered_eager
+    with tf32(False):
+        G = gram(X, side="samples")
+        h = G.matrix / G.norm[:, None, None]  # of the filter s^4, up to a factor
+        M = G.matrix @ h
+        MG, inner, norm = M @ G.matrix, z.float() @ wide.mT, z.float().norm(dim=-1)
+
+        def run() -> Tensor:
+            if name == "rdm":
+                loss = filtered_cosine(p, norm, M, MG, inner, h, X)
+            else:
+                loss = eager(p, z, wide, h)
+            return torch.autograd.grad(loss.sum(), p)[0]
+
+        exact = filtered_eager(p, z, X.double(), h.double()).sum()
+        require_close(run(), torch.autograd.grad(exact, p)[0], 5e-3)
+        measure(
+            run,
+            bytes_moved=2 * (2 * B * D * X.element_size() + 4 * B * B * 4),
+            # N from h as three products of tf32, N X as two of 16 bits
+            flops={"tf32": 2 * 3 * 2 * B**3, "bf16": 2 * 2 * 2 * B * B * D},
+            capturable=True,
+        )

@@ -1,0 +1,319 @@
+"""Images a second of each loader: decode, and two views of every image.
+
+    torch, dali, resident   rdm_fast's loaders
+    torchvision             DataLoader workers and torchvision's v2 transforms, as training scripts
+                            have them: drawn in the worker, blur by v2.GaussianBlur
+    torchvision-pil-blur    the same with Pillow's faster, approximate blur, as in SimSiam's script
+    kornia                  decoding in workers, then kornia on the batch (if it is installed)
+
+All with the same augmentations: SimSiam's for ImageNet at 224 pixels, for CIFAR at 32. The images
+are made: 500 x 375 JPEG files, and 32 x 32 decoded ones, with the 1/f spectrum and the correlated
+colours of photographs. A round is an epoch, after one that is not timed.
+"""
+
+import io
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageFilter
+from pytest_benchmark.fixture import BenchmarkFixture
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms import v2
+
+from rdm_fast.config import Config, DataConfig, ViewConfig
+from rdm_fast.data import ImageSet, build_loader
+from rdm_fast.data.images import EncodedImages, PixelImages
+from rdm_fast.errors import Unavailable
+from rdm_fast.recipes import recipe
+
+Pixels = NDArray[np.uint8]
+Epoch = Callable[[], int]
+"""Go through an epoch; how many images there were."""
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+WORKERS = sorted({1, 2, min(8, os.cpu_count() or 1)})
+INTERPOLATION = {"bilinear": v2.InterpolationMode.BILINEAR, "bicubic": v2.InterpolationMode.BICUBIC}
+COLOURS = np.array([[1, 0.25, 0.1], [1, 0, -0.2], [1, -0.25, 0.1]])
+"""Red, green and blue of three independent fields: one of lightness, two of colour."""
+ROUNDS = 3
+BATCHES = 2000
+CREEP_MB = 64.0
+
+
+def natural(rng: np.random.Generator, height: int, width: int) -> Pixels:
+    """An image whose amplitudes fall with 1/f, as those of photographs do: [height, width, 3]."""
+    down, across = np.fft.fftfreq(height)[:, None], np.fft.rfftfreq(width)[None, :]
+    amplitude = 1 / np.maximum(np.hypot(down, across), 1 / max(height, width))
+    phase = rng.random((3, *amplitude.shape))
+    fields = np.fft.irfft2(amplitude * np.exp(2j * np.pi * phase), s=(height, width))
+    fields /= fields.std(axis=(1, 2), keepdims=True)
+    levels = 118 + 58 * np.moveaxis(fields, 0, -1) @ COLOURS.T
+    return np.clip(np.rint(levels), 0, 255).astype(np.uint8)
+
+
+@cache
+def jpeg_images(n: int) -> EncodedImages:
+    """500 x 375 JPEG files of some 125 kB; 48 different ones at most."""
+    rng, files = np.random.default_rng(0), []
+    for _ in range(min(n, 48)):
+        buffer = io.BytesIO()
+        Image.fromarray(natural(rng, 375, 500)).save(buffer, "JPEG", quality=90)
+        files.append(buffer.getvalue())
+    return packed([files[i % len(files)] for i in range(n)])
+
+
+@cache
+def small_files(n: int) -> EncodedImages:
+    """32 x 32 JPEG files."""
+    files = []
+    for pixels in small_images(n).pixels:
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, "JPEG")
+        files.append(buffer.getvalue())
+    return packed(files)
+
+
+def packed(files: list[bytes]) -> EncodedImages:
+    data = np.frombuffer(b"".join(files), np.uint8)
+    return EncodedImages(data, np.cumsum([0, *map(len, files)]), None, [], "made.npz")
+
+
+@cache
+def small_images(n: int) -> PixelImages:
+    """32 x 32, decoded."""
+    rng = np.random.default_rng(0)
+    return PixelImages(np.stack([natural(rng, 32, 32) for _ in range(n)]), None, [])
+
+
+def config_of(name: str, batch: int, loader: str = "auto", workers: int = 0) -> Config:
+    config = recipe(name)
+    data = DataConfig(name="arrays", loader=loader, workers=workers)  # type: ignore[arg-type]
+    return replace(config, data=data, optim=replace(config.optim, global_batch=batch))
+
+
+# ---- rdm_fast --------------------------------------------------------------------------------
+
+
+def ours(loader: str, name: str, images: ImageSet, batch: int, workers: int) -> Epoch:
+    config = config_of(name, batch, loader, workers)
+    try:
+        made = build_loader(config, images, rank=0, world_size=1, device=DEVICE)
+    except Unavailable as error:
+        pytest.skip(str(error))
+    return lambda: sum(len(batch.view1) for batch in made.epoch(0))
+
+
+# ---- the others ------------------------------------------------------------------------------
+
+
+class Files(Dataset[Any]):
+    """Images as Pillow decodes them, through a transform."""
+
+    def __init__(self, images: ImageSet, transform: Callable[[Image.Image], Any]) -> None:
+        self.images, self.transform = images, transform
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, i: int) -> Any:
+        return self.transform(Image.fromarray(self.images.read(i)))
+
+
+class PillowBlur:
+    """The blur of MoCo's and SimSiam's scripts."""
+
+    def __init__(self, sigma: tuple[float, float]) -> None:
+        self.sigma = sigma
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        sigma = torch.empty(1).uniform_(*self.sigma)
+        return image.filter(ImageFilter.GaussianBlur(float(sigma)))
+
+
+class Twice:
+    """Two views of an image."""
+
+    def __init__(self, transform: Callable[[Image.Image], Tensor]) -> None:
+        self.transform = transform
+
+    def __call__(self, image: Image.Image) -> tuple[Tensor, Tensor]:
+        return self.transform(image), self.transform(image)
+
+
+def users_transform(config: Config, blur: Callable[..., Any]) -> v2.Transform:
+    augment, view = config.augment, config.augment.view1
+    steps = [
+        v2.RandomResizedCrop(
+            augment.size, view.crop_scale, interpolation=INTERPOLATION[augment.interpolation]
+        ),
+        v2.RandomApply([jitter(view)], view.jitter),
+        v2.RandomGrayscale(view.grey),
+        *([v2.RandomApply([blur], view.blur)] if view.blur else []),
+        v2.RandomHorizontalFlip(view.flip),
+        v2.ToImage(),
+        v2.ToDtype(torch.float32, scale=True),
+        v2.Normalize(augment.mean, augment.std),
+    ]
+    return v2.Compose(steps)
+
+
+def jitter(view: ViewConfig) -> v2.ColorJitter:
+    return v2.ColorJitter(view.brightness, view.contrast, view.saturation, view.hue)
+
+
+def torchvision(
+    name: str, images: ImageSet, batch: int, workers: int, *, pillow_blur: bool = False
+) -> Epoch:
+    config = config_of(name, batch)
+    sigma = config.augment.view1.blur_sigma
+    taps = 23 if config.augment.size == 224 else 3
+    blur = PillowBlur(sigma) if pillow_blur else v2.GaussianBlur(taps, sigma)
+    transform = Twice(users_transform(config, blur))
+    return epoch_of(user_loader(Files(images, transform), batch, workers), lambda views: views[0])
+
+
+def user_loader(data: Dataset[Any], batch: int, workers: int) -> DataLoader[Any]:
+    return DataLoader(
+        data,
+        batch_size=batch,
+        shuffle=True,
+        drop_last=True,
+        num_workers=workers,
+        pin_memory=DEVICE.type == "cuda",
+    )
+
+
+def epoch_of(loader: DataLoader[Any], view_of: Callable[[Any], Tensor]) -> Epoch:
+    return lambda: sum(len(view_of(batch).to(DEVICE)) for batch in loader)
+
+
+def kornia(name: str, images: ImageSet, batch: int, workers: int) -> Epoch:
+    pytest.importorskip("kornia", reason="kornia is not installed")
+    from kornia.augmentation import (
+        AugmentationSequential,
+        ColorJitter,
+        Normalize,
+        RandomGaussianBlur,
+        RandomGrayscale,
+        RandomHorizontalFlip,
+        RandomResizedCrop,
+    )
+
+    augment = config_of(name, batch).augment
+    view, S = augment.view1, augment.size
+    chain = AugmentationSequential(
+        RandomResizedCrop((S, S), view.crop_scale, resample=augment.interpolation.upper()),
+        ColorJitter(view.brightness, view.contrast, view.saturation, view.hue, p=view.jitter),
+        RandomGrayscale(p=view.grey),
+        *([RandomGaussianBlur((23, 23), view.blur_sigma, p=view.blur)] if view.blur else []),
+        RandomHorizontalFlip(p=view.flip),
+        Normalize(torch.tensor(augment.mean), torch.tensor(augment.std)),
+    )
+    loader = user_loader(Files(images, v2.PILToTensor()), batch, workers)
+
+    def views(levels: Tensor) -> Tensor:
+        x = levels.to(DEVICE).float() / 255
+        chain(x)
+        return chain(x)
+
+    return epoch_of(loader, views)
+
+
+# ---- speed -----------------------------------------------------------------------------------
+
+
+def cpu_seconds() -> float:
+    """CPU time of this process and of the workers that have ended."""
+    return sum(os.times()[:4])
+
+
+@pytest.fixture
+def time_epochs(benchmark: BenchmarkFixture) -> Iterator[Callable[[Epoch], None]]:
+    """time_epochs(epoch): rounds after one to warm up. extra_info gets images a second, and CPU
+    time an image, which other programs on the machine disturb less."""
+
+    def run(epoch: Epoch) -> None:
+        if benchmark.disabled:
+            benchmark(epoch)
+            return
+        images = epoch()
+        before = cpu_seconds()
+        benchmark.pedantic(epoch, rounds=ROUNDS, iterations=1)
+        cpu_ms = 1000 * (cpu_seconds() - before) / (ROUNDS * images)
+        benchmark.extra_info["images"] = images
+        benchmark.extra_info["images_per_s"] = round(images / benchmark.stats.stats.median, 1)
+        benchmark.extra_info["cpu_ms_per_image"] = round(cpu_ms, 2)
+        benchmark.extra_info["load_average"] = os.getloadavg()[0]
+
+    yield run
+
+
+RIVALS: dict[str, Callable[[str, ImageSet, int, int], Epoch]] = {
+    "dali": lambda *of: ours("dali", *of),
+    "torch": lambda *of: ours("torch", *of),
+    "torchvision": torchvision,
+    "torchvision-pil-blur": lambda *of: torchvision(*of, pillow_blur=True),
+    "kornia": kornia,
+}
+
+
+@pytest.mark.parametrize("workers", WORKERS)
+@pytest.mark.parametrize("loader", RIVALS)
+def bench_jpeg(
+    benchmark: BenchmarkFixture, time_epochs: Callable[[Epoch], None], loader: str, workers: int
+) -> None:
+    """500 x 375 JPEG files to two views of 224 pixels, SimSiam's augmentations for ImageNet."""
+    if benchmark.disabled and workers > 1:
+        pytest.skip("once is enough to see that it runs")
+    n, batch = (4, 2) if benchmark.disabled else (256, 64)
+    time_epochs(RIVALS[loader]("imagenet_simsiam", jpeg_images(n), batch, workers))
+
+
+@pytest.mark.parametrize("workers", WORKERS)
+@pytest.mark.parametrize("loader", ["resident", *RIVALS])
+def bench_small(
+    benchmark: BenchmarkFixture, time_epochs: Callable[[Epoch], None], loader: str, workers: int
+) -> None:
+    """Decoded 32 x 32 images to two views, SimSiam's augmentations for CIFAR (without blur)."""
+    if loader == "torchvision-pil-blur" or (workers > 1 and loader == "resident"):
+        pytest.skip("the same as another")
+    if benchmark.disabled and workers > 1:
+        pytest.skip("once is enough to see that it runs")
+    n, batch = (16, 8) if benchmark.disabled else (4096, 256)
+    of = ("cifar10_simsiam", small_images(n), batch, workers)
+    time_epochs(ours("resident", *of) if loader == "resident" else RIVALS[loader](*of))
+
+
+# ---- memory ----------------------------------------------------------------------------------
+
+
+def resident_mb() -> float:
+    """Memory of this process, MB."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
+@pytest.mark.parametrize("loader", ["resident", "dali", "torch"])
+def bench_memory(benchmark: BenchmarkFixture, loader: str) -> None:
+    """Memory does not grow over 2,000 batches, after a fifth of them."""
+    batches = 10 if benchmark.disabled else BATCHES
+    images = small_images(160) if loader == "resident" else small_files(160)
+    epoch = ours(loader, "cifar10_byol", images, 16, 0)
+    sizes = []
+    for _ in range(batches // 10):
+        epoch()
+        sizes.append(resident_mb())
+    benchmark.extra_info["mb"] = [round(size, 1) for size in sizes]
+    growth = sizes[-1] - sizes[len(sizes) // 5]
+    assert growth <= CREEP_MB, f"{growth:.0f} MB more than after a fifth of {batches} batches"
+    benchmark(lambda: None)  # the question is memory, not time

@@ -1,0 +1,98 @@
+"""The batches that benchmarks filter, and the exact answer: float64, decomposed once a batch.
+
+The two definitions of what happens to a direction that is too weak to filter:
+
+    cutoff    W = V g(S) V^T over s > tau                                      eigh engine
+    damped    W = V g(D) (S / D)^2 V^T, D = (S^2 + tau^2)^(1/2)                gemm engine
+"""
+
+from functools import cache
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bench.reference import response
+from rdm_fast import FilterConfig
+from rdm_fast.filters import cutoff, noise_floor
+
+Definition = Literal["cutoff", "damped"]
+
+
+class Spectrum(NamedTuple):
+    """X = U S V^T [B, D], float64."""
+
+    s: Tensor  # [n], ascending
+    V: Tensor  # [D, n]
+
+
+@cache
+def views(B: int, D: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Projections of two views as a projector's final batch norm leaves them, [B, D].
+
+    Features are centred and of unit variance; the spectrum falls as k^-1 in energy; the two
+    views share nine tenths of their energy.
+    """
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randn(B, D, generator=generator)
+    noise = torch.randn(2, B, D, generator=generator)
+    strength = torch.arange(1, D + 1) ** -0.5
+    rotation = torch.randn(D, D, generator=generator).to(device)
+    z = ((0.9**0.5 * image + 0.1**0.5 * noise) * strength).to(device)
+    z = z @ torch.linalg.qr(rotation).Q
+    z = (z - z.mean(dim=1, keepdim=True)) / z.std(dim=1, keepdim=True)
+    z1, z2 = z.to(dtype)
+    return z1.requires_grad_(), z2.requires_grad_()
+
+
+@torch.no_grad()
+def decompose(X: Tensor) -> Spectrum:
+    """By the smaller Gram matrix: in float64 that keeps ten digits of s > 1e-3 s_max."""
+    X = X.double()
+    is_wide = X.shape[0] <= X.shape[1]
+    eigenvalues, vectors = torch.linalg.eigh(X @ X.mT if is_wide else X.mT @ X)
+    s = eigenvalues.clamp_min(0).sqrt()
+    return Spectrum(s, (X.mT @ vectors) / s.clamp_min(1e-9 * s[-1]) if is_wide else vectors)
+
+
+@cache
+def spectra(B: int, D: int, device: torch.device, dtype: torch.dtype) -> tuple[Spectrum, Spectrum]:
+    """Of the two views."""
+    z1, z2 = views(B, D, device, dtype)
+    return decompose(z1), decompose(z2)
+
+
+def weights(
+    config: FilterConfig, s: Tensor, definition: Definition, B: int, D: int, dtype: torch.dtype
+) -> Tensor:
+    """What the filter of a batch [B, D] of this dtype multiplies each direction with, [n]."""
+    if definition == "damped":
+        if config.kind == "poly" and config.sigma == 2:
+            return s.square()
+        rms = s.norm() / (B * D) ** 0.5
+        noise = noise_floor(rms, samples=B, features=D, dtype=dtype)
+        tau = torch.maximum(config.cutoff * s.square().norm().sqrt(), noise)
+        damped = (s.square() + tau.square()).sqrt()
+        return response(config, damped) * (s / damped).square()
+    tau = cutoff(s[None], samples=B, features=D, dtype=dtype, relative=config.cutoff)[0]
+    kept = s > tau
+    return torch.where(kept, response(config, s.where(kept, 1)), 0)
+
+
+def exact(
+    config: FilterConfig, z1: Tensor, z2: Tensor, definition: Definition,
+    spectra: tuple[Spectrum, Spectrum],
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The symmetric loss and its gradient for (z1, z2) as one vector, [2 B D], in float64."""
+    leaves = [z.detach().double().requires_grad_() for z in (z1, z2)]
+    online = config.location == "online"
+    loss = torch.zeros((), dtype=torch.float64, device=z1.device)
+    for p, t, own, other in ((0, 1, *spectra), (1, 0, *spectra[::-1])):
+        s, V = own if online else other
+        w = weights(config, s, definition, *z1.shape, z1.dtype)
+        y, z = leaves[p], leaves[t].detach()
+        y, z = (((y @ V) * w) @ V.mT, z) if online else (y, ((z @ V) * w) @ V.mT)
+        loss = loss - F.cosine_similarity(y, z, dim=1).mean() / 2
+    gradient = torch.stack(torch.autograd.grad(loss, leaves)).flatten()
+    return loss.detach(), gradient

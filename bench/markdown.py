@@ -1,0 +1,24 @@
+"""Tables that commands write into Markdown files, between two markers."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table, numbers right-aligned from the second column on."""
+    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
+
+
+def replace_between(path: Path, name: str, text: str) -> None:
+    """Put text between the lines `<!-- name: begin -->` and `<!-- name: end -->` of a file.
+
+    Raises:
+        ValueError: the file does not hold each of them once, in this order.
+    """
+    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+    before, first, rest = path.read_text(encoding="utf-8").partition(begin)
+    _, second, after = rest.partition(end)
+    if not (first and second) or begin in rest or end in before + after:
+        raise ValueError(f"{path} needs one line {begin!r} and after it one line {end!r}")
+    path.write_text(f"{before}{begin}\n\n{text.strip()}\n\n{end}{after}", encoding="utf-8")

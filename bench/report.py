@@ -1,0 +1,139 @@
+"""The results of campaigns as tables."""
+
+import json
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+from bench.markdown import replace_between, table
+
+Json = dict[str, Any]
+BASELINE = "svd"
+UNMEASURED = "Nothing has been measured on a GPU yet."
+
+
+def write_table(results: Path, readme: Path) -> None:
+    """Put all results, one folder a campaign, between the markers of a Markdown file.
+
+    Raises:
+        ValueError: a result is of a smoke run, which measures nothing.
+    """
+    campaigns = []
+    for folder in sorted(path for path in results.iterdir() if path.is_dir()):
+        stages = [json.loads(path.read_text("utf-8")) for path in sorted(folder.glob("*.json"))]
+        if smoke := [stage["stage"] for stage in stages if stage["smoke"]]:
+            raise ValueError(f"{folder} holds results of --smoke ({', '.join(smoke)}): delete them")
+        if stages:
+            campaigns.append(campaign(folder.name, stages))
+    replace_between(readme, "results", "\n\n".join(campaigns) or UNMEASURED)
+
+
+def campaign(name: str, stages: list[Json]) -> str:
+    """A section with all stages of one folder."""
+    return "\n\n".join([f"### {name}", *(section(stage) for stage in stages)])
+
+
+def section(stage: Json) -> str:
+    """One stage: where, how, whether it passed, and what it found."""
+    machine = stage["machine"]
+    versions = f"torch {machine['torch']}, triton {machine['triton']}"
+    driver = f"driver {machine['driver']}, " if machine["driver"] else ""
+    where = f"{machine['device']}, {driver}{versions}, {machine['date']}, {machine['commit']}"
+    commands = "; ".join(f"`{command['command']}`" for command in stage["commands"])
+    verdict = "passed" if stage["passed"] else "**did not pass**: " + ", ".join(ends(stage))
+    head = f"**{stage['stage']}**: {verdict}, {stage['seconds']:.0f} s. {where}. {commands}"
+    return "\n\n".join([head, *SECTIONS[stage["stage"]](stage["measured"])])
+
+
+def ends(stage: Json) -> list[str]:
+    """How commands ended that did not end well."""
+    return [
+        "time ran out" if command["status"] is None else f"exit status {command['status']}"
+        for command in stage["commands"]
+        if command["status"] != 0
+    ]
+
+
+def correctness(measured: Json) -> list[str]:
+    return [
+        f"{name}: {run['passed']} passed, {run['skipped']} skipped, {len(run['failed'])} failed"
+        + "".join(f"\n- {test}" for test in run["failed"])
+        for name, run in measured.items()
+    ]
+
+
+def accuracy(measured: Json) -> list[str]:
+    texts = []
+    for numbers in measured.values():
+        faults = "".join(f"\n- {fault}" for fault in numbers["faults"])
+        texts += [numbers["markdown"], f"Not accurate enough:{faults}" if faults else ""]
+    return [text for text in texts if text]
+
+
+def kernels(measured: list[Json]) -> list[str]:
+    """A row for each case and implementation."""
+    header = ["op", "case", "implementation", "median", "IQR", "n", "as a graph", "of the floor"]
+    return [
+        table(
+            header,
+            [
+                [
+                    row["bench"].removeprefix("bench_"),
+                    row["case"],
+                    row["name"],
+                    seconds(row["median_s"]),
+                    seconds(row["iqr_s"]),
+                    f"{row['rounds']} x {row['iterations']}",
+                    seconds(row["graph_median_s"]) if "graph_median_s" in row else "",
+                    f"{row['percent_of_floor']:.0f} %" if "percent_of_floor" in row else "",
+                ]
+                for row in measured
+            ],
+        )
+    ]
+
+
+def loss(measured: list[Json]) -> list[str]:
+    """A row for each shape and filter, a column for each implementation, and the gain."""
+    names = list(dict.fromkeys(row["name"] for row in measured))
+    cases: dict[str, dict[str, Json]] = {}
+    for row in measured:
+        cases.setdefault(row["case"], {})[row["name"]] = row
+    header = ["case", *names, "auto as a graph", f"{BASELINE} / auto"]
+    lines = []
+    for case, found in cases.items():
+        shown = [timing(found[name]) if name in found else "" for name in names]
+        auto = found.get("auto", {})
+        graph = seconds(auto["graph_median_s"]) if "graph_median_s" in auto else ""
+        gain = ""
+        if auto and BASELINE in found:
+            gain = f"{found[BASELINE]['median_s'] / auto['median_s']:.1f}"
+        lines.append([case, *shown, graph, gain])
+    n = f"{least(measured, 'rounds')} rounds or more"
+    return [f"Median and inter-quartile range; {n}.", table(header, lines)]
+
+
+def least(rows: Iterable[Json], key: str) -> int:
+    return min((row[key] for row in rows), default=0)
+
+
+def timing(row: Json) -> str:
+    return f"{seconds(row['median_s'])} ± {seconds(row['iqr_s'])}"
+
+
+def seconds(value: float) -> str:
+    """A time in its unit, three digits."""
+    for unit, scale in (("s", 1.0), ("ms", 1e-3)):
+        if value >= scale:
+            return f"{value / scale:.3g} {unit}"
+    return f"{value / 1e-6:.3g} µs"
+
+
+SECTIONS: dict[str, Callable[[Any], list[str]]] = {
+    "correctness": correctness,
+    "accuracy": accuracy,
+    "kernels": kernels,
+    "loss": loss,
+    "loss-large": loss,
+    "loss-huge": loss,
+}

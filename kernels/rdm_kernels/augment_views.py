@@ -1,0 +1,197 @@
+"""Random views of images that already lie on the device, in two passes, and a third where it blurs.
+
+    view = normalise(flip(solarize(blur(grey(jitter(distort(resize(crop(image)))))))))
+
+What each step is, views.py says; which steps a view undergoes, and how, is a row of a table
+(`pack_views`). Views of any images in any number, both views of a batch for instance, are made
+in one call.
+
+The op `rdm::augment_views` is *defined* by its PyTorch body, `views.levels_of_views`. Triton
+registers itself as its CUDA kernel, and there nothing waits for the device. A level is the
+definition's but where rounding meets a tie: at most 0.1 % of them, by 1 in the step where it
+happens. The kernels are in view_kernels.py.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import triton
+from torch import Tensor
+
+from rdm_kernels.variant import Variant
+from rdm_kernels.view_kernels import _blur_view_kernel, _colour_view_kernel, _resize_view_kernel
+from rdm_kernels.views import COLUMNS, FILTERS, levels_of_views, normalise
+
+DTYPES = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.uint8: "*u8",
+}
+
+TOGETHER = 256  # views that the definition makes at a time: more would leave a CPU's caches
+
+
+def augment_views(
+    images: Tensor,
+    table: Tensor,
+    *,
+    size: int,
+    interpolation: str,
+    taps: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Views of images, ready for the backbone.
+
+    Args:
+        images: uint8 [N, C, H, W], C 1 or 3.
+        table: parameters of n views from `pack_views`, on the images' device. That its images
+            and windows exist is not checked: it would wait for the device.
+        size: side of a view, in pixels; on CUDA at most MAX_SIZE.
+        interpolation: "bilinear" or "bicubic", both antialiased.
+        taps: length of the blur's kernel, odd, under 2 size; on CUDA at most MAX_TAPS.
+        mean, std: of each channel, from 0 to 1.
+        dtype: float32, bfloat16 or float16; or uint8, for levels that are not normalised.
+
+    Returns:
+        [n, C, size, size] in that dtype, channels_last.
+
+    Raises:
+        ValueError: a shape, dtype or option does not fit.
+    """
+    if images.ndim != 4 or images.shape[1] not in (1, 3) or images.dtype != torch.uint8:
+        raise ValueError(
+            "augment_views needs images uint8 [N, C, H, W] of 1 or 3 channels, "
+            f"got {images.dtype} {tuple(images.shape)}"
+        )
+    if table.ndim != 2 or len(table) != len(COLUMNS) or table.dtype != torch.int32:
+        raise ValueError(
+            f"augment_views needs a table int32 [{len(COLUMNS)}, n], as pack_views makes it, "
+            f"got {table.dtype} {tuple(table.shape)}"
+        )
+    if table.device != images.device:
+        raise ValueError(f"the images are on {images.device} and the table on {table.device}")
+    if interpolation not in FILTERS or dtype not in DTYPES:
+        raise ValueError(
+            f"augment_views knows interpolation {' and '.join(FILTERS)} and dtype "
+            f"{', '.join(map(str, DTYPES))}, got {interpolation!r} and {dtype}"
+        )
+    if taps % 2 != 1 or not 0 < taps < 2 * size:
+        raise ValueError(f"taps={taps} is not an odd number under twice the size, {size}")
+    if not len(mean) == len(std) == images.shape[1]:
+        raise ValueError(
+            f"{len(mean)} means and {len(std)} deviations for {images.shape[1]} channels"
+        )
+    with torch.autocast(images.device.type, enabled=False):
+        return augment_views_op(images, table, size, interpolation, taps, mean, std, dtype)
+
+
+# ---- the op, defined by its body -------------------------------------------------------------
+
+
+@torch.library.custom_op("rdm::augment_views", mutates_args=())
+def augment_views_op(
+    images: Tensor,
+    table: Tensor,
+    size: int,
+    interpolation: str,
+    taps: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    dtype: torch.dtype,
+) -> Tensor:
+    """As `augment_views`."""
+    views = _empty(images, table.shape[1], size, dtype)
+    for out, part in zip(views.split(TOGETHER), table.split(TOGETHER, dim=1), strict=True):
+        levels = levels_of_views(images, part, size, interpolation, taps)
+        out.copy_(levels if dtype == torch.uint8 else normalise(levels, mean, std))
+    return views
+
+
+def _empty(images: Tensor, n: int, size: int, dtype: torch.dtype) -> Tensor:
+    return images.new_empty(n, size, size, images.shape[1], dtype=dtype).permute(0, 3, 1, 2)
+
+
+@augment_views_op.register_fake
+def _(
+    images: Tensor,
+    table: Tensor,
+    size: int,
+    interpolation: str,
+    taps: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    dtype: torch.dtype,
+) -> Tensor:
+    return _empty(images, table.shape[1], size, dtype)
+
+
+# ---- block sizes and launchers -----------------------------------------------------------------
+
+BLOCK = 32  # pixels a side of a tile
+PATCH = 64  # and of what its blur is computed from
+MAX_TAPS = PATCH - BLOCK + 1
+MAX_TILES = 256  # of a view
+MAX_SIZE = 16 * BLOCK
+WARPS = 8
+
+
+@augment_views_op.register_kernel("cuda")
+def augment_views_triton(
+    images: Tensor,
+    table: Tensor,
+    size: int,
+    interpolation: str,
+    taps: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    dtype: torch.dtype,
+) -> Tensor:
+    if size > MAX_SIZE or taps > MAX_TAPS:
+        raise ValueError(
+            f"on CUDA a view has at most {MAX_SIZE} pixels a side and its blur {MAX_TAPS} taps, "
+            f"got size={size}, taps={taps}"
+        )
+    (_, C, H, W), n = images.shape, table.shape[1]
+    images, table = images.contiguous(), table.contiguous()
+    views = _empty(images, n, size, dtype)
+    if n == 0:
+        return views
+    grid = (n, triton.cdiv(size, BLOCK) ** 2)
+    levels = images.new_empty(n, C, size, size)
+    sums = images.new_empty(grid, dtype=torch.float32)
+    _resize_view_kernel[grid](
+        images, table, levels, sums, n, C, H, W, size,
+        BLOCK=BLOCK, CUBIC=interpolation == "bicubic", num_warps=WARPS,
+    )  # fmt: skip
+    of_channels = [values[c % C] for values in (mean, std) for c in range(3)]
+    _colour_view_kernel[grid](
+        levels, sums, table, views, n, C, size, *of_channels,
+        BLOCK=BLOCK, MAX_TILES=MAX_TILES, num_warps=WARPS,
+    )  # fmt: skip
+    _blur_view_kernel[(*grid, C)](
+        levels, table, views, n, C, size, taps, *of_channels,
+        BLOCK=BLOCK, PATCH=PATCH, num_warps=WARPS,
+    )  # fmt: skip
+    return views
+
+
+def variants() -> list[Variant]:
+    """Of each pass: either interpolation, every dtype of the views."""
+    levels = {"table_ptr": "*i32", "levels_ptr": "*u8", "sums_ptr": "*fp32"}
+    sizes = dict.fromkeys(("n", "C", "H", "W", "S", "taps"), "i32")
+    resize = levels | {"images_ptr": "*u8"} | sizes
+    found = [
+        Variant(_resize_view_kernel, resize, {"BLOCK": BLOCK, "CUBIC": cubic}, WARPS)
+        for cubic in (False, True)
+    ]
+    numbers = dict.fromkeys([f"{what}_{c}" for what in ("mean", "std") for c in "rgb"], "fp32")
+    for pointer in DTYPES.values():
+        types = levels | {"out_ptr": pointer} | sizes | numbers
+        constants = {"BLOCK": BLOCK, "MAX_TILES": MAX_TILES}
+        found.append(Variant(_colour_view_kernel, types, constants, WARPS))
+        constants = {"BLOCK": BLOCK, "PATCH": PATCH}
+        found.append(Variant(_blur_view_kernel, types, constants, WARPS, tensor_cores=True))
+    return found

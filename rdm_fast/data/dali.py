@@ -1,0 +1,155 @@
+"""The loader that decodes and augments with NVIDIA DALI: on the GPU, or on a CPU's threads.
+
+DALI carries out what `sampler` drew (`dali_graph`) and nothing else: order, sharding and resuming
+are ours, so no state of DALI goes into a checkpoint. Reading runs some steps ahead of DALI
+(`dali_input`), and DALI two steps ahead of the trainer.
+"""
+
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.dlpack import from_dlpack
+
+from rdm_fast.config import Config
+from rdm_fast.data.batch import Batch, labels_of
+from rdm_fast.data.dali_input import Source, file_for_dali
+from rdm_fast.data.images import ImageSet
+from rdm_fast.errors import DataError, Unavailable, UserError
+
+QUEUE = 2  # steps that DALI works ahead
+SHOWN = 200  # characters of an error of DALI's
+_Fed = tuple[Any, Source]
+"""A pipeline and what feeds it."""
+
+
+class DaliLoader:
+    """Views made by DALI, with `data.workers` CPU threads a rank; on the GPU if that is the device.
+
+    Raises:
+        Unavailable: DALI is not installed, or cannot work on this device.
+    """
+
+    name: ClassVar[str] = "dali"
+
+    def __init__(
+        self, config: Config, images: ImageSet, *, rank: int, world_size: int, device: torch.device
+    ) -> None:
+        self.config, self.images, self.device = config, images, device
+        self._rank, self._world_size = rank, world_size
+        self._graph = import_graph()
+        self._idle: _Fed | None = self._build()
+        self.steps_per_epoch = len(images) // config.optim.global_batch
+
+    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
+        if start_step >= self.steps_per_epoch:
+            return
+        fed, self._idle = self._idle or self._build(), None
+        pipeline, source = fed
+        source.plan(epoch, start_step)
+        for step in range(start_step, self.steps_per_epoch):
+            indices = source.indices(step)
+            view1, view2 = self._run(fed, step)
+            labels = labels_of(self.images, indices).to(self.device, non_blocking=True)
+            yield Batch(view1, view2, labels, torch.from_numpy(indices))
+        pipeline.reset()
+        self._idle = fed  # one left in mid-epoch is not used again
+
+    def _run(self, fed: _Fed, step: int) -> tuple[Tensor, Tensor]:
+        """The views of the next step, [b, C, S, S], channels_last."""
+        pipeline, source = fed
+        try:
+            if self.device.type == "cuda":
+                outputs = pipeline.run(torch.cuda.current_stream(self.device))
+            else:
+                outputs = pipeline.run()
+        except RuntimeError as error:
+            raise self._explain(source, step, error) from None
+        view1, view2 = (from_dlpack(views.as_tensor()) for views in outputs)
+        return view1.permute(0, 3, 1, 2), view2.permute(0, 3, 1, 2)
+
+    def _build(self) -> _Fed:
+        config, device = self.config, self.device
+        source = Source(config, self.images, self._rank, self._world_size)
+        on_gpu = device.type == "cuda"
+        try:
+            pipeline = self._graph.pipeline_of_views(
+                source,
+                config.augment,
+                source.arrays(0, np.zeros(1, np.int64)),
+                batch=source.local_batch,
+                threads=max(1, config.data.workers),
+                device_id=_device_id(device) if on_gpu else None,
+                encoded=self.images.pixels is None,
+                half=on_gpu and config.precision != "fp32",
+            )
+            pipeline.build()
+        except RuntimeError as error:
+            raise Unavailable(
+                f"DALI cannot work on {device} ({_line(error)}): use --data.loader torch"
+            ) from error
+        return pipeline, source
+
+    def _explain(self, source: Source, step: int, error: RuntimeError) -> UserError:
+        """Which image DALI stumbled over; it works ahead, so it may be one of the next steps."""
+        for ahead in range(step, min(step + QUEUE, self.steps_per_epoch)):
+            for i in source.indices(ahead).tolist():
+                try:
+                    self._check(i)
+                except UserError as found:
+                    return found
+        return Unavailable(
+            f"DALI failed at step {step} of an epoch ({_line(error)}): use --data.loader torch"
+        )
+
+    def _check(self, i: int) -> None:
+        """Refuse image i if it is not what it was, or if DALI cannot decode it.
+
+        Raises:
+            DataError: one of these.
+        """
+        self.images.read(i)
+        if self.images.pixels is None:
+            try:
+                self._graph.decode_alone(file_for_dali(self.images, i))
+            except RuntimeError as error:
+                raise DataError(
+                    f"{self.images.name(i)} cannot be decoded by DALI ({_line(error)}): repair "
+                    "it, or use --data.loader torch"
+                ) from None
+
+
+def import_graph() -> ModuleType:
+    """`dali_graph`, which needs DALI.
+
+    Raises:
+        Unavailable: it is not installed, or cannot be loaded; the message has the line to install.
+    """
+    try:
+        from rdm_fast.data import dali_graph
+    except (ImportError, OSError) as error:
+        raise Unavailable(
+            f"--data.loader dali needs NVIDIA DALI ({_line(error)}): {install_line()}, or use "
+            "--data.loader torch"
+        ) from error
+    return dali_graph
+
+
+def install_line() -> str:
+    """How to install the DALI that fits this torch's CUDA."""
+    cuda = "120" if str(torch.version.cuda).startswith("12.") else "130"
+    return f"pip install 'nvidia-dali-cuda{cuda}>=2.4,<3'"
+
+
+def _device_id(device: torch.device) -> int:
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
+def _line(error: Exception) -> str:
+    """What went wrong, in one line: DALI's messages have many, some of which say where in ours."""
+    told = str(error).partition("encountered:")[2] or str(error)
+    lines = [line.strip() for line in told.splitlines() if line.strip()]
+    return lines[0][:SHOWN].rstrip(".") if lines else type(error).__name__

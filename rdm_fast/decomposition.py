@@ -1,0 +1,78 @@
+"""Singular values and right singular vectors of a batch, from the smaller of its Gram matrices.
+
+    samples, X X^T = U S^2 U^T [B, B]     features, X^T X = V S^2 V^T [D, D]     X = U S V^T
+
+Formed and solved in float64: squaring the singular values costs half the digits, and float32 has
+not enough for a cutoff of 1e-3. On the sample side V = X^T U / S need not be formed.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rdm_fast.config import FilterConfig
+from rdm_fast.filters import cutoff, response
+from rdm_fast.inner_products import WIDE, gram_matrix
+from rdm_kernels import safe_eigh
+
+
+@dataclass(frozen=True)
+class Decomposition:
+    """Spectrum of a batch X = U S V^T from its smaller side, and the filter's response on it."""
+
+    s: Tensor  # singular values, [v, n] float64, ascending
+    g: Tensor  # response, [v, n] float64; 0 where cut off, NaN where X is not finite
+    vectors: Tensor  # [v, n, n] float64: columns of U on the sample side, of V on the feature side
+
+    @property
+    def U_over_S(self) -> Tensor:
+        """On the sample side, [v, B, n]: V = X^T (U / S). Zero where cut off."""
+        inverse = (self.g != 0) / self.s.where(self.g != 0, 1)
+        return self.vectors * inverse[:, None, :]
+
+
+def uses_samples(B: int, D: int) -> bool:
+    """Whether the Gram matrix of the samples is the smaller one."""
+    return B <= D
+
+
+def smaller_gram(X: Tensor) -> Tensor:
+    """X X^T or X^T X, whichever is smaller, [v, n, n] float64, for X [v, B, D]."""
+    return gram_matrix(X, samples=uses_samples(*X.shape[1:]), wide=True)
+
+
+def centre_samples(G: Tensor) -> Tensor:
+    """Gram matrix of the centred rows, from that of the rows: H G H, H = I - 11^T / B."""
+    mean = G.mean(dim=-1, keepdim=True)
+    return G - mean - mean.mT + mean.mean(dim=-2, keepdim=True)
+
+
+def decompose(G: Tensor, X: Tensor, config: FilterConfig) -> Decomposition:
+    """Eigendecomposition of a Gram matrix, and the response.
+
+    Args:
+        G: Gram matrix of X (of the centred X if config.center), [v, n, n] float64.
+        X: [v, B, D]; gives the sizes and the dtype whose noise is cut off.
+        config: the filter.
+    """
+    eigen = safe_eigh(G, non_negative=True)
+    s = eigen.eigenvalues.sqrt()
+    _, B, D = X.shape
+    tau = cutoff(s, samples=B, features=D, dtype=X.dtype, relative=config.cutoff)
+    g = response(config, s, tau).where(eigen.finite[:, None], torch.nan)
+    return Decomposition(s, g, eigen.vectors)
+
+
+@torch.no_grad()
+def right_vectors(X: Tensor, config: FilterConfig) -> tuple[Tensor, Tensor]:
+    """V [v, D, n] and the response g [v, n] of a global batch X [v, B, D], float64.
+
+    Columns of directions that are cut off are zero on the sample side; their g is zero anyway.
+    """
+    wide = X.to(WIDE)
+    wide = wide - wide.mean(dim=1, keepdim=True) if config.center else wide
+    spectrum = decompose(smaller_gram(wide), X, config)
+    if uses_samples(*X.shape[1:]):
+        return wide.mT @ spectrum.U_over_S, spectrum.g
+    return spectrum.vectors, spectrum.g

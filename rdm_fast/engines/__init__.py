@@ -1,0 +1,30 @@
+"""Engines: ways to compute what a spectral filter does to rows.
+
+eigh        eigendecomposition of the smaller Gram matrix: every filter, always accurate
+gemm        matrix products alone: where they are accurate, and nothing waits for the device
+reference   the SVD of the paper's code, to compare with
+"""
+
+from torch import Tensor
+
+from rdm_fast.config import FilterConfig
+from rdm_fast.engines.base import SpectralFilter
+from rdm_fast.engines.choice import Engine, engine_for
+from rdm_fast.engines.eigh import EighFilter
+from rdm_fast.engines.gemm import GemmFilter
+from rdm_fast.engines.reference import ReferenceFilter
+
+__all__ = ["Engine", "SpectralFilter", "build_filter", "engine_for"]
+
+ENGINES: dict[str, type[SpectralFilter]] = {
+    "eigh": EighFilter,
+    "gemm": GemmFilter,
+    "reference": ReferenceFilter,
+}
+
+
+def build_filter(
+    engine: str, X: Tensor, rows: slice, config: FilterConfig, *, swapped: bool = False
+) -> SpectralFilter:
+    """The spectral filter of a global batch X [v, B, D] by an engine of this name."""
+    return ENGINES[engine](X.detach(), rows, config, swapped=swapped)

@@ -1,0 +1,72 @@
+"""The eigh engine: V and S of the batch, and everything in the coordinates of V.
+
+    p V, z V [v, b, n]     online: y = p W has coordinates g pV     target: z W has g zV
+
+On the sample side V^T = (U / S)^T X, so coordinates are inner products with X times U / S, and what
+goes back to rows costs one product with X. Directions under the cutoff are left out. float64, but
+for that last product, which amplifies rounding only by s_max / s.
+"""
+
+from torch import Tensor
+
+from rdm_fast.config import FilterConfig
+from rdm_fast.decomposition import centre_samples, decompose, uses_samples
+from rdm_fast.engines.base import SpectralFilter, combine, lengths
+from rdm_fast.inner_products import WIDE, gram_and_swapped, gram_matrix, inner_products
+from rdm_kernels import filtered_cosine
+
+
+class EighFilter(SpectralFilter):
+    def __init__(
+        self, X: Tensor, rows: slice, config: FilterConfig, *, swapped: bool = False
+    ) -> None:
+        super().__init__(X, rows, config, swapped=swapped)
+        self.samples = uses_samples(*X.shape[1:])
+        self.inner: Tensor | None = None  # z X^T of the swapped rows
+        if self.samples and swapped:
+            self.G, self.inner = gram_and_swapped(X, wide=True)
+        elif self.samples or not config.center:
+            self.G = gram_matrix(X, samples=self.samples, wide=True)
+        else:
+            wide = X.to(WIDE)
+            wide = wide - wide.mean(dim=1, keepdim=True)
+            self.G = gram_matrix(wide, samples=False, wide=True)
+        centred = centre_samples(self.G) if self.samples and config.center else self.G
+        self.spectrum = decompose(centred, X, config)
+        self.g = self.spectrum.g[:, None, :]
+        if self.samples:
+            self.U_over_S = self.spectrum.U_over_S
+
+    def cosine(self, p: Tensor, z: Tensor) -> Tensor:
+        y = self.g * self._own_coordinates()
+        t = self._coordinates(z, self.inner)
+        back = (self.U_over_S if self.samples else self.spectrum.vectors) * self.g
+        X = self.X if self.samples else None
+        return filtered_cosine(p, lengths(z, WIDE), y, y, t, back.mT, X)
+
+    def own_rows(self) -> Tensor:
+        return self._to_rows(self.g * self._own_coordinates())
+
+    def other_rows(self, z: Tensor) -> Tensor:
+        return self._to_rows(self.g * self._coordinates(z))
+
+    def _own_coordinates(self) -> Tensor:
+        """X V, this rank's rows, [v, b, n]."""
+        if not self.samples:
+            return self.X[:, self.rows].to(WIDE) @ self.spectrum.vectors
+        if self.config.center:  # the basis is of centred rows, the rows in it are not
+            return self.G[:, self.rows] @ self.U_over_S
+        return self.spectrum.vectors[:, self.rows] * self.spectrum.s[:, None, :]
+
+    def _coordinates(self, z: Tensor, inner: Tensor | None = None) -> Tensor:
+        """z V, [v, b, n]; inner is z X^T, if it is known."""
+        if not self.samples:
+            return z.to(WIDE) @ self.spectrum.vectors
+        return (inner_products(z, self.X, wide=True) if inner is None else inner) @ self.U_over_S
+
+    def _to_rows(self, coordinates: Tensor) -> Tensor:
+        """Rows [v, b, D] of these coordinates."""
+        if self.samples:
+            return combine(coordinates @ self.U_over_S.mT, self.X)
+        rows = coordinates @ self.spectrum.vectors.mT
+        return rows if self.X.dtype == WIDE else rows.float()

@@ -1,0 +1,125 @@
+"""The gemm engine: matrix products alone, no eigendecomposition, nothing waits for the device.
+
+    samples, G = X X^T      W = X^T h X, X W = M X         h = g(sqrt G) / G, M = G h
+    features, F = X^T X     W = g(sqrt F)
+
+by `rdm_kernels.matrix_function`, which damps singular values under tau = cutoff |X| (or under the
+rounding noise of the projections) where the eigh engine cuts them off. s^2 needs no matrix
+function: h = 1, or W = F. The target of s^-1 is, but for the damping, the polar factor of its
+batch; undamped (`rdm_kernels.polar`) a collapsed batch's targets would be mostly rounding noise.
+"""
+
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rdm_fast.config import FilterConfig
+from rdm_fast.decomposition import uses_samples
+from rdm_fast.engines.base import SpectralFilter, combine, lengths
+from rdm_fast.filters import g, noise_floor
+from rdm_fast.inner_products import WIDE, gram_and_swapped, gram_matrix, inner_products
+from rdm_kernels import filtered_cosine, matrix_function, product
+
+FALLING_DEGREE = 200  # of the Chebyshev series: s^-1 to 1e-7 of its maximum, at a cutoff of 1e-3
+
+
+def needs_float64(config: FilterConfig) -> bool:
+    """Whether h = g / s^2 amplifies directions so weak that a float32 Gram matrix lacks them.
+
+    X W = M X of a target takes no h.
+    """
+    takes_h = config.location == "online" or config.basis == "online"
+    return takes_h and (config.kind == "log" or config.is_falling)
+
+
+class Functions(NamedTuple):
+    """M = G h and h of a Gram matrix G, [v, n, n]; h None: a multiple of the identity, `unit` [v].
+
+    Of a feature side's Gram matrix, M is W.
+    """
+
+    M: Tensor
+    h: Tensor | None
+    unit: Tensor | None
+
+
+class GemmFilter(SpectralFilter):
+    def __init__(
+        self, X: Tensor, rows: slice, config: FilterConfig, *, swapped: bool = False
+    ) -> None:
+        super().__init__(X, rows, config, swapped=swapped)
+        self.samples = uses_samples(*X.shape[1:])
+        self.dtype = torch.promote_types(X.dtype, torch.float32)
+        self.exact = X  # what is multiplied with itself
+        if needs_float64(config):
+            self.dtype, self.exact = WIDE, X.to(WIDE)
+
+    def cosine(self, p: Tensor, z: Tensor) -> Tensor:
+        norm = lengths(z, self.dtype)
+        M, h, unit = self._functions
+        if not self.samples:
+            y = product(self.X[:, self.rows].to(self.dtype), M)
+            return filtered_cosine(p, norm, y, y, z.to(self.dtype), M)
+        G, inner = self._gram
+        M = M[:, self.rows]
+        inner = self._inner(z) if inner is None else inner
+        return filtered_cosine(p, norm, M, product(M, G), inner, h, self.X, unit)
+
+    def own_rows(self) -> Tensor:
+        M = self._functions.M
+        if self.samples:
+            return combine(M[:, self.rows], self.X)
+        return product(self.X[:, self.rows].to(self.dtype), M)
+
+    def other_rows(self, z: Tensor) -> Tensor:
+        M, h, unit = self._functions
+        if not self.samples:
+            return product(z.to(self.dtype), M)
+        inner = self._inner(z)
+        if unit is not None:
+            inner = inner * unit[:, None, None]
+        return combine(inner if h is None else product(inner, h), self.X)
+
+    @cached_property
+    def _gram(self) -> tuple[Tensor, Tensor | None]:
+        """The smaller Gram matrix [v, n, n], and z X^T of the swapped rows if it came with it."""
+        if self.samples and self.swapped:
+            return gram_and_swapped(self.exact, wide=False)
+        return gram_matrix(self.exact, samples=self.samples, wide=False), None
+
+    @cached_property
+    def _functions(self) -> "Functions":
+        G, _ = self._gram
+        trace = G.diagonal(dim1=-2, dim2=-1).sum(dim=-1)
+        if self._is_power(2):
+            unit = 1 / trace.where(trace != 0, 1)  # a cosine takes any scale; float32 does not
+            return Functions(unit[:, None, None] * G, None, unit)
+        _, B, D = self.X.shape
+        rms = (trace / (B * D)).sqrt()
+        result = matrix_function(
+            G,
+            self._response,
+            cutoff=self.config.cutoff,
+            floor=noise_floor(rms, samples=B, features=D, dtype=self.X.dtype),
+            degree=self._degree(),
+        )
+        self.status = result.status
+        return Functions(result.M, result.h, None)
+
+    def _degree(self) -> int | None:
+        """Of the Chebyshev series of g; None for the one that suffices for a rising g."""
+        if self._is_power(0) or self._is_power(1):
+            return 1
+        return FALLING_DEGREE if self.config.is_falling else None
+
+    def _response(self, s: Tensor) -> Tensor:
+        """g(s), [v, k]; a power of s / s_max, as the cosine loss ignores a constant factor."""
+        return g(self.config, s / s.amax(dim=-1, keepdim=True) if self.config.kind == "poly" else s)
+
+    def _is_power(self, sigma: float) -> bool:
+        return self.config.kind == "poly" and self.config.sigma == sigma
+
+    def _inner(self, z: Tensor) -> Tensor:
+        return inner_products(z.to(self.exact.dtype), self.exact, wide=False)

@@ -1,0 +1,33 @@
+"""The reference engine: the filter as the paper's code computes it, to compare others with.
+
+A thin SVD in float32 of the online rows, or of the targets themselves; no cutoff, W formed.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rdm_fast.config import FilterConfig
+from rdm_fast.engines.base import SpectralFilter
+from rdm_fast.filters import response
+
+
+class ReferenceFilter(SpectralFilter):
+    def __init__(
+        self, X: Tensor, rows: slice, config: FilterConfig, *, swapped: bool = False
+    ) -> None:
+        super().__init__(X, rows, config, swapped=swapped)
+        wide = X.to(torch.promote_types(X.dtype, torch.float32))
+        _, s, Vh = torch.linalg.svd(wide, full_matrices=False)
+        g = response(config, s, torch.full_like(s[:, :1], -1.0))
+        self.W = (Vh.mT * g[:, None, :]) @ Vh
+
+    def cosine(self, p: Tensor, z: Tensor) -> Tensor:
+        y, t = p.to(self.W.dtype) @ self.W, z.to(self.W.dtype)
+        return -F.cosine_similarity(y, t, dim=-1).mean(dim=-1)
+
+    def own_rows(self) -> Tensor:
+        return self.other_rows(self.X[:, self.rows])
+
+    def other_rows(self, z: Tensor) -> Tensor:
+        return z.to(self.W.dtype) @ self.W

@@ -1,0 +1,140 @@
+"""bench.campaign and its tables: what is measured is kept, whatever happens next."""
+
+import json
+import sys
+import time
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import bench.campaign as campaign
+from bench.campaign import STAGES, Stage, environment, install, rows, run_stage
+from bench.machine import H100, floor, peak
+from bench.markdown import replace_between
+from bench.report import SECTIONS, UNMEASURED, seconds, write_table
+
+ROW = (
+    '{"bench": "bench_gram", "case": "8x8", "name": "rdm", "median_s": 2e-5, "iqr_s": 1e-6, '
+    '"rounds": 5, "iterations": 9}'
+)
+WRITE = f"open('{{scratch}}/rows.jsonl', 'a').write({ROW!r} + '\\n')"
+
+
+def stage(*programs: str, limit_s: float = 60.0) -> Stage:
+    commands = [["-c", program] for program in programs]
+    return Stage(commands, commands, rows, limit_s)
+
+
+def run(stage: Stage, out: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    monkeypatch.setitem(STAGES, "kernels", stage)
+    result = run_stage("kernels", out, environment(None), smoke=False)
+    assert json.loads((out / "kernels.json").read_text("utf-8")) == result
+    return result
+
+
+def test_a_stage_that_fails_is_recorded_with_what_it_had(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    result = run(stage(WRITE, "raise SystemExit(3)", WRITE), tmp_path, monkeypatch)
+    assert not result["passed"]
+    assert [command["status"] for command in result["commands"]] == [0, 3, 0]
+    assert result["measured"] == [json.loads(ROW)] * 2
+
+
+def test_a_stage_ends_at_its_limit_with_all_that_it_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pid = tmp_path / "pid"
+    child = "import subprocess; child = subprocess.Popen(['sleep', '60'])"
+    told = f"open({str(pid)!r}, 'w').write(str(child.pid)); child.wait()"
+    result = run(stage(f"{WRITE}; {child}; {told}", WRITE, limit_s=3.0), tmp_path, monkeypatch)
+    assert result["seconds"] < 20
+    assert result["commands"][0]["status"] is None and not result["passed"]
+    assert json.loads(ROW) in result["measured"]
+    assert not is_running(int(pid.read_text()))
+
+
+def is_running(pid: int) -> bool:
+    """Whether a process is there and not a zombie, as soon as a signal had time to arrive."""
+    for _ in range(50):
+        try:
+            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        except FileNotFoundError:
+            return False
+        if state == "Z":
+            return False
+        time.sleep(0.1)
+    return True
+
+
+def test_wheels_of_a_folder_can_be_imported_by_the_stages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    info = "rdm_brought-1.0.dist-info"
+    with zipfile.ZipFile(tmp_path / "rdm_brought-1.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("rdm_brought.py", "answer = 42")
+        wheel.writestr(
+            f"{info}/METADATA", "Metadata-Version: 2.1\nName: rdm-brought\nVersion: 1.0\n"
+        )
+        wheel.writestr(
+            f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
+        wheel.writestr(f"{info}/RECORD", "")
+    monkeypatch.setattr(sys, "path", sys.path.copy())
+    site = tmp_path / "site"
+    install(tmp_path, site)
+    log = tmp_path / "log"
+    command = [sys.executable, "-c", "import rdm_brought; print(rdm_brought.answer)"]
+    assert campaign.run(command, log, environment(site), 60) == 0
+    assert log.read_text() == "42\n"
+
+
+def test_every_stage_has_a_table_and_a_smallest_form() -> None:
+    assert set(SECTIONS) == set(STAGES)
+    assert all(stage.smoke for stage in STAGES.values())
+
+
+def test_the_tables_show_results_and_refuse_those_of_a_smoke_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    readme, results = tmp_path / "README.md", tmp_path / "results"
+    readme.write_text("a\n<!-- results: begin -->\nold\n<!-- results: end -->\nb\n")
+    results.mkdir()
+    write_table(results, readme)
+    assert UNMEASURED in readme.read_text() and "old" not in readme.read_text()
+
+    run(stage(WRITE), results / "gpu", monkeypatch)
+    write_table(results, readme)
+    assert "| gram | 8x8 | rdm | 20 µs | 1 µs | 5 x 9 |" in readme.read_text("utf-8")
+    assert readme.read_text("utf-8").startswith("a\n") and readme.read_text("utf-8").endswith(
+        "\nb\n"
+    )
+
+    run_stage("kernels", results / "gpu", environment(None), smoke=True)
+    with pytest.raises(ValueError, match=r"--smoke \(kernels\)"):
+        write_table(results, readme)
+
+
+def test_markers_that_are_not_there_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "x.md"
+    for text in ("", "<!-- t: end --> <!-- t: begin -->", "<!-- t: begin --> only"):
+        path.write_text(text)
+        with pytest.raises(ValueError, match="<!-- t: begin -->"):
+            replace_between(path, "t", "new")
+        assert path.read_text() == text
+
+
+def test_the_floor_is_the_slower_of_bytes_and_operations() -> None:
+    assert floor(H100, 3.35e12, {"bf16": 1.0}) == pytest.approx(1.0)
+    assert floor(H100, 1.0, {"bf16": 989e12, "tf32": 494e12}) == pytest.approx(2.0)
+    assert floor(H100, 3.35e12, {"bf16": 989e12}) == pytest.approx(1.0)  # they overlap
+    assert peak("NVIDIA H100 80GB HBM3") == H100
+    assert peak("NVIDIA H100 PCIe") is None and peak("NVIDIA A100-SXM4-80GB") is None
+    h200 = peak("NVIDIA H200")
+    assert h200 is not None and h200.bytes == 4.8e12
+
+
+def test_times_have_a_unit() -> None:
+    assert [seconds(t) for t in (2.0, 0.0123456, 4.2e-5)] == ["2 s", "12.3 ms", "42 µs"]

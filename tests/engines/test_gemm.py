@@ -1,0 +1,136 @@
+"""The gemm engine against its own definition in float64: damped, not cut off (tests/spectra.py)."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from rdm_fast.config import FilterConfig
+from rdm_fast.engines.gemm import GemmFilter
+from tests.spectra import (
+    ONLINE,
+    SHAPES,
+    SPECTRA,
+    TARGET,
+    damped_filter,
+    gradients,
+    name,
+    paper_loss,
+    relative,
+    two_views,
+)
+
+pytestmark = pytest.mark.filterwarnings("ignore:filter.location")
+
+FALLING = [FilterConfig(sigma=s) for s in (-0.3, -0.5, -0.7, -1.0)]
+CROSSED = [FilterConfig(location="target", sigma=-0.5, basis="online")]
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def least_cosine(config: FilterConfig) -> float:
+    """What the gradient's direction is promised to be worth."""
+    if not config.is_falling:
+        return 0.9999
+    return 0.999 if config.location == "target" else 0.99
+
+
+def loss_error(config: FilterConfig) -> float:
+    """A float32 Gram matrix leaves s^-1 of the weakest kept direction 6e-8 / cutoff^2 uncertain,
+    and a target has all directions alike."""
+    return 2e-3 if config.location == "target" and config.is_falling else 1e-5
+
+
+@pytest.mark.parametrize("config", ONLINE + FALLING + TARGET + CROSSED, ids=name)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("spectrum", SPECTRA)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_gradient_is_that_of_the_damped_filter(
+    config: FilterConfig, shape: tuple[int, int], spectrum: str, dtype: torch.dtype
+) -> None:
+    """Where all rows are alike the cosine is 1 whatever they are, and the gradient only rounding:
+    then it has to be small beside that of a row that is free to turn, 1 / 2B|z_i|."""
+    config = replace(config, engine="gemm")
+    z1, z2 = two_views(*shape, spectrum, dtype)
+    loss, *grads = gradients(z1, z2, config)
+    expected, *expected_grads = paper_loss(z1, z2, config, filter_of=damped_filter)
+    assert abs(loss - expected) <= loss_error(config)
+    for grad, expected_grad, z in zip(grads, expected_grads, (z1, z2), strict=True):
+        unit = (1 / (2 * len(z) * z.double().norm(dim=1))).norm()
+        if expected_grad.norm() <= 1e-2 * unit:
+            assert grad.double().norm() <= 2e-2 * unit
+            continue
+        cosine = F.cosine_similarity(grad.double().flatten(), expected_grad.flatten(), dim=0)
+        assert cosine >= (least_cosine(config) if spectrum != "rank 1" else 0.99)
+
+
+@pytest.mark.parametrize("config", ONLINE + TARGET, ids=name)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_it_agrees_with_eigh_where_nothing_is_weak(
+    config: FilterConfig, shape: tuple[int, int]
+) -> None:
+    """Damping then changes singular values by cutoff^2 / 2."""
+    z1, z2 = two_views(*shape, "flat")
+    found = gradients(z1, z2, replace(config, engine="gemm"))
+    expected = gradients(z1, z2, replace(config, engine="eigh"))
+    assert abs(found[0] - expected[0]) <= 1e-5
+    for grad, other in zip(found[1:], expected[1:], strict=True):
+        assert relative(grad, other) <= 2e-3
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1e4])
+@pytest.mark.parametrize("config", ONLINE + FALLING + TARGET, ids=name)
+def test_any_scale_gives_a_finite_and_right_gradient(config: FilterConfig, scale: float) -> None:
+    config = replace(config, engine="gemm")
+    z1, z2 = (scale * z for z in two_views(64, 256, "k^-1"))
+    loss, *grads = gradients(z1, z2, config)
+    expected, *expected_grads = paper_loss(z1, z2, config, filter_of=damped_filter)
+    assert abs(loss - expected) <= loss_error(config)
+    for grad, expected_grad in zip(grads, expected_grads, strict=True):
+        cosine = F.cosine_similarity(grad.double().flatten(), expected_grad.flatten(), dim=0)
+        assert cosine >= least_cosine(config)
+        assert abs(grad.double().norm() / expected_grad.norm() - 1) <= 2e-2
+
+
+@pytest.mark.parametrize("config", ONLINE + FALLING + TARGET + CROSSED, ids=name)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_a_batch_of_zeros_has_no_gradient(config: FilterConfig, shape: tuple[int, int]) -> None:
+    zeros = torch.zeros(shape)
+    loss, *grads = gradients(zeros, zeros, replace(config, engine="gemm"))
+    assert loss == 0 and not any(grad.any() for grad in grads)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("config", [*ONLINE[:4], FALLING[1], TARGET[0], *CROSSED], ids=name)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_a_value_that_is_not_finite_is_told_by_the_loss_and_has_no_gradient(
+    config: FilterConfig, shape: tuple[int, int], bad: float
+) -> None:
+    z1, z2 = two_views(*shape, "flat")
+    z1[3, 5] = bad
+    loss, *grads = gradients(z1, z2, replace(config, engine="gemm"))
+    assert loss.isnan()
+    assert all(grad.isfinite().all() for grad in grads)
+
+
+@pytest.mark.parametrize("config", [ONLINE[1], ONLINE[2], ONLINE[3], FALLING[1]], ids=name)
+def test_views_that_are_each_other_s_targets_are_multiplied_once(config: FilterConfig) -> None:
+    """The stacked product gives what two separate ones do."""
+    z1, z2 = two_views(24, 64, "k^-1/2")
+    together = gradients(z1, z2, replace(config, engine="gemm"))
+    X = torch.stack([z1, z2])
+    apart = GemmFilter(X, slice(0, 24), replace(config, engine="gemm"), swapped=False)
+    p = X.clone().requires_grad_()
+    loss = apart.cosine(p, X.flip(0)).mean()
+    loss.backward()
+    assert p.grad is not None
+    assert abs(loss - together[0]) <= 1e-6
+    assert relative(p.grad, torch.stack(together[1:])) <= 1e-4
+
+
+@pytest.mark.parametrize("config", [FilterConfig(center=True), FilterConfig(cutoff=1e-5)], ids=str)
+def test_what_it_cannot_do_is_refused_at_once(config: FilterConfig) -> None:
+    with pytest.raises(
+        ValueError, match=r"filter\.engine=gemm .* use filter\.engine=eigh, or auto"
+    ):
+        replace(config, engine="gemm")

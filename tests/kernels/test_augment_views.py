@@ -1,0 +1,288 @@
+"""rdm_kernels.augment_views: the kernels against their definition, and what both promise.
+
+The definition itself is compared with torchvision and Pillow in tests/data, the kernels too. Here
+levels must be equal but for rounding ties: at most 0.1 % of them may differ.
+"""
+
+from itertools import permutations
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from rdm_kernels import augment_views, pack_views
+from rdm_kernels.augment_views import (
+    MAX_SIZE,
+    MAX_TAPS,
+    TOGETHER,
+    augment_views_op,
+    augment_views_triton,
+)
+from rdm_kernels.views import COLUMNS, OPERATIONS
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+STILL: dict[str, Any] = {
+    **dict.fromkeys(COLUMNS, 0),
+    **{"brightness": 1, "contrast": 1, "saturation": 1, "order": 0b11100100},
+}  # leaves the whole image alone, once it has a window
+
+
+def photograph(N: int, C: int, H: int, W: int, seed: int = 0) -> Tensor:
+    """Smooth colours with some grain, uint8 [N, C, H, W]."""
+    generator = torch.Generator().manual_seed(seed)
+    soft = torch.randint(0, 256, (N, C, 4, 4), generator=generator).float()
+    image = torch.nn.functional.interpolate(soft, (H, W), mode="bilinear")
+    image += 6 * torch.randn(N, C, H, W, generator=generator)
+    return image.round().clamp(0, 255).to(torch.uint8).to(DEVICE)
+
+
+def any_views(n: int, N: int, H: int, W: int, seed: int = 0, **fixed: Any) -> Tensor:
+    """n views of N images, every step on about half of them."""
+    rng = np.random.default_rng(seed)
+
+    def some(low: float, high: float, otherwise: float) -> Any:
+        return np.where(rng.random(n) < 0.5, rng.uniform(low, high, n), otherwise)
+
+    height, width = rng.integers(1, H + 1, n), rng.integers(1, W + 1, n)
+    orders = [sum(int(o) << 2 * i for i, o in enumerate(rng.permutation(4))) for _ in range(n)]
+    columns = {
+        "image": rng.integers(0, N, n),
+        "top": [rng.integers(0, H - h + 1) for h in height],
+        "left": [rng.integers(0, W - w + 1) for w in width],
+        "height": height,
+        "width": width,
+        "order": orders,
+        "grey": rng.random(n) < 0.3,
+        "solarize": rng.random(n) < 0.3,
+        "flip": rng.random(n) < 0.5,
+        "angle": some(-30, 30, 0),
+        "shear": some(-15, 15, 0),
+        "brightness": some(0.4, 1.6, 1),
+        "contrast": some(0.4, 1.6, 1),
+        "saturation": some(0.4, 1.6, 1),
+        "hue": some(-0.5, 0.5, 0),
+        "sigma": some(0.1, 2, 0),
+    }
+    return pack_views(columns | {name: np.full(n, value) for name, value in fixed.items()})
+
+
+def options(C: int, **changes: Any) -> dict[str, Any]:
+    standard = {
+        "size": 16, "interpolation": "bilinear", "taps": 3, "mean": [0.5, 0.4, 0.3][:C],
+        "std": [0.2, 0.3, 0.25][:C], "dtype": torch.uint8,
+    }  # fmt: skip
+    return standard | changes
+
+
+def levels_apart(images: Tensor, table: Tensor, **changes: Any) -> Tensor:
+    """How far the kernels' levels are from the definition's."""
+    chosen = options(images.shape[1], **changes)
+    table = table.to(DEVICE)
+    expected = augment_views_op(images.cpu(), table.cpu(), *chosen.values())
+    found = augment_views_triton(images, table, *chosen.values())
+    assert found.shape == expected.shape and found.dtype == expected.dtype
+    return (found.cpu().double() - expected.double()).abs()
+
+
+def ties_only(off: Tensor) -> bool:
+    """At most 0.1 % of levels, and of few levels one; by 1, but later steps may enlarge that."""
+    return int((off > 0).sum()) <= max(1, off.numel() // 1000) and bool((off <= 32).all())
+
+
+# ---- the kernels are the definition ------------------------------------------------------------
+
+
+@settings(max_examples=12)
+@given(
+    C=st.sampled_from([1, 3]),
+    size=st.sampled_from([8, 13, 16, 31, 32, 33]),
+    H=st.integers(3, 40),
+    W=st.integers(3, 40),
+    interpolation=st.sampled_from(["bilinear", "bicubic"]),
+    taps=st.sampled_from([1, 3, 5, 15]),
+    seed=st.integers(0, 2**31),
+)
+def test_kernels_give_the_definitions_levels(
+    C: int, size: int, H: int, W: int, interpolation: str, taps: int, seed: int
+) -> None:
+    images = photograph(2, C, H, W, seed)
+    table = any_views(2, 2, H, W, seed)
+    assert ties_only(levels_apart(images, table, size=size, interpolation=interpolation, taps=taps))
+
+
+@pytest.mark.parametrize("order", range(24))
+def test_every_order_of_the_jitter(order: int) -> None:
+    permutation = list(permutations(range(len(OPERATIONS))))[order]
+    code = sum(operation << 2 * place for place, operation in enumerate(permutation))
+    images = photograph(1, 3, 16, 16, order)
+    factors = {"brightness": 1.3, "contrast": 0.6, "saturation": 1.4, "hue": -0.08}
+    still = STILL | {"height": 16, "width": 16}
+    table = pack_views({name: [v] for name, v in (still | factors | {"order": code}).items()})
+    assert ties_only(levels_apart(images, table))
+
+
+@pytest.mark.parametrize("taps", [3, 23, MAX_TAPS])
+def test_a_blur_crosses_tiles_and_is_reflected_at_borders(taps: int) -> None:
+    images = photograph(1, 3, 40, 40)
+    table = any_views(2, 1, 40, 40, sigma=[0.7, 6.0], angle=0, shear=0)
+    off = levels_apart(images, table, size=40, taps=taps)
+    assert ties_only(off)
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_a_large_image_is_shrunk_with_every_pixel_seen(interpolation: str) -> None:
+    images = photograph(1, 3, 60, 50)
+    table = any_views(1, 1, 60, 50, height=60, width=50, top=0, left=0, angle=0, shear=0)
+    assert ties_only(levels_apart(images, table, size=12, interpolation=interpolation))
+
+
+def test_the_mean_of_contrast_is_over_all_tiles() -> None:
+    images = photograph(1, 3, 48, 48)
+    images[:, :, 32:] = 255
+    table = any_views(2, 1, 48, 48, contrast=0.3, top=0, left=0, height=48, width=48)
+    assert ties_only(levels_apart(images, table, size=48))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("C", [1, 3])
+def test_views_are_levels_normalised_in_every_dtype(C: int, dtype: torch.dtype) -> None:
+    images, table = photograph(2, C, 20, 18), any_views(2, 2, 20, 18).to(DEVICE)
+    chosen = options(C)
+    levels = augment_views_triton(images, table, *chosen.values())
+    views = augment_views_triton(images, table, *(chosen | {"dtype": dtype}).values())
+    mean, std = (
+        torch.tensor(chosen[name], device=DEVICE)[:, None, None] for name in ("mean", "std")
+    )
+    expected = (levels.double() / 255 - mean) / std
+    # of order 5: three operations in float32, then half a unit in the last place of the dtype
+    tolerance = 2e-6 + 5 * torch.finfo(dtype).eps / 2
+    torch.testing.assert_close(views.double(), expected, atol=tolerance, rtol=0)
+    assert views.dtype == dtype and views.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_images_that_are_not_contiguous_are_read_as_they_look() -> None:
+    pixels = photograph(2, 3, 20, 18).permute(0, 2, 3, 1).contiguous()
+    images = pixels.permute(0, 3, 1, 2)
+    table, chosen = any_views(4, 2, 20, 18).to(DEVICE), options(3).values()
+    strided = torch.cat([table, table], dim=1)[:, ::2]
+    expected = augment_views_triton(images.contiguous(), strided.contiguous(), *chosen)
+    assert torch.equal(augment_views_triton(images, strided, *chosen), expected)
+
+
+# ---- what both promise -------------------------------------------------------------------------
+
+BODIES = pytest.mark.parametrize(
+    "body", [augment_views_op, augment_views_triton], ids=["definition", "kernel"]
+)
+
+
+@BODIES
+def test_a_view_depends_on_its_own_row_only(body: Any) -> None:
+    images, table = photograph(3, 3, 20, 18), any_views(3, 3, 20, 18).to(DEVICE)
+    together = body(images, table, *options(3).values())
+    for i in range(3):
+        alone = body(images, table[:, i : i + 1], *options(3).values())
+        assert torch.equal(alone[0], together[i])
+
+
+@BODIES
+def test_pixels_outside_the_window_are_not_seen(body: Any) -> None:
+    images = photograph(1, 3, 20, 18)
+    changed = torch.full_like(images, 255)
+    changed[:, :, 3:12, 5:16] = images[:, :, 3:12, 5:16]
+    window = {"top": 3, "left": 5, "height": 9, "width": 11}
+    table = any_views(3, 1, 20, 18, **window).to(DEVICE)
+    chosen = options(3, interpolation="bicubic").values()
+    assert torch.equal(body(changed, table, *chosen), body(images, table, *chosen))
+
+
+@BODIES
+def test_a_view_of_nothing_but_the_image_is_the_image(body: Any) -> None:
+    images = photograph(2, 3, 16, 16)
+    columns = STILL | {"height": 16, "width": 16}
+    table = pack_views({name: [value] * 2 for name, value in columns.items()} | {"image": [1, 0]})
+    assert torch.equal(body(images, table.to(DEVICE), *options(3).values()), images.flip(0))
+
+
+@BODIES
+def test_no_views_are_an_empty_batch(body: Any) -> None:
+    found = body(photograph(1, 3, 16, 16), any_views(0, 1, 16, 16).to(DEVICE), *options(3).values())
+    assert found.shape == (0, 3, 16, 16)
+
+
+def test_views_are_the_same_however_many_are_made_together() -> None:
+    images, n = photograph(4, 1, 8, 8), TOGETHER + 3
+    table, chosen = any_views(n, 4, 8, 8), options(1, size=8)
+    views = augment_views(images.cpu(), table, **chosen)
+    tail = augment_views(images.cpu(), table[:, TOGETHER:], **chosen)
+    assert torch.equal(views[TOGETHER:], tail)
+
+
+def test_op_is_registered_correctly() -> None:
+    images, table = photograph(2, 3, 20, 18), any_views(4, 2, 20, 18).to(DEVICE)
+    chosen = options(3, dtype=torch.bfloat16)
+    torch.library.opcheck(augment_views_op, (images, table, *chosen.values()))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (
+            {"images": torch.zeros(2, 16, 16, 3, dtype=torch.uint8)},
+            r"\[N, C, H, W\].*\(2, 16, 16, 3",
+        ),
+        ({"images": torch.zeros(2, 3, 16, 16)}, r"uint8.*got torch\.float32"),
+        ({"table": torch.zeros(5, 2, dtype=torch.int32)}, r"int32 \[16, n\].*\(5, 2\)"),
+        ({"interpolation": "nearest"}, r"bilinear and bicubic.*'nearest'"),
+        ({"dtype": torch.float64}, r"got 'bilinear' and torch\.float64"),
+        ({"taps": 4}, "taps=4 is not an odd number under twice the size, 16"),
+        ({"taps": 33}, "taps=33 is not an odd number"),
+        ({"mean": [0.5]}, "1 means and 3 deviations for 3 channels"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_what_does_not_fit_is_named(change: dict[str, Any], message: str) -> None:
+    arguments = {
+        "images": torch.zeros(2, 3, 16, 16, dtype=torch.uint8),
+        "table": any_views(2, 2, 16, 16),
+    }
+    with pytest.raises(ValueError, match=message):
+        augment_views(**(arguments | options(3) | change))
+
+
+@pytest.mark.parametrize("change", [{"size": MAX_SIZE + 1}, {"size": 64, "taps": MAX_TAPS + 2}])
+def test_what_the_kernels_cannot_make_is_named(change: dict[str, Any]) -> None:
+    images, table = photograph(1, 3, 8, 8), any_views(1, 1, 8, 8).to(DEVICE)
+    with pytest.raises(ValueError, match=r"on CUDA .*512 pixels a side and its blur 33 taps"):
+        augment_views_triton(images, table, *options(3, **change).values())
+
+
+# ---- on a GPU ----------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("side", "size", "taps"), [(32, 32, 3), (96, 96, 9), (512, 224, 23)])
+@pytest.mark.parametrize("C", [1, 3])
+def test_a_gpu_gives_the_levels_of_the_cpu(C: int, side: int, size: int, taps: int) -> None:
+    images = photograph(8, C, side, side)
+    table = any_views(32, 8, side, side)
+    for interpolation in ("bilinear", "bicubic"):
+        off = levels_apart(images, table, size=size, taps=taps, interpolation=interpolation)
+        assert ties_only(off)
+
+
+@pytest.mark.gpu
+def test_nothing_waits_for_the_gpu() -> None:
+    images, table = photograph(4, 3, 32, 32), any_views(16, 4, 32, 32).to(DEVICE)
+    chosen = options(3, dtype=torch.bfloat16)
+    first = augment_views(images, table, **chosen)  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        again = augment_views(images, table, **chosen)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(first, again)
