@@ -223,6 +223,7 @@ IGNORED: dict[str, Make] = {
 VIEW = ViewConfig(crop_scale=(0.2, 1), jitter=0.8, grey=0.2, blur=0.5, flip=0.5)
 AUGMENT = AugmentConfig(size=32, view1=VIEW, view2=replace(VIEW, solarize=0.2))
 GOOD = 4  # in each of two classes
+TIMEOUT = 300.0  # seconds, of ranks on a busy machine
 
 
 @pytest.fixture
@@ -467,7 +468,7 @@ def on_a_rank(root: Path, tmp_path: Path) -> tuple[int, str]:
 
 def test_ranks_see_one_set_and_one_of_them_lists_what_is_bad(root: Path, tmp_path: Path) -> None:
     path = file(b"", "odd.png")(root / "train/a")
-    seen = run_ranks(2, on_a_rank, root, tmp_path, tmp_path=tmp_path)
+    seen = run_ranks(2, on_a_rank, root, tmp_path, tmp_path=tmp_path, timeout=TIMEOUT)
     assert seen == [on_a_rank(root, tmp_path)] * 2 and seen[0][0] == 8
     assert rows(tmp_path) == [[str(path), "empty"]]
 
@@ -487,7 +488,7 @@ def test_ranks_that_see_different_files_do_not_train(root: Path, tmp_path: Path)
     other = shutil.copytree(root, tmp_path / "other")
     (other / "train/a/0.jpg").rename(other / "train/a/00.jpg")
     roots = [str(root), str(other)]
-    told = run_ranks(2, trainer_on_a_rank, roots, tmp_path, tmp_path=tmp_path)
+    told = run_ranks(2, trainer_on_a_rank, roots, tmp_path, tmp_path=tmp_path, timeout=TIMEOUT)
     assert all("the ranks do not see the same images in --data.root" in text for text in told)
 
 
