@@ -156,15 +156,10 @@ def _image(file: BinaryIO) -> Image.Image:
 
 def _ends_whole(file: BinaryIO, form: str) -> bool:
     """Whether the file's last bytes are an image's; False where that cannot be told."""
-    place, size = file.tell(), file.seek(0, os.SEEK_END)
-    try:
-        if form == "WEBP":
-            file.seek(4)
-            return int.from_bytes(file.read(4), "little") + 8 <= size
-        end = ENDS.get(form)
-        if end is None or size < len(end):
-            return False
-        file.seek(-len(end), os.SEEK_END)
-        return file.read(len(end)) == end
-    finally:
-        file.seek(place)
+    if form == "WEBP":
+        return True  # opening one reads all of it
+    end = ENDS.get(form)
+    if end is None or file.seek(0, os.SEEK_END) < len(end):
+        return False
+    file.seek(-len(end), os.SEEK_END)  # Pillow goes back by itself
+    return file.read() == end

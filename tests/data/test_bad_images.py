@@ -87,6 +87,7 @@ def levels(grey: NDArray[np.integer]) -> Pixels:
 
 GIF = encode(PALETTE, "GIF", save_all=True, append_images=[OTHER.quantize(64)] * 2)
 WEBP = encode(PICTURE, "WEBP", save_all=True, append_images=[OTHER] * 2, lossless=True)
+STILL = encode(PICTURE, "WEBP")
 APNG = encode(PICTURE, "PNG", save_all=True, append_images=[OTHER] * 2)
 RGB16 = png(W, H, 16, 2, zlib.compress(b"".join(b"\0" + row.tobytes() for row in DEEP.byteswap())))
 PGM16 = b"P5\n%d %d\n65535\n" % (W, H) + DEEP[:, :, 0].byteswap().tobytes()
@@ -114,6 +115,8 @@ USED: dict[str, tuple[bytes, str, Pixels]] = {
     "animated WebP": (WEBP, "odd.webp", PIXELS),
     "animated PNG": (APNG, "odd.png", PIXELS),
     "progressive JPEG": (p := encode(PICTURE, "JPEG", progressive=True), "odd.jpg", converted(p)),
+    "PNG with bytes after its end": (PNG + b"\0" * 40, "odd.png", PIXELS),
+    "animated PNG with bytes after its end": (APNG + b"\0" * 40, "odd.png", PIXELS),
     "JPEG with bytes after its end": (JPEG + b"\0" * 40, "odd.jpg", converted(JPEG)),
     "JPEG of two pictures": (m := encode(PICTURE, "MPO", save_all=True, append_images=[OTHER]),
                              "odd.jpg", converted(m)),
@@ -165,6 +168,7 @@ BAD: dict[str, tuple[Make, str]] = {
         file(WEBP[: len(WEBP) // 2], "odd.webp"),
         "could not create decoder",
     ),
+    "still WebP cut in the middle": (file(STILL[: len(STILL) // 2], "odd.webp"), "could not"),
     "GIF cut in the middle": (file(GIF[:900], "odd.gif"), "truncated|not an image"),
     "damaged header": (file(patched(JPEG, 0, bytes(4)), "odd.jpg"), NO_IMAGE),
     "not an image": (file(b"<html>404</html>", "odd.jpg"), NO_IMAGE),
@@ -219,6 +223,7 @@ IGNORED: dict[str, Make] = {
 VIEW = ViewConfig(crop_scale=(0.2, 1), jitter=0.8, grey=0.2, blur=0.5, flip=0.5)
 AUGMENT = AugmentConfig(size=32, view1=VIEW, view2=replace(VIEW, solarize=0.2))
 GOOD = 4  # in each of two classes
+TIMEOUT = 300.0  # seconds, of ranks on a busy machine
 
 
 @pytest.fixture
@@ -463,7 +468,7 @@ def on_a_rank(root: Path, tmp_path: Path) -> tuple[int, str]:
 
 def test_ranks_see_one_set_and_one_of_them_lists_what_is_bad(root: Path, tmp_path: Path) -> None:
     path = file(b"", "odd.png")(root / "train/a")
-    seen = run_ranks(2, on_a_rank, root, tmp_path, tmp_path=tmp_path)
+    seen = run_ranks(2, on_a_rank, root, tmp_path, tmp_path=tmp_path, timeout=TIMEOUT)
     assert seen == [on_a_rank(root, tmp_path)] * 2 and seen[0][0] == 8
     assert rows(tmp_path) == [[str(path), "empty"]]
 
@@ -483,7 +488,7 @@ def test_ranks_that_see_different_files_do_not_train(root: Path, tmp_path: Path)
     other = shutil.copytree(root, tmp_path / "other")
     (other / "train/a/0.jpg").rename(other / "train/a/00.jpg")
     roots = [str(root), str(other)]
-    told = run_ranks(2, trainer_on_a_rank, roots, tmp_path, tmp_path=tmp_path)
+    told = run_ranks(2, trainer_on_a_rank, roots, tmp_path, tmp_path=tmp_path, timeout=TIMEOUT)
     assert all("the ranks do not see the same images in --data.root" in text for text in told)
 
 

@@ -3,6 +3,7 @@
 import os
 import pickle
 import threading
+import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -88,6 +89,18 @@ def test_a_changed_file_alone_is_looked_at_again(folder: Path, looked: list[str]
     assert again.sizes[3].tolist() == [30, 40] and again.sizes[0].tolist() == [9, 5]
 
 
+def test_a_file_of_another_size_has_changed_whatever_its_time_says(
+    folder: Path, looked: list[str]
+) -> None:
+    build(folder, found(folder), full=False)
+    looked.clear()
+    status = (folder / "b/1.png").stat()
+    Image.new("RGB", (40, 30)).save(folder / "b/1.png")
+    os.utime(folder / "b/1.png", ns=(status.st_atime_ns, status.st_mtime_ns))
+    again = build(folder, found(folder), full=False)
+    assert looked == ["1.png"] and again.sizes[3].tolist() == [30, 40]
+
+
 def test_files_may_come_go_and_change_places(folder: Path, looked: list[str]) -> None:
     build(folder, found(folder), full=False)
     looked.clear()
@@ -153,10 +166,11 @@ def test_where_nothing_can_be_written_every_start_looks_again_and_says_so(
 def test_a_selection_has_a_saved_index_of_its_own(folder: Path, looked: list[str]) -> None:
     build(folder, found(folder), full=False)
     build(folder, found(folder, NAMES[:2]), full=False, part="12ab")
+    os.utime(folder / "a/0.png", (1, 1))
+    build(folder, found(folder, NAMES[:2]), full=False, part="12ab")
     looked.clear()
     build(folder, found(folder), full=False)
-    build(folder, found(folder, NAMES[:2]), full=False, part="12ab")
-    assert looked == []
+    assert looked == ["0.png"]
 
 
 # ---- what is believed ------------------------------------------------------------------------
@@ -178,14 +192,13 @@ def test_a_damaged_index_is_never_believed(where: float, bit: int, cut: bool, fo
 
 
 def rewritten(change: Callable[[dict[str, np.ndarray]], object]) -> Callable[[Path], None]:
-    """A well-formed index whose arrays were changed by somebody who knows how to sign them."""
+    """A well-formed file whose arrays were changed."""
 
     def write(path: Path) -> None:
         with np.load(path) as saved:
             arrays = dict(saved)
-        del arrays["digest"]
         change(arrays)
-        np.savez(path, **arrays, digest=np.array(index._digest(arrays)))
+        np.savez(path, **arrays)
 
     return write
 
@@ -193,12 +206,12 @@ def rewritten(change: Callable[[dict[str, np.ndarray]], object]) -> Callable[[Pa
 def deflated(path: Path) -> None:
     with np.load(path) as saved:
         arrays = dict(saved)
-    np.savez_compressed(path, **arrays, more=np.zeros(1 << 26, np.uint8))
+    np.savez_compressed(path, **arrays, more=np.zeros(1 << 22, np.uint8))
 
 
 def of_another_kind(path: Path) -> None:
     with zipfile.ZipFile(path, "w") as members:
-        members.writestr("digest.npy", "no array")
+        members.writestr("sizes.npy", "no array")
 
 
 class Evil:
@@ -237,10 +250,29 @@ def test_an_index_from_a_stranger_is_checked(
     assert len(looked) == 5 and not Path("evil").exists()
 
 
+def test_an_index_that_unpacks_to_more_than_it_is_is_not_unpacked(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build(folder, found(folder), full=False)
+    deflated(folder / SAVED)
+    unpacked: list[Path] = []
+    monkeypatch.setattr(index.np, "load", lambda path, **_: unpacked.append(path))
+    assert build(folder, found(folder), full=False).usable.all() and unpacked == []
+
+
 # ---- several processes, long looks -----------------------------------------------------------
 
 
-def test_of_several_at_once_one_looks(folder: Path, looked: list[str]) -> None:
+def test_of_several_at_once_one_looks(
+    folder: Path, looked: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted = index.look
+
+    def slow(path: Path, *, full: bool) -> Header | str:
+        time.sleep(0.2)
+        return counted(path, full=full)
+
+    monkeypatch.setattr(index, "look", slow)
     results: list[Index] = []
     threads = [
         threading.Thread(target=lambda: results.append(build(folder, found(folder), full=True)))
