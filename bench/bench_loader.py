@@ -274,7 +274,7 @@ def bench_jpeg(
     """500 x 375 JPEG files to two views of 224 pixels, SimSiam's augmentations for ImageNet."""
     if benchmark.disabled and workers > 1:
         pytest.skip("once is enough to see that it runs")
-    n, batch = (4, 2) if benchmark.disabled else (256, 64)
+    n, batch = (4, 2) if benchmark.disabled else (192, 64)
     time_epochs(RIVALS[loader]("imagenet_simsiam", jpeg_images(n), batch, workers))
 
 
@@ -288,7 +288,7 @@ def bench_small(
         pytest.skip("the same as another")
     if benchmark.disabled and workers > 1:
         pytest.skip("once is enough to see that it runs")
-    n, batch = (16, 8) if benchmark.disabled else (4096, 256)
+    n, batch = (16, 8) if benchmark.disabled else (2048, 256)
     of = ("cifar10_simsiam", small_images(n), batch, workers)
     time_epochs(ours("resident", *of) if loader == "resident" else RIVALS[loader](*of))
 
