@@ -209,6 +209,18 @@ def test_a_view_of_nothing_but_the_image_is_the_image(body: Any) -> None:
 
 
 @BODIES
+def test_rotation_leaves_a_flat_image_flat_and_is_black_outside(body: Any) -> None:
+    images = torch.tensor([77, 151, 254], dtype=torch.uint8, device=DEVICE)
+    images = images[:, None, None, None].expand(3, 1, 16, 16)
+    columns = STILL | {"height": 16, "width": 16}
+    columns = {name: [value] * 3 for name, value in columns.items()}
+    table = pack_views(columns | {"image": range(3), "angle": [10, 25, -7], "shear": [5, 0, 9]})
+    views = body(images, table.to(DEVICE), *options(1).values())
+    for view, image in zip(views, images, strict=True):
+        assert view.unique().tolist() == [0, int(image[0, 0, 0])]
+
+
+@BODIES
 def test_no_views_are_an_empty_batch(body: Any) -> None:
     found = body(photograph(1, 3, 16, 16), any_views(0, 1, 16, 16).to(DEVICE), *options(3).values())
     assert found.shape == (0, 3, 16, 16)
