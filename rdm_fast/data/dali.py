@@ -19,6 +19,7 @@ from rdm_fast.data.batch import Batch, labels_of
 from rdm_fast.data.dali_input import Source, file_for_dali
 from rdm_fast.data.images import ImageSet
 from rdm_fast.errors import DataError, Unavailable, UserError
+from rdm_fast.precision import HALVES
 
 QUEUE = 2  # steps that DALI works ahead
 SHOWN = 200  # characters of an error of DALI's
@@ -84,7 +85,7 @@ class DaliLoader:
                 threads=max(1, config.data.workers),
                 device_id=_device_id(device) if on_gpu else None,
                 encoded=self.images.pixels is None,
-                half=on_gpu and config.precision != "fp32",
+                half=on_gpu and config.precision in HALVES,
             )
             pipeline.build()
         except RuntimeError as error:

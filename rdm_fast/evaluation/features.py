@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from rdm_fast.config import Precision
 from rdm_fast.distributed import all_reduce_max, print0, rank, world_size
+from rdm_fast.precision import autocast, float32_products
 
 ROWS = 16_384
 """Rows that travel in one collective, which bounds its device memory."""
@@ -40,7 +41,7 @@ def extract(
         batches: this rank's share as (images, indices [b] int64), images on the backbone's
             device. All ranks' shares together hold each of 0 .. n - 1 once, in any order.
         n: images in the data set.
-        precision: arithmetic of the backbone: fp32, or autocast to bf16 or fp16.
+        precision: arithmetic of the backbone, as in `rdm_fast.precision`.
 
     Returns:
         [n, d_emb] float32 on the CPU, row i from image i; the same on every rank. A rank needs
@@ -54,11 +55,8 @@ def extract(
     backbone.eval()
     try:
         for images, indices in batches:
-            with torch.autocast(
-                images.device.type,
-                dtype=torch.float16 if precision == "fp16" else torch.bfloat16,
-                enabled=precision != "fp32",
-            ):
+            device = images.device
+            with float32_products(precision, device), autocast(precision, device):
                 rows = backbone(images).float().cpu()  # [b, d_emb]; waits for the device
             indices = indices.cpu()
             _check_batch(rows, indices, n)
