@@ -1,8 +1,8 @@
 """Arithmetic of backbone and heads, by name.
 
-    fp32   float32                              bf16   autocast to bfloat16
-    tf32   float32, factors of products are     fp16   autocast to float16, with loss scaling
-           rounded to 10 bits on a GPU
+fp32   float32                              bf16   autocast to bfloat16
+tf32   float32, factors of products are     fp16   autocast to float16, with loss scaling
+       rounded to 10 bits on a GPU
 """
 
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def dtype_of_views(precision: Precision, device: torch.device) -> torch.dtype:
-    """What a view may be rounded to before the backbone sees it: what autocast would round it to."""
+    """What views are made in: what autocast would round them to, on a GPU."""
     return HALVES.get(precision, torch.float32) if device.type == "cuda" else torch.float32
 
 
@@ -35,7 +35,7 @@ def float32_products(precision: Precision, device: torch.device) -> Iterator[Non
     if device.type != "cuda":
         yield
         return
-    places = (torch.backends.cudnn.conv, torch.backends.cuda.matmul)
+    places = (torch.backends.cudnn.conv, torch.backends.cuda.matmul)  # type: ignore[attr-defined]
     before = [place.fp32_precision for place in places]
     for place in places:
         place.fp32_precision = "tf32" if precision == "tf32" else "ieee"

@@ -189,7 +189,8 @@ class TrainStep:
         obstacle = self._why_not_recorded()
         if asked == "on" and obstacle:
             raise Unavailable(
-                f"--step.graph on: a CUDA graph cannot hold a step {obstacle}: use --step.graph auto"
+                f"--step.graph on: a CUDA graph cannot hold a step {obstacle}: "
+                "use --step.graph auto"
             )
         return None if asked == "off" or obstacle else StepGraph(self._step)
 

@@ -322,9 +322,7 @@ def test_excluded_vectors_take_torchs_sgd_steps_bitwise() -> None:
     config = OptimConfig(optimizer="lars", decay_norm_and_bias=False, weight_decay=0.1)
     ours, theirs = Method(), Method()
     theirs.load_state_dict(ours.state_dict())
-    plain = torch.optim.SGD(
-        theirs.parameters(), lr=config.lr, momentum=config.momentum, fused=True
-    )
+    plain = torch.optim.SGD(theirs.parameters(), lr=config.lr, momentum=config.momentum, fused=True)
     optim = build_optimizer(ours, config, CPU)
     for _ in range(3):
         for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):

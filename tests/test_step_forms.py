@@ -157,9 +157,7 @@ AS_GRAPH = pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 
 
 def on_gpu(of: Batch) -> Batch:
-    views = [
-        view.to(GPU).contiguous(memory_format=torch.channels_last) for view in views_of(of)
-    ]
+    views = [view.to(GPU).contiguous(memory_format=torch.channels_last) for view in views_of(of)]
     return Batch(*views, of.labels.to(GPU), of.indices)
 
 
