@@ -66,12 +66,15 @@ def leave_out(
     print0(f"warning: {found}: they are left out")
 
 
-def read_or_next(images: ImageSet, i: int) -> tuple[int, Pixels]:
+def read_or_next(images: ImageSet, i: int, config: DataConfig) -> tuple[int, Pixels]:
     """Image i, or the first after it that can be read, with its index.
 
     Raises:
-        DataError: none of NEIGHBOURS images can be read; the first is named.
+        DataError: image i cannot be read and data.on_bad_image is stop, or none of NEIGHBOURS
+            images can be; the first is named.
     """
+    if config.on_bad_image == "stop":
+        return i, images.read(i)
     first: DataError | None = None
     for candidate in range(i, i + min(NEIGHBOURS, len(images))):
         try:

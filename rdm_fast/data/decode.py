@@ -95,6 +95,19 @@ def decode(source: Path | BinaryIO, name: str) -> Pixels:
         raise unreadable(name, error) from error
 
 
+def read_file(path: Path, name: str) -> bytes:
+    """All bytes of a file.
+
+    Raises:
+        DataError: it cannot be read, or is no regular file; the message calls it `name`.
+    """
+    try:
+        with _opened(path) as file:
+            return file.read()
+    except (OSError, ValueError) as error:
+        raise unreadable(name, error) from error
+
+
 def unreadable(name: str, error: Exception) -> DataError:
     """The sentence for an image that cannot be read or decoded."""
     return DataError(f"{name} cannot be read as an image ({reason(error)})")

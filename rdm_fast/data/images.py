@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rdm_fast.data.decode import Pixels as Pixels
-from rdm_fast.data.decode import decode, look, one_line, unreadable
+from rdm_fast.data.decode import decode, look, one_line, read_file
 from rdm_fast.data.index import Index
 from rdm_fast.errors import DataError
 
@@ -62,7 +62,7 @@ class ImageSet(ABC):
         """The file of image i, undecoded, as bytes [n]; there is none if `pixels` is set.
 
         Raises:
-            DataError: it cannot be read.
+            DataError: it cannot be read, or its header is not what it was.
         """
         raise NotImplementedError
 
@@ -173,22 +173,27 @@ class FileImages(ImageSet):
         return self._kind_names[self._kinds[i]]
 
     def file(self, i: int) -> Pixels:
-        try:
-            return np.fromfile(self.path(i), np.uint8)
-        except OSError as error:
-            raise unreadable(self.name(i), error) from error
+        data = read_file(self.path(i), self.name(i))
+        seen = look(io.BytesIO(data), full=False)  # some 20 us; a decoder may be less strict
+        if isinstance(seen, str):
+            raise DataError(f"{self.name(i)} cannot be read as an image ({seen})")
+        self._require_size(i, seen.height, seen.width)
+        return np.frombuffer(data, np.uint8)
 
     def name(self, i: int) -> str:
         return one_line(str(self.path(i)))
 
     def read(self, i: int) -> Pixels:
-        pixels, (height, width) = decode(self.path(i), self.name(i)), self.sizes[i]
-        if pixels.shape[:2] != (height, width):
-            H, W = pixels.shape[:2]
-            raise DataError(
-                f"{self.name(i)} has changed: it is {H} x {W} pixels, not {height} x {width}"
-            )
+        pixels = decode(self.path(i), self.name(i))
+        self._require_size(i, *pixels.shape[:2])
         return pixels
+
+    def _require_size(self, i: int, height: int, width: int) -> None:
+        H, W = self.sizes[i]
+        if (height, width) != (H, W):
+            raise DataError(
+                f"{self.name(i)} has changed: it is {height} x {width} pixels, not {H} x {W}"
+            )
 
     def _content(self, digest: "hashlib._Hash") -> None:
         digest.update(self._paths)

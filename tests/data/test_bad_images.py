@@ -36,6 +36,7 @@ from rdm_fast.errors import DataError
 from rdm_fast.run_folder import RunFolder
 from rdm_fast.trainer import Trainer
 from tests.data.conftest import natural
+from tests.data.dali_here import DECODING, needs_dali
 from tests.data.files import bomb, encode, png
 from tests.ranks import run_ranks
 from tests.tiny import tiny
@@ -362,20 +363,27 @@ def change(images: FileImages, i: int) -> None:
     LINE.save(images.path(i), "PNG")
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("spoil", [damage, vanish, change])
+def cut_off(images: FileImages, i: int) -> None:
+    images.path(i).write_bytes(images.path(i).read_bytes()[:-100])
+
+
+@pytest.mark.parametrize(
+    ("loader", "workers"), [("torch", 0), ("torch", 2), pytest.param("dali", 1, marks=needs_dali)]
+)
+@pytest.mark.parametrize("spoil", [damage, vanish, change, cut_off])
 def test_a_file_that_turns_bad_while_training_is_replaced_by_the_next_and_listed(
     spoil: Callable[[FileImages, int], None],
+    loader: str,
     workers: int,
     root: Path,
     tmp_path: Path,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     images = read_in(root, tmp_path)
-    before = epoch_of(images)
+    before = epoch_of(images, loader)
     for i in (2, 3, 7):
         spoil(images, i)
-    batch = epoch_of(images, workers=workers)
+    batch = epoch_of(images, loader, workers=workers)
     shown = {2: 4, 3: 4, 7: 0}
     assert batch.indices.tolist() == [shown.get(i, i) for i in before.indices.tolist()]
     assert images.labels is not None
@@ -396,17 +404,21 @@ def test_a_lost_file_is_listed_under_its_escaped_name(root: Path, tmp_path: Path
     assert rows(tmp_path) == [[str(path.parent / r"odd\\\n\t\udcff.png"), reason]]
 
 
-def test_losing_too_many_files_stops_the_run(root: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("loader", DECODING)
+@pytest.mark.parametrize("spoil", [damage, vanish])
+def test_losing_too_many_files_stops_the_run(
+    spoil: Callable[[FileImages, int], None], loader: str, root: Path, tmp_path: Path
+) -> None:
     images = read_in(root, tmp_path)
-    vanish(images, 5)
+    spoil(images, 5)
     with pytest.raises(DataError, match=r"5\.jpg .*lost 1 of 8 images.*--data\.max-bad 0\.1"):
-        epoch_of(images, max_bad=0.1)
-    with pytest.raises(DataError, match=r"5\.jpg cannot be read as an image \(no such file"):
-        epoch_of(images, on_bad_image="stop")
+        epoch_of(images, loader, max_bad=0.1)
+    with pytest.raises(DataError, match=r"5\.jpg cannot be read as an image"):
+        epoch_of(images, loader, on_bad_image="stop")
     for i in (0, 1, 2, 3, 4, 6, 7):
-        vanish(images, i)
+        spoil(images, i)
     with pytest.raises(DataError, match="nor can any of the"):
-        epoch_of(images, max_bad=1.0)
+        epoch_of(images, loader, max_bad=1.0)
 
 
 @pytest.mark.parametrize("make", IGNORED.values(), ids=IGNORED)
