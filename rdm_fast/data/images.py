@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from rdm_fast.data.decode import Pixels as Pixels
 from rdm_fast.data.decode import decode, look, one_line, read_file
 from rdm_fast.data.index import Index
-from rdm_fast.errors import DataError
+from rdm_fast.errors import ConfigMismatch, DataError
 
 Labels = NDArray[np.int64]
 
@@ -81,6 +81,19 @@ class ImageSet(ABC):
             digest.update(np.ascontiguousarray(self.labels, dtype="<i8").data)
         self._content(digest)
         return digest.hexdigest()
+
+    def require_digest(self, digest: str | None, run: Path, root: str) -> None:
+        """Refuse to go on with a run in `run` whose images had another digest (None: not known).
+
+        Raises:
+            ConfigMismatch: naming --data.root, which is `root`.
+        """
+        if digest not in (None, self.digest):
+            raise ConfigMismatch(
+                f"the images in --data.root {root} are not those that the run in {run} was started "
+                f"with (files or labels differ; now there are {len(self)} usable ones): put them "
+                "back as they were, or start anew with another --out"
+            )
 
 
 class PixelImages(ImageSet):
