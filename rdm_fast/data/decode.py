@@ -95,15 +95,16 @@ def decode(source: Path | BinaryIO, name: str) -> Pixels:
         raise unreadable(name, error) from error
 
 
-def read_file(path: Path, name: str) -> bytes:
-    """All bytes of a file.
+def read_file(path: Path, name: str, offset: int = 0, size: int = -1) -> bytes:
+    """Bytes of a file: `size` of them from `offset` on, or all.
 
     Raises:
         DataError: it cannot be read, or is no regular file; the message calls it `name`.
     """
     try:
         with _opened(path) as file:
-            return file.read()
+            file.seek(offset)
+            return file.read(size)
     except (OSError, ValueError) as error:
         raise unreadable(name, error) from error
 

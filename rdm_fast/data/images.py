@@ -162,42 +162,47 @@ class EncodedImages(ImageSet):
         return PixelImages(pixels, self.labels, self.classes)
 
 
-class FileImages(ImageSet):
-    """Image files, decoded when read."""
+class StoredImages(ImageSet):
+    """Image files that an index has looked at, read and decoded one by one."""
 
-    def __init__(self, root: Path, index: Index, labels: Labels | None, classes: list[str]) -> None:
-        """The usable ones of the files in an index of `root`; `labels` are those of all files."""
+    def __init__(self, index: Index, labels: Labels | None, classes: list[str]) -> None:
+        """The usable ones of an index; `labels` are those of all files."""
         kept = np.flatnonzero(index.usable)
         files = [index.files[k] for k in kept.tolist()]
         encoded = [os.fsencode(file.path) for file in files]
         # One buffer, not a million objects, whose reference counts would copy it into each worker.
         self._paths = b"".join(encoded)
         self._ends = np.cumsum([0, *map(len, encoded)])
-        self._root, self._file_sizes = root, np.array([file.size for file in files], "<i8")
+        self._file_sizes = np.array([file.size for file in files], "<i8")
         self._kinds, self._kind_names = index.kinds[kept], index.kind_names
         super().__init__(None if labels is None else labels[kept], classes, index.sizes[kept])
 
-    def path(self, i: int) -> Path:
-        """File of image i."""
-        return self._root / os.fsdecode(self._paths[self._ends[i] : self._ends[i + 1]])
+    def indexed_path(self, i: int) -> str:
+        """What the index calls image i."""
+        return os.fsdecode(self._paths[self._ends[i] : self._ends[i + 1]])
 
     def kind(self, i: int) -> str:
         """Format and Pillow mode of image i, `animated` if it is: `PNG I;16`, `GIF P animated`."""
         return self._kind_names[self._kinds[i]]
 
+    @abstractmethod
+    def _bytes(self, i: int) -> bytes:
+        """The file of image i.
+
+        Raises:
+            DataError: it cannot be read.
+        """
+
     def file(self, i: int) -> Pixels:
-        data = read_file(self.path(i), self.name(i))
+        data = self._bytes(i)
         seen = look(io.BytesIO(data), full=False)  # some 20 us; a decoder may be less strict
         if isinstance(seen, str):
             raise DataError(f"{self.name(i)} cannot be read as an image ({seen})")
         self._require_size(i, seen.height, seen.width)
         return np.frombuffer(data, np.uint8)
 
-    def name(self, i: int) -> str:
-        return one_line(str(self.path(i)))
-
     def read(self, i: int) -> Pixels:
-        pixels = decode(self.path(i), self.name(i))
+        pixels = decode(io.BytesIO(self._bytes(i)), self.name(i))
         self._require_size(i, *pixels.shape[:2])
         return pixels
 
@@ -212,3 +217,22 @@ class FileImages(ImageSet):
         digest.update(self._paths)
         digest.update(self._ends.astype("<i8").data)
         digest.update(self._file_sizes.data)
+
+
+class FileImages(StoredImages):
+    """Image files in a folder."""
+
+    def __init__(self, root: Path, index: Index, labels: Labels | None, classes: list[str]) -> None:
+        """The usable ones of the files in an index of `root`."""
+        super().__init__(index, labels, classes)
+        self._root = root
+
+    def path(self, i: int) -> Path:
+        """File of image i."""
+        return self._root / self.indexed_path(i)
+
+    def name(self, i: int) -> str:
+        return one_line(str(self.path(i)))
+
+    def _bytes(self, i: int) -> bytes:
+        return read_file(self.path(i), self.name(i))
