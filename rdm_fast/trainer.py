@@ -211,7 +211,7 @@ class Trainer:
     @cached_property
     def _test_images(self) -> ImageSet | None:
         try:
-            return load(self.config.data, "test")
+            return load(self.config.data, "test", self.folder.bad_test_files)
         except InputMissing as error:
             print0(f"no kNN while training: {error}")
             return None
@@ -264,6 +264,7 @@ class Trainer:
                 "skipped_in_a_row": self._skipped_in_a_row,
                 "filter_engine": self.engine.state if self.engine else {},
                 "world_size": world_size(),
+                "data": self.images.digest,
                 "ema_momentum": self.train_step.momentum(self.step),
             },
         )
@@ -287,6 +288,8 @@ class Trainer:
                 )
             return
         snapshot = checkpoint.load(path)
+        data = snapshot.state.get("data")
+        self.images.require_digest(data, self.folder.path, self.config.data.root)
         method, optimizer = self.train_step.method, self.train_step.optimizer
         checkpoint.load_strict(method, snapshot.model, f"checkpoint {path}")
         checkpoint.restore_optimizer(
