@@ -22,6 +22,7 @@ from rdm_fast.data_config import (
     require_choices,
     require_probability,
 )
+from rdm_fast.parallel_config import ParallelConfig
 
 __all__ = [
     "AugmentConfig",
@@ -33,6 +34,7 @@ __all__ = [
     "LogConfig",
     "ModelConfig",
     "OptimConfig",
+    "ParallelConfig",
     "ViewConfig",
 ]
 
@@ -267,6 +269,7 @@ class Config:
     filter: FilterConfig = field(default_factory=FilterConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     seed: int = 5
     """Seed of weights, data order and augmentation; with it a run is reproducible."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -287,3 +290,8 @@ class Config:
             "(spectral with filter.sigma=0 filters nothing)",
         )
         require(self.seed >= 0, f"seed={self.seed}: give 0 or more")
+        require(
+            not (self.parallel.static_graph and self.optim.accumulate > 1),
+            f"parallel.static_graph needs every backward to be alike, and with optim.accumulate="
+            f"{self.optim.accumulate} most are not averaged over ranks: leave one of them out",
+        )

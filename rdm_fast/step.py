@@ -23,6 +23,7 @@ from rdm_fast.distributed import world_size
 from rdm_fast.ema import ema_momentum
 from rdm_fast.methods import Branches, Method, StepOutput
 from rdm_fast.optim import build_optimizer, learning_rate, set_learning_rate
+from rdm_fast.parallel import wrap
 
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -57,12 +58,7 @@ class TrainStep:
         self.config, self.device = config, device
         self.steps_per_epoch = steps_per_epoch
         self.total_steps = steps_per_epoch * config.optim.epochs
-        self.parallel: nn.Module = self.method
-        if world_size() > 1:
-            devices = [device] if device.type == "cuda" else None
-            self.parallel = DistributedDataParallel(
-                self.method, device_ids=devices, gradient_as_bucket_view=True
-            )
+        self.parallel = wrap(self.method, config, device)
         self.optimizer = build_optimizer(self.method, config.optim, device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
         self._parameters = [p for p in self.method.parameters() if p.requires_grad]
