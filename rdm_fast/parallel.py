@@ -41,7 +41,7 @@ def wrap(method: Method, config: Config, device: torch.device) -> nn.Module:
     wrapped = DistributedDataParallel(
         method,
         device_ids=[device] if device.type == "cuda" else None,
-        bucket_cap_mb=size,  # type: ignore[arg-type]
+        bucket_cap_mb=size,
         gradient_as_bucket_view=True,
         static_graph=parallel.static_graph,
     )

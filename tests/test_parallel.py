@@ -1,7 +1,6 @@
 """rdm_fast.parallel: what ranks average, how often, and that every setting does what it says."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch

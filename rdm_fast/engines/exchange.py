@@ -43,4 +43,4 @@ def by_view(function: Callable[..., Result], *batches: Tensor) -> Result:
         torch.cat(piece).view(field.dtype).view(v, *field.shape[1:])
         for field, piece in zip(own, pieces, strict=True)
     )
-    return type(own)(*fields)  # type: ignore[arg-type]
+    return type(own)(*fields)

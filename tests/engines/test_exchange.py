@@ -8,8 +8,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rdm_fast.config import FilterConfig
-from rdm_fast.engines import engine_for, exchange, gemm
 from rdm_fast.engines import eigh as eigh_module
+from rdm_fast.engines import engine_for, exchange, gemm
 from rdm_fast.spectral import SpectralPredictor, spectral_loss
 from rdm_kernels.matrix_function import CHOLESKY_FAILED
 from tests.ranks import run_ranks
