@@ -150,8 +150,10 @@ class ModelConfig:
 class OptimConfig:
     """One optimizer step is the unit of everything: schedules, EMA, checkpoints, logs."""
 
-    optimizer: Literal["sgd", "lars", "adamw"] = "sgd"
-    """SGD with momentum, LARS (SGD with layer-wise trust ratios), or AdamW."""
+    optimizer: Literal["sgd", "lars", "adamw", "lamb"] = "sgd"
+    """SGD with momentum, LARS (SGD with layer-wise trust ratios), AdamW, or apex's LAMB."""
+    backend: Literal["torch", "apex"] = "torch"
+    """Whose optimizer: torch's (LARS is ours), or NVIDIA apex's fused sgd, adamw or lamb."""
     epochs: int = 100
     """Passes over the data."""
     global_batch: int = 256
@@ -185,6 +187,14 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         require_choices("optim.", self)
+        require(
+            self.optimizer != "lamb" or self.backend == "apex",
+            "optim.optimizer=lamb exists in NVIDIA apex only: add optim.backend=apex, or use lars",
+        )
+        require(
+            self.optimizer != "lars" or self.backend == "torch",
+            "optim.backend=apex has no lars: use optim.backend=torch, or optim.optimizer=lamb",
+        )
         for name in ("epochs", "global_batch", "accumulate"):
             value = getattr(self, name)
             require(value >= 1, f"optim.{name}={value}: give 1 or more")

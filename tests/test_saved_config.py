@@ -131,6 +131,7 @@ def test_the_rules_are_those_of_the_table() -> None:
     }
     assert by_rule["schedule"] == {name for name in names(Config) if name.startswith("optim.")} - {
         "optim.optimizer",
+        "optim.backend",
         "optim.accumulate",
     }
 
