@@ -20,8 +20,8 @@ ROOMS = [
     "errors", "durable", "data_config", "parallel_config", "config", "recipes", "distributed",
     "filters", "inner_products", "decomposition", "engines", "spectral", "spectrum",
     "backbone", "heads", "batchnorm", "ema", "methods", "apex_optim", "optim", "data",
-    "saved_config", "checkpoint", "run_folder", "environment", "telemetry", "evaluation", "parallel", "step",
-    "trainer", "launch", "command_line", "cli",
+    "saved_config", "checkpoint", "run_folder", "environment", "telemetry", "evaluation",
+    "parallel", "step", "trainer", "launch", "command_line", "cli",
 ]  # fmt: skip
 
 MACHINE_PATH = re.compile(r"(?<![\w.~-])/(?:work|root|home/\w+|Users/\w+)\b")

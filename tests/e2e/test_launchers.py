@@ -103,23 +103,22 @@ def nodes() -> Iterator[list[Node]]:
 
 
 def start(number: int, node: Node, master: str, port: int, out: Path) -> subprocess.Popen[bytes]:
-    words = command(f"--optim.epochs {EPOCHS} --out {out} {FLAGS}")
-    launcher = [
-        *("--nnodes", "2", "--node-rank", str(number), "--nproc-per-node", "1"),
-        *("--master-addr", master, "--master-port", str(port)),
-    ]
+    recipe, *words = command(f"--optim.epochs {EPOCHS} {FLAGS}")
+    settings = {
+        "NNODES": "2", "NODE_RANK": str(number), "NPROC": "1", "OUT": str(out),
+        "MASTER_ADDR": master, "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": node.interface,
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
+    }  # fmt: skip
     return subprocess.Popen(
-        [*node.prefix, sys.executable, "-m", "torch.distributed.run", *launcher,
-         str(ROOT / "train.py"), *words],
-        env=environment() | {"GLOO_SOCKET_IFNAME": node.interface},
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        [*node.prefix, "bash", str(ROOT / "docs/scaling/torchrun.sh"), recipe, *words],
+        env=environment() | settings, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
     )  # fmt: skip
 
 
 def test_two_nodes_end_with_the_bytes_of_two_ranks_on_one(
     nodes: list[Node], torchrun: dict[str, bytes], tmp_path: Path
 ) -> None:
-    """The command of docs/scaling/torchrun.sh, on CPUs. Both nodes see the same run folder."""
+    """By docs/scaling/torchrun.sh, one rank on each. Both nodes see the same run folder."""
     out = tmp_path / "run"
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
