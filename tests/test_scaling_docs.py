@@ -23,7 +23,8 @@ SHELL = [file for file in FILES if file.suffix in (".sh", ".sbatch")]
 YAML = [file for file in FILES if file.suffix == ".yaml"]
 # what starts training, with the words after it up to the end of the command
 STARTS = re.compile(
-    r"(?:torchrun(?:\.sh)?|train\.py|rdm train|-m rdm_fast train) +([a-z]+[0-9]*_\w+(?: [^\n#`&|]*)?)"
+    r"(?:torchrun(?:\.sh)?|train\.py|rdm train|-m rdm_fast train) +"
+    r"([a-z]+[0-9]*_\w+(?: [^\n#`&|]*)?)"
 )
 
 

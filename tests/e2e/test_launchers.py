@@ -14,11 +14,12 @@ from pathlib import Path
 import pytest
 
 from rdm_fast.run_folder import read_status
-from tests.processes import PATIENCE, ROOT, Run, environment, final_bytes
+from tests.processes import PATIENCE, ROOT, Run, children, environment, final_bytes
 from tests.tiny import command
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux")
 
+LOOPBACK = "0100007F"
 EPOCHS = 3  # of four steps
 FLAGS = "--log.every 1 --log.save-every 2"
 
@@ -36,6 +37,21 @@ def assert_same_bytes(out: Path, expected: dict[str, bytes]) -> None:
     assert [name for name in expected if found.get(name) != expected[name]] == []
 
 
+def listening(pids: list[int]) -> list[str]:
+    """Addresses, in /proc's hexadecimal, on which these processes wait for connections."""
+    owned = set()
+    for pid in pids:
+        for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+            with suppress(OSError):
+                owned.add(os.readlink(descriptor).removeprefix("socket:[").removesuffix("]"))
+    rows = [
+        row.split()
+        for table in ("tcp", "tcp6")
+        for row in Path(f"/proc/net/{table}").read_text().splitlines()[1:]
+    ]
+    return [row[1].partition(":")[0] for row in rows if row[3] == "0A" and row[9] in owned]
+
+
 def test_nproc_stops_saved_on_ctrl_c_and_ends_with_torchruns_bytes(
     torchrun: dict[str, bytes], tmp_path: Path
 ) -> None:
@@ -43,6 +59,11 @@ def test_nproc_stops_saved_on_ctrl_c_and_ends_with_torchruns_bytes(
     run = Run(out, EPOCHS, flags=f"{FLAGS} --nproc 2")
     try:
         run.wait_for_step(3)
+        launcher = run.process.pid
+        ranks = children(launcher)
+        assert len(ranks) == 2
+        found = listening([launcher, *ranks])
+        assert set(found) == {LOOPBACK}, found  # gloo's own connections, and nothing else
         run.process.send_signal(signal.SIGINT)
         assert run.end() == 75, run.log.read_text()
     finally:
