@@ -25,6 +25,7 @@ from rdm_fast.command_line import (
     check_ranks,
     parse_evaluate,
     parse_train,
+    without_nproc,
 )
 from rdm_fast.config import Config
 from rdm_fast.errors import Interrupted, RankLost, UsageError, UserError
@@ -51,13 +52,13 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 def train(argv: Sequence[str] | None = None, prog: str = "train.py") -> NoReturn:
     """Train, or go on training; the exit code is 0 when the run is complete."""
     words = sys.argv[1:] if argv is None else argv
-    _run(lambda: _train(parse_train(words, prog)), debug="--debug" in words)
+    _run(lambda: _train(parse_train(words, prog), words), debug="--debug" in words)
 
 
 def evaluate(argv: Sequence[str] | None = None, prog: str = "eval_linear.py") -> NoReturn:
     """Linear probe and kNN on a checkpoint's frozen features."""
     words = sys.argv[1:] if argv is None else argv
-    _run(lambda: _evaluate(parse_evaluate(words, prog)), debug="--debug" in words)
+    _run(lambda: _evaluate(parse_evaluate(words, prog), words), debug="--debug" in words)
 
 
 COMMANDS: dict[str, Callable[[Sequence[str], str], NoReturn]] = {
@@ -111,17 +112,20 @@ def _run(command: Callable[[], None], *, debug: bool) -> NoReturn:
 # ---- train -----------------------------------------------------------------------------------
 
 
-def _train(command: TrainCommand) -> None:
+def _train(command: TrainCommand, words: Sequence[str]) -> None:
     from rdm_fast.run_folder import RunFolder, read_config
     from rdm_fast.saved_config import config_to_dict
 
     config = command.config
     if command.resume is not None:
         config = replace(read_config(Path(command.resume)), out=command.resume)
-        check_ranks(config)
+        check_ranks(config, command.nproc)
     if command.print_config:
         print(yaml.safe_dump(config_to_dict(config), sort_keys=False), end="")
         return
+    if (ranks := _ranks_to_start(command.nproc)) > 1:
+        check_ranks(config, str(ranks))
+        _train_on_ranks(ranks, words, RunFolder.open(config.out, config, overwrite=False, rank=1))
     rank = _rank()
     with RunFolder.open(config.out, config, overwrite=command.overwrite, rank=rank) as folder:
         if folder.is_new:
@@ -130,6 +134,34 @@ def _train(command: TrainCommand) -> None:
             folder.accept(config, command.allow_change)
         with _reported(folder):
             _train_in(folder, config, extend=bool(command.allow_change))
+
+
+def _ranks_to_start(nproc: str) -> int:
+    if nproc == "1":
+        return 1
+    from rdm_fast.launch import ranks_on
+
+    ranks = ranks_on(nproc)
+    if nproc == "auto":
+        print(f"--nproc auto: {ranks} rank(s)", flush=True)
+    return ranks
+
+
+def _train_on_ranks(ranks: int, words: Sequence[str], folder: "RunFolder") -> NoReturn:
+    """Start the ranks, and end as they did; they write and tell what there is to tell."""
+    from rdm_fast.launch import launch
+    from rdm_fast.run_folder import read_status
+
+    command = ["-m", "rdm_fast", "train", *without_nproc(words)]
+    code, lost = launch(command, ranks, quiet="--debug" not in words)
+    state = ""
+    with contextlib.suppress(UserError):
+        state = read_status(folder.path)["state"]
+    if lost and state == "running":  # no rank was left to tell
+        error = RankLost(lost)
+        _write_end(folder, "failed", error)
+        raise error
+    raise SystemExit(Interrupted.code if code > 128 and state == "interrupted" else code)
 
 
 def _train_in(folder: "RunFolder", config: Config, *, extend: bool) -> None:
@@ -222,7 +254,16 @@ def _report_loss(folder: "RunFolder", error: RankLost) -> NoReturn:
 # ---- evaluate --------------------------------------------------------------------------------
 
 
-def _evaluate(command: EvaluateCommand) -> None:
+def _evaluate(command: EvaluateCommand, words: Sequence[str]) -> None:
+    if (ranks := _ranks_to_start(command.nproc)) > 1:
+        from rdm_fast.launch import launch
+
+        ranked = ["-m", "rdm_fast", "eval", *without_nproc(words)]
+        code, lost = launch(ranked, ranks, quiet=not command.debug)
+        if lost:
+            raise RankLost(lost)
+        raise SystemExit(code)
+
     from rdm_fast import distributed
     from rdm_fast.evaluation.run import evaluate_checkpoint, find_checkpoint
 

@@ -45,6 +45,8 @@ class TrainCommand:
     """What `train` was asked to do."""
 
     config: Annotated[Config, tyro.conf.arg(name="")]
+    nproc: str = "1"
+    """Ranks to start on this machine: a number, gpu (one a GPU), or auto (gpu, or 1 without)."""
     resume: str | None = None
     """Continue the run in this folder, with the configuration it was started with."""
     overwrite: Switch = False
@@ -55,6 +57,9 @@ class TrainCommand:
     """Print the whole configuration as YAML and stop."""
     debug: Switch = False
     """Show the traceback of an error."""
+
+    def __post_init__(self) -> None:
+        _check_nproc(self.nproc)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,18 +76,41 @@ class EvaluateCommand:
     """Images in one forward pass of the backbone, on each rank."""
     seed: int = 0
     """Seed of the probe."""
+    nproc: str = "1"
+    """Ranks to start on this machine: a number, gpu (one a GPU), or auto (gpu, or 1 without)."""
     device: str = "auto"
     """auto, cpu or cuda."""
     debug: Switch = False
     """Show the traceback of an error."""
 
     def __post_init__(self) -> None:
+        _check_nproc(self.nproc)
         if self.protocol != "auto" and self.protocol not in PROTOCOLS:
             raise ValueError(f"protocol={self.protocol} is unknown: use auto, {_or(PROTOCOLS)}")
         if self.device not in ("auto", "cpu", "cuda"):
             raise ValueError(f"device={self.device} is unknown: use auto, cpu or cuda")
         if self.batch < 1:
             raise ValueError(f"batch={self.batch}: give 1 or more images")
+
+
+def _check_nproc(nproc: str) -> None:
+    if nproc not in ("gpu", "auto") and not (nproc.isascii() and nproc.isdigit() and int(nproc)):
+        raise ValueError(f"nproc={nproc} is no number of ranks: give 1 or more, gpu, or auto")
+    if nproc != "1" and "RANK" in os.environ:
+        raise ValueError(
+            f"nproc={nproc} starts ranks, and this is one that torchrun or another launcher has "
+            "started: leave out --nproc, or start without the launcher"
+        )
+
+
+def without_nproc(words: Sequence[str]) -> list[str]:
+    """The words of a command but for --nproc and its value: what each rank is asked to do."""
+    kept: list[str] = []
+    for i, word in enumerate(words):
+        is_value = i > 0 and words[i - 1] == "--nproc"
+        if not is_value and word.partition("=")[0] != "--nproc":
+            kept.append(word)
+    return kept
 
 
 def _or(names: Any) -> str:
@@ -207,9 +235,9 @@ def parse_train(argv: Sequence[str], prog: str = "train.py") -> TrainCommand:
         f"\n\nShort names:\n{short}",
     )
     if command.resume is None:
-        check_ranks(command.config)
+        check_ranks(command.config, command.nproc)
         return command
-    alone = {"--resume", "--print-config", "--debug"}
+    alone = {"--resume", "--nproc", "--print-config", "--debug"}
     given = {word.partition("=")[0] for word in words if word.startswith("--")} - alone
     if given or named:
         raise UsageError(
@@ -219,14 +247,20 @@ def parse_train(argv: Sequence[str], prog: str = "train.py") -> TrainCommand:
     return command
 
 
-def check_ranks(config: Config) -> None:
-    """Make sure that the global batch divides over the ranks that torchrun started.
+def check_ranks(config: Config, nproc: str) -> None:
+    """Make sure that the global batch divides over the ranks, started or to be started.
+
+    Args:
+        config: of the run.
+        nproc: as in --nproc; of gpu and auto nothing is known without torch.
 
     Raises:
         UsageError: it does not.
     """
+    if nproc in ("gpu", "auto"):
+        return
     try:
-        config.optim.local_batch(int(os.environ.get("WORLD_SIZE", "1")))
+        config.optim.local_batch(int(os.environ.get("WORLD_SIZE", nproc)))
     except ValueError as error:
         raise UsageError(str(error)) from None
 

@@ -22,6 +22,7 @@ from rdm_fast.data_config import (
     require_choices,
     require_probability,
 )
+from rdm_fast.parallel_config import ParallelConfig
 from rdm_fast.step_config import StepConfig
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "LogConfig",
     "ModelConfig",
     "OptimConfig",
+    "ParallelConfig",
     "StepConfig",
     "ViewConfig",
 ]
@@ -150,8 +152,10 @@ class ModelConfig:
 class OptimConfig:
     """One optimizer step is the unit of everything: schedules, EMA, checkpoints, logs."""
 
-    optimizer: Literal["sgd", "lars", "adamw"] = "sgd"
-    """SGD with momentum, LARS (SGD with layer-wise trust ratios), or AdamW."""
+    optimizer: Literal["sgd", "lars", "adamw", "lamb"] = "sgd"
+    """SGD with momentum, LARS (SGD with layer-wise trust ratios), AdamW, or apex's LAMB."""
+    backend: Literal["torch", "apex"] = "torch"
+    """Whose optimizer: torch's (LARS is ours), or NVIDIA apex's fused sgd, adamw or lamb."""
     epochs: int = 100
     """Passes over the data."""
     global_batch: int = 256
@@ -185,6 +189,14 @@ class OptimConfig:
 
     def __post_init__(self) -> None:
         require_choices("optim.", self)
+        require(
+            self.optimizer != "lamb" or self.backend == "apex",
+            "optim.optimizer=lamb exists in NVIDIA apex only: add optim.backend=apex, or use lars",
+        )
+        require(
+            self.optimizer != "lars" or self.backend == "torch",
+            "optim.backend=apex has no lars: use optim.backend=torch, or optim.optimizer=lamb",
+        )
         for name in ("epochs", "global_batch", "accumulate"):
             value = getattr(self, name)
             require(value >= 1, f"optim.{name}={value}: give 1 or more")
@@ -270,6 +282,7 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
     step: StepConfig = field(default_factory=StepConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     seed: int = 5
     """Seed of weights, data order and augmentation; with it a run is reproducible."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -291,3 +304,8 @@ class Config:
             "(spectral with filter.sigma=0 filters nothing)",
         )
         require(self.seed >= 0, f"seed={self.seed}: give 0 or more")
+        require(
+            not (self.parallel.static_graph and self.optim.accumulate > 1),
+            f"parallel.static_graph needs every backward to be alike, and with optim.accumulate="
+            f"{self.optim.accumulate} most are not averaged over ranks: leave one of them out",
+        )

@@ -14,7 +14,7 @@ from torch import Tensor
 from rdm_fast.config import FilterConfig
 from rdm_fast.filters import cutoff, response
 from rdm_fast.inner_products import WIDE, gram_matrix
-from rdm_kernels import safe_eigh
+from rdm_kernels import Eigh, safe_eigh
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,16 @@ def decompose(G: Tensor, X: Tensor, config: FilterConfig) -> Decomposition:
         X: [v, B, D]; gives the sizes and the dtype whose noise is cut off.
         config: the filter.
     """
-    eigen = safe_eigh(G, non_negative=True)
+    return respond(eigen_of_gram(G), X, config)
+
+
+def eigen_of_gram(G: Tensor) -> Eigh:
+    """Eigenvalues and vectors of positive semi-definite matrices, [v, n, n] float64."""
+    return safe_eigh(G, non_negative=True)
+
+
+def respond(eigen: Eigh, X: Tensor, config: FilterConfig) -> Decomposition:
+    """The response on a spectrum; arguments as of `decompose`."""
     s = eigen.eigenvalues.sqrt()
     _, B, D = X.shape
     tau = cutoff(s, samples=B, features=D, dtype=X.dtype, relative=config.cutoff)

@@ -17,6 +17,8 @@ from torch import Tensor
 from rdm_fast.errors import RankLost, Unavailable
 
 TIMEOUT = timedelta(minutes=10)
+STORE = "RDM_FAST_STORE"
+"""Environment variable: the folder in which ranks of one machine meet, in place of a port."""
 
 
 def world_size() -> int:
@@ -54,14 +56,21 @@ def choose_device(asked: str) -> torch.device:
 
 
 def start(device: torch.device) -> None:
-    """Join torchrun's process group (NCCL on GPUs, gloo on CPUs); nothing to do without one."""
+    """Join the launcher's process group (NCCL on GPUs, gloo on CPUs); without one, do nothing."""
     if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return
+    backend, own_device = "gloo", None
     if device.type == "cuda":
         torch.cuda.set_device(device)
-        dist.init_process_group("nccl", timeout=TIMEOUT, device_id=device)
-    else:
-        dist.init_process_group("gloo", timeout=TIMEOUT)
+        backend, own_device = "nccl", device
+    store, number, world = None, -1, -1  # torchrun's variables tell
+    if folder := os.environ.get(STORE):
+        number, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        start = os.environ["TORCHELASTIC_RESTART_COUNT"]
+        store = dist.FileStore(f"{folder}/ranks-{start}", world)  # type: ignore[attr-defined]
+    dist.init_process_group(
+        backend, timeout=TIMEOUT, device_id=own_device, store=store, rank=number, world_size=world
+    )
 
 
 def stop() -> None:

@@ -11,17 +11,19 @@ biases) take r = 1 and wd = 0.
 
 Every optimizer here updates all parameters of a group in one launch and never waits for the device:
 learning rates are tensors on it, and where the attribute `found_inf`, a 0-d float32 tensor, is
-1 the step changes nothing, as torch's fused optimizers have it for gradient scaling.
+1 the step changes nothing, as torch's fused optimizers have it for gradient scaling. apex's cannot be
+told so: theirs is the one wait.
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
+from rdm_fast.apex_optim import build_apex_optimizer
 from rdm_fast.config import OptimConfig
 
 PREDICTOR = "predictor."
@@ -64,9 +66,15 @@ def parameter_groups(method: nn.Module, optim: OptimConfig) -> list[dict[str, An
 def build_optimizer(method: nn.Module, optim: OptimConfig, device: torch.device) -> Optimizer:
     """The optimizer of a run, over all trainable parameters of a method on `device`.
 
-    Its learning rates are 0-d tensors on the device; it steps where `found_inf` is not 1.
+    Its learning rates are 0-d tensors on the device (numbers, for apex); it steps where `found_inf`
+    is not 1.
+
+    Raises:
+        Unavailable: optim.backend=apex, and no apex that can be used.
     """
     groups = parameter_groups(method, optim)
+    if optim.backend == "apex":
+        return build_apex_optimizer(groups, optim, device)
     for group in groups:
         group["lr"] = torch.tensor(group["lr"], dtype=torch.float32, device=device)
     if optim.optimizer == "lars":
@@ -112,7 +120,10 @@ def set_learning_rate(optimizer: Optimizer, value: float) -> None:
     """Give every group of `build_optimizer` this learning rate, but those that are fixed."""
     for group in optimizer.param_groups:
         if not group.get("fixed_lr", False):
-            group["lr"].fill_(value)
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(value)
+            else:
+                group["lr"] = value
 
 
 class Lars(Optimizer):
@@ -168,7 +179,7 @@ class Lars(Optimizer):
     def _step_group(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
         d = torch._foreach_add(grads, params, alpha=group["weight_decay"])
         if group["adapt"]:
-            torch._foreach_mul_(d, _trust_ratios(group, params, grads))
+            _scale_each(d, _trust_ratios(group, params, grads))
         buffers = [self._momentum_buffer(p) for p in params]
         torch._fused_sgd_(  # the last line of the formula
             params,
@@ -191,15 +202,23 @@ class Lars(Optimizer):
         return state["momentum_buffer"]
 
 
-def _trust_ratios(
-    group: dict[str, Any], params: list[Tensor], grads: list[Tensor]
-) -> tuple[Tensor, ...]:
-    """r of every parameter, each 0-d and on the device."""
+def _scale_each(tensors: Sequence[Tensor], factors: Tensor) -> None:
+    """tensors[i] *= factors[i], dense tensors all at once, for factors [N] on their device.
+
+    foreach is one launch on a GPU only for lists whose shapes and strides agree, and falls back to
+    one a tensor where factors are 0-d. So both are made flat, each factor as long as its tensor.
+    """
+    sizes = [tensor.numel() for tensor in tensors]
+    flat = [tensor.as_strided((n,), (1,)) for tensor, n in zip(tensors, sizes, strict=True)]
+    longer = [factor.expand(n) for factor, n in zip(factors.unbind(), sizes, strict=True)]
+    torch._foreach_mul_(flat, torch.cat(longer).split(sizes))
+
+
+def _trust_ratios(group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> Tensor:
+    """r of every parameter, [N], on the device."""
     p_norm = torch.stack(torch._foreach_norm(params))
     g_norm = torch.stack(torch._foreach_norm(grads))
     scale = g_norm + group["weight_decay"] * p_norm + group["eps"]
     ratio = group["trust_coefficient"] * p_norm / scale
     ratio = ratio.where((p_norm > 0) & (g_norm > 0), 1.0)
-    if group["clip"]:
-        ratio = (ratio / group["lr"]).clamp(max=1.0)
-    return ratio.unbind()
+    return (ratio / group["lr"]).clamp(max=1.0) if group["clip"] else ratio

@@ -90,7 +90,9 @@ RULES: dict[str, Rule] = {
     "data.name": "identity", "data.root": "free", "data.download": "free", "data.loader": "free",
     "data.workers": "free", "data.classes": "identity", "data.verify": "identity",
     "data.on_bad_image": "free", "data.max_bad": "free",
-    "optim.": "schedule", "optim.optimizer": "identity", "optim.accumulate": "identity",
+    "optim.": "schedule", "optim.optimizer": "identity", "optim.backend": "identity",
+    "optim.accumulate": "identity",
+    "parallel.": "free", "parallel.compress": "identity",
     "log.": "free", "step.": "free", "device": "free", "out": "free",
 }  # fmt: skip
 """identity: another run; schedule: only if --allow-change names it; free: may always differ.
@@ -121,7 +123,7 @@ def check_resumable(old: dict[str, Any], new: Config, allow: tuple[str, ...] = (
         if name not in after or rule(name) != "schedule":
             raise UsageError(
                 f"--allow-change {name}: only settings of optim.* may change within a run (not "
-                "optim.optimizer and optim.accumulate); start anew with another --out"
+                "optim.optimizer, optim.backend, optim.accumulate); start anew with another --out"
             )
     changed = [n for n in after if before[n] != after[n] and rule(n) != "free" and n not in allow]
     if not changed:

@@ -31,6 +31,7 @@ from rdm_fast.graph import StepGraph
 from rdm_fast.host_copy import HostCopy
 from rdm_fast.methods import Branches, Method, StepOutput
 from rdm_fast.optim import build_optimizer, learning_rate, set_learning_rate
+from rdm_fast.parallel import wrap
 from rdm_fast.precision import autocast, float32_products
 
 COMPILE = {"default": "default", "max-autotune": "max-autotune-no-cudagraphs"}  # torch's names
@@ -96,12 +97,7 @@ class TrainStep:
         if config.step.compile != "none":
             for part in self.method.children():
                 part.compile(mode=COMPILE[config.step.compile], dynamic=False)
-        self.parallel: nn.Module = self.method
-        if world_size() > 1:
-            devices = [device] if device.type == "cuda" else None
-            self.parallel = DistributedDataParallel(
-                self.method, device_ids=devices, gradient_as_bucket_view=True
-            )
+        self.parallel = wrap(self.method, config, device)
         self.optimizer = build_optimizer(self.method, config.optim, device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
         self._parameters = [p for p in self.method.parameters() if p.requires_grad]
@@ -201,6 +197,8 @@ class TrainStep:
             return "of several ranks"
         if self.config.optim.accumulate > 1:
             return "in several parts (optim.accumulate)"
+        if self.config.optim.backend == "apex":
+            return "with optim.backend=apex, whose settings are numbers of the host"
         if self.engine and self.engine.name != "gemm":
             return f"with filter.engine={self.engine.name}, which waits for the device"
         return None

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rdm_fast.config import OptimConfig
+from rdm_fast.ema import update_ema
 from rdm_fast.optim import (
     Lars,
     build_optimizer,
@@ -384,6 +385,49 @@ def test_lars_never_waits_for_the_device(clip: bool) -> None:
         optim.step()
         with pytest.raises(AssertionError, match="waits for the device"):  # the check itself works
             params[0].sum().item()
+
+
+class _Launches(TorchDispatchMode):
+    """Counts operators that are no views, and the pairs of lists that foreach would not fuse."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count, self.misfits = 0, 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self.count += not func.is_view
+        lists = [arg for arg in args if isinstance(arg, list | tuple) and len(arg)]
+        for others in lists[1:] if "_foreach" in str(func) else []:
+            for p, q in zip(lists[0], others, strict=True):
+                self.misfits += (p.shape, p.stride()) != (q.shape, q.stride())
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("kind", ["lars", "ema"])
+def test_launches_do_not_grow_with_the_number_of_parameters(
+    kind: str, layout: torch.memory_format
+) -> None:
+    """On a GPU a foreach operator is one launch for lists of equal shapes and strides."""
+    counts = []
+    for copies in (1, 4):
+        network = nn.Sequential(*(nn.Conv2d(3, 3, 3) for _ in range(copies)), nn.Linear(5, 2))
+        network.to(memory_format=layout)  # type: ignore[call-overload]
+        target = copy.deepcopy(network)
+        optim = Lars(network.parameters(), lr=0.1, weight_decay=1e-3)
+        for p in network.parameters():
+            p.grad = torch.randn_like(p)
+        optim.step()  # makes the buffers
+        with _Launches() as launches:
+            if kind == "lars":
+                optim.step()
+            else:
+                update_ema(target, network, 0.99)
+        assert launches.misfits == 0
+        counts.append(launches.count)
+    assert counts[0] == counts[1] > 0
 
 
 def test_lars_returns_the_closures_loss() -> None:

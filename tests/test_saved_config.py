@@ -126,11 +126,12 @@ def test_the_rules_are_those_of_the_table() -> None:
         by_rule[rule(name)].add(name)
     assert by_rule["free"] == {
         *("data.root", "data.workers", "data.loader", "data.download", "device", "out"),
-        *("data.on_bad_image", "data.max_bad"),
+        *("data.on_bad_image", "data.max_bad", "parallel.bucket_mb", "parallel.static_graph"),
         *(name for name in names(Config) if name.startswith(("log.", "step."))),
     }
     assert by_rule["schedule"] == {name for name in names(Config) if name.startswith("optim.")} - {
         "optim.optimizer",
+        "optim.backend",
         "optim.accumulate",
     }
 

@@ -10,8 +10,9 @@ for that last product, which amplifies rounding only by s_max / s.
 from torch import Tensor
 
 from rdm_fast.config import FilterConfig
-from rdm_fast.decomposition import centre_samples, decompose, uses_samples
+from rdm_fast.decomposition import centre_samples, eigen_of_gram, respond, uses_samples
 from rdm_fast.engines.base import SpectralFilter, combine, lengths
+from rdm_fast.engines.exchange import by_view
 from rdm_fast.inner_products import WIDE, gram_and_swapped, gram_matrix, inner_products
 from rdm_kernels import filtered_cosine
 
@@ -32,7 +33,7 @@ class EighFilter(SpectralFilter):
             wide = wide - wide.mean(dim=1, keepdim=True)
             self.G = gram_matrix(wide, samples=False, wide=True)
         centred = centre_samples(self.G) if self.samples and config.center else self.G
-        self.spectrum = decompose(centred, X, config)
+        self.spectrum = respond(by_view(eigen_of_gram, centred), X, config)
         self.g = self.spectrum.g[:, None, :]
         if self.samples:
             self.U_over_S = self.spectrum.U_over_S

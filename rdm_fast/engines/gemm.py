@@ -18,9 +18,10 @@ from torch import Tensor
 from rdm_fast.config import FilterConfig
 from rdm_fast.decomposition import uses_samples
 from rdm_fast.engines.base import SpectralFilter, combine, lengths
+from rdm_fast.engines.exchange import by_view
 from rdm_fast.filters import g, noise_floor
 from rdm_fast.inner_products import WIDE, gram_and_swapped, gram_matrix, inner_products
-from rdm_kernels import filtered_cosine, matrix_function, product
+from rdm_kernels import MatrixFunction, filtered_cosine, matrix_function, product
 
 FALLING_DEGREE = 200  # of the Chebyshev series: s^-1 to 1e-7 of its maximum, at a cutoff of 1e-3
 
@@ -98,15 +99,14 @@ class GemmFilter(SpectralFilter):
             return Functions(unit[:, None, None] * G, None, unit)
         _, B, D = self.X.shape
         rms = (trace / (B * D)).sqrt()
-        result = matrix_function(
-            G,
-            self._response,
-            cutoff=self.config.cutoff,
-            floor=noise_floor(rms, samples=B, features=D, dtype=self.X.dtype),
-            degree=self._degree(),
-        )
+        floor = noise_floor(rms, samples=B, features=D, dtype=self.X.dtype)
+        result = by_view(self._matrix_function, G, floor)
         self.status = result.status
         return Functions(result.M, result.h, None)
+
+    def _matrix_function(self, G: Tensor, floor: Tensor) -> MatrixFunction:
+        cutoff, degree = self.config.cutoff, self._degree()
+        return matrix_function(G, self._response, cutoff=cutoff, floor=floor, degree=degree)
 
     def _degree(self) -> int | None:
         """Of the Chebyshev series of g; None for the one that suffices for a rising g."""

@@ -1,0 +1,155 @@
+"""The same run started by torchrun, by --nproc 2, and by torchrun on two nodes: the same bytes."""
+
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from rdm_fast.run_folder import read_status
+from tests.processes import PATIENCE, ROOT, Run, children, environment, final_bytes
+from tests.tiny import command
+
+pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux")
+
+LOOPBACK = "0100007F"
+EPOCHS = 3  # of four steps
+FLAGS = "--log.every 1 --log.save-every 2"
+
+
+@pytest.fixture(scope="module")
+def torchrun(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """What two ranks under torchrun end with."""
+    out = tmp_path_factory.mktemp("torchrun") / "run"
+    Run(out, EPOCHS, 2, FLAGS).finish()
+    return final_bytes(out)
+
+
+def assert_same_bytes(out: Path, expected: dict[str, bytes]) -> None:
+    found = final_bytes(out)
+    assert [name for name in expected if found.get(name) != expected[name]] == []
+
+
+def listening(pids: list[int]) -> list[str]:
+    """Addresses, in /proc's hexadecimal, on which these processes wait for connections."""
+    owned = set()
+    for pid in pids:
+        for descriptor in Path(f"/proc/{pid}/fd").iterdir():
+            with suppress(OSError):
+                owned.add(os.readlink(descriptor).removeprefix("socket:[").removesuffix("]"))
+    rows = [
+        row.split()
+        for table in ("tcp", "tcp6")
+        for row in Path(f"/proc/net/{table}").read_text().splitlines()[1:]
+    ]
+    return [row[1].partition(":")[0] for row in rows if row[3] == "0A" and row[9] in owned]
+
+
+def test_nproc_stops_saved_on_ctrl_c_and_ends_with_torchruns_bytes(
+    torchrun: dict[str, bytes], tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    run = Run(out, EPOCHS, flags=f"{FLAGS} --nproc 2")
+    try:
+        run.wait_for_step(3)
+        launcher = run.process.pid
+        ranks = children(launcher)
+        assert len(ranks) == 2
+        found = listening([launcher, *ranks])
+        assert set(found) == {LOOPBACK}, found  # gloo's own connections, and nothing else
+        run.process.send_signal(signal.SIGINT)
+        assert run.end() == 75, run.log.read_text()
+    finally:
+        run.kill()
+    status = read_status(out)
+    assert (status["state"], status["code"]) == ("interrupted", 75)
+    assert status["step"] >= 3 and (out / "checkpoints" / status["checkpoint"]).is_dir()
+    text = run.log.read_text()
+    assert text.count("error: stopped by a signal") == 1 and "Traceback" not in text
+
+    Run(out, EPOCHS, flags=f"{FLAGS} --nproc 2").finish()
+    assert_same_bytes(out, torchrun)
+
+
+# ---- two nodes -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Node:
+    """Where a node's launcher runs: a prefix to its command, its network interface, address."""
+
+    prefix: tuple[str, ...]
+    interface: str
+    address: str
+
+
+def ip(*words: str) -> None:
+    subprocess.run(["ip", *words], check=True, capture_output=True, timeout=10)
+
+
+@pytest.fixture
+def nodes() -> Iterator[list[Node]]:
+    """Two network namespaces joined by a cable, or, where none can be made, this machine twice."""
+    names = [f"rdm-{os.getpid()}-{i}" for i in range(2)]
+    addresses = [f"10.213.7.{i + 1}" for i in range(2)]
+    try:
+        if shutil.which("ip") is None:
+            raise FileNotFoundError
+        for name in names:
+            ip("netns", "add", name)
+        ip("link", "add", "node0", "netns", names[0], "type", "veth",
+           "peer", "name", "node1", "netns", names[1])  # fmt: skip
+        for i, (name, address) in enumerate(zip(names, addresses, strict=True)):
+            ip("-n", name, "addr", "add", f"{address}/24", "dev", f"node{i}")
+            ip("-n", name, "link", "set", f"node{i}", "up")
+            ip("-n", name, "link", "set", "lo", "up")
+            ip("netns", "exec", name, "true")
+        made = [
+            Node(("ip", "netns", "exec", name), f"node{i}", address)
+            for i, (name, address) in enumerate(zip(names, addresses, strict=True))
+        ]
+    except (OSError, subprocess.SubprocessError):
+        made = [Node((), "lo", "127.0.0.1")] * 2
+    yield made
+    for name in names:
+        with suppress(OSError, subprocess.SubprocessError):
+            ip("netns", "del", name)
+
+
+def start(number: int, node: Node, master: str, port: int, out: Path) -> subprocess.Popen[bytes]:
+    recipe, *words = command(f"--optim.epochs {EPOCHS} {FLAGS}")
+    settings = {
+        "NNODES": "2", "NODE_RANK": str(number), "NPROC": "1", "OUT": str(out),
+        "MASTER_ADDR": master, "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": node.interface,
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
+    }  # fmt: skip
+    return subprocess.Popen(
+        [*node.prefix, "bash", str(ROOT / "docs/scaling/torchrun.sh"), recipe, *words],
+        env=environment() | settings, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+    )  # fmt: skip
+
+
+def test_two_nodes_end_with_the_bytes_of_two_ranks_on_one(
+    nodes: list[Node], torchrun: dict[str, bytes], tmp_path: Path
+) -> None:
+    """By docs/scaling/torchrun.sh, one rank on each. Both nodes see the same run folder."""
+    out = tmp_path / "run"
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    print(f"nodes: {'two network namespaces' if nodes[0].prefix else 'this machine twice'}")
+    processes = [start(i, node, nodes[0].address, port, out) for i, node in enumerate(nodes)]
+    try:
+        told = [process.communicate(timeout=PATIENCE)[0].decode() for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], told
+    assert_same_bytes(out, torchrun)

@@ -1,0 +1,223 @@
+"""rdm_fast.apex_optim against packages named apex that are right, wrong, broken, or not there."""
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from rdm_fast import apex_optim
+from rdm_fast.checkpoint import flatten_optimizer, restore_optimizer
+from rdm_fast.config import OptimConfig
+from rdm_fast.errors import Unavailable
+from rdm_fast.optim import build_optimizer, set_learning_rate
+
+GPU = torch.device("cuda")  # only asked for its type: the stand-ins below run anywhere
+
+# The interface and the state of NVIDIA's: steps are counted in the group, zero_grad takes nothing.
+REAL = """
+import torch
+
+class _Fused(torch.optim.Optimizer):
+    def __init__(self, params, lr=1e-3, momentum=0.0, weight_decay=0.0):
+        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
+
+    def zero_grad(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.grad = None
+
+class FusedSGD(_Fused):
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for p in group["params"]:
+                d = p.grad + group["weight_decay"] * p
+                if "momentum_buffer" not in self.state[p]:
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+                p -= group["lr"] * self.state[p]["momentum_buffer"].mul_(group["momentum"]).add_(d)
+
+class FusedAdam(_Fused):
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            group["step"] = group.get("step", 0) + 1
+            for p in group["params"]:
+                state = self.state[p]
+                if len(state) == 0:
+                    state["exp_avg"] = torch.zeros_like(p)
+                m = state["exp_avg"].lerp_(p.grad, 0.1)
+                p -= group["lr"] * m / (1 - 0.9 ** group["step"])
+
+class FusedLAMB(FusedAdam):
+    pass
+"""
+PYTHON_ONLY = """
+class FusedSGD:
+    def __init__(self, *args, **kwargs):
+        raise RuntimeError("apex.optimizers.FusedSGD requires cuda extensions")
+"""
+PYRAMIDS = "raise ImportError('cannot import name x from pyramid.session')"
+Install = Callable[[str, str | None], None]
+
+
+@pytest.fixture
+def install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Install]:
+    """Makes `import apex` find a package with this __init__ and this apex.optimizers."""
+
+    def install(package: str, optimizers: str | None) -> None:
+        (tmp_path / "apex").mkdir()
+        (tmp_path / "apex/__init__.py").write_text(package)
+        if optimizers is not None:
+            (tmp_path / "apex/optimizers").mkdir()
+            (tmp_path / "apex/optimizers/__init__.py").write_text(optimizers)
+        monkeypatch.syspath_prepend(tmp_path)
+
+    def forget() -> None:
+        for name in [name for name in sys.modules if name.split(".")[0] == "apex"]:
+            del sys.modules[name]
+
+    forget()
+    yield install
+    forget()
+
+
+def method() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+
+
+def sentence(optimizer: str = "sgd", device: torch.device = GPU) -> str:
+    optim = OptimConfig(optimizer=optimizer, backend="apex")  # type: ignore[arg-type]
+    with pytest.raises(Unavailable) as caught:
+        build_optimizer(method(), optim, device)
+    message = str(caught.value)
+    assert message.startswith("optim.backend=apex") and "\n" not in message
+    assert "optim.backend=torch" in message
+    return message
+
+
+# ---- what is not NVIDIA apex -----------------------------------------------------------------
+
+
+def test_no_apex_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(apex_optim, "find_spec", lambda name: None)
+    message = sentence()
+    assert "which is not here" in message and "github.com/NVIDIA/apex" in message
+    assert "uninstall" not in message
+
+
+def test_the_other_project_of_that_name_is_recognised_without_being_imported(
+    install: Install,
+) -> None:
+    install(PYRAMIDS, None)
+    message = sentence()
+    assert "another project" in message and "pip uninstall apex, then build it" in message
+    assert "pyramid" not in message and "apex" not in sys.modules
+
+
+def test_an_apex_for_another_torch(install: Install) -> None:
+    install("", "raise ImportError('undefined symbol: _ZN3c10\\n in amp_C.so')")
+    message = sentence()
+    assert "undefined symbol: _ZN3c10 in amp_C.so" in message and "another torch" in message
+
+
+def test_an_apex_without_cuda_extensions_or_without_the_class(install: Install) -> None:
+    install("", PYTHON_ONLY)
+    assert "requires cuda extensions" in sentence()
+    assert "no usable FusedLAMB" in sentence("lamb")
+
+
+def test_apex_on_a_cpu(install: Install) -> None:
+    install("", REAL)
+    assert "runs on GPUs only and this run is on cpu" in sentence(device=torch.device("cpu"))
+
+
+# ---- what is ---------------------------------------------------------------------------------
+
+
+def steps(
+    method: nn.Module, optimizer: torch.optim.Optimizer, count: int, seed: int
+) -> list[Tensor]:
+    """The weights after a few steps on drawn gradients."""
+    generator = torch.Generator().manual_seed(seed)
+    for i in range(count):
+        for p in method.parameters():
+            p.grad = torch.randn(p.shape, generator=generator)
+        set_learning_rate(optimizer, 0.1 / (i + 1))
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        assert all(p.grad is None for p in method.parameters())
+    return [p.detach().clone() for p in method.parameters()]
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "kind"), [("sgd", "FusedSGD"), ("adamw", "FusedAdam"), ("lamb", "FusedLAMB")]
+)
+def test_state_goes_through_a_checkpoint_bit_for_bit(
+    optimizer: str, kind: str, install: Install
+) -> None:
+    """The stand-in divides by 1 - 0.9^step, so a lost count of steps shows."""
+    install("", REAL)
+    optim = OptimConfig(optimizer=optimizer, backend="apex")  # type: ignore[arg-type]
+    one = method()
+    first = build_optimizer(one, optim, GPU)
+    assert type(first).__name__ == kind
+    steps(one, first, 3, seed=1)
+    tensors, plain = flatten_optimizer(first, one.named_parameters())
+    plain = json.loads(json.dumps(plain, allow_nan=False))
+    assert all(plain[name] == 3 for name in plain) and bool(plain) == (optimizer != "sgd")
+
+    other = method()
+    other.load_state_dict(one.state_dict())
+    second = build_optimizer(other, optim, GPU)
+    steps(other, second, 1, seed=9)  # a state of its own, which must go
+    other.load_state_dict(one.state_dict())
+    tensors = {name: tensor.clone() for name, tensor in tensors.items()}
+    restore_optimizer(second, other.named_parameters(), tensors, plain)
+    found, expected = steps(other, second, 3, seed=2), steps(one, first, 3, seed=2)
+    assert all(map(torch.equal, found, expected))
+
+    restore_optimizer(second, other.named_parameters(), {}, {})  # back to the beginning
+    copied = method()
+    copied.load_state_dict(other.state_dict())
+    fresh = build_optimizer(copied, optim, GPU)
+    assert all(map(torch.equal, steps(other, second, 2, seed=3), steps(copied, fresh, 2, seed=3)))
+
+
+def test_settings_reach_apex(install: Install) -> None:
+    install("", REAL)
+    optim = OptimConfig(
+        backend="apex", momentum=0.8, weight_decay=1e-3, decay_norm_and_bias=False, base_lr=0.25
+    )
+    groups = build_optimizer(method(), optim, GPU).param_groups
+    assert [(group["momentum"], group["lr"], group["weight_decay"]) for group in groups] == [
+        (0.8, 0.25, 1e-3),
+        (0.8, 0.25, 0.0),
+    ]
+
+
+def test_apex_takes_the_steps_of_torchs_sgd(install: Install) -> None:
+    install("", REAL)
+    one, other = method(), method()
+    apex = build_optimizer(one, OptimConfig(backend="apex", weight_decay=0.1), GPU)
+    plain = build_optimizer(other, OptimConfig(weight_decay=0.1), torch.device("cpu"))
+    for p, q in zip(steps(one, apex, 3, seed=1), steps(other, plain, 3, seed=1), strict=True):
+        torch.testing.assert_close(p, q, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"optimizer": "lamb"}, r"lamb exists in NVIDIA apex only: add optim\.backend=apex"),
+        ({"optimizer": "lars", "backend": "apex"}, r"optim\.backend=apex has no lars: use"),
+    ],
+)
+def test_optimizers_that_a_backend_lacks_are_refused_at_once(
+    settings: dict[str, str], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        OptimConfig(**settings)  # type: ignore[arg-type]

@@ -1,0 +1,227 @@
+"""rdm_fast.parallel: what ranks average, how often, and that every setting does what it says."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
+from torch.nn.parallel import DistributedDataParallel
+
+from rdm_fast.config import Config, OptimConfig, ParallelConfig
+from rdm_fast.data import Batch
+from rdm_fast.methods import build_method
+from rdm_fast.parallel import wrap
+from rdm_fast.recipes import RECIPES
+from rdm_fast.saved_config import rule
+from rdm_fast.step import TrainStep
+from tests.ranks import run_ranks
+from tests.tiny import batch, tiny
+
+ROWS = 32
+CPU = torch.device("cpu")
+WORLD = 2
+BFLOAT16 = 2.0**-8  # unit roundoff
+
+
+def own(whole: Batch) -> Batch:
+    """This rank's rows."""
+    rank, share = dist.get_rank(), ROWS // dist.get_world_size()
+    rows = slice(rank * share, (rank + 1) * share)
+    return Batch(*(getattr(whole, name)[rows] for name in ("view1", "view2", "labels", "indices")))
+
+
+def config(recipe: str = "digits_rdm_simsiam", accumulate: int = 1, **parallel: object) -> Config:
+    return replace(
+        tiny(recipe, global_batch=ROWS, accumulate=accumulate),
+        parallel=ParallelConfig(**parallel),  # type: ignore[arg-type]
+    )
+
+
+def new_step(config: Config) -> TrainStep:
+    torch.manual_seed(0)
+    step = TrainStep(build_method(config), config, CPU, steps_per_epoch=4)
+    assert isinstance(step.parallel, DistributedDataParallel)
+    return step
+
+
+def train(step: TrainStep) -> list[Tensor]:
+    """The weights after three steps."""
+    step.settle()
+    for number in range(5, 8):
+        assert step(own(batch(ROWS, seed=number)), number).applied
+    return [tensor.detach().clone() for tensor in step.method.parameters()]
+
+
+def gradients(step: TrainStep, *, averaged: bool) -> list[Tensor]:
+    """Of one backward, on this rank alone or averaged over ranks."""
+    parts = own(batch(ROWS))
+    with step._no_sync(not averaged):
+        step.parallel(parts.view1, parts.view2).loss.backward()
+    found = [p.grad.clone() for p in step.method.parameters() if p.grad is not None]
+    step.optimizer.zero_grad(set_to_none=True)
+    return found
+
+
+def reductions(step: TrainStep) -> Tensor:
+    """How many buckets a step sends: before buckets are laid out anew, and after that."""
+    sent: list[int] = []
+
+    def count(state: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+        sent.append(bucket.index())
+        return default_hooks.allreduce_hook(None, bucket)
+
+    assert isinstance(step.parallel, DistributedDataParallel)
+    step.parallel.register_comm_hook(None, count)
+    counts = []
+    for number in range(5, 7):
+        step(own(batch(ROWS)), number)
+        counts.append(len(sent))
+        sent.clear()
+    return torch.tensor(counts)
+
+
+def _rank() -> dict[str, list[Tensor]]:
+    plain = new_step(config())
+    plain.parallel = DistributedDataParallel(plain.method, gradient_as_bucket_view=True)
+    found = {
+        "torch's own defaults": train(plain),
+        "default": train(new_step(config())),
+        "static graph": train(new_step(config(static_graph=True))),
+        "small buckets": train(new_step(config(bucket_mb=0.01))),
+    }
+    for compress in ("none", "bf16", "fp16"):
+        step = new_step(config(compress=compress))
+        found[f"alone, {compress}"] = gradients(step, averaged=False)
+        found[f"averaged, {compress}"] = gradients(step, averaged=True)
+    for recipe in ("digits_simsiam", "digits_rdm_simsiam"):
+        for parts in (1, 4):
+            found[f"{recipe} in {parts}"] = [reductions(new_step(config(recipe, parts)))]
+    found["small buckets sent"] = [reductions(new_step(config(bucket_mb=0.01)))]
+    return found
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, list[Tensor]]]:
+    found: list[dict[str, list[Tensor]]] = run_ranks(
+        WORLD, _rank, tmp_path=tmp_path_factory.mktemp("ranks")
+    )
+    return found
+
+
+Ranks = list[dict[str, list[Tensor]]]
+
+
+def test_the_defaults_are_torchs_own_bit_for_bit(ranks: Ranks) -> None:
+    for found in ranks:
+        assert all(map(torch.equal, found["default"], found["torch's own defaults"]))
+
+
+@pytest.mark.parametrize("setting", ["default", "static graph", "small buckets"])
+def test_ranks_stay_equal(setting: str, ranks: Ranks) -> None:
+    assert all(map(torch.equal, *(found[setting] for found in ranks)))
+
+
+@pytest.mark.parametrize("setting", ["static graph", "small buckets"])
+def test_layout_and_a_static_graph_change_no_bit_between_two_ranks(
+    setting: str, ranks: Ranks
+) -> None:
+    """Two summands have one order."""
+    for found in ranks:
+        assert all(map(torch.equal, found[setting], found["default"]))
+
+
+def test_uncompressed_gradients_are_the_mean_over_ranks(ranks: Ranks) -> None:
+    for alone, averaged in zip(
+        zip(*(found["alone, none"] for found in ranks), strict=True),
+        ranks[0]["averaged, none"],
+        strict=True,
+    ):
+        torch.testing.assert_close(averaged, sum(alone) / WORLD, atol=0, rtol=2**-22)
+
+
+@pytest.mark.parametrize(
+    ("compress", "dtype", "unit"),
+    [("bf16", torch.bfloat16, BFLOAT16), ("fp16", torch.float16, BFLOAT16 / 8)],
+)
+def test_compressed_gradients_have_16_bits_and_the_error_of_three_roundings(
+    compress: str, dtype: torch.dtype, unit: float, ranks: Ranks
+) -> None:
+    """The cast, half of it, and the sum; below 2^-14 float16 has a fixed step of 2^-24."""
+    smallest = 3 * 2.0**-25 if compress == "fp16" else 0.0
+    different = False
+    for found in ranks:
+        assert all(map(torch.equal, found[f"alone, {compress}"], found["alone, none"]))
+    for one, other, exact, sent in zip(
+        *(found["alone, none"] for found in ranks),
+        ranks[0]["averaged, none"],
+        ranks[0][f"averaged, {compress}"],
+        strict=True,
+    ):
+        assert torch.equal(sent, sent.to(dtype).float())
+        bound = 1.01 * unit * (one.abs() + other.abs()) + 2 * smallest
+        assert ((sent - exact).abs() <= bound).all()
+        different |= not torch.equal(sent, exact)
+    assert different
+    assert all(map(torch.equal, *(found[f"averaged, {compress}"] for found in ranks)))
+
+
+@pytest.mark.parametrize("recipe", ["digits_simsiam", "digits_rdm_simsiam"])
+def test_a_step_in_parts_sends_its_gradient_once(recipe: str, ranks: Ranks) -> None:
+    for found in ranks:
+        (whole,), (parts,) = found[f"{recipe} in 1"], found[f"{recipe} in 4"]
+        assert whole.tolist() == parts.tolist() and 0 < whole[1] <= 2
+
+
+def test_smaller_buckets_are_more(ranks: Ranks) -> None:
+    for found in ranks:
+        (counts,) = found["small buckets sent"]
+        assert counts[1] > found["digits_rdm_simsiam in 1"][0][1]
+
+
+def test_one_rank_needs_no_wrapper() -> None:
+    for parallel in (ParallelConfig(), ParallelConfig(compress="bf16", static_graph=True)):
+        settings = replace(tiny(), parallel=parallel)
+        method = build_method(settings)
+        assert wrap(method, settings, CPU) is method
+
+
+def _strides_differ(target: nn.Module, online: nn.Module) -> list[str]:
+    pairs = zip(target.named_parameters(), online.parameters(), strict=True)
+    return [name for (name, p), q in pairs if p.stride() != q.stride()]
+
+
+def test_target_weights_lie_in_memory_as_the_online_ones() -> None:
+    """Otherwise a GPU moves them one launch each: its fused form takes equal layouts only."""
+    step = TrainStep(build_method(tiny("digits_byol")), tiny("digits_byol"), CPU, steps_per_epoch=4)
+    method = step.method
+    assert method.backbone.conv1.weight.is_contiguous(memory_format=torch.channels_last)  # type: ignore[union-attr, operator]
+    assert _strides_differ(method.target_backbone, method.backbone) == []  # type: ignore[arg-type]
+    assert _strides_differ(method.target_projector, method.projector) == []  # type: ignore[arg-type]
+
+
+# ---- configuration ---------------------------------------------------------------------------
+
+
+def test_a_static_graph_in_parts_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"parallel\.static_graph .* optim\.accumulate=2"):
+        Config(parallel=ParallelConfig(static_graph=True), optim=OptimConfig(accumulate=2))
+
+
+@pytest.mark.parametrize("size", [0.0, -1.0, float("nan"), float("inf")])
+def test_a_bucket_has_a_size(size: float) -> None:
+    with pytest.raises(ValueError, match=r"parallel\.bucket_mb=.*: give a size in MiB above 0"):
+        ParallelConfig(bucket_mb=size)
+
+
+def test_no_recipe_changes_how_gradients_are_averaged() -> None:
+    assert all(recipe().parallel == ParallelConfig() for recipe in RECIPES.values())
+    assert ParallelConfig() == ParallelConfig(bucket_mb=25.0, compress="none", static_graph=False)
+
+
+def test_only_compression_makes_another_run() -> None:
+    assert [rule(f"parallel.{name}") for name in ("bucket_mb", "static_graph", "compress")] == [
+        *("free", "free"),
+        "identity",
+    ]
