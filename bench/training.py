@@ -16,11 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from bench.conftest import plan, synced_clock, warmed
+from bench.conftest import ROUND_S, plan, synced_clock, warmed
 from rdm_fast.backbone import build_backbone
 from rdm_fast.config import Config, ModelConfig, Precision
 from rdm_fast.data import Batch
-from rdm_fast.doctor import without_filter
+from rdm_fast.doctor.stages import without_filter
 from rdm_fast.methods import build_method
 from rdm_fast.recipes import recipe
 from rdm_fast.step import AUTOCAST, TrainStep
@@ -152,7 +152,7 @@ def in_turns(rivals: Mapping[str, Call], rounds: int) -> dict[str, list[Turn]]:
     In every round each has one turn, and the first of a round is another one each time: what else
     the machine does falls on all of them alike. Ratios are best taken within rounds (`ratio`).
     """
-    calls = {name: plan(warmed(call), 0.0)[1] for name, call in rivals.items()}
+    calls = {name: plan(warmed(call), ROUND_S)[1] for name, call in rivals.items()}
     names = list(rivals)
     turns: dict[str, list[Turn]] = {name: [] for name in names}
     for k in range(rounds):

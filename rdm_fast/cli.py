@@ -255,7 +255,7 @@ def _evaluate(command: EvaluateCommand) -> None:
 
 def _doctor(command: DoctorCommand) -> None:
     from rdm_fast.distributed import choose_device
-    from rdm_fast.doctor import diagnose
+    from rdm_fast.doctor.diagnosis import diagnose
 
     device = choose_device(command.config.device)
     path = None if command.json is None else Path(command.json)

@@ -18,7 +18,8 @@ from rdm_fast import cli
 from rdm_fast.command_line import parse_doctor
 from rdm_fast.config import Config
 from rdm_fast.data import build_loader, load
-from rdm_fast.doctor import Step, diagnose, without_filter
+from rdm_fast.doctor.diagnosis import diagnose
+from rdm_fast.doctor.stages import Step, without_filter
 from rdm_fast.errors import UsageError
 from rdm_fast.methods import build_method
 from tests.tiny import METHODS, batch, tiny

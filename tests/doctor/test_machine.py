@@ -10,8 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from rdm_fast.doctor import look_at_machine, machine
-from rdm_fast.doctor.machine import Finding, apex_here, cpu_flags, gpus, usable_cpus
+from rdm_fast.doctor import machine
+from rdm_fast.doctor.machine import (
+    Finding,
+    apex_here,
+    cpu_flags,
+    gpus,
+    look_at_machine,
+    usable_cpus,
+)
 
 ROOT = Path(__file__).parents[2]
 

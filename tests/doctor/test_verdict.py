@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from rdm_fast.config import Config
-from rdm_fast.doctor import Situation, Verdict, verdict
+from rdm_fast.doctor.verdict import Situation, Verdict, verdict
 from rdm_fast.recipes import recipe
 
 
