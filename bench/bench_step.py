@@ -10,13 +10,15 @@ GPU the roof is the faster of the eager step and of its CUDA graph.
     symsimsiam                      without predictor and stop-gradient
 """
 
+import os
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from bench.conftest import is_small, plan, replay, synced_clock, warmed
+from bench.conftest import is_small, plan, replay, warmed
 from bench.training import (
     CASES,
     GPU,
@@ -27,14 +29,17 @@ from bench.training import (
     UNFILTERED,
     Call,
     Case,
+    Turn,
     input_dtype,
     noise,
     our_step,
     peak_memory_gib,
     phases,
+    ratio,
     spread,
     supervised_step,
     train_step,
+    turn,
 )
 
 METHODS = [
@@ -71,7 +76,7 @@ def roof_of(case: Case) -> Call:
 
 def bench_train_step(
     benchmark: BenchmarkFixture,
-    record: Callable[[dict[str, object]], None],
+    record: Callable[[dict[str, Any]], None],
     request: pytest.FixtureRequest,
     name: str,
     case: str,
@@ -84,33 +89,37 @@ def bench_train_step(
         phases_of(name, shape, rounds=1)
         supervised_step(shape)()
         return
-    roof, roof_times = roof_of(shape), list[float]()
+    roof = roof_of(shape)
     warmed(roof)
     rounds, _ = plan(warmed(step), request.config.getoption("seconds"))
     memory = peak_memory_gib(step)
-
-    def roof_first() -> None:
-        start = synced_clock()
-        roof()
-        roof_times.append(synced_clock() - start)
-
-    benchmark.pedantic(step, setup=roof_first, rounds=rounds, iterations=1)
-    times = benchmark.stats.stats.data
-    share = [2 * theirs / ours for ours, theirs in zip(times, roof_times, strict=True)]
-    median, iqr = spread(times)
-    record(
-        {
-            "median_s": median,
-            "iqr_s": iqr,
-            "rounds": rounds,
-            "images_per_s": shape.batch / median,
-            "roof_s": spread(roof_times)[0],
-            "percent_of_roof": 100 * spread(share)[0],
-            "phases_ms": phases_of(name, shape, PHASE_ROUNDS),
-            "peak_memory_gib": memory,
-            "precision": PRECISION,
-        }
+    of_roof, of_step = list[Turn](), list[Turn]()
+    benchmark.pedantic(
+        lambda: of_step.append(turn(step, 1)),
+        setup=lambda: of_roof.append(turn(roof, 1)),
+        rounds=rounds,
+        iterations=1,
     )
+    median, iqr = spread([one.wall for one in of_step])
+    row = {
+        "median_s": median,
+        "iqr_s": iqr,
+        "rounds": rounds,
+        "images_per_s": shape.batch / median,
+        "percent_of_roof": percent([t.wall for t in of_roof], [t.wall for t in of_step]),
+        "phases_ms": phases_of(name, shape, PHASE_ROUNDS),
+        "peak_memory_gib": memory,
+        "precision": PRECISION,
+    }
+    if not GPU:
+        cpu = percent([t.cpu for t in of_roof], [t.cpu for t in of_step])
+        row |= {"cpu_percent_of_roof": cpu, "load_average": os.getloadavg()[0]}
+    record(row)
+
+
+def percent(roof: list[float], step: list[float]) -> float:
+    """A step's speed per view as a share of the roof's: the median over rounds."""
+    return 100 * ratio([2 * theirs for theirs in roof], step)
 
 
 def phases_of(name: str, case: Case, rounds: int) -> dict[str, float]:

@@ -113,6 +113,9 @@ def loss(measured: list[Json]) -> list[str]:
     return [f"Median and inter-quartile range; {n}.", table(header, lines)]
 
 
+SHARES = ("percent_of_roof", "cpu_percent_of_roof")
+
+
 def step(measured: list[Json]) -> list[str]:
     """A row for each case and method: time, share of the supervised roof, phases, memory."""
     phases = list(dict.fromkeys(phase for row in measured for phase in row["phases_ms"]))
@@ -128,12 +131,15 @@ def step(measured: list[Json]) -> list[str]:
                 timing(row),
                 str(row["rounds"]),
                 f"{row['images_per_s']:,.0f}",
-                f"{row['percent_of_roof']:.0f} %",
+                " / ".join(f"{row[share]:.0f} %" for share in SHARES if share in row),
                 *(f"{row['phases_ms'][phase]:.3g}" for phase in phases),
                 "" if memory is None else f"{memory:.1f}",
             ]
         )
-    note = "Median and inter-quartile range; phases are of the eager step, each waited for."
+    note = (
+        "Median and inter-quartile range; on a CPU the second share is of CPU time. Phases are of "
+        "the eager step, each waited for."
+    )
     return [note, table(header, lines)]
 
 

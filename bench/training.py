@@ -29,7 +29,7 @@ GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
 PRECISION: Precision = "bf16" if GPU else "fp32"
 LAYOUT = torch.channels_last
-CLASSES = {"cifar10": 10, "imagenet": 1000}
+CLASSES = {"digits": 10, "cifar10": 10, "imagenet": 1000}
 UNFILTERED = "_unfiltered"
 STEPS_PER_EPOCH = 100
 Call = Callable[[], object]
@@ -40,7 +40,7 @@ class Case:
     """What all rivals have in common."""
 
     recipes: str
-    """cifar10 or imagenet: whose heads, optimizer and stem."""
+    """digits, cifar10 or imagenet: whose heads, optimizer and stem."""
     backbone: str
     side: int
     batch: int
@@ -73,7 +73,11 @@ class Case:
 
 
 SMALLEST = Case("cifar10", "resnet8", 8, 8)
-ON_CPU = [Case("cifar10", "resnet8", 32, 64), Case("cifar10", "resnet18", 32, 16)]
+ON_CPU = [
+    Case("digits", "resnet8", 16, 200),  # the embedded default
+    Case("cifar10", "resnet8", 32, 64),
+    Case("cifar10", "resnet18", 32, 16),
+]
 ON_GPU = [
     *(Case("cifar10", "resnet18", 32, batch) for batch in (256, 512)),
     *(Case("imagenet", "resnet50", 224, batch) for batch in (128, 256, 512)),
@@ -158,12 +162,16 @@ def in_turns(rivals: Mapping[str, Call], rounds: int) -> dict[str, list[Turn]]:
     for k in range(rounds):
         first = k % len(names)
         for name in names[first:] + names[:first]:
-            n = calls[name]
-            wall, cpu = synced_clock(), time.process_time()
-            for _ in range(n):
-                rivals[name]()
-            turns[name].append(Turn((synced_clock() - wall) / n, (time.process_time() - cpu) / n))
+            turns[name].append(turn(rivals[name], calls[name]))
     return turns
+
+
+def turn(call: Call, n: int) -> Turn:
+    """What one of n calls in a row takes."""
+    wall, cpu = synced_clock(), time.process_time()
+    for _ in range(n):
+        call()
+    return Turn((synced_clock() - wall) / n, (time.process_time() - cpu) / n)
 
 
 def ratio(one: Sequence[float], other: Sequence[float]) -> float:
