@@ -20,7 +20,7 @@ from rdm_fast.doctor.machine import Finding, has_fast_bf16, look_at_machine, usa
 from rdm_fast.doctor.stages import Stage, Step
 from rdm_fast.doctor.verdict import Situation, Verdict, verdict
 from rdm_fast.engines import engine_for
-from rdm_fast.errors import CannotCreate, OutputFailed
+from rdm_fast.errors import CannotCreate, OutputFailed, UsageError
 
 WIDTH = 120  # of a table where there is no terminal
 
@@ -57,7 +57,13 @@ def diagnose(config: Config, device: torch.device, *, batches: int, path: Path |
         f"{config.precision}, on {device.type}, loader {loader.name}, filter engine {engine}",
     )
     step = Step(config, images, loader, device, batches=batches)
-    stages = list(step.stages())
+    try:
+        stages = list(step.stages())
+    except torch.OutOfMemoryError:
+        raise UsageError(
+            f"--optim.global-batch {config.optim.global_batch} does not fit into the memory of "
+            f"{device}: give less, or --optim.accumulate {2 * config.optim.accumulate}"
+        ) from None
     console.print(stage_table(stages, console.is_terminal))
     missing = {finding.name: finding.install for finding in findings}
     found = verdict(

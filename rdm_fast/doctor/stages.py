@@ -11,7 +11,7 @@
 
 Times are total time over number of batches, since batches from several workers come in bursts: by
 CUDA events on a GPU, by the clock on a CPU. The model is one of the doctor's own, drawn at random
-and thrown away; nothing is written anywhere.
+and thrown away. Nothing is written but the index of a folder of images, as in training.
 """
 
 import itertools

@@ -5,6 +5,7 @@ The parts are slow by work that cannot be hidden, and by a factor of ten or more
 
 import json
 import shutil
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,9 @@ from rdm_fast import cli
 from rdm_fast.command_line import parse_doctor
 from rdm_fast.config import Config
 from rdm_fast.data import build_loader, load
+from rdm_fast.doctor import stages
 from rdm_fast.doctor.diagnosis import diagnose
-from rdm_fast.doctor.stages import Step, without_filter
+from rdm_fast.doctor.stages import LIMIT_S, Clock, Step, without_filter
 from rdm_fast.errors import UsageError
 from rdm_fast.methods import build_method
 from tests.tiny import METHODS, batch, tiny
@@ -99,6 +101,49 @@ def test_batches_of_parallel_workers_are_measured_in_whole_bursts() -> None:
     assert step.loading().batches == 4
 
 
+class Hands:
+    """A clock that only moves when it is told to."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 0.0
+        monkeypatch.setattr(time, "perf_counter", lambda: self.now)
+
+    def pass_by(self, seconds: float) -> None:
+        self.now += seconds
+
+
+@pytest.mark.parametrize(
+    ("seconds", "burst", "expected"),
+    [(0.5, 1, 8), (0.5, 3, 9), (LIMIT_S / 4, 1, 4), (LIMIT_S / 4, 3, 6), (10 * LIMIT_S, 1, 1)],
+)
+def test_a_stage_takes_so_many_batches_or_so_long(
+    seconds: float, burst: int, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hands = Hands(monkeypatch)
+    clock = Clock(CPU, batches=8)
+    stage = clock.time("x", lambda: hands.pass_by(seconds), 32, warm_up=1, burst=burst)
+    assert stage.batches == expected
+    assert stage.seconds == pytest.approx(seconds)
+    assert stage.images_per_s == pytest.approx(32 / seconds)
+
+
+def test_what_is_done_image_by_image_is_told_for_a_whole_batch(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = tiny(global_batch=64)
+    config = replace(config, data=replace(config.data, loader="torch", workers=0))
+    images = load(config.data, "train")
+    loader = build_loader(config, images, rank=0, world_size=1, device=CPU)
+    step = Step(config, images, loader, CPU, batches=3)
+    hands = Hands(monkeypatch)
+    monkeypatch.setattr(
+        stages, "view_of_image", lambda *_: hands.pass_by(0.25)
+    )  # two views an image
+    stage = step.augmentation()
+    assert stage.seconds == pytest.approx(64 * 0.5)
+    assert stage.images_per_s == pytest.approx(2.0)
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_the_model_without_its_filter_is_the_same_but_for_the_criterion(name: str) -> None:
     config = tiny(name, global_batch=16)
@@ -149,6 +194,18 @@ def test_mistakes_are_one_sentence_and_leave_before_anything_is_measured(
     assert "did you mean digits_rdm_simsiam?" in capsys.readouterr().err
     assert run("cifar10_simsiam", "--data.root", str(tmp_path)) == 66
     assert "torch " in capsys.readouterr().out  # the machine is told all the same
+
+
+def test_a_batch_that_does_not_fit_is_told_with_the_way_out(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(_: Step) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(Step, "stages", full)
+    assert run("digits_byol") == 2
+    message = capsys.readouterr().err
+    assert "--optim.global-batch 200 does not fit" in message and "--optim.accumulate 2" in message
 
 
 def test_it_takes_the_flags_of_train_and_refuses_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
