@@ -74,6 +74,7 @@ def diagnose(config: Config, device: torch.device, *, batches: int, path: Path |
             engine=engine,
             on_gpu=device.type == "cuda",
             cpus=usable_cpus(),
+            threads=torch.get_num_threads(),
             fast_bf16=device.type == "cuda" or has_fast_bf16(),
             dali=missing["DALI"],
         )

@@ -28,6 +28,8 @@ class Situation:
     on_gpu: bool
     cpus: int
     """That this process may use."""
+    threads: int
+    """Of torch's operations on a CPU."""
     fast_bf16: bool
     """Whether the device multiplies bf16 faster than fp32."""
     dali: str
@@ -116,4 +118,9 @@ def _model_advice(now: Situation) -> list[str]:
         return ["--precision bf16: instead of fp32"]
     if now.on_gpu:
         return ["more GPUs (torchrun): data and filter keep up with this one"]
+    if now.threads < now.cpus:
+        return [
+            f"OMP_NUM_THREADS={now.cpus}: torch uses {now.threads} of {now.cpus} cores; more is "
+            "faster where no other program keeps them busy"
+        ]
     return ["a GPU, or --model.backbone: smaller; data and filter keep up with this CPU"]

@@ -25,6 +25,7 @@ def judge(
         "engine": "eigh",
         "on_gpu": False,
         "cpus": 8,
+        "threads": 8,
         "fast_bf16": False,
         "dali": "",
     }
@@ -90,6 +91,12 @@ def test_a_slow_model_is_told_of_bf16_only_where_that_is_fast_and_not_yet_used()
     assert judge(1, 30, config=wide, on_gpu=True).advice[0].startswith("--precision bf16")
     assert judge(1, 30, config=wide, fast_bf16=True).advice[0].startswith("--precision bf16")
     assert "--precision" not in judge(1, 30, config=wide).advice[0]
+
+
+def test_idle_cores_are_told_where_the_model_is_slow_on_a_cpu() -> None:
+    assert judge(1, 30, threads=2).advice[0].startswith("OMP_NUM_THREADS=8: torch uses 2 of 8")
+    assert not any("OMP" in line for line in judge(1, 30).advice)
+    assert not any("OMP" in line for line in judge(1, 30, threads=2, on_gpu=True).advice)
 
 
 @pytest.mark.parametrize("loader", ["torch", "dali", "resident"])
