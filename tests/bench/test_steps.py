@@ -135,6 +135,7 @@ def test_lightlys_simsiam_with_our_weights_has_our_loss_and_a_wrong_one_is_refus
         check(SMALLEST, lightly=True)
 
 
+@pytest.mark.filterwarnings("ignore:filter.location")  # which is what is wrong here
 def test_a_reference_that_filters_otherwise_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     config = compare_peers.reference_config(SMALLEST)
     assert config.filter.engine == "reference" and config.precision == "fp32"
