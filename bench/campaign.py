@@ -9,8 +9,8 @@ DIR/STAGE.json as soon as it ends: the machine, its commands, what they measured
 passed. One that fails, or is stopped at its limit, is recorded with what it had measured, and the
 next one goes on.
 
-It needs torch, triton and the packages of `NEEDED`, says which of them are missing, and fetches
-nothing: `--wheels` names a folder with wheels of those.
+It needs torch, torchvision, triton and the packages of `NEEDED`, says which of them are missing,
+and fetches nothing: `--wheels` names a folder with wheels of those.
 """
 
 import argparse
@@ -98,6 +98,10 @@ def accuracy(name: str, *arguments: str) -> list[str]:
     return ["-m", "bench.accuracy", "--json", f"{{scratch}}/{name}.json", *arguments]
 
 
+def peers(*arguments: str) -> list[str]:
+    return ["-m", "bench.compare_peers", "--json", "{scratch}/peers.json", *arguments]
+
+
 def kernel_tests() -> list[list[str]]:
     """Those of the ops, compiled for real; file by file, so that what is done is kept."""
     files = sorted((ROOT / "tests" / "kernels").glob("test_*.py"))
@@ -113,6 +117,11 @@ def marked(marker: str) -> list[str]:
 # Triton compiles for minutes, each variant on one core.
 PARALLEL = ["-n", "8"] if find_spec("xdist") and (os.cpu_count() or 1) >= 16 else []
 TINY = ["--small", "--seconds=0.002"]
+SMALLEST = "cifar10 resnet8 8px b8"
+PEERS = {
+    "peers": [f"cifar10 resnet18 32px b{batch}" for batch in (256, 512)],
+    "peers-imagenet": [f"imagenet resnet50 224px b{batch}" for batch in (128, 256)],
+}
 STAGES: dict[str, Stage] = {
     "correctness": Stage(
         [tests("gpu", "-m", "gpu", *marked("gpu")), *kernel_tests()],
@@ -147,6 +156,18 @@ STAGES: dict[str, Stage] = {
             ("loss-large", "2048x2048 or 4096x2048", "64x32 and target"),
             ("loss-huge", "4096x8192", "64x32 and online1"),
         )
+    },
+    **{
+        name: Stage(
+            [benchmarks("bench_step.py", "--seconds=2", "-k", recipes)],
+            [benchmarks("bench_step.py", *TINY)],
+            rows,
+        )
+        for name, recipes in (("step", "cifar10"), ("step-imagenet", "imagenet"))
+    },
+    **{
+        name: Stage([peers("--case", *cases)], [peers("--case", SMALLEST, "--rounds=1")], numbers)
+        for name, cases in PEERS.items()
     },
 }
 

@@ -98,7 +98,29 @@ def replay(fn: Callable[[], object]) -> Callable[[], None]:
 
 
 @pytest.fixture
-def measure(benchmark: BenchmarkFixture, request: pytest.FixtureRequest) -> Callable[..., None]:
+def record(
+    benchmark: BenchmarkFixture, request: pytest.FixtureRequest
+) -> Callable[[dict[str, Any]], None]:
+    """record(values): write them as a row of `--rows`, with the case's parameters."""
+    params = request.node.callspec.params
+    row: dict[str, Any] = {"bench": request.function.__name__, **params}
+
+    def write(values: dict[str, Any]) -> None:
+        row.update(values)
+        benchmark.extra_info.update(row)
+        if rows := request.config.getoption("rows"):
+            with rows.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+
+    return write
+
+
+@pytest.fixture
+def measure(
+    benchmark: BenchmarkFixture,
+    request: pytest.FixtureRequest,
+    record: Callable[[dict[str, Any]], None],
+) -> Callable[..., None]:
     """measure(fn, bytes_moved=, flops=, capturable=): times fn after warm-up, in rounds.
 
     Args of it:
@@ -108,8 +130,6 @@ def measure(benchmark: BenchmarkFixture, request: pytest.FixtureRequest) -> Call
     Writes a row of `--rows`: medians and inter-quartile ranges in seconds, number of rounds and of
     calls in each, and the share of the floor where the device's peaks are known.
     """
-    params = request.node.callspec.params
-    row: dict[str, Any] = {"bench": request.function.__name__, **params}
 
     def run(
         fn: Callable[[], object],
@@ -124,14 +144,14 @@ def measure(benchmark: BenchmarkFixture, request: pytest.FixtureRequest) -> Call
         seconds = request.config.getoption("seconds")
         rounds, iterations = plan(warmed(fn), seconds)
         benchmark.pedantic(fn, rounds=rounds, iterations=iterations)
-        row.update(
-            median_s=benchmark.stats["median"],
-            iqr_s=benchmark.stats["iqr"],
-            rounds=rounds,
-            iterations=iterations,
-            bytes=bytes_moved,
-            flops=dict(flops or {}),
-        )
+        row: dict[str, Any] = {
+            "median_s": benchmark.stats["median"],
+            "iqr_s": benchmark.stats["iqr"],
+            "rounds": rounds,
+            "iterations": iterations,
+            "bytes": bytes_moved,
+            "flops": dict(flops or {}),
+        }
         if capturable and torch.cuda.is_available():
             row.update(_captured(fn, seconds))
         known = peak(device_name())
@@ -139,10 +159,7 @@ def measure(benchmark: BenchmarkFixture, request: pytest.FixtureRequest) -> Call
             row["floor_s"] = floor(known, bytes_moved, flops or {})
             fastest = min(row["median_s"], row.get("graph_median_s", row["median_s"]))
             row["percent_of_floor"] = 100 * row["floor_s"] / fastest
-        benchmark.extra_info.update(row)
-        if rows := request.config.getoption("rows"):
-            with rows.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+        record(row)
 
     return run
 

@@ -113,6 +113,76 @@ def loss(measured: list[Json]) -> list[str]:
     return [f"Median and inter-quartile range; {n}.", table(header, lines)]
 
 
+SHARES = ("percent_of_roof", "cpu_percent_of_roof")
+
+
+def step(measured: list[Json]) -> list[str]:
+    """A row for each case and method: time, share of the supervised roof, phases, memory."""
+    phases = list(dict.fromkeys(phase for row in measured for phase in row["phases_ms"]))
+    header = ["case", "method", "step", "n", "images/s", "of the roof, a view"]
+    header += [*(f"{phase}, ms" for phase in phases), "peak, GiB"]
+    lines = []
+    for row in measured:
+        memory = row["peak_memory_gib"]
+        lines.append(
+            [
+                f"{row['case']} {row['precision']}",
+                row["name"],
+                timing(row),
+                str(row["rounds"]),
+                f"{row['images_per_s']:,.0f}",
+                " / ".join(f"{row[share]:.0f} %" for share in SHARES if share in row),
+                *(f"{row['phases_ms'][phase]:.3g}" for phase in phases),
+                "" if memory is None else f"{memory:.1f}",
+            ]
+        )
+    note = (
+        "Median and inter-quartile range; on a CPU the second share is of CPU time. Phases are of "
+        "the eager step, each waited for."
+    )
+    return [note, table(header, lines)]
+
+
+def peers(measured: Json) -> list[str]:
+    """What `bench.compare_peers` wrote, by file."""
+    texts = []
+    for report in measured.values():
+        lightly = report["lightly"]
+        texts.append(f"lightly {lightly}" if lightly else "lightly is not installed there")
+        texts.append(peers_table(report["results"]))
+    return texts
+
+
+def peers_table(results: list[Json]) -> str:
+    """The steps of every case, then the ratios of some of their times."""
+    texts = []
+    for result in results:
+        steps = [
+            [name, *peer_times(row), f"{row['images_per_s']:,.0f}"]
+            for name, row in result["steps"].items()
+        ]
+        ratios = [
+            [title, *(f"{values[key]:.2f}" if key in values else "" for key in ("wall", "cpu"))]
+            for title, values in result["ratios"].items()
+        ]
+        texts += [
+            f"**{result['case']}**, n = {result['n']}, load average {result['load_average']:.1f}",
+            table(["step", "ms", "CPU ms", "images/s"], steps),
+            table(["one's time over the other's", "ratio", "of CPU time"], ratios),
+            *result["skipped"],
+        ]
+    return "\n\n".join(texts)
+
+
+def peer_times(row: Json) -> list[str]:
+    """Median and inter-quartile range, ms: by the clock, and by CPU time where that is known."""
+    pairs = [("median_s", "iqr_s"), ("cpu_median_s", "cpu_iqr_s")]
+    return [
+        f"{1e3 * row[median]:.1f} ± {1e3 * row[iqr]:.1f}" if median in row else ""
+        for median, iqr in pairs
+    ]
+
+
 def least(rows: Iterable[Json], key: str) -> int:
     return min((row[key] for row in rows), default=0)
 
@@ -136,4 +206,8 @@ SECTIONS: dict[str, Callable[[Any], list[str]]] = {
     "loss": loss,
     "loss-large": loss,
     "loss-huge": loss,
+    "step": step,
+    "step-imagenet": step,
+    "peers": peers,
+    "peers-imagenet": peers,
 }

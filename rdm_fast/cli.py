@@ -20,9 +20,11 @@ from typing import TYPE_CHECKING, NoReturn
 import yaml
 
 from rdm_fast.command_line import (
+    DoctorCommand,
     EvaluateCommand,
     TrainCommand,
     check_ranks,
+    parse_doctor,
     parse_evaluate,
     parse_train,
     without_nproc,
@@ -37,7 +39,7 @@ PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
-    """`rdm train ...` and `rdm eval ...`, the same as train.py and eval_linear.py."""
+    """`rdm train ...` and `rdm eval ...`, the same as train.py and eval_linear.py; `rdm doctor`."""
     words = sys.argv[1:] if argv is None else list(argv)
     if not words or words[0] in ("-h", "--help"):
         print("usage: rdm {" + ",".join(COMMANDS) + "} ...; rdm COMMAND --help says more")
@@ -61,9 +63,15 @@ def evaluate(argv: Sequence[str] | None = None, prog: str = "eval_linear.py") ->
     _run(lambda: _evaluate(parse_evaluate(words, prog), words), debug="--debug" in words)
 
 
+def doctor(argv: Sequence[str], prog: str) -> NoReturn:
+    """What this machine has, and where the time of a run's step goes."""
+    _run(lambda: _doctor(parse_doctor(argv, prog)), debug="--debug" in argv)
+
+
 COMMANDS: dict[str, Callable[[Sequence[str], str], NoReturn]] = {
     "train": train,
     "eval": evaluate,
+    "doctor": doctor,
 }
 
 
@@ -281,3 +289,15 @@ def _evaluate(command: EvaluateCommand, words: Sequence[str]) -> None:
         )
     finally:
         distributed.stop()
+
+
+# ---- doctor ----------------------------------------------------------------------------------
+
+
+def _doctor(command: DoctorCommand) -> None:
+    from rdm_fast.distributed import choose_device
+    from rdm_fast.doctor.diagnosis import diagnose
+
+    device = choose_device(command.config.device)
+    path = None if command.json is None else Path(command.json)
+    diagnose(command.config, device, batches=command.batches, path=path)

@@ -93,6 +93,23 @@ class EvaluateCommand:
             raise ValueError(f"batch={self.batch}: give 1 or more images")
 
 
+@dataclass(frozen=True, kw_only=True)
+class DoctorCommand:
+    """What `doctor` was asked to measure."""
+
+    config: Annotated[Config, tyro.conf.arg(name="")]
+    json: str | None = None
+    """Also write what was found and measured to this file, as JSON."""
+    batches: int = 8
+    """Batches measured of each stage, fewer where they take over 15 seconds."""
+    debug: Switch = False
+    """Show the traceback of an error."""
+
+    def __post_init__(self) -> None:
+        if self.batches < 1:
+            raise ValueError(f"batches={self.batches}: give 1 or more")
+
+
 def _check_nproc(nproc: str) -> None:
     if nproc not in ("gpu", "auto") and not (nproc.isascii() and nproc.isdigit() and int(nproc)):
         raise ValueError(f"nproc={nproc} is no number of ranks: give 1 or more, gpu, or auto")
@@ -213,26 +230,41 @@ def _parse(command: type[Command], argv: list[str], prog: str, **options: Any) -
             os.environ["COLUMNS"] = columns
 
 
+def _split(argv: Sequence[str], command: type) -> tuple[list[str], list[str]]:
+    """The recipe's name, if the first word is one, and the normalised rest.
+
+    Raises:
+        UsageError: an unknown recipe or flag.
+    """
+    words = _normalise(argv, command)
+    named = [words.pop(0)] if words and not words[0].startswith("-") else []
+    for name in named:
+        if name not in RECIPES:
+            raise UsageError(f"unknown recipe {name}: {_nearest(name, list(RECIPES))}")
+    return named, words
+
+
+def _lists() -> str:
+    """Recipes and short names, for the end of a help text."""
+    recipes = "\n".join(f"  {key}: {(make.__doc__ or '')}" for key, make in RECIPES.items())
+    short = "\n".join(f"  {alias}: {flag}" for alias, flag in ALIASES.items())
+    return f"Recipes:\n{recipes}\n\nShort names:\n{short}"
+
+
 def parse_train(argv: Sequence[str], prog: str = "train.py") -> TrainCommand:
     """The recipe that argv names (or the default one), with the fields that argv changes.
 
     Raises:
         UsageError: an unknown recipe or flag, a bad value, or an impossible combination.
     """
-    words = _normalise(argv, TrainCommand)
-    named = [words.pop(0)] if words and not words[0].startswith("-") else []
-    for name in named or [DEFAULT]:
-        if name not in RECIPES:
-            raise UsageError(f"unknown recipe {name}: {_nearest(name, list(RECIPES))}")
-    recipes = "\n".join(f"  {key}: {(make.__doc__ or '')}" for key, make in RECIPES.items())
-    short = "\n".join(f"  {alias}: {flag}" for alias, flag in ALIASES.items())
+    named, words = _split(argv, TrainCommand)
+    name = (named or [DEFAULT])[0]
     command = _parse(
         TrainCommand,
         words,
         f"{prog} [RECIPE]",
         default=TrainCommand(config=recipe(name)),
-        description=f"Train RECIPE ({name} here), changing single fields.\n\nRecipes:\n{recipes}"
-        f"\n\nShort names:\n{short}",
+        description=f"Train RECIPE ({name} here), changing single fields.\n\n{_lists()}",
     )
     if command.resume is None:
         check_ranks(command.config, command.nproc)
@@ -245,6 +277,29 @@ def parse_train(argv: Sequence[str], prog: str = "train.py") -> TrainCommand:
             f"{', '.join([*named, *sorted(given)])}, or give recipe and --out instead of --resume"
         )
     return command
+
+
+def parse_doctor(argv: Sequence[str], prog: str = "rdm doctor") -> DoctorCommand:
+    """The run to measure: recipe and flags as for training.
+
+    Raises:
+        UsageError: as for `parse_train`; or several ranks, for one process measures alone.
+    """
+    named, words = _split(argv, DoctorCommand)
+    name = (named or [DEFAULT])[0]
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UsageError(
+            f"{prog} measures one process: start it without torchrun, with --optim.global-batch "
+            "the share of one rank"
+        )
+    return _parse(
+        DoctorCommand,
+        words,
+        f"{prog} [RECIPE]",
+        default=DoctorCommand(config=recipe(name)),
+        description="Say what this machine has and lacks, then measure the parts of a step of "
+        f"RECIPE ({name} here) and name the bottleneck.\n\n{_lists()}",
+    )
 
 
 def check_ranks(config: Config, nproc: str) -> None:

@@ -22,7 +22,7 @@ ROOMS = [
     "filters", "inner_products", "decomposition", "engines", "spectral", "spectrum",
     "backbone", "heads", "batchnorm", "ema", "methods", "apex_optim", "optim", "data",
     "saved_config", "checkpoint", "run_folder", "environment", "telemetry", "evaluation",
-    "graph", "parallel", "step", "trainer", "launch", "command_line", "cli",
+    "graph", "parallel", "step", "trainer", "doctor", "launch", "command_line", "cli",
 ]  # fmt: skip
 
 MACHINE_PATH = re.compile(r"(?<![\w.~-])/(?:work|root|home/\w+|Users/\w+)\b")

@@ -214,17 +214,19 @@ def test_another_configuration_contradicts_the_run(finished: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "code", "expected"),
     [
-        ([], 2, "usage: rdm {train,eval}"),
-        (["--help"], 0, "usage: rdm {train,eval}"),
+        ([], 2, "usage: rdm {train,eval,doctor}"),
+        (["--help"], 0, "usage: rdm {train,eval,doctor}"),
         (["trian"], 2, "error: unknown command trian: did you mean train?"),
-        (["zzz"], 2, "error: unknown command zzz: commands: train, eval"),
+        (["zzz"], 2, "error: unknown command zzz: commands: train, eval, doctor"),
         (["train", "--sigm"], 2, "error: unknown flag --sigm: did you mean --sigma?"),
         (["eval"], 2, "error: name a run folder"),
         (["eval", "--help"], 0, "usage: rdm eval"),
+        (["doctor", "--sigm"], 2, "error: unknown flag --sigm: did you mean --sigma?"),
+        (["doctor", "--help"], 0, "usage: rdm doctor [RECIPE]"),
     ],
     ids=lambda x: " ".join(x) if isinstance(x, list) else "",
 )
-def test_rdm_has_the_same_two_commands(
+def test_rdm_has_the_same_commands_and_doctor(
     words: list[str], code: int, expected: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as ended:

@@ -1,0 +1,135 @@
+"""How close is a training step to what the machine can do? Each method, filter on and off.
+
+The supervised roof takes turns with every step: the same backbone, channels-last and under the same
+autocast, with a linear classifier and cross-entropy, on made images. A step of ours sees two views
+of an image, the roof one, so at the roof's speed per view a step takes twice the roof's time. On a
+GPU the roof of small images is the faster of the eager step and of its CUDA graph.
+
+    simsiam, byol, rdm_...          as the recipes have them
+    rdm_..._unfiltered              the same step without its filter, projections as predictions
+    symsimsiam                      without predictor and stop-gradient
+"""
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from pytest_benchmark.fixture import BenchmarkFixture
+
+from bench.conftest import is_small, plan, replay, warmed
+from bench.training import (
+    CASES,
+    GPU,
+    ON_CPU,
+    ON_GPU,
+    PRECISION,
+    SMALLEST,
+    UNFILTERED,
+    Call,
+    Case,
+    Turn,
+    input_dtype,
+    noise,
+    our_step,
+    peak_memory_gib,
+    phases,
+    ratio,
+    spread,
+    supervised_step,
+    train_step,
+    turn,
+)
+
+METHODS = [
+    "simsiam",
+    "rdm_simsiam",
+    f"rdm_simsiam{UNFILTERED}",
+    "byol",
+    "rdm_byol",
+    f"rdm_byol{UNFILTERED}",
+    "symsimsiam",
+]
+PHASE_ROUNDS = 5
+LAUNCHES_MATTER = 64  # pixels a side; a graph of larger images keeps tens of GiB for itself
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    small = is_small(metafunc.config)
+    cases = [SMALLEST] if small else ON_GPU if GPU else ON_CPU
+    metafunc.parametrize(
+        ("name", "case"), [(name, case.name) for case in cases for name in METHODS]
+    )
+
+
+def roof_of(case: Case) -> Call:
+    """The supervised step, as a CUDA graph if that is faster: where launches matter."""
+    eager = supervised_step(case)
+    if not GPU or case.side > LAUNCHES_MATTER:
+        return eager
+    try:
+        captured = replay(eager)
+    except RuntimeError:
+        return eager
+    return captured if warmed(captured) < warmed(eager) else eager
+
+
+def bench_train_step(
+    benchmark: BenchmarkFixture,
+    record: Callable[[dict[str, Any]], None],
+    request: pytest.FixtureRequest,
+    name: str,
+    case: str,
+) -> None:
+    torch.backends.cudnn.deterministic = True  # as in training
+    if GPU:
+        torch.cuda.empty_cache()  # the case before may have taken nearly all
+    shape = CASES[case]
+    step = our_step(shape.config(name), filtered=not name.endswith(UNFILTERED))
+    if benchmark.disabled:
+        benchmark(step)
+        phases_of(name, shape, rounds=1)
+        supervised_step(shape)()
+        return
+    try:
+        once = warmed(step)
+    except torch.OutOfMemoryError:
+        pytest.skip("does not fit into this GPU's memory")
+    roof = roof_of(shape)
+    warmed(roof)
+    rounds, _ = plan(once, request.config.getoption("seconds"))
+    memory = peak_memory_gib(step)
+    of_roof, of_step = list[Turn](), list[Turn]()
+    benchmark.pedantic(
+        lambda: of_step.append(turn(step, 1)),
+        setup=lambda: of_roof.append(turn(roof, 1)),
+        rounds=rounds,
+        iterations=1,
+    )
+    median, iqr = spread([one.wall for one in of_step])
+    row = {
+        "median_s": median,
+        "iqr_s": iqr,
+        "rounds": rounds,
+        "images_per_s": shape.batch / median,
+        "percent_of_roof": percent([t.wall for t in of_roof], [t.wall for t in of_step]),
+        "phases_ms": phases_of(name, shape, PHASE_ROUNDS),
+        "peak_memory_gib": memory,
+        "precision": PRECISION,
+    }
+    if not GPU:
+        cpu = percent([t.cpu for t in of_roof], [t.cpu for t in of_step])
+        row |= {"cpu_percent_of_roof": cpu, "load_average": os.getloadavg()[0]}
+    record(row)
+
+
+def percent(roof: list[float], step: list[float]) -> float:
+    """A step's speed per view as a share of the roof's: the median over rounds."""
+    return 100 * ratio([2 * theirs for theirs in roof], step)
+
+
+def phases_of(name: str, case: Case, rounds: int) -> dict[str, float]:
+    config = case.config(name)
+    step = train_step(config, filtered=not name.endswith(UNFILTERED))
+    return phases(step, noise(config, input_dtype(PRECISION)), rounds)

@@ -1,0 +1,286 @@
+"""Where the time of a step goes: each part of it alone, then all of it.
+
+    loader         batches as they come, with nothing done to them
+    transfer       what the loader sends to a GPU for a batch, copied from pinned memory
+    decode         image files of a batch to pixels, in this process (torch loader)
+    augmentation   the views of a batch from decoded images: on the device (resident loader), or in
+                   this process (torch loader)
+    model          forward, backward and optimizer, without the spectral filter
+    filter         the criterion alone, forward and backward, with its spectral filter
+    end to end     loader and whole step, as in training
+
+Times are total time over number of batches, since batches from several workers come in bursts: by
+CUDA events on a GPU, by the clock on a CPU. The model is one of the doctor's own, drawn at random
+and thrown away. Nothing is written but the index of a folder of images, as in training.
+"""
+
+import itertools
+import time
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from rdm_fast.config import Config
+from rdm_fast.data import Batch, ImageSet, Loader
+from rdm_fast.data.augment import view_of_image, view_table, views_of_table
+from rdm_fast.data.bad_files import read_or_next
+from rdm_fast.data.batch import draw_pair
+from rdm_fast.data.sampler import ViewParameters
+from rdm_fast.methods import Method, build_method
+from rdm_fast.step import TrainStep
+
+LIMIT_S = 15.0  # of the measured batches of one stage; the one under way is finished
+WARM_UP = 2
+SAMPLE = 16  # images of a batch that are decoded and augmented one by one
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What one part of a step takes."""
+
+    name: str
+    seconds: float | None
+    """For a whole batch; None where this part does not exist by itself."""
+    images_per_s: float | None
+    batches: int
+    """Measured, after warming up."""
+    note: str = ""
+
+
+def absent(name: str, why: str) -> Stage:
+    return Stage(name, None, None, 0, why)
+
+
+class Clock:
+    """Times calls on a device; each call makes or uses the same number of images."""
+
+    def __init__(self, device: torch.device, batches: int) -> None:
+        """batches: calls that are measured, at most; fewer where they take over LIMIT_S."""
+        self.device, self.batches = device, batches
+
+    def time(
+        self,
+        name: str,
+        call: Callable[[], object],
+        images: int,
+        *,
+        warm_up: int = WARM_UP,
+        burst: int = 1,
+        note: str = "",
+    ) -> Stage:
+        """A stage from repeated calls.
+
+        Args:
+            images: of one call.
+            warm_up: calls before those that are measured.
+            burst: the number of calls is a multiple of this.
+            note: what a reader should know of it.
+        """
+        for _ in range(warm_up):
+            call()
+        n, wanted = 0, -(-self.batches // burst) * burst
+        start, until = self._now(), time.perf_counter() + LIMIT_S
+        while n < wanted and (n == 0 or n % burst or time.perf_counter() < until):
+            call()
+            n += 1
+        seconds = self._since(start) / n
+        return Stage(name, seconds, images / seconds, n, note)
+
+    def _now(self) -> torch.cuda.Event | float:
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        torch.cuda.synchronize(self.device)
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _since(self, start: torch.cuda.Event | float) -> float:
+        """Seconds; a GPU's include what it waited for between two events."""
+        if isinstance(start, float):
+            return time.perf_counter() - start
+        end = torch.cuda.Event(enable_timing=True)
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3
+
+
+def without_filter(config: Config) -> Method:
+    """The method of a run, with projections as its predictions if a filter would make those."""
+    method = build_method(config)
+    if method.filter is not None:
+        method.filter, method.predictor, method.row_wise = None, nn.Identity(), True
+    return method
+
+
+class Step:
+    """The parts of one process's step, which takes the whole global batch."""
+
+    def __init__(
+        self,
+        config: Config,
+        images: ImageSet,
+        loader: Loader,
+        device: torch.device,
+        *,
+        batches: int,
+    ) -> None:
+        """
+        Args:
+            config: the run.
+            images: its data.
+            loader: what makes batches of them, on `device`.
+            device: where the step runs.
+            batches: measured of each stage, at most.
+        """
+        self.config, self.images, self.loader, self.device = config, images, loader, device
+        self.rows = config.optim.global_batch
+        self.clock = Clock(device, batches)
+
+    def stages(self) -> Iterator[Stage]:
+        """Every stage, in the order of this file's head, as soon as it is measured.
+
+        Raises:
+            UserError: the data cannot be read.
+        """
+        torch.manual_seed(self.config.seed)
+        torch.backends.cudnn.deterministic = True  # as in training
+        yield self.loading()
+        yield self.transfer()
+        yield self.decoding()
+        yield self.augmentation()
+        yield self.model()
+        yield from self.filter_and_whole()
+
+    # ---- data --------------------------------------------------------------------------------
+
+    @property
+    def burst(self) -> int:
+        """Batches that arrive together: one from each worker process."""
+        return max(1, self.config.data.workers) if self.loader.name == "torch" else 1
+
+    def batches(self) -> Generator[Batch]:
+        for epoch in itertools.count():
+            yield from self.loader.epoch(epoch)
+
+    @cached_property
+    def batch(self) -> Batch:
+        """One batch, for all that needs only one."""
+        with closing(self.batches()) as batches:
+            return next(batches)
+
+    @cached_property
+    def drawn(self) -> tuple[ViewParameters, ViewParameters]:
+        """Parameters of both views of the first images."""
+        return draw_pair(self.config, self.images, 0, np.arange(self.rows))
+
+    def loading(self) -> Stage:
+        with closing(self.batches()) as batches:
+            return self.clock.time(
+                "loader",
+                lambda: next(batches),
+                self.rows,
+                warm_up=max(WARM_UP, self.burst),
+                burst=self.burst,
+                note=self.loader.name,
+            )
+
+    def transfer(self) -> Stage:
+        if self.device.type != "cuda":
+            return absent("transfer", "none on a CPU")
+        if self.loader.name == "dali":
+            return absent("transfer", "inside DALI")
+        augment = self.config.augment
+        if self.loader.name == "torch":
+            sides = (2, self.rows, augment.size, augment.size, augment.channels)
+            sent = torch.zeros(sides, dtype=torch.uint8)
+        else:  # what was drawn; the pixels are there
+            sent = view_table(self.drawn, np.arange(self.rows))
+        sent = sent.pin_memory()
+        megabytes = sent.numel() * sent.element_size() / 2**20
+        return self.clock.time(
+            "transfer",
+            lambda: sent.to(self.device, non_blocking=True),
+            self.rows,
+            note=f"{megabytes:.2g} MiB a batch",
+        )
+
+    def decoding(self) -> Stage:
+        if self.loader.name != "torch" or self.images.pixels is not None:
+            return absent("decode", "inside DALI" if self.loader.name == "dali" else "done before")
+        n = min(SAMPLE, self.rows)
+        return self._alone("decode", n, lambda i: read_or_next(self.images, i))
+
+    def augmentation(self) -> Stage:
+        augment = self.config.augment
+        if self.loader.name == "dali":
+            return absent("augmentation", "inside DALI")
+        if self.loader.name == "resident":
+            assert self.images.pixels is not None
+            planes = self.images.pixels[: self.rows].transpose(0, 3, 1, 2)
+            pixels = torch.from_numpy(np.ascontiguousarray(planes)).to(self.device)
+            table = view_table(self.drawn, np.arange(self.rows)).to(self.device)
+            return self.clock.time(
+                "augmentation", lambda: views_of_table(pixels, table, augment), self.rows
+            )
+        n = min(SAMPLE, self.rows)
+        read = [read_or_next(self.images, i)[1] for i in range(n)]
+
+        def both(i: int) -> None:
+            for parameters in self.drawn:
+                view_of_image(read[i], parameters, i, augment)
+
+        return self._alone("augmentation", n, both)
+
+    def _alone(self, name: str, n: int, make: Callable[[int], object]) -> Stage:
+        """A stage of the torch loader that is done image by image, in one process."""
+
+        def sample() -> None:
+            for i in range(n):
+                make(i)
+
+        stage = self.clock.time(name, sample, n, warm_up=1)
+        assert stage.seconds is not None
+        note = f"in one process; the loader has {self.config.data.workers}"
+        return replace(stage, seconds=stage.seconds * self.rows / n, note=note)
+
+    # ---- step --------------------------------------------------------------------------------
+
+    def _step(self, method: Method) -> TrainStep:
+        return TrainStep(method, self.config, self.device, self.loader.steps_per_epoch)
+
+    def model(self) -> Stage:
+        step = self._step(without_filter(self.config))
+        return self.clock.time("model", lambda: step(self.batch, 0), self.rows)
+
+    def filter_and_whole(self) -> Iterator[Stage]:
+        """The filter on projections of the run's own model, and loader and step together."""
+        step = self._step(build_method(self.config))
+        branches = step(self.batch, 0).branches
+        yield self.filter(step.method, branches.online, branches.target)
+        with closing(self.batches()) as batches:
+            stage = self.clock.time(
+                "end to end",
+                lambda: step(next(batches), 0),
+                self.rows,
+                warm_up=max(WARM_UP, self.burst),
+                burst=self.burst,
+            )
+        if self.device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated(self.device) / 2**30
+            stage = replace(stage, note=f"at most {peak:.1f} GiB of GPU memory")
+        yield stage
+
+    def filter(self, method: Method, online: Tensor, target: Tensor) -> Stage:
+        if method.filter is None:
+            return absent("filter", f"predictor={self.config.predictor} has none")
+        online = online.detach().requires_grad_()
+
+        def both_ways() -> None:
+            torch.autograd.grad(method.criterion(online, target), online)
+
+        return self.clock.time("filter", both_ways, self.rows)

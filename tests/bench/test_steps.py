@@ -1,0 +1,177 @@
+"""bench.training, bench_step and bench.compare_peers: that what is timed is the same for all."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import compare_peers, training
+from bench.bench_step import percent
+from bench.compare_peers import NO_LIGHTLY, RATIOS, check, rivals_of
+from bench.report import peers, step
+from bench.training import (
+    CASES,
+    SMALLEST,
+    UNFILTERED,
+    in_turns,
+    noise,
+    phases,
+    ratio,
+    spread,
+    supervised_step,
+    train_step,
+)
+from rdm_fast.optim import Lars
+
+ROOT = Path(__file__).parents[2]
+METHODS = ["simsiam", "rdm_simsiam", "byol", "rdm_byol", "symsimsiam"]
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=str)
+@pytest.mark.parametrize("method", METHODS)
+def test_a_case_is_its_recipe_with_another_batch(case: training.Case, method: str) -> None:
+    config = case.config(method)
+    assert config.optim.global_batch == case.batch and config.augment.size == case.side
+    assert config.model.backbone == case.backbone
+    assert config.predictor == case.config(method + UNFILTERED).predictor
+    if (case.recipes, case.backbone) != ("cifar10", "resnet8"):
+        known = training.recipe(f"{case.recipes}_{method}")
+        assert config.model == known.model
+        assert config.filter == known.filter
+
+
+def test_every_step_moves_the_weights_and_ends() -> None:
+    """An optimizer that is not called would make a step look fast."""
+    for method in METHODS:
+        step = train_step(SMALLEST.config(method))
+        before = [p.clone() for p in step.method.parameters()]
+        assert step(noise(SMALLEST.config(method)), 1).applied
+        after = step.method.parameters()
+        moved = [not torch.equal(a, b) for a, b in zip(before, after, strict=True)]
+        assert sum(moved) > len(moved) / 4  # projector's frozen bias and BYOL's targets may not
+
+
+def test_phases_are_those_of_a_step_and_update_its_weights() -> None:
+    step = train_step(SMALLEST.config("rdm_byol"))
+    weight = next(step.method.backbone.parameters())
+    before = weight.clone()
+    found = phases(step, noise(SMALLEST.config("rdm_byol")), rounds=1)
+    assert [*found] == ["forward", "loss", "backward", "update"]
+    assert all(value > 0 for value in found.values())
+    assert not torch.equal(weight, before)
+
+
+# ---- turns -------------------------------------------------------------------------------------
+
+
+def test_rivals_take_turns_and_each_is_first_once() -> None:
+    calls: list[str] = []
+    rivals = {name: (lambda name=name: calls.append(name)) for name in "abc"}
+    turns = in_turns(rivals, rounds=3)
+    assert {name: len(times) for name, times in turns.items()} == dict.fromkeys("abc", 3)
+    order = [calls[0]] + [b for a, b in pairwise(calls) if a != b]
+    assert "".join(order) == "abc" + "abc" + "bca" + "cab"  # the first three are the warm-up
+
+
+def test_ratios_are_taken_within_rounds() -> None:
+    """The machine is ten times slower in the second round; the rivals differ by two."""
+    assert ratio([2.0, 20.0, 2.2], [1.0, 10.0, 1.1]) == pytest.approx(2.0)
+    assert spread([1.0, 2.0, 3.0, 4.0, 5.0]) == (3.0, 2.0)
+    assert spread([7.0]) == (7.0, 0.0)
+
+
+# ---- peers -------------------------------------------------------------------------------------
+
+
+def test_every_rival_has_the_same_optimizer_and_lightly_is_left_out_where_it_is_missing(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert not isinstance(
+        train_step(compare_peers.with_sgd(SMALLEST.config("byol"))).optimizer, Lars
+    )
+    monkeypatch.setitem(sys.modules, "lightly", None)  # as if it were not installed
+    path = tmp_path / "peers.json"
+    monkeypatch.setattr(
+        sys, "argv", ["x", "--case", SMALLEST.name, "--rounds", "1", "--json", str(path)]
+    )
+    assert compare_peers.main() == 0
+    captured = capsys.readouterr()
+    assert captured.err.strip() == NO_LIGHTLY
+    report = json.loads(path.read_text(encoding="utf-8"))
+    assert report["lightly"] is None and report["machine"]["torch"] == torch.__version__
+    (result,) = report["results"]
+    assert result["n"] == 1 and not any("lightly" in name for name in result["steps"])
+    assert "reference formulation / ours" in result["ratios"]
+    table = "\n".join(peers({"peers": report}))
+    assert "lightly is not installed there" in table and "| rdm_simsiam | " in table
+
+
+def test_ratios_name_rivals_that_exist() -> None:
+    pytest.importorskip("lightly", reason="the extra peers is not installed")
+    names = {*rivals_of(SMALLEST, lightly=True)}
+    assert {name for pair in RATIOS.values() for name in pair} <= names
+
+
+def test_lightlys_simsiam_with_our_weights_has_our_loss_and_a_wrong_one_is_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("lightly", reason="the extra peers is not installed")
+    check(SMALLEST, lightly=True)
+    given = compare_peers.give_weights
+
+    def without_the_predictor(ours, model) -> None:  # type: ignore[no-untyped-def]
+        fresh = [p.clone() for p in model.prediction_head.parameters()]
+        given(ours, model)
+        for parameter, old in zip(model.prediction_head.parameters(), fresh, strict=True):
+            parameter.data.copy_(old)
+
+    monkeypatch.setattr(compare_peers, "give_weights", without_the_predictor)
+    with pytest.raises(AssertionError, match="lightly's SimSiam has another loss"):
+        check(SMALLEST, lightly=True)
+
+
+@pytest.mark.filterwarnings("ignore:filter.location")  # which is what is wrong here
+def test_a_reference_that_filters_otherwise_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = compare_peers.reference_config(SMALLEST)
+    assert config.filter.engine == "reference" and config.precision == "fp32"
+    other = replace(config, filter=replace(config.filter, sigma=1.0))
+    monkeypatch.setattr(compare_peers, "reference_config", lambda _: other)
+    with pytest.raises(AssertionError, match="reference formulation's gradient is not ours"):
+        check(SMALLEST, lightly=False)
+
+
+def test_what_runs_on_a_lent_machine_imports_nothing_that_it_may_lack() -> None:
+    program = (
+        "import sys\n"
+        "for name in ('rich', 'tyro', 'yaml', 'safetensors', 'sklearn', 'lightly'):\n"
+        "    sys.modules[name] = None\n"
+        "import bench.bench_step, bench.compare_peers as peers\n"
+        "assert peers.lightly_version() is None\n"
+    )
+    run = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
+def test_the_table_of_steps_shows_the_share_of_the_roof() -> None:
+    row = {
+        "case": "c", "name": "simsiam", "precision": "fp32", "median_s": 0.2, "iqr_s": 0.01,
+        "rounds": 5, "images_per_s": 80.0, "percent_of_roof": 91.2, "peak_memory_gib": None,
+        "cpu_percent_of_roof": 88.8,
+        "phases_ms": {"forward": 60.0, "loss": 1.5},
+    }  # fmt: skip
+    text = "\n".join(step([row]))
+    assert "| c fp32 | simsiam | 200 ms ± 10 ms | 5 | 80 | 91 % / 89 % | 60 | 1.5 |  |" in text
+
+
+def test_the_roofs_step_is_a_whole_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the roof's speed per view a step of two views takes twice its time."""
+    steps: list[object] = []
+    monkeypatch.setattr(torch.optim.SGD, "step", lambda self: steps.append(self))
+    supervised_step(SMALLEST)()
+    assert len(steps) == 1
+    assert percent([1.0, 3.0, 2.0], [2.0, 6.0, 8.0]) == pytest.approx(100.0)
