@@ -34,6 +34,7 @@ ALIASES = {
     "--wd": "--optim.weight-decay",
     "--momentum": "--optim.momentum",
     "--workers": "--data.workers",
+    "--guard": "--guard.mode",
 }
 """The paper's own flags, and names that SimSiam, MoCo and torchvision share. Batch is global.
 

@@ -22,6 +22,7 @@ from rdm_fast.data_config import (
     require_choices,
     require_probability,
 )
+from rdm_fast.guard_config import GuardConfig
 
 __all__ = [
     "AugmentConfig",
@@ -29,6 +30,7 @@ __all__ = [
     "DataConfig",
     "DataName",
     "FilterConfig",
+    "GuardConfig",
     "Interpolation",
     "LogConfig",
     "ModelConfig",
@@ -273,6 +275,7 @@ class Config:
     filter: FilterConfig = field(default_factory=FilterConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     seed: int = 5
     """Seed of weights, data order and augmentation; with it a run is reproducible."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

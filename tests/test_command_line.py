@@ -82,6 +82,7 @@ ALIASED = {
     "--wd": 1e-3,
     "--momentum": 0.8,
     "--workers": 3,
+    "--guard": "stop",
 }
 
 
@@ -223,6 +224,11 @@ def test_a_value_of_the_wrong_type_is_named_with_its_flag(words: str, expected: 
         ("--workers -1", "data.workers=-1: give 0 or more processes"),
         ("--log.keep 1", "log.keep=1: at least 2, one may be damaged"),
         ("--log.every 0", "log.every=0: give 1 or more"),
+        ("--log.spectrum-every -1", "log.spectrum_every=-1: give 0 (never) or more"),
+        ("--guard.min-rank nan", "guard.min_rank=nan: give a number of 0 (never) or more"),
+        ("--guard.min-std -1", "guard.min_std=-1.0: give a number of 0 (never) or more"),
+        ("--guard.warmup 2", "guard.warmup=2.0 is not a probability"),
+        ("--guard.patience 0", "guard.patience=0: give 1 or more lines"),
         ("--log.knn-every -1", "log.knn_every=-1: give 0 (never) or more"),
         ("--seed -1", "seed=-1: give 0 or more"),
         ("--optim.global-batch 200 --optim.accumulate 3", "optim.global_batch=200 does not give"),
