@@ -133,6 +133,7 @@ def _read_lines(path: Path) -> list[Record]:
 
 def _position(record: Record) -> float:
     """The step that a record belongs to; the first environment belongs to step 0."""
-    missing = 0.0 if "environment" in record else math.inf
-    position: float = record.get("resumed_step", record.get("step", missing))
-    return position
+    for key in ("resumed_step", "step"):
+        if key in record:
+            return float(record[key])
+    return 0.0 if "environment" in record else math.inf
