@@ -77,8 +77,8 @@ class FilterConfig:
         require_choices("filter.", self)
         require(
             self.kind != "custom" or self.response is not None,
-            "filter.kind=custom is for Python code, FilterConfig(kind='custom', response=function); "
-            "a command line or file cannot hold a function: use poly, log, log_1 or log_2 there",
+            "filter.kind=custom is for Python code, FilterConfig(kind='custom', response=f); a "
+            "command line or file cannot hold a function: use poly, log, log_1 or log_2 there",
         )
         require(
             self.response is None or (self.kind == "custom" and callable(self.response)),

@@ -23,8 +23,8 @@ def config_to_dict(config: Any) -> dict[str, Any]:
     """
     if getattr(config, "kind", None) == "custom":
         raise UsageError(
-            "a filter of kind=custom holds a function, which config.yaml cannot: use it in a loop of "
-            "your own, or one of the other kinds here"
+            "a filter of kind=custom holds a function, which config.yaml cannot: use it in a loop "
+            "of your own, or one of the other kinds here"
         )
     hints = get_type_hints(type(config))
     return {
