@@ -9,8 +9,9 @@ Bad values raise `ValueError` naming the flag, what was found, and the way out.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from rdm_fast.data_config import (
     AugmentConfig,
@@ -22,6 +23,7 @@ from rdm_fast.data_config import (
     require_choices,
     require_probability,
 )
+from rdm_fast.guard_config import GuardConfig
 from rdm_fast.parallel_config import ParallelConfig
 from rdm_fast.step_config import StepConfig
 
@@ -31,6 +33,7 @@ __all__ = [
     "DataConfig",
     "DataName",
     "FilterConfig",
+    "GuardConfig",
     "Interpolation",
     "LogConfig",
     "ModelConfig",
@@ -40,7 +43,7 @@ __all__ = [
     "ViewConfig",
 ]
 
-Kind = Literal["poly", "log", "log_1", "log_2"]
+Kind = Literal["poly", "log", "log_1", "log_2", "custom"]
 Location = Literal["online", "target"]
 Basis = Literal["own", "online"]
 Engine = Literal["auto", "gemm", "eigh", "reference"]
@@ -56,7 +59,8 @@ class FilterConfig:
     """The spectral filter g, applied to the singular values s of a batch of projections."""
 
     kind: Kind = "poly"
-    """g(s): poly is s^sigma, log is log s, log_1 is log(1 + s), log_2 is log(1 + s^2)."""
+    """g(s): poly is s^sigma, log is log s, log_1 is log(1 + s), log_2 is log(1 + s^2); custom is
+    a function of your own, from Python only."""
     location: Location = "online"
     """Branch that is filtered. RDM wants a rising g on the online one, a falling on the target."""
     sigma: float = 1.0
@@ -69,9 +73,22 @@ class FilterConfig:
     """Take the spectrum of the centred projections (covariance) instead of the raw correlation."""
     engine: Engine = "auto"
     """How the filter is computed: auto chooses, reference is the paper's literal SVD."""
+    response: Callable[[Any], Any] | None = field(default=None, metadata={"flag": False})
+    """g(s) of kind=custom: from singular values s > 0, a float64 tensor [v, n], to one of the same
+    shape and dtype (not a flag)."""
 
     def __post_init__(self) -> None:
         require_choices("filter.", self)
+        require(
+            self.kind != "custom" or self.response is not None,
+            "filter.kind=custom is for Python code, FilterConfig(kind='custom', response=f); a "
+            "command line or file cannot hold a function: use poly, log, log_1 or log_2 there",
+        )
+        require(
+            self.response is None or (self.kind == "custom" and callable(self.response)),
+            f"FilterConfig has response={self.response!r} with kind={self.kind}: "
+            "a function goes with kind='custom', and with nothing else",
+        )
         require(math.isfinite(self.sigma), f"filter.sigma={self.sigma} is not a finite number")
         require(
             0 < self.cutoff < 1,
@@ -102,6 +119,8 @@ class FilterConfig:
     @property
     def why_not_gemm(self) -> str | None:
         """What matrix products alone cannot do of this filter, if any."""
+        if self.kind == "custom":
+            return "filter.kind=custom"
         if self.center:
             return "filter.center"
         if not 1e-4 <= self.cutoff <= 0.1:
@@ -244,6 +263,8 @@ class LogConfig:
 
     every: int = 10
     """Optimizer steps between two lines of metrics, the only moments that wait for the device."""
+    spectrum_every: int = 50
+    """Optimizer steps between two records of whole spectra (spectrum.jsonl); 0 for none at all."""
     knn_every: int = 10
     """Epochs between two kNN evaluations, besides the one at the end; 0 for none at all."""
     knn_bank: int = 20_000
@@ -256,6 +277,8 @@ class LogConfig:
     """Also write TensorBoard event files (needs the extra rdm-fast[tensorboard])."""
     wandb: bool = False
     """Also log to Weights & Biases (needs the extra rdm-fast[wandb])."""
+    trackio: bool = False
+    """Also log to trackio (needs the extra rdm-fast[trackio])."""
     max_nonfinite: int = 5
     """Steps in a row with a non-finite loss or gradient, all skipped, before the run stops."""
 
@@ -263,7 +286,9 @@ class LogConfig:
         for name in ("every", "save_every", "knn_bank", "max_nonfinite"):
             value = getattr(self, name)
             require(value >= 1, f"log.{name}={value}: give 1 or more")
-        require(self.knn_every >= 0, f"log.knn_every={self.knn_every}: give 0 (never) or more")
+        for name in ("knn_every", "spectrum_every"):
+            value = getattr(self, name)
+            require(value >= 0, f"log.{name}={value}: give 0 (never) or more")
         require(self.keep >= 2, f"log.keep={self.keep}: at least 2, one may be damaged")
 
 
@@ -283,6 +308,7 @@ class Config:
     step: StepConfig = field(default_factory=StepConfig)
     log: LogConfig = field(default_factory=LogConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     seed: int = 5
     """Seed of weights, data order and augmentation; with it a run is reproducible."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

@@ -17,12 +17,12 @@ MAX_LINES = 350
 # The rooms of rdm_fast, a module or a folder each, in the order in which data flows. A room imports
 # only from those before it.
 ROOMS = [
-    "errors", "durable", "data_config", "step_config", "parallel_config", "config", "recipes",
-    "distributed", "precision", "host_copy",
-    "filters", "inner_products", "decomposition", "engines", "spectral", "spectrum",
+    "errors", "durable", "data_config", "step_config", "parallel_config", "guard_config", "config",
+    "recipes", "distributed", "precision", "host_copy",
+    "filters", "inner_products", "decomposition", "engines", "spectral", "spectrum", "guard",
     "backbone", "heads", "batchnorm", "ema", "methods", "apex_optim", "optim", "data",
     "saved_config", "checkpoint", "run_folder", "environment", "telemetry", "evaluation",
-    "graph", "parallel", "step", "trainer", "doctor", "launch", "command_line", "cli",
+    "graph", "parallel", "step", "signals", "trainer", "doctor", "launch", "command_line", "cli",
 ]  # fmt: skip
 
 MACHINE_PATH = re.compile(r"(?<![\w.~-])/(?:work|root|home/\w+|Users/\w+)\b")

@@ -1,0 +1,34 @@
+"""The spectrum of projections: eigenvalues, effective rank, rank difference, measured responses."""
+
+from rdm_fast.spectrum.branches import BranchSpectra, Profile, branch_spectra
+from rdm_fast.spectrum.directions import Directions, alignment, directions, measured_response
+from rdm_fast.spectrum.measures import (
+    attainable_rank,
+    channel_std,
+    effective_rank,
+    eigenvalues,
+    filtered_eigenvalues,
+    filtered_rows,
+    rank_difference,
+)
+from rdm_fast.spectrum.watching import Watch, WatchedBatch, watch
+
+__all__ = [
+    "BranchSpectra",
+    "Directions",
+    "Profile",
+    "Watch",
+    "WatchedBatch",
+    "alignment",
+    "attainable_rank",
+    "branch_spectra",
+    "channel_std",
+    "directions",
+    "effective_rank",
+    "eigenvalues",
+    "filtered_eigenvalues",
+    "filtered_rows",
+    "measured_response",
+    "rank_difference",
+    "watch",
+]
