@@ -21,9 +21,11 @@ import yaml
 
 from rdm_fast.command_line import (
     EvaluateCommand,
+    ExportCommand,
     TrainCommand,
     check_ranks,
     parse_evaluate,
+    parse_export,
     parse_train,
 )
 from rdm_fast.config import Config
@@ -36,7 +38,7 @@ PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
-    """`rdm train ...` and `rdm eval ...`, the same as train.py and eval_linear.py."""
+    """`rdm train ...` and `rdm eval ...`, the same as train.py and eval_linear.py; and others."""
     words = sys.argv[1:] if argv is None else list(argv)
     if not words or words[0] in ("-h", "--help"):
         print("usage: rdm {" + ",".join(COMMANDS) + "} ...; rdm COMMAND --help says more")
@@ -60,9 +62,16 @@ def evaluate(argv: Sequence[str] | None = None, prog: str = "eval_linear.py") ->
     _run(lambda: _evaluate(parse_evaluate(words, prog)), debug="--debug" in words)
 
 
+def export(argv: Sequence[str] | None = None, prog: str = "rdm export") -> NoReturn:
+    """Write a checkpoint's backbone for torchvision, timm and other trainers."""
+    words = sys.argv[1:] if argv is None else argv
+    _run(lambda: _export(parse_export(words, prog)), debug="--debug" in words)
+
+
 COMMANDS: dict[str, Callable[[Sequence[str], str], NoReturn]] = {
     "train": train,
     "eval": evaluate,
+    "export": export,
 }
 
 
@@ -240,3 +249,15 @@ def _evaluate(command: EvaluateCommand) -> None:
         )
     finally:
         distributed.stop()
+
+
+# ---- export ----------------------------------------------------------------------------------
+
+
+def _export(command: ExportCommand) -> None:
+    from rdm_fast.evaluation.run import find_checkpoint
+    from rdm_fast.export.write import export_checkpoint
+
+    path = find_checkpoint(Path(command.checkpoint))
+    out = Path(command.out) if command.out is not None else None
+    print(export_checkpoint(path, command.to, out=out, overwrite=command.overwrite))

@@ -18,6 +18,7 @@ import tyro
 from rdm_fast.config import Config
 from rdm_fast.errors import UsageError
 from rdm_fast.evaluation.protocols import PROTOCOLS
+from rdm_fast.export.targets import TARGETS, Target
 from rdm_fast.recipes import DEFAULT, RECIPES, recipe
 
 Switch = tyro.conf.FlagCreatePairsOff[bool]
@@ -34,6 +35,7 @@ ALIASES = {
     "--wd": "--optim.weight-decay",
     "--momentum": "--optim.momentum",
     "--workers": "--data.workers",
+    "--init": "--model.init",
 }
 """The paper's own flags, and names that SimSiam, MoCo and torchvision share. Batch is global.
 
@@ -83,6 +85,22 @@ class EvaluateCommand:
             raise ValueError(f"device={self.device} is unknown: use auto, cpu or cuda")
         if self.batch < 1:
             raise ValueError(f"batch={self.batch}: give 1 or more images")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportCommand:
+    """What `rdm export` was asked to do."""
+
+    checkpoint: tyro.conf.Positional[str]
+    """A run folder (its newest checkpoint), or one step folder inside its checkpoints."""
+    to: Target
+    """What shall load the weights."""
+    out: str | None = None
+    """File to write (for hf a folder); by default export/STEP-TARGET in the run folder."""
+    overwrite: Switch = False
+    """Replace what an earlier export wrote there."""
+    debug: Switch = False
+    """Show the traceback of an error."""
 
 
 def _or(names: Any) -> str:
@@ -244,4 +262,21 @@ def parse_evaluate(argv: Sequence[str], prog: str = "eval_linear.py") -> Evaluat
         prog,
         description="Linear probe and kNN on the frozen features of a checkpoint.\n\nProtocols: "
         + ", ".join(PROTOCOLS),
+    )
+
+
+def parse_export(argv: Sequence[str], prog: str = "rdm export") -> ExportCommand:
+    """What to export, and for whom.
+
+    Raises:
+        UsageError: as for `parse_train`.
+    """
+    words = _normalise(argv, ExportCommand)
+    targets = "\n".join(f"  {name}: {what}" for name, what in TARGETS.items())
+    return _parse(
+        ExportCommand,
+        words,
+        prog,
+        description="Write the backbone of a checkpoint for other programs.\n\nTargets:\n"
+        + targets,
     )

@@ -127,6 +127,9 @@ class ModelConfig:
     """End the projector with a batch norm without affine parameters (SimSiam's, not BYOL's)."""
     predictor_hidden: int = 512
     """Hidden width of the learned predictor, where there is one."""
+    init: str = ""
+    """File whose backbone the run begins with (warm start), of this or another trainer; empty for
+    random weights. A run that goes on does not read it again."""
 
     def __post_init__(self) -> None:
         require_choices("model.", self)

@@ -24,6 +24,7 @@ from rdm_fast.environment import describe_environment
 from rdm_fast.errors import DataError, InputMissing, Interrupted, NonFinite, OutputFailed
 from rdm_fast.evaluation.online import knn_top1
 from rdm_fast.filters import advice
+from rdm_fast.foreign import warm_start
 from rdm_fast.methods import build_method
 from rdm_fast.run_folder import RunFolder
 from rdm_fast.spectrum import branch_spectra
@@ -286,6 +287,7 @@ class Trainer:
                     f"every checkpoint in {self.folder.checkpoints} is damaged: restore one, or "
                     "start anew with --overwrite"
                 )
+            warm_start(self.train_step.method, self.config.model, self.config.augment.channels)
             return
         snapshot = checkpoint.load(path)
         method, optimizer = self.train_step.method, self.train_step.optimizer

@@ -82,6 +82,7 @@ ALIASED = {
     "--wd": 1e-3,
     "--momentum": 0.8,
     "--workers": 3,
+    "--init": "other.pth",
 }
 
 

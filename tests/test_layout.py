@@ -20,8 +20,8 @@ ROOMS = [
     "errors", "durable", "data_config", "config", "recipes", "distributed", "filters",
     "inner_products", "decomposition", "engines", "spectral", "spectrum",
     "backbone", "heads", "batchnorm", "ema", "methods", "optim", "data", "saved_config",
-    "checkpoint", "run_folder", "environment", "telemetry", "evaluation", "step",
-    "trainer", "command_line", "cli",
+    "checkpoint", "foreign", "run_folder", "environment", "telemetry", "evaluation", "export",
+    "step", "trainer", "command_line", "cli",
 ]  # fmt: skip
 
 MACHINE_PATH = re.compile(r"(?<![\w.~-])/(?:work|root|home/\w+|Users/\w+)\b")

@@ -73,7 +73,7 @@ def evaluate_checkpoint(
     if data_root is not None:
         config = replace(config, data=replace(config.data, root=data_root))
     chosen = find_protocol(protocol, config.data.name)
-    method = _load_method(path, config).to(device)
+    method = load_method(path, config).to(device)
     train, test = _labelled(load(config.data, "train")), _labelled(load(config.data, "test"))
     embedded = [
         _embed(method.backbone, images, path, split, config, device, batch)
@@ -101,7 +101,12 @@ def evaluate_checkpoint(
     return result
 
 
-def _load_method(path: Path, config: Config) -> Method:
+def load_method(path: Path, config: Config) -> Method:
+    """The method of a step folder, in evaluation mode on the CPU; says how many tensors matched.
+
+    Raises:
+        DataError: the checkpoint is damaged, or of another architecture.
+    """
     snapshot = checkpoint.load(path)
     method = build_method(config)
     what = f"checkpoint {path} (read as a {config.model.backbone} with a {config.method} head)"
