@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, NoReturn
 import yaml
 
 from rdm_fast.command_line import (
-    EvaluateCommand,
     ExportCommand,
     TrainCommand,
     check_ranks,
@@ -30,6 +29,7 @@ from rdm_fast.command_line import (
 )
 from rdm_fast.config import Config
 from rdm_fast.errors import Interrupted, RankLost, UsageError, UserError
+from rdm_fast.evaluation.options import EvaluateCommand
 
 if TYPE_CHECKING:
     from rdm_fast.run_folder import RunFolder, State
@@ -233,20 +233,13 @@ def _report_loss(folder: "RunFolder", error: RankLost) -> NoReturn:
 
 def _evaluate(command: EvaluateCommand) -> None:
     from rdm_fast import distributed
-    from rdm_fast.evaluation.run import evaluate_checkpoint, find_checkpoint
+    from rdm_fast.evaluation.run import evaluate_subject
+    from rdm_fast.evaluation.subject import find_subject
 
-    path = find_checkpoint(Path(command.checkpoint))
     device = distributed.choose_device(command.device)
     distributed.start(device)
     try:
-        evaluate_checkpoint(
-            path,
-            command.protocol,
-            device=device,
-            data_root=command.data_root,
-            batch=command.batch,
-            seed=command.seed,
-        )
+        evaluate_subject(find_subject(command), command, device)
     finally:
         distributed.stop()
 
@@ -255,7 +248,7 @@ def _evaluate(command: EvaluateCommand) -> None:
 
 
 def _export(command: ExportCommand) -> None:
-    from rdm_fast.evaluation.run import find_checkpoint
+    from rdm_fast.evaluation.subject import find_checkpoint
     from rdm_fast.export.write import export_checkpoint
 
     path = find_checkpoint(Path(command.checkpoint))

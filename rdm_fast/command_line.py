@@ -17,6 +17,7 @@ import tyro
 
 from rdm_fast.config import Config
 from rdm_fast.errors import UsageError
+from rdm_fast.evaluation.options import EvaluateCommand
 from rdm_fast.evaluation.protocols import PROTOCOLS
 from rdm_fast.export.targets import TARGETS, Target
 from rdm_fast.recipes import DEFAULT, RECIPES, recipe
@@ -60,34 +61,6 @@ class TrainCommand:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateCommand:
-    """What `eval_linear` was asked to do."""
-
-    checkpoint: tyro.conf.Positional[str]
-    """A run folder (its newest checkpoint), or one step folder inside its checkpoints."""
-    protocol: str = "auto"
-    """Linear probe on frozen features, by name; auto chooses by data set."""
-    data_root: str | None = None
-    """Where the data set is now, if not where the run found it."""
-    batch: int = 256
-    """Images in one forward pass of the backbone, on each rank."""
-    seed: int = 0
-    """Seed of the probe."""
-    device: str = "auto"
-    """auto, cpu or cuda."""
-    debug: Switch = False
-    """Show the traceback of an error."""
-
-    def __post_init__(self) -> None:
-        if self.protocol != "auto" and self.protocol not in PROTOCOLS:
-            raise ValueError(f"protocol={self.protocol} is unknown: use auto, {_or(PROTOCOLS)}")
-        if self.device not in ("auto", "cpu", "cuda"):
-            raise ValueError(f"device={self.device} is unknown: use auto, cpu or cuda")
-        if self.batch < 1:
-            raise ValueError(f"batch={self.batch}: give 1 or more images")
-
-
-@dataclass(frozen=True, kw_only=True)
 class ExportCommand:
     """What `rdm export` was asked to do."""
 
@@ -101,11 +74,6 @@ class ExportCommand:
     """Replace what an earlier export wrote there."""
     debug: Switch = False
     """Show the traceback of an error."""
-
-
-def _or(names: Any) -> str:
-    *most, last = names
-    return f"{', '.join(most)} or {last}"
 
 
 def _nearest(word: str, known: Sequence[str]) -> str:

@@ -19,7 +19,7 @@ from torch import Tensor
 from rdm_fast import durable
 from rdm_fast.config import Config
 from rdm_fast.errors import CannotCreate, UsageError
-from rdm_fast.evaluation.run import load_method
+from rdm_fast.evaluation.subject import load_method
 from rdm_fast.export.targets import Target
 from rdm_fast.foreign import LAYOUTS, METADATA
 from rdm_fast.methods import Method
