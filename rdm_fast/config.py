@@ -237,6 +237,9 @@ class LogConfig:
     """Epochs between two kNN evaluations, besides the one at the end; 0 for none at all."""
     knn_bank: int = 20_000
     """Most training images in the kNN bank, which bounds its memory."""
+    probe: bool = False
+    """Train a linear classifier on the detached embeddings meanwhile; probe_top1 is logged with the
+    kNN. It changes nothing of the run."""
     save_every: int = 500
     """Optimizer steps between two checkpoints; the last step has one too."""
     keep: int = 2

@@ -22,7 +22,8 @@ from rdm_fast.distributed import all_reduce_max, print0, rank, world_size
 from rdm_fast.engines import engine_for
 from rdm_fast.environment import describe_environment
 from rdm_fast.errors import DataError, InputMissing, Interrupted, NonFinite, OutputFailed
-from rdm_fast.evaluation.online import knn_top1
+from rdm_fast.evaluation.online import online_accuracies
+from rdm_fast.evaluation.online_probe import OnlineProbe
 from rdm_fast.filters import advice
 from rdm_fast.foreign import warm_start
 from rdm_fast.methods import build_method
@@ -59,6 +60,7 @@ class Trainer:
         self.engine = engine_for(spectral, device) if spectral else None
         if self.engine:
             self.engine.restore({})  # another run of this process may have used it
+        self.probe = OnlineProbe(config, self.images, self.train_step.method.backbone, device)
         self.step = 0
         """Optimizer steps done."""
         self.skipped = 0
@@ -93,6 +95,7 @@ class Trainer:
                     report = self.train_step(batch, self.step)
                     self.step += 1
                     self._guard(report)
+                    self.probe.update(batch.labels, report.lr, applied=report.applied)
                     if self._is_due(self.config.log.every):
                         telemetry.log(self.step, self._metrics(report, clock))
                     if self._epoch_is_due(self.config.log.knn_every):
@@ -207,9 +210,10 @@ class Trainer:
         if self._test_images is None:
             return
         backbone = self.train_step.method.backbone
-        top1 = knn_top1(backbone, self.images, self._test_images, self.config, self.device)
-        if top1 is not None:
-            telemetry.log(self.step, {"knn_top1": top1})
+        sets = self.images, self._test_images
+        probe = self.probe.classifier
+        if found := online_accuracies(backbone, *sets, self.config, self.device, probe):
+            telemetry.log(self.step, found)
 
     @cached_property
     def _test_images(self) -> ImageSet | None:
@@ -258,7 +262,7 @@ class Trainer:
             step=self.step,
             model=dict(method.state_dict()),
             optim=tensors,
-            extra={"torch_rng": torch.get_rng_state()},
+            extra={"torch_rng": torch.get_rng_state(), **self.probe.state},
             state={
                 "optimizer": plain,
                 "scaler": self.train_step.scaler.state_dict(),
@@ -297,6 +301,7 @@ class Trainer:
         )
         self.train_step.scaler.load_state_dict(snapshot.state["scaler"])
         torch.set_rng_state(snapshot.extra["torch_rng"])
+        self.probe.restore(snapshot.extra)
         self.step = self._last_saved = snapshot.step
         self.skipped = snapshot.state["skipped"]
         self._skipped_in_a_row = snapshot.state["skipped_in_a_row"]

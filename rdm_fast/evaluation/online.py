@@ -1,4 +1,4 @@
-"""How good the embeddings are while a run goes on: kNN on a bounded bank of training images."""
+"""How good the embeddings of test images are while a run goes on: kNN, and the online probe."""
 
 import numpy as np
 import torch
@@ -8,32 +8,37 @@ from rdm_fast.config import Config
 from rdm_fast.data import ImageSet, evaluation_batches
 from rdm_fast.data.subset import Subset
 from rdm_fast.distributed import rank, world_size
+from rdm_fast.evaluation.accuracy import rank_classes, topk_accuracy
 from rdm_fast.evaluation.features import extract
 from rdm_fast.evaluation.knn import knn_accuracy
+from rdm_fast.evaluation.probe import LinearClassifier
 
 BATCH = 256
 NEIGHBOURS = 20
 
 
-def knn_top1(
+def online_accuracies(
     backbone: nn.Module,
     train: ImageSet,
     test: ImageSet | None,
     config: Config,
     device: torch.device,
-) -> float | None:
-    """Top-1 accuracy in percent of weighted kNN on embeddings; every rank embeds its share.
+    probe: LinearClassifier | None = None,
+) -> dict[str, float]:
+    """Top-1 accuracies in percent on the test images; every rank embeds its share.
 
-    The bank is log.knn_bank labelled training images at most, evenly spread, so memory does not
-    grow with the data set. None where training or test images have no labels.
+    Returns:
+        `knn_top1`, weighted kNN on a bank of log.knn_bank labelled training images at most, evenly
+        spread, so that memory does not grow with the data set; and `probe_top1`, of the probe if
+        one is given. Empty where training or test images have no labels.
     """
     if train.labels is None or test is None or test.labels is None:
-        return None
+        return {}
     labelled = np.flatnonzero(train.labels >= 0)
     keep = min(len(labelled), config.log.knn_bank)
-    chosen = labelled[np.linspace(0, len(labelled) - 1, keep).round().astype(np.int64)]
     if keep < NEIGHBOURS:
-        return None
+        return {}
+    chosen = labelled[np.linspace(0, len(labelled) - 1, keep).round().astype(np.int64)]
 
     def embed(images: ImageSet) -> torch.Tensor:
         batches = evaluation_batches(
@@ -42,12 +47,17 @@ def knn_top1(
         )  # fmt: skip
         return extract(backbone, batches, len(images), precision=config.precision)
 
+    bank, queries = embed(Subset(train, chosen)), embed(test)
+    labels = torch.from_numpy(test.labels)
     accuracy = knn_accuracy(
-        embed(Subset(train, chosen)),
+        bank,
         torch.from_numpy(train.labels[chosen]),
-        embed(test),
-        torch.from_numpy(test.labels),
+        queries,
+        labels,
         classes=len(train.classes),
         k=NEIGHBOURS,
     )
-    return accuracy["top1"]
+    found = {"knn_top1": accuracy["top1"]}
+    if probe is not None:
+        found["probe_top1"] = topk_accuracy(rank_classes(probe.logits(queries), 1), labels, 1)
+    return found
