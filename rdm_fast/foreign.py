@@ -14,7 +14,7 @@ pickles of which torch reads tensors only.
 import json
 import re
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast, get_args
 
@@ -174,6 +174,8 @@ def read_backbone(path: Path, prefix: str | None = None) -> ForeignBackbone:
     others = [name for name in tensors if layout.rename(name) is None]
     conv1 = body["conv1.weight"]
     backbone = _backbone(path, body)
+    if notes:
+        layout = replace(layout, name="rdm-fast")
     stem = cast(Stem, notes.get("stem"))
     if stem not in get_args(Stem):
         small: Stem = "cifar_pad2" if "solo-learn" in layout.name else "cifar"

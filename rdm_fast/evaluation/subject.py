@@ -85,12 +85,15 @@ def _of_file(path: Path, command: EvaluateCommand) -> Subject:
         )
     config = _changed(RECIPES[command.recipe](), command)
     found = read_backbone(path, command.prefix)
-    model = replace(
-        config.model,
-        backbone=found.backbone if command.arch == "auto" else command.arch,
-        stem=found.stem if command.stem == "auto" else command.stem,
-        width=found.width,
-    )
+    try:
+        model = replace(
+            config.model,
+            backbone=found.backbone if command.arch == "auto" else command.arch,
+            stem=found.stem if command.stem == "auto" else command.stem,
+            width=found.width,
+        )
+    except ValueError as error:
+        raise UsageError(f"--arch and --stem: {error}; {path} is a {found.backbone}") from error
     channels = config.augment.channels
     found.require(model, channels, stem_flag="--stem")
     backbone, _ = build_backbone(model, channels)

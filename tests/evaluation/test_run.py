@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from rdm_fast import checkpoint
 from rdm_fast.checkpoint import Snapshot
@@ -65,10 +65,22 @@ def test_a_file_gives_what_its_run_gives_and_both_say_where(
     of_file = evaluate(weights, recipe="digits_byol")
     told = capsys.readouterr().out
     assert of_file == of_run
-    assert "solo-learn layout, loaded" in told and "ignored" in told and "resnet8" in told
+    assert "rdm-fast layout, loaded" in told and "ignored" in told and "resnet8" in told
     saved = json.loads((weights.parent / "w.safetensors-evaluation/w-closed-form.json").read_text())
     assert saved["top1"] == of_run.top1 and "effective_rank" not in saved
     assert (run / "evaluation/step-00000001-closed-form.json").exists()
+
+
+def test_other_weights_under_the_same_name_are_embedded_anew(weights: Path, tmp_path: Path) -> None:
+    file, options = tmp_path / "w.safetensors", {"recipe": "digits_byol", "out": str(tmp_path)}
+    tensors = load_file(weights)
+    for scale in (1.0, -1.0):
+        conv = "backbone.conv1.weight"
+        save_file(tensors | {conv: scale * tensors[conv]}, file)
+        found = evaluate(file, **options)
+        assert evaluate(file, **options) == found
+        if scale < 0:
+            assert found.knn_top1 != evaluate(weights, **options).knn_top1
 
 
 @pytest.mark.parametrize("name", ["f.npz", "f.safetensors"])
@@ -119,10 +131,15 @@ def test_fine_tuning_changes_the_backbone_and_no_cache(run: Path, tmp_path: Path
             DataError,
             "is a resnet8 and the model a r",
         ),
+        (
+            {"recipe": "digits_byol", "stem": "imagenet"},
+            UsageError,
+            "does not exist for model.back",
+        ),
         ({"recipe": "cifar10_byol"}, DataError, r"images of 1 channel\(s\), and these have 3"),
         ({"recipe": "digits_byol", "prefix": "net."}, DataError, "begin with --prefix net."),
     ],
-    ids=["no recipe", "arch", "channels", "prefix"],
+    ids=["no recipe", "arch", "stem", "channels", "prefix"],
 )
 def test_a_file_that_does_not_fit_is_told(
     options: dict[str, Any], kind: type[Exception], message: str, weights: Path
