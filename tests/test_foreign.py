@@ -237,10 +237,11 @@ def test_an_old_file_without_batch_counters_is_loaded_and_says_so(
     backbone, _ = build_backbone(RESNET18, 3)
     said = read_backbone(tmp_path / "x.pth").load_into(backbone)
     assert "loaded 100 of 120 tensors (20 batch counters, absent in old files, are 0)" in said
-    del state["bn1.running_mean"]
-    torch.save(state, tmp_path / "x.pth")
-    with pytest.raises(DataError, match=r"1 missing \(bn1.running_mean\)"):
-        read_backbone(tmp_path / "x.pth").load_into(backbone)
+    for whole, gone in ((state, "bn1.running_mean"), (body(model), "bn1.num_batches_tracked")):
+        del whole[gone]
+        torch.save(whole, tmp_path / "x.pth")
+        with pytest.raises(DataError, match=rf"1 missing \({gone}\)"):
+            read_backbone(tmp_path / "x.pth").load_into(backbone)
 
 
 class Payload:

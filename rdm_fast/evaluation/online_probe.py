@@ -36,13 +36,13 @@ class OnlineProbe:
         self.classes = len(images.classes) if images.labels is not None else 0
         self.is_on = config.log.probe and self.classes > 0
         self._tensors: dict[str, Tensor] = {}
-        # accumulated parts pass one after the other, and only the last step's are wanted
+        # Both views of every accumulated part; what passes before, only to look ahead, falls out.
         self._seen: deque[Tensor] = deque(maxlen=VIEWS * config.optim.accumulate)
         if self.is_on:
             backbone.register_forward_hook(self._listen)
 
     def _listen(self, module: nn.Module, _inputs: object, embedding: Tensor) -> None:
-        if module.training and torch.is_grad_enabled():  # not a pass that only looks ahead
+        if module.training:
             self._seen.append(embedding.detach())
 
     def _start(self, d_emb: int) -> dict[str, Tensor]:

@@ -45,6 +45,8 @@ def train(finetune: bool, protocol: Protocol = SGD, n: int = 200, seed: int = 0)
         backbone, digits(n), config, protocol, classes=10, seed=seed, device=CPU,
         finetune=finetune, view=GENTLE,
     )  # fmt: skip
+    assert not any(module.training for module in backbone.modules())
+    assert not any(parameter.requires_grad for parameter in backbone.parameters())
     return {
         "weight": classifier.weight,
         "bias": classifier.bias,

@@ -63,6 +63,23 @@ def test_the_best_setting_on_held_out_training_images_is_fitted_to_all_of_them()
     assert torch.equal(classifier.weight, expected.weight)
 
 
+def test_candidates_never_see_the_images_that_choose_among_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    features, labels = blobs(95)
+    features[:, 0] = torch.arange(95.0)  # names the image
+    seen: list[Tensor] = []
+
+    def spy(rows: Tensor, *args: object, **options: object) -> object:
+        seen.append(rows[:, 0])
+        return fit_settings(rows, *args, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("rdm_fast.evaluation.sweep.fit_settings", spy)
+    fit_sweep(features, labels, classes=3, protocol=replace(SWEEP, epochs=1), seed=0)
+    (kept,) = seen
+    assert len(kept) == len(kept.unique()) == 95 - 9
+
+
 def test_of_equally_good_settings_the_most_decayed_and_slowest_is_taken() -> None:
     labels = torch.arange(100) % 2
     features = torch.stack([labels * 2.0 - 1, torch.zeros(100)], dim=1)  # any of them separates
