@@ -21,16 +21,18 @@ import yaml
 
 from rdm_fast.command_line import (
     DoctorCommand,
-    EvaluateCommand,
+    ExportCommand,
     TrainCommand,
     check_ranks,
     parse_doctor,
     parse_evaluate,
+    parse_export,
     parse_train,
     without_nproc,
 )
 from rdm_fast.config import Config
 from rdm_fast.errors import Interrupted, RankLost, UsageError, UserError
+from rdm_fast.evaluation.options import EvaluateCommand
 
 if TYPE_CHECKING:
     from rdm_fast.run_folder import RunFolder, State
@@ -39,7 +41,7 @@ PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
-    """`rdm train ...` and `rdm eval ...`, the same as train.py and eval_linear.py; `rdm doctor`."""
+    """`rdm train ...` and `rdm eval ...`, the same as train.py and eval_linear.py; and others."""
     words = sys.argv[1:] if argv is None else list(argv)
     if not words or words[0] in ("-h", "--help"):
         print("usage: rdm {" + ",".join(COMMANDS) + "} ...; rdm COMMAND --help says more")
@@ -68,10 +70,17 @@ def doctor(argv: Sequence[str], prog: str) -> NoReturn:
     _run(lambda: _doctor(parse_doctor(argv, prog)), debug="--debug" in argv)
 
 
+def export(argv: Sequence[str] | None = None, prog: str = "rdm export") -> NoReturn:
+    """Write a checkpoint's backbone for torchvision, timm and other trainers."""
+    words = sys.argv[1:] if argv is None else argv
+    _run(lambda: _export(parse_export(words, prog)), debug="--debug" in words)
+
+
 COMMANDS: dict[str, Callable[[Sequence[str], str], NoReturn]] = {
     "train": train,
     "eval": evaluate,
     "doctor": doctor,
+    "export": export,
 }
 
 
@@ -273,20 +282,13 @@ def _evaluate(command: EvaluateCommand, words: Sequence[str]) -> None:
         raise SystemExit(code)
 
     from rdm_fast import distributed
-    from rdm_fast.evaluation.run import evaluate_checkpoint, find_checkpoint
+    from rdm_fast.evaluation.run import evaluate_subject
+    from rdm_fast.evaluation.subject import find_subject
 
-    path = find_checkpoint(Path(command.checkpoint))
     device = distributed.choose_device(command.device)
     distributed.start(device)
     try:
-        evaluate_checkpoint(
-            path,
-            command.protocol,
-            device=device,
-            data_root=command.data_root,
-            batch=command.batch,
-            seed=command.seed,
-        )
+        evaluate_subject(find_subject(command), command, device)
     finally:
         distributed.stop()
 
@@ -301,3 +303,15 @@ def _doctor(command: DoctorCommand) -> None:
     device = choose_device(command.config.device)
     path = None if command.json is None else Path(command.json)
     diagnose(command.config, device, batches=command.batches, path=path)
+
+
+# ---- export ----------------------------------------------------------------------------------
+
+
+def _export(command: ExportCommand) -> None:
+    from rdm_fast.evaluation.subject import find_checkpoint
+    from rdm_fast.export.write import export_checkpoint
+
+    path = find_checkpoint(Path(command.checkpoint))
+    out = Path(command.out) if command.out is not None else None
+    print(export_checkpoint(path, command.to, out=out, overwrite=command.overwrite))

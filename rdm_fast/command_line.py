@@ -17,7 +17,10 @@ import tyro
 
 from rdm_fast.config import Config
 from rdm_fast.errors import UsageError
+from rdm_fast.evaluation.options import EvaluateCommand
 from rdm_fast.evaluation.protocols import PROTOCOLS
+from rdm_fast.export.targets import TARGETS, Target
+from rdm_fast.parallel_config import check_nproc
 from rdm_fast.recipes import DEFAULT, RECIPES, recipe
 
 Switch = tyro.conf.FlagCreatePairsOff[bool]
@@ -35,6 +38,7 @@ ALIASES = {
     "--momentum": "--optim.momentum",
     "--workers": "--data.workers",
     "--guard": "--guard.mode",
+    "--init": "--model.init",
 }
 """The paper's own flags, and names that SimSiam, MoCo and torchvision share. Batch is global.
 
@@ -60,38 +64,23 @@ class TrainCommand:
     """Show the traceback of an error."""
 
     def __post_init__(self) -> None:
-        _check_nproc(self.nproc)
+        check_nproc(self.nproc)
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateCommand:
-    """What `eval_linear` was asked to do."""
+class ExportCommand:
+    """What `rdm export` was asked to do."""
 
     checkpoint: tyro.conf.Positional[str]
     """A run folder (its newest checkpoint), or one step folder inside its checkpoints."""
-    protocol: str = "auto"
-    """Linear probe on frozen features, by name; auto chooses by data set."""
-    data_root: str | None = None
-    """Where the data set is now, if not where the run found it."""
-    batch: int = 256
-    """Images in one forward pass of the backbone, on each rank."""
-    seed: int = 0
-    """Seed of the probe."""
-    nproc: str = "1"
-    """Ranks to start on this machine: a number, gpu (one a GPU), or auto (gpu, or 1 without)."""
-    device: str = "auto"
-    """auto, cpu or cuda."""
+    to: Target
+    """What shall load the weights."""
+    out: str | None = None
+    """File to write (for hf a folder); by default export/STEP-TARGET in the run folder."""
+    overwrite: Switch = False
+    """Replace what an earlier export wrote there."""
     debug: Switch = False
     """Show the traceback of an error."""
-
-    def __post_init__(self) -> None:
-        _check_nproc(self.nproc)
-        if self.protocol != "auto" and self.protocol not in PROTOCOLS:
-            raise ValueError(f"protocol={self.protocol} is unknown: use auto, {_or(PROTOCOLS)}")
-        if self.device not in ("auto", "cpu", "cuda"):
-            raise ValueError(f"device={self.device} is unknown: use auto, cpu or cuda")
-        if self.batch < 1:
-            raise ValueError(f"batch={self.batch}: give 1 or more images")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,16 +100,6 @@ class DoctorCommand:
             raise ValueError(f"batches={self.batches}: give 1 or more")
 
 
-def _check_nproc(nproc: str) -> None:
-    if nproc not in ("gpu", "auto") and not (nproc.isascii() and nproc.isdigit() and int(nproc)):
-        raise ValueError(f"nproc={nproc} is no number of ranks: give 1 or more, gpu, or auto")
-    if nproc != "1" and "RANK" in os.environ:
-        raise ValueError(
-            f"nproc={nproc} starts ranks, and this is one that torchrun or another launcher has "
-            "started: leave out --nproc, or start without the launcher"
-        )
-
-
 def without_nproc(words: Sequence[str]) -> list[str]:
     """The words of a command but for --nproc and its value: what each rank is asked to do."""
     kept: list[str] = []
@@ -129,11 +108,6 @@ def without_nproc(words: Sequence[str]) -> list[str]:
         if not is_value and word.partition("=")[0] != "--nproc":
             kept.append(word)
     return kept
-
-
-def _or(names: Any) -> str:
-    *most, last = names
-    return f"{', '.join(most)} or {last}"
 
 
 def _nearest(word: str, known: Sequence[str]) -> str:
@@ -335,4 +309,21 @@ def parse_evaluate(argv: Sequence[str], prog: str = "eval_linear.py") -> Evaluat
         prog,
         description="Linear probe and kNN on the frozen features of a checkpoint.\n\nProtocols: "
         + ", ".join(PROTOCOLS),
+    )
+
+
+def parse_export(argv: Sequence[str], prog: str = "rdm export") -> ExportCommand:
+    """What to export, and for whom.
+
+    Raises:
+        UsageError: as for `parse_train`.
+    """
+    words = _normalise(argv, ExportCommand)
+    targets = "\n".join(f"  {name}: {what}" for name, what in TARGETS.items())
+    return _parse(
+        ExportCommand,
+        words,
+        prog,
+        description="Write the backbone of a checkpoint for other programs.\n\nTargets:\n"
+        + targets,
     )

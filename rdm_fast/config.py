@@ -150,6 +150,9 @@ class ModelConfig:
     """End the projector with a batch norm without affine parameters (SimSiam's, not BYOL's)."""
     predictor_hidden: int = 512
     """Hidden width of the learned predictor, where there is one."""
+    init: str = ""
+    """File whose backbone the run begins with (warm start), of this or another trainer; empty for
+    random weights. A run that goes on does not read it again."""
 
     def __post_init__(self) -> None:
         require_choices("model.", self)
@@ -269,6 +272,9 @@ class LogConfig:
     """Epochs between two kNN evaluations, besides the one at the end; 0 for none at all."""
     knn_bank: int = 20_000
     """Most training images in the kNN bank, which bounds its memory."""
+    probe: bool = False
+    """Train a linear classifier on the detached embeddings meanwhile; probe_top1 is logged with the
+    kNN. It changes nothing of the run."""
     save_every: int = 500
     """Optimizer steps between two checkpoints; the last step has one too."""
     keep: int = 2

@@ -1,6 +1,7 @@
 """Settings of training on several ranks; with one rank they have no effect."""
 
 import math
+import os
 from dataclasses import dataclass
 from typing import Literal
 
@@ -27,4 +28,15 @@ class ParallelConfig:
             math.isfinite(self.bucket_mb) and self.bucket_mb > 0,
             f"parallel.bucket_mb={self.bucket_mb}: give a size in MiB above 0, such as "
             f"{DEFAULT_BUCKET_MB:g}",
+        )
+
+
+def check_nproc(nproc: str) -> None:
+    """Raise ValueError unless this number of ranks, as --nproc names it, can be started."""
+    if nproc not in ("gpu", "auto") and not (nproc.isascii() and nproc.isdigit() and int(nproc)):
+        raise ValueError(f"nproc={nproc} is no number of ranks: give 1 or more, gpu, or auto")
+    if nproc != "1" and "RANK" in os.environ:
+        raise ValueError(
+            f"nproc={nproc} starts ranks, and this is one that torchrun or another launcher has "
+            "started: leave out --nproc, or start without the launcher"
         )

@@ -57,6 +57,7 @@ class StepReport:
     branches: Branches  # all rows of this rank, detached
     lr: float
     ema_momentum: float
+    skipped: Tensor  # scalar, 1 where the step changed nothing
     not_finite: HostCopy  # [2], as in Outputs
 
     @property
@@ -126,6 +127,7 @@ class TrainStep:
             branches=done.branches,
             lr=lr,
             ema_momentum=momentum,
+            skipped=self._skip,
             not_finite=HostCopy(done.not_finite),
         )
 
@@ -197,6 +199,8 @@ class TrainStep:
             return "of several ranks"
         if self.config.optim.accumulate > 1:
             return "in several parts (optim.accumulate)"
+        if self.config.log.probe:
+            return "beside an online probe (log.probe), which listens to the backbone"
         if self.config.optim.backend == "apex":
             return "with optim.backend=apex, whose settings are numbers of the host"
         if self.engine and self.engine.name != "gemm":

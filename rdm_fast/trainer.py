@@ -19,8 +19,10 @@ from rdm_fast.data import ImageSet, build_loader, load, require_same_images
 from rdm_fast.distributed import all_reduce_max, print0, rank, world_size
 from rdm_fast.environment import describe_environment
 from rdm_fast.errors import Collapsed, DataError, InputMissing, Interrupted, NonFinite, OutputFailed
-from rdm_fast.evaluation.online import knn_top1
+from rdm_fast.evaluation.online import online_accuracies
+from rdm_fast.evaluation.online_probe import OnlineProbe
 from rdm_fast.filters import advice
+from rdm_fast.foreign import warm_start
 from rdm_fast.guard import CollapseGuard
 from rdm_fast.methods import build_method
 from rdm_fast.run_folder import RunFolder
@@ -58,6 +60,7 @@ class Trainer:
         if self.engine:
             self.engine.restore({})  # another run of this process may have used it
         self.collapse_guard = CollapseGuard(config, self.train_step.total_steps)
+        self.probe = OnlineProbe(config, self.images, self.train_step.method.backbone, device)
         self.step = 0
         """Optimizer steps done."""
         self.skipped = 0
@@ -95,6 +98,7 @@ class Trainer:
                     self.step += 1
                     self._guard()  # the step before: no wait, it is long done
                     self._unread = report
+                    self.probe.update(batch.labels, report.lr, report.skipped)
                     self._tell(report, telemetry, clock)
                     if self._epoch_is_due(self.config.log.knn_every):
                         self._evaluate(telemetry)
@@ -230,10 +234,13 @@ class Trainer:
         if self._test_images is None:
             return
         backbone = self.train_step.method.backbone
+        sets = self.images, self._test_images
         with self.train_step.uncompiled():
-            top1 = knn_top1(backbone, self.images, self._test_images, self.config, self.device)
-        if top1 is not None:
-            telemetry.log(self.step, {"knn_top1": top1})
+            found = online_accuracies(
+                backbone, *sets, self.config, self.device, self.probe.classifier
+            )
+        if found:
+            telemetry.log(self.step, found)
 
     @cached_property
     def _test_images(self) -> ImageSet | None:
@@ -283,7 +290,7 @@ class Trainer:
             step=self.step,
             model=dict(method.state_dict()),
             optim=tensors,
-            extra={"torch_rng": torch.get_rng_state()},
+            extra={"torch_rng": torch.get_rng_state(), **self.probe.state},
             state={
                 "optimizer": plain,
                 "scaler": self.train_step.scaler.state_dict(),
@@ -314,6 +321,7 @@ class Trainer:
                     f"every checkpoint in {self.folder.checkpoints} is damaged: restore one, or "
                     "start anew with --overwrite"
                 )
+            warm_start(self.train_step.method, self.config.model, self.config.augment.channels)
             return
         snapshot = checkpoint.load(path)
         data = snapshot.state.get("data")
@@ -325,6 +333,7 @@ class Trainer:
         )
         self.train_step.scaler.load_state_dict(snapshot.state["scaler"])
         torch.set_rng_state(snapshot.extra["torch_rng"])
+        self.probe.restore(snapshot.extra)
         self.step = self._last_saved = snapshot.step
         self.skipped = snapshot.state["skipped"]
         self._skipped_in_a_row = snapshot.state["skipped_in_a_row"]

@@ -12,7 +12,6 @@ import pytest
 
 from rdm_fast.command_line import (
     ALIASES,
-    EvaluateCommand,
     TrainCommand,
     flags,
     parse_evaluate,
@@ -20,6 +19,7 @@ from rdm_fast.command_line import (
 )
 from rdm_fast.config import Config, FilterConfig
 from rdm_fast.errors import UsageError
+from rdm_fast.evaluation.options import EvaluateCommand
 from rdm_fast.evaluation.protocols import PROTOCOLS
 from rdm_fast.recipes import DEFAULT, RECIPES, recipe
 
@@ -83,6 +83,7 @@ ALIASED = {
     "--momentum": 0.8,
     "--workers": 3,
     "--guard": "stop",
+    "--init": "other.pth",
 }
 
 

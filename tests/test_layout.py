@@ -21,8 +21,9 @@ ROOMS = [
     "recipes", "distributed", "precision", "host_copy",
     "filters", "inner_products", "decomposition", "engines", "spectral", "spectrum", "guard",
     "backbone", "heads", "batchnorm", "ema", "methods", "apex_optim", "optim", "data",
-    "saved_config", "checkpoint", "run_folder", "environment", "telemetry", "evaluation",
-    "graph", "parallel", "step", "signals", "trainer", "doctor", "launch", "command_line", "cli",
+    "saved_config", "checkpoint", "foreign", "run_folder", "environment", "telemetry", "evaluation",
+    "export", "graph", "parallel", "step", "signals", "trainer", "doctor", "launch",
+    "command_line", "cli",
 ]  # fmt: skip
 
 MACHINE_PATH = re.compile(r"(?<![\w.~-])/(?:work|root|home/\w+|Users/\w+)\b")

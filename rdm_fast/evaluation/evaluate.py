@@ -1,6 +1,7 @@
 """From embeddings of a training and a test set to the numbers that are reported."""
 
 from dataclasses import asdict, dataclass
+from typing import Literal
 
 from torch import Tensor
 
@@ -15,7 +16,8 @@ from rdm_fast.evaluation.probe import (
     fit_lars,
     fit_sgd,
 )
-from rdm_fast.evaluation.protocols import Protocol
+from rdm_fast.evaluation.protocols import FINETUNE, Protocol
+from rdm_fast.evaluation.sweep import fit_sweep
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,12 +39,32 @@ class Result:
     batch: int
     """Images of one update: the protocol's batch, or all images where there are fewer."""
     penalty: float | None
-    """What was chosen on training images: lambda of the closed form, C of the logistic probe."""
+    """What was chosen on training images: lambda of the closed form, C of the logistic probe, the
+    sweep's weight decay."""
+    lr: float | None
+    """Learning rate of the first epoch, for the sweep the chosen one; None without epochs."""
+    trained_on: Literal["features", "views"]
+    """Cached embeddings, or views drawn anew in every epoch."""
     seed: int
 
     def as_dict(self) -> dict[str, str | int | float | None]:
         """Plain values, for JSON."""
         return asdict(self)
+
+    @property
+    def label(self) -> str:
+        """Names the file of this result among those of one checkpoint."""
+        augmented = self.trained_on == "views" and self.protocol != FINETUNE.name
+        return f"{self.protocol}-augmented" if augmented else self.protocol
+
+    @property
+    def chosen_in_words(self) -> str:
+        """What was chosen on training images; empty where there was no choice."""
+        if self.penalty is None:
+            return ""
+        name = {"closed-form": "lambda", "logistic": "C"}.get(self.protocol, "weight decay")
+        rate = f"lr {self.lr:g}, " if self.lr is not None else ""
+        return f"   ({rate}{name} {self.penalty:.3g})"
 
 
 def evaluate(
@@ -54,6 +76,8 @@ def evaluate(
     *,
     classes: int,
     seed: int,
+    classifier: LinearClassifier | None = None,
+    trained_on: Literal["features", "views"] = "features",
 ) -> Result:
     """Fit a linear classifier on the training embeddings and measure it, and kNN, on the test set.
 
@@ -66,6 +90,8 @@ def evaluate(
         classes: number of classes K, the largest label of both sets + 1.
         seed: of initial weights, order of images and held-out images; the result is a function
             of the arguments.
+        classifier: measured instead of one that is fitted here.
+        trained_on: what it was trained on, for the result.
 
     Raises:
         ValueError: features and labels do not fit together, or there are fewer training images
@@ -88,7 +114,9 @@ def evaluate(
                 "evaluate with --precision fp32, or an earlier checkpoint"
             )
 
-    classifier, penalty = _fit(train_features, train_labels, protocol, classes, seed)
+    penalty, lr = None, protocol.lr or None
+    if classifier is None:
+        classifier, penalty, lr = _fit(train_features, train_labels, protocol, classes, seed)
     ranking = rank_classes(classifier.logits(test_features))
     knn = knn_accuracy(
         train_features,
@@ -111,20 +139,35 @@ def evaluate(
         epochs=protocol.epochs,
         batch=protocol.batch_for(len(train_features)),
         penalty=penalty,
+        lr=lr,
+        trained_on=trained_on,
         seed=seed,
     )
 
 
 def _fit(
     features: Tensor, labels: Tensor, protocol: Protocol, classes: int, seed: int
-) -> tuple[LinearClassifier, float | None]:
-    if protocol.solver == "logistic":
-        return fit_logistic(features, labels, classes=classes, seed=seed)
-    if protocol.solver == "closed-form":
-        standardize = protocol.standardize
-        ridge = choose_ridge(features, labels, classes=classes, seed=seed, standardize=standardize)
-        return fit_closed_form(
-            features, labels, classes=classes, ridge=ridge, standardize=standardize
-        ), ridge
-    fit = fit_sgd if protocol.solver == "sgd" else fit_lars
-    return fit(features, labels, classes=classes, protocol=protocol, seed=seed), None
+) -> tuple[LinearClassifier, float | None, float | None]:
+    """The classifier, and the penalty and learning rate that it has, if any."""
+    match protocol.solver:
+        case "logistic":
+            classifier, strength = fit_logistic(features, labels, classes=classes, seed=seed)
+            return classifier, strength, None
+        case "closed-form":
+            standardize = protocol.standardize
+            ridge = choose_ridge(
+                features, labels, classes=classes, seed=seed, standardize=standardize
+            )
+            classifier = fit_closed_form(
+                features, labels, classes=classes, ridge=ridge, standardize=standardize
+            )
+            return classifier, ridge, None
+        case "sgd-sweep":
+            classifier, (lr, decay) = fit_sweep(
+                features, labels, classes=classes, protocol=protocol, seed=seed
+            )
+            return classifier, decay, lr
+        case "sgd" | "lars":
+            fit = fit_sgd if protocol.solver == "sgd" else fit_lars
+            classifier = fit(features, labels, classes=classes, protocol=protocol, seed=seed)
+            return classifier, None, protocol.lr

@@ -95,16 +95,11 @@ def _descend(
 ) -> LinearClassifier:
     check_labels(features, labels, classes, "training")
     generator = torch.Generator().manual_seed(seed)  # on the CPU, so any device sees one order
-    features = features.float()
-    mean, scale = features.new_zeros(features.shape[1]), features.new_ones(features.shape[1])
-    if protocol.standardize:
-        variance, mean = torch.var_mean(features, dim=0, correction=0)
-        scale = _reciprocal_deviation(mean, variance)
-        features = (features - mean) * scale
+    features, mean, scale = standardisation(features.float(), protocol)
     n, batch = len(features), protocol.batch_for(len(features))
     weight, bias = (
         parameter.to(features.device).requires_grad_()
-        for parameter in _initial(features.shape[1], classes, protocol, generator)
+        for parameter in initial_weights(features.shape[1], classes, protocol, generator)
     )
     optimizer = make_optimizer([weight, bias])
     with torch.enable_grad():
@@ -119,12 +114,26 @@ def _descend(
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
-    return _fold(weight.detach(), bias.detach(), mean, scale)
+    return fold(weight.detach(), bias.detach(), mean, scale)
 
 
-def _initial(
+def standardisation(features: Tensor, protocol: Protocol) -> tuple[Tensor, Tensor, Tensor]:
+    """Embeddings [N, d] as the protocol fits to them, their mean [d], and their scale [d].
+
+    What is fitted is (x - mean) * scale; without `protocol.standardize`, x itself.
+    """
+    mean, scale = features.new_zeros(features.shape[1]), features.new_ones(features.shape[1])
+    if not protocol.standardize:
+        return features, mean, scale
+    variance, mean = torch.var_mean(features, dim=0, correction=0)
+    scale = _reciprocal_deviation(mean, variance)
+    return (features - mean).mul_(scale), mean, scale
+
+
+def initial_weights(
     d: int, classes: int, protocol: Protocol, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
+    """Weight [K, d] and bias [K] before training, float32 on the CPU."""
     weight, bias = torch.empty(classes, d), torch.zeros(classes)
     if protocol.init == "normal":
         return weight.normal_(std=0.01, generator=generator), bias
@@ -141,7 +150,7 @@ def _reciprocal_deviation(mean: Tensor, variance: Tensor) -> Tensor:
     return deviation.where(deviation > 1e-6 * mean.abs(), 1).reciprocal()
 
 
-def _fold(weight: Tensor, bias: Tensor, mean: Tensor, scale: Tensor) -> LinearClassifier:
+def fold(weight: Tensor, bias: Tensor, mean: Tensor, scale: Tensor) -> LinearClassifier:
     """The same classifier for embeddings that are not standardised."""
     weight = weight * scale
     return LinearClassifier(weight.float(), (bias - weight @ mean.to(weight.dtype)).float())
@@ -237,7 +246,7 @@ class _Moments:
 
     def classifier(self, weight: Tensor) -> LinearClassifier:
         """From W^T [d, K] for X to a classifier of raw embeddings."""
-        return _fold(weight.mT, self.shares, self.mean, self.scale)
+        return fold(weight.mT, self.shares, self.mean, self.scale)
 
 
 def _moments(

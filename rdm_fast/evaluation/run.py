@@ -1,109 +1,92 @@
-"""Evaluating the checkpoint of a run: what eval_linear.py does."""
+"""Evaluating a backbone from its images to the saved result: what eval_linear.py does."""
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from safetensors.torch import save
+from torch import Tensor, nn
 
-from rdm_fast import checkpoint, durable
-from rdm_fast.config import Config
+from rdm_fast import durable
 from rdm_fast.data import ImageSet, load
 from rdm_fast.data.subset import Subset
 from rdm_fast.distributed import print0, rank
-from rdm_fast.errors import DataError, InputMissing
+from rdm_fast.errors import CannotCreate, DataError
+from rdm_fast.evaluation.augmented import train_on_views
 from rdm_fast.evaluation.evaluate import Result, evaluate
 from rdm_fast.evaluation.features import cached_features, embed
-from rdm_fast.evaluation.protocols import find_protocol
-from rdm_fast.methods import Method, build_method
-from rdm_fast.run_folder import read_config
+from rdm_fast.evaluation.options import EvaluateCommand
+from rdm_fast.evaluation.subject import Subject
 from rdm_fast.spectrum import effective_rank, eigenvalues
 
-FOLDER = "evaluation"
-"""Inside the run folder: cached embeddings, and one JSON file of results a protocol and step."""
+Sets = tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""(features, labels) of the training and of the test images."""
 
 
-def find_checkpoint(path: Path) -> Path:
-    """The step folder that a run folder's newest sound checkpoint is, or `path` itself.
-
-    Raises:
-        InputMissing: there is no checkpoint there.
-    """
-    if not path.exists():
-        raise InputMissing(f"{path} does not exist: give a run folder, or a step folder inside it")
-    if (path / "manifest.json").exists() or path.name.startswith("step-"):
-        return path
-    if not (path / "config.yaml").exists():
-        raise InputMissing(f"{path} is neither a run folder nor a checkpoint of one")
-    found = checkpoint.newest(path / "checkpoints", lambda text: print0(f"warning: {text}"))
-    if found is None:
-        raise InputMissing(f"the run in {path} has no sound checkpoint: train it first")
-    return found
-
-
-def evaluate_checkpoint(
-    path: Path,
-    protocol: str,
-    *,
-    device: torch.device,
-    data_root: str | None = None,
-    batch: int = 256,
-    seed: int = 0,
+def evaluate_subject(
+    subject: Subject, command: EvaluateCommand, device: torch.device
 ) -> Result | None:
     """Embed all labelled images once, probe the embeddings, print and save the result.
 
     Args:
-        path: a step folder inside a run folder.
-        protocol: how to probe, as `find_protocol` takes it.
-        device: where the backbone runs.
-        data_root: where the data set is, if it has moved.
-        batch: images of one forward pass on each rank.
-        seed: of the probe.
+        subject: what is evaluated; fine-tuning changes its backbone.
+        command: how.
+        device: where the backbone and the probe run.
 
     Returns:
         The result on rank zero, None on the others.
 
     Raises:
-        InputMissing, DataError: the data, the checkpoint or their labels cannot be used.
+        UserError: the data, the protocol or an output cannot be used (its subclasses say which).
     """
-    run = path.parent.parent
-    config = read_config(run)
-    if data_root is not None:
-        config = replace(config, data=replace(config.data, root=data_root))
-    chosen = find_protocol(protocol, config.data.name)
-    method = _load_method(path, config).to(device)
-    train, test = _labelled(load(config.data, "train")), _labelled(load(config.data, "test"))
-    embedded = [
-        _embed(method.backbone, images, path, split, config, device, batch)
-        for split, images in (("train", train), ("test", test))
-    ]
-    whole = nn.Sequential(method.backbone, method.projector)
-    projections, _ = embed(whole, test, config, device, batch=batch)
+    protocol = command.protocol_for(subject.config.data.name)
+    if command.features_out and Path(command.features_out).exists():
+        raise CannotCreate(f"--features-out {command.features_out} exists: name a new file")
+    _require_writable(subject.folder, command)
+    data = subject.config.data
+    train, test = _labelled(load(data, "train")), _labelled(load(data, "test"))
+    subject.backbone.to(device)
+    classifier = None
+    if command.augment or command.finetune:
+        classifier = train_on_views(
+            subject.backbone, train, subject.config, protocol, classes=len(train.classes),
+            seed=command.seed, device=device, finetune=command.finetune,
+        )  # fmt: skip
+    embedded = _embed(subject, (train, test), command, device)
+    spectrum = _spectrum(subject, test, command, device)
     if rank() != 0:
         return None
     (train_features, train_labels), (test_features, test_labels) = embedded
+    if command.features_out:
+        _write_features(Path(command.features_out), embedded)
     result = evaluate(
         train_features,
         train_labels,
         test_features,
         test_labels,
-        chosen,
+        protocol,
         classes=len(train.classes),
-        seed=seed,
+        seed=command.seed,
+        classifier=classifier,
+        trained_on="views" if command.augment or command.finetune else "features",
     )
-    _report(result, eigenvalues(projections), path, run)
+    _report(result, spectrum, subject)
     return result
 
 
-def _load_method(path: Path, config: Config) -> Method:
-    snapshot = checkpoint.load(path)
-    method = build_method(config)
-    what = f"checkpoint {path} (read as a {config.model.backbone} with a {config.method} head)"
-    count = checkpoint.load_strict(method, snapshot.model, what)
-    print0(f"{path}: {count} of {count} tensors matched, 0 missing, step {snapshot.step}")
-    return method.eval()
+def _require_writable(folder: Path, command: EvaluateCommand) -> None:
+    """Before hours of embedding: its result has to go somewhere."""
+    try:
+        if rank() == 0:
+            folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        flag = f"--out {folder}" if command.out else f"{folder}"
+        raise CannotCreate(
+            f"{flag} cannot be made ({error.strerror}): give --out a folder that can"
+        ) from error
 
 
 def _labelled(images: ImageSet) -> ImageSet:
@@ -118,48 +101,87 @@ def _labelled(images: ImageSet) -> ImageSet:
 
 
 def _embed(
-    backbone: nn.Module,
-    images: ImageSet,
-    path: Path,
-    split: str,
-    config: Config,
+    subject: Subject,
+    sets: tuple[ImageSet, ImageSet],
+    command: EvaluateCommand,
     device: torch.device,
-    batch: int,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Embeddings and labels of a split, from the cache if it was made for the same everything."""
+) -> Sets:
+    """Embeddings and labels of both sets, from the cache if it was made for the same everything."""
+    config, found = subject.config, []
+    for split, images in zip(("train", "test"), sets, strict=True):
 
-    def compute() -> tuple[torch.Tensor, torch.Tensor]:
-        features, kept = embed(backbone, images, config, device, batch=batch)
-        assert images.labels is not None
-        return features, torch.from_numpy(images.labels)[kept]
+        def compute(images: ImageSet = images) -> tuple[Tensor, Tensor]:
+            assert images.labels is not None
+            features, kept = embed(subject.backbone, images, config, device, batch=command.batch)
+            return features, torch.from_numpy(images.labels)[kept]
 
-    key: dict[str, object] = {
-        "checkpoint": (path / "manifest.json").read_text(encoding="utf-8"),
-        "data": images.digest,
-        "size": config.augment.size,
-        "interpolation": config.augment.interpolation,
-        "mean": config.augment.mean,
-        "std": config.augment.std,
-        "split": split,
-        "precision": config.precision,
-        "device": device.type,
+        key: dict[str, object] = {
+            "checkpoint": subject.key,
+            "data": images.digest,
+            "size": config.augment.size,
+            "interpolation": config.augment.interpolation,
+            "mean": config.augment.mean,
+            "std": config.augment.std,
+            "split": split,
+            "precision": config.precision,
+            "device": device.type,
+        }
+        file = subject.folder / f"{subject.name}-{split}.safetensors"
+        # what was fine-tuned just now is no checkpoint's, and is not kept
+        found.append(
+            compute()
+            if command.finetune
+            else cached_features(file, key, compute, whole=len(images))
+        )
+    return found[0], found[1]
+
+
+def _spectrum(
+    subject: Subject, test: ImageSet, command: EvaluateCommand, device: torch.device
+) -> Tensor | None:
+    """Eigenvalues of the test images' projections, where there is a projector for them."""
+    if subject.projector is None or command.finetune:
+        return None
+    whole = nn.Sequential(subject.backbone, subject.projector.to(device))
+    projections, _ = embed(whole, test, subject.config, device, batch=command.batch)
+    return eigenvalues(projections)
+
+
+def _write_features(file: Path, embedded: Sets) -> None:
+    tensors = {
+        f"{split}_{what}": tensor.cpu().contiguous()
+        for split, pair in zip(("train", "test"), embedded, strict=True)
+        for what, tensor in zip(("features", "labels"), pair, strict=True)
     }
-    file = path.parent.parent / FOLDER / f"{path.name}-{split}.safetensors"
-    return cached_features(file, key, compute, whole=len(images))
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if file.suffix == ".npz":
+            partial = file.with_name(f"{durable.TEMPORARY}{file.name}")
+            arrays: dict[str, Any] = {name: tensor.numpy() for name, tensor in tensors.items()}
+            np.savez(partial, **arrays)
+            partial.replace(file)
+        else:
+            durable.replace(file, save(tensors))
+    except OSError as error:
+        raise CannotCreate(
+            f"--features-out {file} cannot be written ({error.strerror}): name a file that can"
+        ) from error
+    print0(f"embeddings and labels of both sets are in {file}")
 
 
-def _report(result: Result, spectrum: torch.Tensor, path: Path, run: Path) -> None:
+def _report(result: Result, spectrum: Tensor | None, subject: Subject) -> None:
     """Print the result and save it, with the eigenvalues of the test images' projections."""
-    directions = float(effective_rank(spectrum))
-    file = run / FOLDER / f"{path.name}-{result.protocol}.json"
-    descending = spectrum.flip(0).tolist()
-    plain = {**asdict(result), "effective_rank": directions, "eigenvalues": descending}
-    durable.replace(file, json.dumps(plain, indent=1) + "\n")
+    file = subject.folder / f"{subject.name}-{result.label}.json"
+    plain: dict[str, object] = asdict(result)
     lines = [
         f"{result.test_images} test images of {result.classes} classes, protocol {result.protocol}",
-        f"  linear probe    top-1 {result.top1:6.2f} %   top-5 {result.top5:6.2f} %",
+        f"  linear probe    top-1 {result.top1:6.2f} %   top-5 {result.top5:6.2f} %"
+        + result.chosen_in_words,
         f"  kNN             top-1 {result.knn_top1:6.2f} %   top-5 {result.knn_top5:6.2f} %",
-        f"  effective rank of the projections   {directions:.1f}",
-        f"saved in {file}",
     ]
-    print0("\n".join(lines))
+    if spectrum is not None:
+        directions = float(effective_rank(spectrum))
+        plain |= {"effective_rank": directions, "eigenvalues": spectrum.flip(0).tolist()}
+        lines += [f"  effective rank of the projections   {directions:.1f}"]
+    durable.replace(file, json.dumps(plain, indent=1) + "\n")
+    print0("\n".join([*lines, f"saved in {file}"]))

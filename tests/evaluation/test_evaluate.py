@@ -57,7 +57,8 @@ def test_every_protocol_repeats_bit_for_bit_and_counts_its_images(name: str) -> 
     assert (first.train_images, first.test_images) == (1348, 449)
     whole = name in ("closed-form", "logistic")
     assert first.batch == (1348 if whole else min(PROTOCOLS[name].batch, 1348))
-    assert (first.penalty is None) == (not whole)
+    assert (first.penalty is None) == (not whole and name != "sgd-sweep")
+    assert (first.lr is None) == whole
     assert json.loads(json.dumps(first.as_dict())) == first.as_dict()
     assert first.top1 > 50  # 10 classes; reference-imagenet takes only 90 steps on this few
 

@@ -130,6 +130,27 @@ def test_accuracy_counts_hits() -> None:
     assert found == {"top1": pytest.approx(100 * 4 / 6), "top5": 100}
 
 
+def test_half_precision_changes_only_votes_that_are_nearly_equal() -> None:
+    bank, labels, queries = data(N=600, M=200, d=16)
+    found = {
+        dtype: knn_predict(bank * 1e4, labels, queries, classes=CLASSES, k=20, dtype=dtype)
+        for dtype in (torch.float16, torch.float32)
+    }
+    # 1e4 times five: squares overflow float16, unit rows do not. Labels are random, so every vote
+    # is close, and yet few change.
+    same = (found[torch.float16][:, 0] == found[torch.float32][:, 0]).float().mean()
+    assert same >= 0.95
+    default = knn_predict(bank * 1e4, labels, queries, classes=CLASSES, k=20)
+    assert torch.equal(default, found[torch.float32])  # on a CPU
+
+
+def test_half_precision_finds_the_neighbours_that_stand_apart() -> None:
+    corners = torch.eye(8)
+    bank, labels = corners.repeat(3, 1) * 1e15, torch.arange(8).repeat(3)
+    ranking = knn_predict(bank, labels, corners * 1e-6, classes=8, k=3, dtype=torch.float16)
+    assert ranking[:, 0].tolist() == list(range(8))
+
+
 def test_bank_images_find_themselves() -> None:
     bank, labels, _ = data()
     assert knn_accuracy(bank, labels, bank, labels, classes=CLASSES, k=1)["top1"] == 100

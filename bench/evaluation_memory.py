@@ -1,0 +1,60 @@
+"""How much memory the evaluation of cached embeddings takes: `python -m bench.evaluation_memory`.
+
+Made embeddings of a given size are probed by one protocol, and by kNN; printed is the largest
+resident size of the process (getrusage) before they are made, with them, and at the end.
+"""
+
+import argparse
+import json
+import resource
+import time
+
+import torch
+
+from rdm_fast.evaluation.evaluate import evaluate
+from rdm_fast.evaluation.protocols import PROTOCOLS
+
+
+def peak_mib() -> float:
+    """Largest resident size of this process so far, in MiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+def made(n: int, d: int, classes: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Embeddings [n, d] around one centre a class, and labels [n]."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.arange(n) % classes
+    centres = torch.randn(classes, d, generator=torch.Generator().manual_seed(0))
+    features = torch.randn(n, d, generator=generator)
+    for rows in torch.arange(n).split(4096):
+        features[rows] += 0.15 * centres[labels[rows]]
+    return features, labels
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--train", type=int, default=50_000, help="training images")
+    parser.add_argument("--test", type=int, default=10_000, help="test images")
+    parser.add_argument("--width", type=int, default=2048, help="dimensions of an embedding")
+    parser.add_argument("--classes", type=int, default=100, help="classes")
+    parser.add_argument("--protocol", choices=list(PROTOCOLS), default="closed-form")
+    arguments = parser.parse_args()
+    before = peak_mib()
+    train = made(arguments.train, arguments.width, arguments.classes, 1)
+    test = made(arguments.test, arguments.width, arguments.classes, 2)
+    loaded, start = peak_mib(), time.perf_counter()
+    protocol = PROTOCOLS[arguments.protocol]
+    result = evaluate(*train, *test, protocol, classes=arguments.classes, seed=0)
+    told = {
+        "protocol": protocol.name, "train": arguments.train, "test": arguments.test,
+        "width": arguments.width, "classes": arguments.classes,
+        "imports_mib": round(before), "embeddings_mib": round(loaded - before),
+        "peak_mib": round(peak_mib()), "seconds": round(time.perf_counter() - start, 1),
+        "threads": torch.get_num_threads(), "torch": torch.__version__,
+        "top1": result.top1, "knn_top1": result.knn_top1,
+    }  # fmt: skip
+    print(json.dumps(told))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""A linear classifier that learns beside a run, on the embeddings that the run makes anyway.
+
+It reads the backbone's outputs as they pass, detached, and is trained on them by SGD from the
+gradient in closed form, so nothing of it is in the run's autograd graph, in its parameters or in
+its random state: the run's weights are the same bits with it and without.
+
+    dL/dW = (softmax(e W^T + b) - onehot(y))^T e / n,    over the labelled rows e of all ranks
+"""
+
+from collections import deque
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from rdm_fast.config import Config
+from rdm_fast.data import ImageSet
+from rdm_fast.distributed import world_size
+from rdm_fast.evaluation.probe import LinearClassifier
+
+LR, MOMENTUM = 0.1, 0.9
+"""The released code's online classifier, at the peak of the run's own schedule."""
+STATE = "probe/"
+VIEWS = 2
+
+
+class OnlineProbe:
+    """The classifier of one run; without log.probe or labels it does nothing."""
+
+    def __init__(
+        self, config: Config, images: ImageSet, backbone: nn.Module, device: torch.device
+    ) -> None:
+        """Listen to `backbone`, which is in training mode during steps and only then."""
+        self.config, self.device = config, device
+        self.classes = len(images.classes) if images.labels is not None else 0
+        self.is_on = config.log.probe and self.classes > 0
+        self._tensors: dict[str, Tensor] = {}
+        # Both views of every accumulated part; what passes before, only to look ahead, falls out.
+        self._seen: deque[Tensor] = deque(maxlen=VIEWS * config.optim.accumulate)
+        if self.is_on:
+            backbone.register_forward_hook(self._listen)
+
+    def _listen(self, module: nn.Module, _inputs: object, embedding: Tensor) -> None:
+        if module.training:
+            self._seen.append(embedding.detach())
+
+    def _start(self, d_emb: int) -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(self.config.seed)
+        weight = torch.empty(self.classes, d_emb).normal_(std=0.01, generator=generator)
+        first = {"weight": weight, "bias": torch.zeros(self.classes)}
+        rest = {f"{name}_momentum": torch.zeros_like(tensor) for name, tensor in first.items()}
+        return {name: tensor.to(self.device) for name, tensor in (first | rest).items()}
+
+    @torch.no_grad()
+    def update(self, labels: Tensor, lr: float, skipped: Tensor) -> None:
+        """Learn from the embeddings of the step that was just done.
+
+        Args:
+            labels: of this rank's images, [b] int64, -1 without one.
+            lr: the run's learning rate in that step, whose schedule the probe follows.
+            skipped: 0-d, on the device, not zero for a step that was not finite: nothing is learnt
+                from it either, and nothing waits to know.
+        """
+        if not self.is_on:
+            return
+        parts = labels.chunk(self.config.optim.accumulate)
+        embedding = torch.cat(list(self._seen)).float()  # [VIEWS b, d_emb]
+        self._seen.clear()
+        target = torch.cat([part for part in parts for _ in range(VIEWS)])
+        if not self._tensors:
+            self._tensors = self._start(embedding.shape[1])
+        t = self._tensors
+        counts = (target >= 0).float()[:, None]  # a mask: to select rows would wait for the device
+        with torch.autocast(self.device.type, enabled=False):
+            shares = F.linear(embedding, t["weight"], t["bias"]).softmax(dim=1)
+            error = (shares - F.one_hot(target.clamp_min(0), self.classes)) * counts
+            gradient = torch.cat([error.mT @ embedding, error.sum(dim=0)[:, None]], dim=1)
+        total = counts.sum()
+        if world_size() > 1:
+            dist.all_reduce(gradient)
+            dist.all_reduce(total)
+        gradient /= total.clamp_min(1)
+        rate = LR * lr / self.config.optim.lr if self.config.optim.lr else 0.0
+        for name, change in (("weight", gradient[:, :-1]), ("bias", gradient[:, -1])):
+            momentum = t[f"{name}_momentum"]
+            momentum.copy_(torch.where(skipped == 0, MOMENTUM * momentum + change, momentum))
+            t[name].sub_(torch.where(skipped == 0, rate * momentum, 0))
+
+    @property
+    def classifier(self) -> LinearClassifier | None:
+        """As it stands, on the CPU; None before the first step or where there is none."""
+        if not self._tensors:
+            return None
+        return LinearClassifier(self._tensors["weight"].cpu(), self._tensors["bias"].cpu())
+
+    # ---- resuming exactly --------------------------------------------------------------------
+
+    @property
+    def state(self) -> dict[str, Tensor]:
+        """Its tensors, for a checkpoint."""
+        return {STATE + name: tensor for name, tensor in self._tensors.items()}
+
+    def restore(self, tensors: dict[str, Tensor]) -> None:
+        """Take up what a checkpoint has of it; one without a probe leaves it at its start."""
+        found = {n.removeprefix(STATE): t for n, t in tensors.items() if n.startswith(STATE)}
+        self._tensors = {n: t.to(self.device) for n, t in found.items()} if self.is_on else {}
