@@ -24,10 +24,12 @@ from rdm_fast.command_line import (
     TrainCommand,
     check_ranks,
     parse_evaluate,
+    parse_report,
     parse_train,
 )
 from rdm_fast.config import Config
 from rdm_fast.errors import Interrupted, RankLost, UsageError, UserError
+from rdm_fast.report.options import ReportCommand
 
 if TYPE_CHECKING:
     from rdm_fast.run_folder import RunFolder, State
@@ -60,9 +62,15 @@ def evaluate(argv: Sequence[str] | None = None, prog: str = "eval_linear.py") ->
     _run(lambda: _evaluate(parse_evaluate(words, prog)), debug="--debug" in words)
 
 
+def report(argv: Sequence[str], prog: str = "rdm report") -> NoReturn:
+    """One HTML page that shows runs."""
+    _run(lambda: _report(parse_report(argv, prog)), debug="--debug" in argv)
+
+
 COMMANDS: dict[str, Callable[[Sequence[str], str], NoReturn]] = {
     "train": train,
     "eval": evaluate,
+    "report": report,
 }
 
 
@@ -240,3 +248,12 @@ def _evaluate(command: EvaluateCommand) -> None:
         )
     finally:
         distributed.stop()
+
+
+# ---- report ----------------------------------------------------------------------------------
+
+
+def _report(command: ReportCommand) -> None:
+    from rdm_fast.report.make import make_report
+
+    print(f"report: {make_report(command)}")

@@ -19,6 +19,7 @@ from rdm_fast.config import Config
 from rdm_fast.errors import UsageError
 from rdm_fast.evaluation.protocols import PROTOCOLS
 from rdm_fast.recipes import DEFAULT, RECIPES, recipe
+from rdm_fast.report.options import ReportCommand
 
 Switch = tyro.conf.FlagCreatePairsOff[bool]
 Command = TypeVar("Command")
@@ -99,7 +100,7 @@ def flags(command: type, prefix: str = "--") -> list[str]:
     """Every flag of a command, as it is written on a command line."""
     names: list[str] = []
     for field in fields(command):
-        if field.type is tyro.conf.Positional[str]:
+        if field.type in (tyro.conf.Positional[str], tyro.conf.Positional[tuple[str, ...]]):
             continue
         kind = Config if field.name == "config" else field.type
         name = prefix + field.name.replace("_", "-")
@@ -244,4 +245,18 @@ def parse_evaluate(argv: Sequence[str], prog: str = "eval_linear.py") -> Evaluat
         prog,
         description="Linear probe and kNN on the frozen features of a checkpoint.\n\nProtocols: "
         + ", ".join(PROTOCOLS),
+    )
+
+
+def parse_report(argv: Sequence[str], prog: str = "rdm report") -> ReportCommand:
+    """Which runs to show, and how.
+
+    Raises:
+        UsageError: as for `parse_train`.
+    """
+    return _parse(
+        ReportCommand,
+        _normalise(argv, ReportCommand),
+        prog,
+        description="One HTML page that shows runs: curves, spectra, filter response, embeddings.",
     )
