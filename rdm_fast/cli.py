@@ -25,11 +25,14 @@ from rdm_fast.command_line import (
     check_ranks,
     parse_evaluate,
     parse_report,
+    parse_sweep,
     parse_train,
 )
 from rdm_fast.config import Config
 from rdm_fast.errors import Interrupted, RankLost, UsageError, UserError
 from rdm_fast.report.options import ReportCommand
+from rdm_fast.sweep.options import SweepCommand
+from rdm_fast.sweep.queue import LAUNCHED
 
 if TYPE_CHECKING:
     from rdm_fast.run_folder import RunFolder, State
@@ -67,10 +70,16 @@ def report(argv: Sequence[str], prog: str = "rdm report") -> NoReturn:
     _run(lambda: _report(parse_report(argv, prog)), debug="--debug" in argv)
 
 
+def sweep(argv: Sequence[str], prog: str = "rdm sweep") -> NoReturn:
+    """One run for each of several filters; a table and a figure of them."""
+    _run(lambda: _sweep(parse_sweep(argv, prog)), debug="--debug" in argv)
+
+
 COMMANDS: dict[str, Callable[[Sequence[str], str], NoReturn]] = {
     "train": train,
     "eval": evaluate,
     "report": report,
+    "sweep": sweep,
 }
 
 
@@ -97,7 +106,7 @@ def _end_with_launcher() -> None:
 
 def _run(command: Callable[[], None], *, debug: bool) -> NoReturn:
     """Run a command to its exit code."""
-    if "RANK" in os.environ:
+    if "RANK" in os.environ or LAUNCHED in os.environ:
         _end_with_launcher()
     try:
         command()
@@ -250,10 +259,16 @@ def _evaluate(command: EvaluateCommand) -> None:
         distributed.stop()
 
 
-# ---- report ----------------------------------------------------------------------------------
+# ---- report and sweep ------------------------------------------------------------------------
 
 
 def _report(command: ReportCommand) -> None:
     from rdm_fast.report.make import make_report
 
     print(f"report: {make_report(command)}")
+
+
+def _sweep(command: SweepCommand) -> None:
+    from rdm_fast.sweep.make import make_sweep
+
+    make_sweep(command)

@@ -10,7 +10,7 @@ import io
 import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Annotated, Any, TypeVar
 
 import tyro
@@ -20,6 +20,8 @@ from rdm_fast.errors import UsageError
 from rdm_fast.evaluation.protocols import PROTOCOLS
 from rdm_fast.recipes import DEFAULT, RECIPES, recipe
 from rdm_fast.report.options import ReportCommand
+from rdm_fast.sweep.grid import GRID, VARIED
+from rdm_fast.sweep.options import SweepCommand
 
 Switch = tyro.conf.FlagCreatePairsOff[bool]
 Command = TypeVar("Command")
@@ -186,6 +188,19 @@ def _parse(command: type[Command], argv: list[str], prog: str, **options: Any) -
             os.environ["COLUMNS"] = columns
 
 
+def _take_recipe(words: list[str]) -> tuple[list[str], str]:
+    """The recipe's name taken off the front, if there is one, and the name to use.
+
+    Raises:
+        UsageError: there is no such recipe.
+    """
+    named = [words.pop(0)] if words and not words[0].startswith("-") else []
+    for name in named or [DEFAULT]:
+        if name not in RECIPES:
+            raise UsageError(f"unknown recipe {name}: {_nearest(name, list(RECIPES))}")
+    return named, name
+
+
 def parse_train(argv: Sequence[str], prog: str = "train.py") -> TrainCommand:
     """The recipe that argv names (or the default one), with the fields that argv changes.
 
@@ -193,10 +208,7 @@ def parse_train(argv: Sequence[str], prog: str = "train.py") -> TrainCommand:
         UsageError: an unknown recipe or flag, a bad value, or an impossible combination.
     """
     words = _normalise(argv, TrainCommand)
-    named = [words.pop(0)] if words and not words[0].startswith("-") else []
-    for name in named or [DEFAULT]:
-        if name not in RECIPES:
-            raise UsageError(f"unknown recipe {name}: {_nearest(name, list(RECIPES))}")
+    named, name = _take_recipe(words)
     recipes = "\n".join(f"  {key}: {(make.__doc__ or '')}" for key, make in RECIPES.items())
     short = "\n".join(f"  {alias}: {flag}" for alias, flag in ALIASES.items())
     command = _parse(
@@ -259,4 +271,31 @@ def parse_report(argv: Sequence[str], prog: str = "rdm report") -> ReportCommand
         _normalise(argv, ReportCommand),
         prog,
         description="One HTML page that shows runs: curves, spectra, filter response, embeddings.",
+    )
+
+
+def parse_sweep(argv: Sequence[str], prog: str = "rdm sweep") -> SweepCommand:
+    """The recipe whose filter is varied, and how.
+
+    Raises:
+        UsageError: as for `parse_train`, or a flag sets what the sweep varies.
+    """
+    words = _normalise(argv, SweepCommand)
+    _, name = _take_recipe(words)
+    if fixed := [flag for flag in VARIED if flag in {word.partition("=")[0] for word in words}]:
+        raise UsageError(
+            f"a sweep varies {', '.join(fixed)}: name filters instead, as in "
+            "--filter online_s1 target_s-0.5 control"
+        )
+    try:
+        default = SweepCommand(config=replace(recipe(name), out=f"runs/sweep_{name}"))
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    return _parse(
+        SweepCommand,
+        words,
+        f"{prog} [RECIPE]",
+        default=default,
+        description=f"Run RECIPE ({name} here) with each of several filters, --out being the "
+        f"folder of all runs.\n\nThe paper's filters: {', '.join(GRID)}",
     )

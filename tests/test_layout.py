@@ -21,7 +21,7 @@ ROOMS = [
     "inner_products", "decomposition", "engines", "spectral", "spectrum",
     "backbone", "heads", "batchnorm", "ema", "methods", "optim", "data", "saved_config",
     "checkpoint", "run_folder", "environment", "telemetry", "evaluation", "step",
-    "trainer", "report", "command_line", "cli",
+    "trainer", "report", "sweep", "command_line", "cli",
 ]  # fmt: skip
 
 MACHINE_PATH = re.compile(r"(?<![\w.~-])/(?:work|root|home/\w+|Users/\w+)\b")
