@@ -22,6 +22,8 @@ from rdm_fast.config import Config
 from rdm_fast.errors import UsageError
 from rdm_fast.evaluation.protocols import PROTOCOLS
 from rdm_fast.recipes import DEFAULT, RECIPES, recipe
+from rdm_fast.report.options import ReportCommand
+from rdm_fast.sweep.options import SweepCommand
 
 
 @pytest.fixture(autouse=True)
@@ -329,7 +331,8 @@ def dataclasses_of(kind: type) -> Iterator[type]:
             yield from dataclasses_of(hint)
 
 
-COMMANDS = list(dict.fromkeys([*dataclasses_of(TrainCommand), *dataclasses_of(EvaluateCommand)]))
+KINDS = (TrainCommand, EvaluateCommand, ReportCommand, SweepCommand)
+COMMANDS = list(dict.fromkeys(each for kind in KINDS for each in dataclasses_of(kind)))
 
 
 def sentences(kind: type) -> dict[str, str]:

@@ -165,6 +165,8 @@ def _colours(rows: Sequence[Row]) -> dict[str, str]:
 
 
 def _ranks(axes: Any, rows: Sequence[Row]) -> None:
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
     for y, each in enumerate(rows):
         online, target = each.effective_rank["online"], each.effective_rank["target"]
         if online is None or target is None:
@@ -180,6 +182,9 @@ def _ranks(axes: Any, rows: Sequence[Row]) -> None:
         axes.axvline(level, color="#333333", linewidth=1, linestyle=(0, (5, 3)), zorder=1)
     axes.set_yticks(range(len(rows)), [each.filter for each in rows])
     axes.set(xscale="log", xlabel="effective rank", ylim=(len(rows) - 0.4, -0.6))
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.xaxis.set_minor_formatter(NullFormatter())
 
 
 def _accuracy(axes: Any, rows: Sequence[Row]) -> None:
@@ -197,6 +202,8 @@ def _accuracy(axes: Any, rows: Sequence[Row]) -> None:
 
 
 def _over_time(axes: Any, rows: Sequence[Row], runs: Mapping[str, Run]) -> None:
+    from matplotlib.ticker import StrMethodFormatter
+
     axes.axhline(0, color="#333333", linewidth=0.8)
     for i, (name, colour) in enumerate(_colours(rows).items()):
         series = runs[name].series("rank_difference")
@@ -205,5 +212,6 @@ def _over_time(axes: Any, rows: Sequence[Row], runs: Mapping[str, Run]) -> None:
         axes.plot(
             series.epochs, series.values, marker="o" if len(series.epochs) < 3 else None, **style
         )
-    axes.set(xlabel="epoch", ylabel="rank difference (target - online)", yscale="symlog")
+    axes.set(xlabel="epoch", ylabel="rank difference", yscale="symlog")
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), handlelength=2.6)
