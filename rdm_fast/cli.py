@@ -106,8 +106,11 @@ def _end_with_launcher() -> None:
 
 def _run(command: Callable[[], None], *, debug: bool) -> NoReturn:
     """Run a command to its exit code."""
-    if "RANK" in os.environ or LAUNCHED in os.environ:
+    launcher = os.environ.get(LAUNCHED)
+    if launcher or "RANK" in os.environ:
         _end_with_launcher()
+    if launcher and int(launcher) != os.getppid():  # it was gone before we could ask to be told
+        raise SystemExit(Interrupted.code)
     try:
         command()
     except UserError as error:

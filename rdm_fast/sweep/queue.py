@@ -22,7 +22,7 @@ from rdm_fast.run_folder import read_status
 
 PROGRAM = "from rdm_fast.cli import main; main()"
 LAUNCHED = "RDM_LAUNCHED"
-"""Set for a process that is to save and stop when the one that started it is gone."""
+"""Process id of the one that started this one, which is to save and stop when that is gone."""
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 POLL = 0.1  # seconds between two looks at the processes
 
@@ -154,7 +154,7 @@ def _environment(gpu: str | None, threads: int) -> dict[str, str]:
     ranks = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
     kept = {name: value for name, value in os.environ.items() if name not in ranks}
     kept["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
-    kept[LAUNCHED] = "1"
+    kept[LAUNCHED] = str(os.getpid())
     kept.setdefault("OMP_NUM_THREADS", str(threads))
     if gpu is not None:
         kept["CUDA_VISIBLE_DEVICES"] = gpu

@@ -17,7 +17,7 @@ from rdm_fast.sweep import queue
 from rdm_fast.sweep.queue import Failure, next_command, run_all
 from tests.report.made import evaluate, make_run
 
-PROGRAM = '''
+PROGRAM = """
 import json, os, pathlib, signal, sys, time
 command, run = sys.argv[1], pathlib.Path([w for w in sys.argv[2:] if "/" in w][0])
 board = run.parent / "board"
@@ -50,7 +50,7 @@ if plan != "nothing":
         (run / "evaluation" / "step-00000008-logistic.json").write_text("{}")
 with board.open("a") as file:
     print("end", run.name, command, file=file, sep="|")
-'''
+"""
 
 
 @pytest.fixture(autouse=True)
@@ -88,10 +88,9 @@ def test_a_run_is_trained_then_evaluated_by_the_commands_of_a_user(tmp_path: Pat
     assert next_command(paths["a"], "cpu") is None
     starts = [words[1:3] for words in board(tmp_path) if words[0] == "start"]
     assert starts == [["a", "train"], ["a", "eval"], ["b", "train"], ["b", "eval"]]
-    assert {tuple(words[3:]) for words in board(tmp_path) if words[0] == "start"} == {
-        ("1", "3", "", "none" if "CUDA_VISIBLE_DEVICES" not in os.environ else
-         os.environ["CUDA_VISIBLE_DEVICES"])
-    }  # fmt: skip
+    seen = {tuple(words[3:]) for words in board(tmp_path) if words[0] == "start"}
+    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "none")
+    assert seen == {(str(os.getpid()), "3", "", gpus)}
 
 
 def test_what_is_complete_is_not_started_again_and_what_lacks_an_evaluation_gets_one(
