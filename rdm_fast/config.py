@@ -230,6 +230,8 @@ class LogConfig:
 
     every: int = 10
     """Optimizer steps between two lines of metrics, the only moments that wait for the device."""
+    spectrum_every: int = 50
+    """Optimizer steps between two records of whole spectra (spectrum.jsonl); 0 for none at all."""
     knn_every: int = 10
     """Epochs between two kNN evaluations, besides the one at the end; 0 for none at all."""
     knn_bank: int = 20_000
@@ -242,6 +244,8 @@ class LogConfig:
     """Also write TensorBoard event files (needs the extra rdm-fast[tensorboard])."""
     wandb: bool = False
     """Also log to Weights & Biases (needs the extra rdm-fast[wandb])."""
+    trackio: bool = False
+    """Also log to trackio (needs the extra rdm-fast[trackio])."""
     max_nonfinite: int = 5
     """Steps in a row with a non-finite loss or gradient, all skipped, before the run stops."""
 
@@ -249,7 +253,9 @@ class LogConfig:
         for name in ("every", "save_every", "knn_bank", "max_nonfinite"):
             value = getattr(self, name)
             require(value >= 1, f"log.{name}={value}: give 1 or more")
-        require(self.knn_every >= 0, f"log.knn_every={self.knn_every}: give 0 (never) or more")
+        for name in ("knn_every", "spectrum_every"):
+            value = getattr(self, name)
+            require(value >= 0, f"log.{name}={value}: give 0 (never) or more")
         require(self.keep >= 2, f"log.keep={self.keep}: at least 2, one may be damaged")
 
 

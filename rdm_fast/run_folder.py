@@ -4,7 +4,7 @@
     config.yaml    the whole configuration
     status.json    how the run stands, replaced atomically
     bad_files.tsv  image files that are left out, and why
-    metrics.jsonl  checkpoints/  tensorboard/  logs/  and what later commands add
+    metrics.jsonl  spectrum.jsonl  checkpoints/  tensorboard/  logs/  and what later commands add
 
 A folder without our run.json is somebody else's: it is never written into and never emptied.
 Nothing here imports torch, so a refusal comes at once.
@@ -41,7 +41,14 @@ LOCK, OWNER = "run.lock", "run.lock.json"
 # all but run.json; config.yaml goes first: a folder without it is cleared again, so an interrupted
 # --overwrite leaves nothing behind that could be taken for the new run's
 CONTENTS = (
-    *("config.yaml", "status.json", "metrics.jsonl", "checkpoints", "spectrum.npz", "tensorboard"),
+    *(
+        "config.yaml",
+        "status.json",
+        "metrics.jsonl",
+        "checkpoints",
+        "spectrum.jsonl",
+        "tensorboard",
+    ),
     *("wandb", "logs", "report.html", "figures", "export", "bad_files.tsv"),
 )
 
@@ -92,6 +99,7 @@ class RunFolder:
         self.path, self.rank, self.is_new, self.id = path, rank, is_new, id
         self.checkpoints, self.logs = path / "checkpoints", path / "logs"
         self.metrics, self.tensorboard = path / "metrics.jsonl", path / "tensorboard"
+        self.spectrum = path / "spectrum.jsonl"
         self.bad_files = path / "bad_files.tsv"
         self._lock = lock
 

@@ -26,7 +26,7 @@ from rdm_fast.evaluation.online import knn_top1
 from rdm_fast.filters import advice
 from rdm_fast.methods import build_method
 from rdm_fast.run_folder import RunFolder
-from rdm_fast.spectrum import branch_spectra
+from rdm_fast.spectrum import BranchSpectra, branch_spectra
 from rdm_fast.step import StepReport, TrainStep
 from rdm_fast.telemetry import Clock, Plan, Telemetry
 
@@ -92,8 +92,7 @@ class Trainer:
                     report = self.train_step(batch, self.step)
                     self.step += 1
                     self._guard(report)
-                    if self._is_due(self.config.log.every):
-                        telemetry.log(self.step, self._metrics(report, clock))
+                    self._tell(report, telemetry, clock)
                     if self._epoch_is_due(self.config.log.knn_every):
                         self._evaluate(telemetry)
                         clock.restart()
@@ -109,7 +108,9 @@ class Trainer:
                         )
 
     def _is_due(self, every: int) -> bool:
-        return self.step % every == 0 or self.step == self.train_step.total_steps
+        """Whether something is due that is done every so many steps and at the end; 0 is never."""
+        is_last = self.step == self.train_step.total_steps
+        return bool(every) and (self.step % every == 0 or is_last)
 
     def _epoch_is_due(self, every: int) -> bool:
         epochs, rest = divmod(self.step, self.loader.steps_per_epoch)
@@ -151,13 +152,6 @@ class Trainer:
         )
         return Telemetry.open(self.folder, self.config, environment, plan)
 
-    def _engine(self) -> str:
-        return (
-            engine_for(self.config.filter, self.device).name
-            if self.train_step.method.filter
-            else "none"
-        )
-
     def _announce(self) -> None:
         """Say once what `auto` stands for, and what RDM thinks of the filter."""
         config, parts = self.config, self.config.optim.accumulate
@@ -174,12 +168,22 @@ class Trainer:
         if self.step:
             print0(f"resumed from step {self.step}")
 
-    def _metrics(self, report: StepReport, clock: Clock) -> dict[str, float | int]:
-        """The metrics of the last step; the only regular wait for the device."""
-        branches = report.branches
-        spectra = branch_spectra(
-            branches.online, branches.target, branches.projection, self.train_step.method.filter
-        )
+    def _tell(self, report: StepReport, telemetry: Telemetry, clock: Clock) -> None:
+        """Log what is due of the last step; the only regular wait for the device."""
+        log = self._is_due(self.config.log.every)
+        profile = self._is_due(self.config.log.spectrum_every)
+        if not (log or profile):
+            return
+        b, spectral = report.branches, self.train_step.method.filter
+        spectra = branch_spectra(b.online, b.target, b.projection, spectral, profile=profile)
+        if log:
+            telemetry.log(self.step, self._metrics(report, spectra, clock))
+        if profile:
+            telemetry.log_spectra(self.step, spectra.record())
+
+    def _metrics(
+        self, report: StepReport, spectra: BranchSpectra, clock: Clock
+    ) -> dict[str, float | int]:
         loss = report.loss.clone()
         if world_size() > 1:
             dist.all_reduce(loss)

@@ -12,6 +12,7 @@ import types
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -22,7 +23,17 @@ from rdm_fast.errors import Unavailable
 from rdm_fast.recipes import RECIPES
 from rdm_fast.run_folder import RunFolder
 from rdm_fast.saved_config import config_from_dict
-from rdm_fast.telemetry import KEYS, JsonLines, Plan, Telemetry, TensorBoard, progress_line
+from rdm_fast.telemetry import (
+    KEYS,
+    SPECTRUM_KEYS,
+    JsonLines,
+    Plan,
+    SpectrumLines,
+    Telemetry,
+    TensorBoard,
+    progress_line,
+    read_spectra,
+)
 
 ROOT = Path(__file__).parents[1]
 CONFIG = RECIPES["digits_rdm_simsiam"]()
@@ -144,13 +155,55 @@ def test_lines_wait_while_the_disk_is_full_and_none_is_lost_or_torn(
     lines.log(5, {"loss": 1.0})
     lines.close()
     assert [r.get("step") for r in records(tmp_path / "m")] == [None, 1, 2, 3, 4, 5]
-    assert capsys.readouterr().err.count("warning: metrics.jsonl waits in memory") == 1
+    assert capsys.readouterr().err.count("warning: m waits in memory") == 1
+
+
+# ---- spectrum.jsonl --------------------------------------------------------------------------
+
+
+def spectra(step: int) -> dict[str, Any]:
+    values = np.linspace(step + 1, 0, 5) / 7
+    response = np.array([step, np.nan])
+    return {"online": values, "response": response, "alignment": step / 7}
+
+
+def write_spectra(path: Path, steps: range, resumed: int = 0) -> None:
+    lines = SpectrumLines(path, resumed)
+    for step in steps:
+        lines.log(step, spectra(step))
+    lines.close()
+
+
+@pytest.mark.parametrize("resumed", [0, 7, 10])
+def test_a_resumed_file_of_spectra_is_that_of_an_undisturbed_run(
+    tmp_path: Path, resumed: int
+) -> None:
+    write_spectra(tmp_path / "whole", range(1, 21))
+    write_spectra(tmp_path / "s", range(1, 13))
+    with (tmp_path / "s").open("a") as file:
+        file.write('{"step": 13, "online": [0.1, ')  # torn by a kill
+    write_spectra(tmp_path / "s", range(resumed + 1, 21), resumed)
+    assert (tmp_path / "s").read_bytes() == (tmp_path / "whole").read_bytes()
+
+
+def test_spectra_are_read_as_they_were_logged_to_five_digits(tmp_path: Path) -> None:
+    write_spectra(tmp_path / "s", range(1, 4))
+    assert records(tmp_path / "s")[0] == {"keys": SPECTRUM_KEYS}
+    assert records(tmp_path / "s")[1]["response"] == [1.0, None]
+    found = read_spectra(tmp_path / "s")
+    assert [record["step"] for record in found] == [1, 2, 3]
+    for record in found:
+        expected = spectra(record["step"])
+        assert float(record["alignment"]) == expected["alignment"]
+        np.testing.assert_allclose(record["online"], expected["online"], rtol=5e-5)
+        np.testing.assert_array_equal(record["response"], expected["response"])
+    assert read_spectra(tmp_path / "none") == []
 
 
 # ---- ranks and trackers ----------------------------------------------------------------------
 
 
-def open_telemetry(out: Path, rank: int, **log: bool) -> Telemetry:
+def open_telemetry(out: Path, rank: int, **log: object) -> Telemetry:
     config = config_from_dict({"log": log})
     folder = RunFolder.open(str(out), config, overwrite=False, rank=rank)
     telemetry = Telemetry.open(folder, config, ENVIRONMENT, PLAN)
@@ -164,6 +217,7 @@ def test_only_rank_zero_writes_and_prints(
     for rank in (1, 2):
         with open_telemetry(tmp_path, rank, tensorboard=True) as telemetry:
             telemetry.log(1, METRICS)
+            telemetry.log_spectra(1, spectra(1))
     assert list(tmp_path.iterdir()) == [] and capsys.readouterr().out == ""
     with open_telemetry(tmp_path, 0) as telemetry:
         telemetry.log(1, METRICS)
@@ -194,7 +248,12 @@ def test_tensorboard_shows_one_scalar_a_key_and_hides_what_a_resume_repeats(
 
 
 @pytest.mark.parametrize(
-    ("module", "extra"), [("torch.utils.tensorboard", "tensorboard"), ("wandb", "wandb")]
+    ("module", "extra"),
+    [
+        ("torch.utils.tensorboard", "tensorboard"),
+        ("wandb", "wandb"),
+        ("trackio", "trackio"),
+    ],
 )
 def test_a_missing_tracker_is_named_with_the_command_that_installs_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str, extra: str
@@ -205,23 +264,44 @@ def test_a_missing_tracker_is_named_with_the_command_that_installs_it(
     open_telemetry(tmp_path / "other rank", 1, **{extra: True})
 
 
-def test_wandb_goes_on_under_the_runs_own_id(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("tracker", "name"), [("wandb", "id"), ("trackio", "name")], ids=["wandb", "trackio"]
+)
+def test_a_tracker_goes_on_under_the_runs_own_id(
+    tracker: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     calls: list[Any] = []
     run = types.SimpleNamespace(
         log=lambda metrics, step: calls.append((step, metrics)), finish=lambda: calls.append("end")
     )
-    wandb = types.ModuleType("wandb")
-    wandb.init = lambda **options: calls.append(options) or run  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    module = types.ModuleType(tracker)
+    module.init = lambda **options: calls.append(options) or run  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, tracker, module)
     for step in (1, 2):
-        with open_telemetry(tmp_path, 0, wandb=True) as telemetry:
+        with open_telemetry(tmp_path, 0, **{tracker: True}) as telemetry:
             telemetry.log(step, {"loss": 0.5})
     first, second = calls[0], calls[3]
     assert calls[1:3] == [(1, {"loss": 0.5}), "end"]
-    assert first["id"] == second["id"] == json.loads((tmp_path / "run.json").read_text())["id"]
-    assert first["dir"] == str(tmp_path) and first["config"] == ENVIRONMENT
+    assert first[name] == second[name] == json.loads((tmp_path / "run.json").read_text())["id"]
+    assert (first["project"], first["resume"]) == ("rdm-fast", "allow")
+    assert first.get("dir", str(tmp_path)) == str(tmp_path) and first["config"] == ENVIRONMENT
+
+
+def test_no_tracker_is_loaded_unless_its_flag_is_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in ("torch.utils.tensorboard", "wandb", "trackio"):
+        monkeypatch.setitem(sys.modules, module, None)  # an import would fail
+    with open_telemetry(tmp_path, 0) as telemetry:
+        telemetry.log(1, METRICS)
+    written = {path.name for path in tmp_path.iterdir() if path.is_file()}
+    assert written >= {"metrics.jsonl", "spectrum.jsonl"} and not (tmp_path / "wandb").exists()
+
+
+def test_spectra_are_written_only_if_they_are_taken(tmp_path: Path) -> None:
+    with open_telemetry(tmp_path, 0, spectrum_every=0) as telemetry:
+        telemetry.log_spectra(1, spectra(1))
+    assert not (tmp_path / "spectrum.jsonl").exists()
 
 
 # ---- console ---------------------------------------------------------------------------------
@@ -254,6 +334,7 @@ console = ConsoleLine(Plan(total_steps=420, steps_per_epoch=7, global_batch=200)
 for step in (7, 14):
     console.log(step, {"loss": -0.5})
 console.log(14, {"knn_top1": 93.25})
+console.log(14, {"warning": "it collapses"})
 console.close()
 """
 
@@ -298,6 +379,7 @@ def test_plain_lines_where_nothing_can_be_redrawn(
     lines = text.splitlines()
     assert [line.partition("  loss")[0] for line in lines] == [
         "epoch 1/60  step 7/420", "epoch 2/60  step 14/420", "step 14  knn_top1 93.25",
+        "warning: it collapses",
     ]  # fmt: skip
 
 
@@ -351,7 +433,7 @@ def test_the_commit_is_that_of_this_checkout_or_none(
 def test_every_metric_key_says_its_unit() -> None:
     fixed = (
         "step epoch loss lr ema_momentum images_per_s data_wait_s filter_ms effective_rank/online "
-        "effective_rank/target effective_rank/projection rank_difference std knn_top1 probe_top1 "
-        "grad_norm skipped_steps filter_failures gpu_mem_gib"
+        "effective_rank/target effective_rank/projection effective_rank/share rank_difference std "
+        "alignment knn_top1 probe_top1 grad_norm skipped_steps filter_failures warning gpu_mem_gib"
     )
     assert list(KEYS) == fixed.split() and all(KEYS.values())

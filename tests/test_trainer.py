@@ -84,6 +84,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
 
 def assert_same_run(path: Path, other: Path) -> None:
     assert metrics(path) == metrics(other)
+    assert (path / "spectrum.jsonl").read_bytes() == (other / "spectrum.jsonl").read_bytes()
     state, expected = final_state(path), final_state(other)
     assert [name for name in expected if state.get(name) != expected[name]] == []
     assert state.keys() == expected.keys()

@@ -29,7 +29,7 @@ def tiny(name: str = "digits_rdm_simsiam", **optim: object) -> Config:
         config,
         model=replace(model, projector_bn=config.model.projector_bn),
         optim=replace(config.optim, **(settings | optim)),
-        log=LogConfig(every=2, knn_every=0, save_every=2),
+        log=LogConfig(every=2, spectrum_every=3, knn_every=0, save_every=2),
     )
 
 

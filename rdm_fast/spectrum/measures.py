@@ -1,19 +1,24 @@
-"""The spectrum of a batch of projections: eigenvalues, effective rank, rank difference.
+"""What is measured on the rows of one batch: eigenvalues, effective rank, standard deviation.
 
 Correlation here is the uncentred second moment, C = mean_b z_b z_b^T, as the paper's code computes
 it (arXiv:2303.02387). It is not the covariance, which subtracts the mean, nor Barlow Twins'
 cross-correlation. Its eigenvalues are s^2 / B for the singular values s of the batch.
-"""
 
-from dataclasses import dataclass
+A batch of B rows shows at most min(B, D) directions of D, and one less if its rows sum to zero, as
+after a batch norm. So eigenvalues are given for min(B, D) directions only, and what is compared
+with a bound or between batches of different sizes is a share of the attainable rank.
+"""
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from rdm_fast.config import FilterConfig
-from rdm_fast.decomposition import decompose, right_vectors, smaller_gram
-from rdm_fast.distributed import gather_rows
+from rdm_fast.decomposition import right_vectors, smaller_gram
+from rdm_fast.filters import cutoff, response
+
+CENTRED = 1e-3
+"""A mean row this small beside the others is rounding, of 16-bit rows too: no direction."""
 
 
 def eigenvalues(z: Tensor) -> Tensor:
@@ -54,6 +59,26 @@ def effective_rank(eigenvalues: Tensor) -> Tensor:
     return entropy.exp().where(total.squeeze(-1) != 0, 0)
 
 
+def attainable_rank(z: Tensor) -> Tensor:
+    """The largest effective rank that B rows of d channels can have.
+
+        min(B, d), or min(B - 1, d) where the rows sum to zero, up to rounding
+
+    A batch norm without bias at the end of a projector makes them do so. Dividing by min(B, d)
+    all the same would hold a share under 1 - 1 / B however spread out the rows are.
+
+    Args:
+        z: [B, d].
+
+    Returns:
+        Scalar int64.
+    """
+    B, d = z.shape
+    wide = z.to(torch.float64)
+    centred = wide.mean(dim=0).norm() <= CENTRED * wide.norm() / B**0.5
+    return torch.tensor(min(B, d), device=z.device).where(~centred, min(B - 1, d))
+
+
 def rank_difference(online: Tensor, target: Tensor) -> Tensor:
     """Effective rank of the target branch's output minus the online branch's; RDM wants it > 0.
 
@@ -66,23 +91,33 @@ def rank_difference(online: Tensor, target: Tensor) -> Tensor:
     return effective_rank(eigenvalues(target)) - effective_rank(eigenvalues(online))
 
 
-def filtered_eigenvalues(z: Tensor, config: FilterConfig, basis: Tensor | None = None) -> Tensor:
+def filtered_eigenvalues(
+    z: Tensor, config: FilterConfig, basis: Tensor | None = None, own: Tensor | None = None
+) -> Tensor:
     """Eigenvalues of the correlation matrix of z W.
 
     Args:
         z: [B, d], any floating dtype.
         config: the filter.
         basis: the batch [B, d] whose filter W is; z itself if left out. Then, without centring,
-            the answer is (s g(s))^2 / B and z W need not be formed.
+            the answer is (s g(s))^2 / B, and neither vectors nor z W are needed.
+        own: `eigenvalues(z)`, if they are known.
 
     Returns:
         [min(B, d)] float64, non-negative; NaN if the input is not finite.
     """
-    if basis is None and not config.center:
-        spectrum = decompose(smaller_gram(z[None]), z[None], config)
-        return (spectrum.s * spectrum.g)[0].square() / z.shape[0]
+    if basis is not None or config.center:
+        return eigenvalues(filtered_rows(z, config, basis))
+    B, d = z.shape
+    s = ((eigenvalues(z) if own is None else own) * B).sqrt()[None]
+    tau = cutoff(s, samples=B, features=d, dtype=z.dtype, relative=config.cutoff)
+    return (s * response(config, s, tau))[0].square() / B
+
+
+def filtered_rows(z: Tensor, config: FilterConfig, basis: Tensor | None = None) -> Tensor:
+    """z W, [B, d] float64, with W of z itself or of another batch; arguments as above."""
     V, g = right_vectors((z if basis is None else basis)[None], config)
-    return eigenvalues((z.to(torch.float64) @ V[0]) * g[0])  # V^T after it turns, and no more
+    return (z.to(torch.float64) @ V[0]) * g[0] @ V[0].mT
 
 
 def channel_std(z: Tensor) -> Tensor:
@@ -95,57 +130,3 @@ def channel_std(z: Tensor) -> Tensor:
         z: [B, d].
     """
     return F.normalize(z.float(), dim=1).std(dim=0).mean() * z.shape[1] ** 0.5
-
-
-@dataclass(frozen=True)
-class BranchSpectra:
-    """Eigenvalues of what each branch puts out, averaged over views, of the global batch."""
-
-    online: Tensor  # [n] float64
-    target: Tensor
-    projection: Tensor
-    std: Tensor  # scalar, of the projections
-
-    def metrics(self) -> dict[str, float]:
-        """The numbers that are logged; waits for the device."""
-        online, target, projection = (
-            float(effective_rank(x)) for x in (self.online, self.target, self.projection)
-        )
-        return {
-            "effective_rank/online": online,
-            "effective_rank/target": target,
-            "effective_rank/projection": projection,
-            "rank_difference": target - online,
-            "std": float(self.std),
-        }
-
-
-@torch.no_grad()
-def branch_spectra(
-    online: Tensor, target: Tensor, projection: Tensor, config: FilterConfig | None
-) -> BranchSpectra:
-    """Spectra of the outputs of both branches; every rank must call it at the same step.
-
-    Args:
-        online, target: [v, b, D] of this rank, before any spectral filter.
-        projection: [v, b, D], the online encoder's projections.
-        config: the spectral filter that one of them still goes through, or None.
-    """
-    P, Z, projection = gather_rows(torch.cat([online, target, projection])).chunk(3)
-
-    def output(rows: Tensor, location: str) -> Tensor:
-        """Mean over views of the eigenvalues of one branch's output."""
-        if config is None or config.location != location:
-            views = [eigenvalues(z) for z in rows]
-        elif config.basis == "online":
-            views = [filtered_eigenvalues(z, config, p) for z, p in zip(rows, P, strict=True)]
-        else:
-            views = [filtered_eigenvalues(z, config) for z in rows]
-        return torch.stack([view.sort().values for view in views]).mean(dim=0)
-
-    return BranchSpectra(
-        online=output(P, "online"),
-        target=output(Z, "target"),
-        projection=output(projection, "neither"),
-        std=channel_std(projection.flatten(0, 1)),
-    )

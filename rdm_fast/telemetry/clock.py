@@ -1,0 +1,41 @@
+"""Where the time of a step goes: images a second, and waiting for data."""
+
+import time
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+Item = TypeVar("Item")
+
+
+class Clock:
+    """Time spent in steps and waiting for data, since it was last read."""
+
+    def __init__(self) -> None:
+        self.restart()
+
+    def restart(self) -> None:
+        """Leave out what was done since the last step, such as an evaluation."""
+        self._start, self._steps, self._waited = time.perf_counter(), 0, 0.0
+
+    def waits(self, batches: Iterable[Item]) -> Iterator[Item]:
+        """The same batches; the time until each arrives counts as waiting."""
+        iterator = iter(batches)
+        while True:
+            before = time.perf_counter()
+            batch = next(iterator, None)
+            if batch is None:
+                return
+            self._waited += time.perf_counter() - before
+            self._steps += 1
+            yield batch
+
+    def read(self, global_batch: int) -> dict[str, float]:
+        """images_per_s and data_wait_s a step; starts over."""
+        steps = max(1, self._steps)
+        seconds = time.perf_counter() - self._start
+        metrics = {
+            "images_per_s": steps * global_batch / seconds,
+            "data_wait_s": self._waited / steps,
+        }
+        self.restart()
+        return metrics

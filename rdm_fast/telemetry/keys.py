@@ -1,0 +1,31 @@
+"""The names of all that is logged, each with what it is and its unit."""
+
+from collections.abc import Mapping
+
+KEYS = {
+    "step": "optimizer steps done",
+    "epoch": "passes over the data done, as a fraction",
+    "loss": "of the last step, over the global batch",
+    "lr": "learning rate of the last step",
+    "ema_momentum": "momentum of the target weights in the last step",
+    "images_per_s": "images of the global batch a second, since the line before",
+    "data_wait_s": "seconds a step that the loop waited for data, since the line before",
+    "filter_ms": "milliseconds a step in the spectral filter",
+    "effective_rank/online": "directions the online projections use, from 1 to D",
+    "effective_rank/target": "directions the target's use, after the filter",
+    "effective_rank/projection": "directions the projections use before any filter",
+    "effective_rank/share": "of the projections, as a share of what the batch can show at most",
+    "rank_difference": "effective rank of the target minus that of the online branch",
+    "std": "of the normalised projections times sqrt(D): 1 is spread out, 0 is collapse",
+    "alignment": "of the two branches' eigenvectors, 0 to 1, at steps of --log.spectrum-every",
+    "knn_top1": "accuracy of a kNN classifier on embeddings, in percent",
+    "probe_top1": "accuracy of a linear probe on embeddings, in percent",
+    "grad_norm": "Euclidean norm of the whole gradient",
+    "skipped_steps": "steps skipped so far because something was not finite",
+    "filter_failures": "batches so far on which filter.engine=gemm was not accurate",
+    "warning": "a sentence, where the collapse guard has something to say",
+    "gpu_mem_gib": "most GPU memory used so far, GiB",
+}
+
+Value = float | int | str | None
+Metrics = Mapping[str, Value]

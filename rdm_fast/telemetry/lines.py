@@ -1,0 +1,136 @@
+"""Files of one JSON object a line, which survive kills, full disks and resumes.
+
+A line is in its file, whole, as soon as it is logged; nothing that was written is ever written
+again, so a kill can tear the last line only. A resumed run first drops the lines after the step
+it resumes from: its files are those of an undisturbed run.
+"""
+
+import json
+import math
+import sys
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rdm_fast import durable
+
+Record = dict[str, Any]
+
+SPECTRUM_KEYS = {
+    "step": "optimizer steps done",
+    "online": "eigenvalues of the online branch's output, largest first, mean over views",
+    "target": "eigenvalues of the target branch's output, after its filter",
+    "projection": "eigenvalues of the projections, before any predictor or filter",
+    "s": "singular values of the rows that the predictor or filter takes, largest first",
+    "response": "by what it scales each of these directions; null for those under the cutoff",
+    "alignment": "of the two branches' eigenvectors, from 0 to 1",
+}
+
+
+class Lines:
+    """A file of JSON lines. When the disk is full, they wait in memory until there is space."""
+
+    def __init__(self, path: Path, kept: list[Record]) -> None:
+        """kept: the records to begin with, in place of what is in the file."""
+        durable.replace(path, "".join(_line(record) for record in kept))
+        self._path = path
+        self._file = path.open("ab", buffering=0)
+        self._size = path.stat().st_size
+        self._pending = b""
+        self._warned = False
+
+    def log(self, step: int, metrics: Mapping[str, Any]) -> None:
+        self._pending += _line({"step": step, **metrics}).encode()
+        try:
+            written = self._file.write(self._pending)
+            if written != len(self._pending):
+                raise OSError(f"only {written} of {len(self._pending)} bytes were written")
+        except OSError as error:
+            with suppress(OSError):
+                self._file.truncate(self._size)  # no half line
+            if not self._warned:
+                print(f"warning: {self._path.name} waits in memory: {error}", file=sys.stderr)
+            self._warned = True
+        else:
+            self._size += written
+            self._pending, self._warned = b"", False
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class JsonLines(Lines):
+    """`metrics.jsonl`: the environment, then flat records."""
+
+    def __init__(self, path: Path, environment: Record, resumed_step: int = 0) -> None:
+        kept = _until(resumed_step, path)
+        if not kept or "environment" not in kept[0]:
+            kept = [{"environment": environment}, *kept]
+        elif [r["environment"] for r in kept if "environment" in r][-1] != environment:
+            kept.append({"environment": environment, "resumed_step": resumed_step})
+        super().__init__(path, kept)
+
+
+class SpectrumLines(Lines):
+    """`spectrum.jsonl`: what the keys mean, then a record for every time spectra were taken.
+
+    JSON and not `.npz`: an archive has its directory at the end, so it cannot be appended to
+    without a moment in which a kill loses all of it.
+    """
+
+    def __init__(self, path: Path, resumed_step: int = 0) -> None:
+        kept = [record for record in _until(resumed_step, path) if "step" in record]
+        super().__init__(path, [{"keys": SPECTRUM_KEYS}, *kept])
+
+
+def read_spectra(path: Path) -> list[Record]:
+    """The records of a `spectrum.jsonl`, in the order of their steps.
+
+    Returns:
+        For each the `SPECTRUM_KEYS`: step as int, alignment as float, the others as float64 arrays
+        of as many directions as the batch can show; NaN for null. An empty list if there is no
+        such file.
+    """
+
+    def read(key: str, value: Any) -> Any:
+        return value if key == "step" else np.asarray(value, dtype=np.float64)
+
+    records = [record for record in _read_lines(path) if "step" in record]
+    return [{key: read(key, value) for key, value in record.items()} for record in records]
+
+
+def _line(record: Mapping[str, Any]) -> str:
+    return (
+        json.dumps({key: _finite(value) for key, value in record.items()}, allow_nan=False) + "\n"
+    )
+
+
+def _finite(value: Any) -> Any:
+    """JSON knows no NaN or infinity; the numbers of an array are cut to five digits."""
+    if isinstance(value, np.ndarray):
+        return [float(f"{x:.5g}") if math.isfinite(x) else None for x in value.tolist()]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _until(step: int, path: Path) -> list[Record]:
+    return [record for record in _read_lines(path) if _position(record) <= step]
+
+
+def _read_lines(path: Path) -> list[Record]:
+    """All whole records; a kill or a power cut can leave a torn line, which is left out."""
+    records = []
+    for line in path.read_bytes().split(b"\n") if path.exists() else ():
+        with suppress(ValueError):
+            record = json.loads(line)
+            if isinstance(record, dict):
+                records.append(record)
+    return records
+
+
+def _position(record: Record) -> float:
+    """The step that a record belongs to; the first environment belongs to step 0."""
+    missing = 0 if "environment" in record else math.inf
+    return float(record.get("resumed_step", record.get("step", missing)))
