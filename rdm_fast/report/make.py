@@ -1,6 +1,7 @@
 """From run folders to the page and its figures."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -9,12 +10,12 @@ import torch
 from rdm_fast import durable
 from rdm_fast.distributed import choose_device, print0
 from rdm_fast.errors import CannotCreate, UserError
-from rdm_fast.report import figures, style
+from rdm_fast.report import curves, snapshots, style
 from rdm_fast.report.layout import FEWEST, flatten, require_umap
-from rdm_fast.report.measure import Measurement, measure
+from rdm_fast.report.measure import Embeddings, Spectra, measure, recorded
 from rdm_fast.report.options import ReportCommand
 from rdm_fast.report.page import Section, render
-from rdm_fast.report.read import Run, find_runs, read_runs
+from rdm_fast.report.read import Run, find_runs, read_runs, sentence
 from rdm_fast.report.style import Picture
 
 FIGURES = "figures"
@@ -54,19 +55,39 @@ def _page(out: str | None, paths: Sequence[Path]) -> Path:
     return (paths[0] if len(paths) == 1 else Path()) / "report.html"
 
 
-def _measure(
-    runs: Sequence[Run], command: ReportCommand, device: torch.device
-) -> list[tuple[Run, Measurement]]:
-    """The runs whose checkpoint could be used; the others get a note."""
+@dataclass
+class Measured:
+    """Of the runs for which there are any: spectra in the order of steps, and embeddings."""
+
+    spectra: list[tuple[Run, list[Spectra]]] = field(default_factory=list)
+    embeddings: list[tuple[Run, Embeddings]] = field(default_factory=list)
+
+
+def _measure(runs: Sequence[Run], command: ReportCommand, device: torch.device) -> Measured:
+    """What training recorded, else what a checkpoint shows; what is lacking becomes a note."""
+    measured = Measured()
     images = 0 if command.map == "none" else command.images
-    measured = []
     for run in runs:
         try:
-            found = measure(run, device, data_root=command.data_root, images=images)
+            spectra = recorded(run)
         except UserError as error:
-            run.notes.append(f"No spectra and no map: {error}.".replace("..", "."))
-        else:
-            measured.append((run, found))
+            spectra = []
+            run.notes.append(sentence(error))
+        if not spectra or images:
+            try:
+                found = measure(
+                    run, device, data_root=command.data_root, images=images, spectra=not spectra
+                )
+            except UserError as error:
+                lacking = "No map" if spectra else "No spectra and no map"
+                run.notes.append(sentence(f"{lacking}: {error}"))
+            else:
+                if found.spectra:
+                    spectra = [found.spectra]
+                if found.embeddings:
+                    measured.embeddings.append((run, found.embeddings))
+        if spectra:
+            measured.spectra.append((run, spectra))
     return measured
 
 
@@ -76,39 +97,36 @@ def _measure(
 def _over_time(runs: Sequence[Run]) -> list[Section]:
     names = ("rank-difference", "effective-rank", "loss", "accuracy", "throughput")
     titles = ("Rank difference", "Effective rank", "Loss", "Accuracy", "Throughput")
-    drawn = [draw(runs) for draw in figures.OVER_TIME]
+    drawn = [draw(runs) for draw in curves.OVER_TIME]
     return [Section(*each) for each in zip(names, titles, drawn, strict=True)]
 
 
-def _measured(
-    runs: Sequence[Run], measured: Sequence[tuple[Run, Measurement]], command: ReportCommand
-) -> list[Section]:
-    absent = "No checkpoint could be used."
-    spectra = figures.spectra(measured) if measured else absent
-    response = figures.responses(runs, measured) if measured else absent
+def _measured(runs: Sequence[Run], found: Measured, command: ReportCommand) -> list[Section]:
+    absent = "No spectra were recorded, and no checkpoint could be used."
+    spectra = snapshots.spectra(found.spectra) if found.spectra else absent
+    response = snapshots.responses(runs, found.spectra) if found.spectra else absent
     return [
         Section("spectra", "Eigenvalue spectra", spectra),
         Section("response", "Filter response", response),
-        Section("map", "Map of embeddings", _map(measured, command) if measured else absent),
+        Section("map", "Map of embeddings", _map(found.embeddings, command)),
     ]
 
 
-def _map(measured: Sequence[tuple[Run, Measurement]], command: ReportCommand) -> Picture | str:
+def _map(found: Sequence[tuple[Run, Embeddings]], command: ReportCommand) -> Picture | str:
     if command.map == "none":
         return "Not asked for (--map none)."
     maps = []
-    for run, each in measured:
-        assert each.embeddings is not None
-        rows = each.embeddings.rows
+    for run, embeddings in found:
+        rows = embeddings.rows
         if len(rows) < FEWEST:
             run.notes.append(f"No map: it has {len(rows)} test images.")
         elif not np.isfinite(rows).all() or np.ptp(rows, axis=0).max() == 0:
             run.notes.append("No map: its embeddings are not finite, or all the same.")
         else:
-            maps.append((run, flatten(rows, command.map, command.seed), each))
+            maps.append((run, flatten(rows, command.map, command.seed), embeddings))
     if not maps:
-        return "No run has embeddings that could be drawn."
-    return figures.embedding_map(maps, METHODS[command.map])
+        return "There are no embeddings that could be drawn."
+    return snapshots.embedding_map(maps, METHODS[command.map])
 
 
 # ---- files -----------------------------------------------------------------------------------

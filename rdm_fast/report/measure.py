@@ -1,33 +1,34 @@
-"""What takes a checkpoint: spectra of both branches, the filter's response, embeddings.
+"""Spectra, the filter's response and embeddings of a run.
 
-The run's newest sound checkpoint is loaded. Spectra are those of training: views as training draws
-them, in training mode, whole global batches. Embeddings are those of evaluation.
+Spectra are those that training recorded. For a run without them, and for embeddings, the newest
+sound checkpoint is loaded: spectra are then of views as training draws them, in training mode, of
+whole global batches; embeddings are those of evaluation.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from rdm_fast import checkpoint
-from rdm_fast.config import Config, FilterConfig
+from rdm_fast.config import Config
 from rdm_fast.data import ImageSet, build_loader, evaluation_batches, load
 from rdm_fast.data.subset import Subset
-from rdm_fast.decomposition import decompose, right_vectors, smaller_gram
-from rdm_fast.errors import InputMissing
+from rdm_fast.errors import DataError, InputMissing
 from rdm_fast.evaluation.features import extract
 from rdm_fast.evaluation.run import find_checkpoint
 from rdm_fast.methods import Branches, Method, build_method
 from rdm_fast.report.read import Run
 from rdm_fast.spectrum import branch_spectra
 from rdm_fast.step import AUTOCAST
+from rdm_fast.telemetry import read_spectra
 
 BATCHES = 4
-"""Global batches over which spectra are averaged."""
+"""Global batches over which spectra of a checkpoint are averaged."""
 ROWS = 256
 """Images in one forward pass of the backbone for embeddings."""
 
@@ -36,14 +37,14 @@ Array = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Spectra:
-    """Means over views and batches, strongest direction first; all [n] float64."""
+    """Means over views, strongest direction first; all [n] float64."""
 
+    step: int
     online: Array  # eigenvalues of the online branch's output
     target: Array
     projection: Array
-    strength: Array  # singular values s of the projections that the predictor or filter takes
-    response: Array  # g(s), measured; NaN for directions that are cut off in any batch
-    batch: int  # images in a batch
+    s: Array  # singular values of the rows that the predictor or filter takes
+    response: Array  # by what it scales these directions; NaN for those that are cut off
 
 
 @dataclass(frozen=True)
@@ -57,12 +58,37 @@ class Embeddings:
 
 @dataclass(frozen=True)
 class Measurement:
-    step: int
-    spectra: Spectra
+    """What a checkpoint was run for."""
+
+    spectra: Spectra | None
     embeddings: Embeddings | None
 
 
-def measure(run: Run, device: torch.device, *, data_root: str | None, images: int) -> Measurement:
+def recorded(run: Run) -> list[Spectra]:
+    """The spectra that training left in `spectrum.jsonl`, in the order of steps; [] without it.
+
+    Raises:
+        DataError: the file is damaged beyond a line or two.
+    """
+    file = run.path / "spectrum.jsonl"
+    try:
+        found = [_of_record(record) for record in read_spectra(file)]
+    except (OSError, KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{file} cannot be used ({type(error).__name__})") from error
+    return [spectra for spectra in found if np.isfinite(spectra.projection).all()]
+
+
+def _of_record(record: dict[str, Any]) -> Spectra:
+    names = ("online", "target", "projection", "s", "response")
+    arrays = {name: np.asarray(record[name], dtype=np.float64) for name in names}
+    if any(array.ndim != 1 or not len(array) for array in arrays.values()):
+        raise ValueError("a spectrum is a list of numbers")
+    return Spectra(int(record["step"]), **arrays)
+
+
+def measure(
+    run: Run, device: torch.device, *, data_root: str | None, images: int, spectra: bool
+) -> Measurement:
     """Run a checkpoint over some of its data.
 
     Args:
@@ -70,6 +96,7 @@ def measure(run: Run, device: torch.device, *, data_root: str | None, images: in
         device: where to run it.
         data_root: where the data set is, if it has moved.
         images: most test images to embed; 0 for none.
+        spectra: whether to take spectra.
 
     Raises:
         UserError: there is no sound checkpoint, or its data are not there.
@@ -84,11 +111,9 @@ def measure(run: Run, device: torch.device, *, data_root: str | None, images: in
     method = build_method(config)
     checkpoint.load_strict(method, snapshot.model, f"checkpoint {path}")
     method = method.to(device)
-    train = load(config.data, "train")
     return Measurement(
-        snapshot.step,
-        _mean([_spectra(method, each) for each in _branches(method, config, train, device)]),
-        _embeddings(method, config, train, device, images) if images else None,
+        _spectra(method, _branches(method, config, device), snapshot.step) if spectra else None,
+        _embeddings(method, config, device, images) if images else None,
     )
 
 
@@ -96,10 +121,9 @@ def measure(run: Run, device: torch.device, *, data_root: str | None, images: in
 
 
 @torch.no_grad()
-def _branches(
-    method: Method, config: Config, images: ImageSet, device: torch.device
-) -> Iterator[Branches]:
+def _branches(method: Method, config: Config, device: torch.device) -> Iterator[Branches]:
     """Both branches for the first batches of an epoch that training does not reach."""
+    images = load(config.data, "train")
     loader = build_loader(config, images, rank=0, world_size=1, device=device)
     dtype = AUTOCAST[config.precision]
     method.train()
@@ -108,69 +132,22 @@ def _branches(
             yield method.branches(batch.view1, batch.view2)
 
 
-@torch.no_grad()
-def _spectra(method: Method, branches: Branches) -> Spectra:
-    spectra = branch_spectra(branches.online, branches.target, branches.projection, method.filter)
-    if method.filter is None:
-        rows = zip(branches.projection, branches.online, strict=True)
-        pairs = [measured_response(z, p) for z, p in rows]
-    else:
-        taken = branches.online if method.filter.location == "online" else branches.target
-        parts = [decompose(smaller_gram(z[None]), z[None], method.filter) for z in taken]
-        pairs = [(part.s[0], part.g[0].where(part.g[0] != 0, torch.nan)) for part in parts]
-    strength, response = (torch.stack(views).mean(dim=0) for views in zip(*pairs, strict=True))
-    return Spectra(
-        online=_descending(spectra.online),
-        target=_descending(spectra.target),
-        projection=_descending(spectra.projection),
-        strength=_descending(strength),
-        response=_descending(response),
-        batch=branches.projection.shape[1],
-    )
-
-
-def _descending(ascending: Tensor) -> Array:
-    array: Array = ascending.flip(0).double().cpu().numpy()
-    return array
-
-
-def measured_response(z: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:
-    """By what a predictor scales each principal direction of its input.
-
-        g(s_i) = (Z v_i)^T (P v_i) / s_i^2,   Z = U S V^T
-
-    the slope of the prediction's i-th coordinate on the projection's.
-
-    Args:
-        z: projections, [B, D].
-        p: what the predictor made of them, [B, D].
-
-    Returns:
-        s and g(s), [n] float64, ascending s; g is NaN for directions that are cut off.
-    """
-    V, kept = right_vectors(z[None], FilterConfig(sigma=0.0))  # g = 1 above the cutoff
-    onto, made = (rows.to(torch.float64) @ V[0] for rows in (z, p))
-    squares = onto.square().sum(dim=0)
-    g = ((onto * made).sum(dim=0) / squares).where(kept[0] == 1, torch.nan)
-    return squares.sqrt(), g
-
-
-def _mean(batches: list[Spectra]) -> Spectra:
-    names = ("online", "target", "projection", "strength", "response")
-    means = {n: np.mean([getattr(each, n) for each in batches], axis=0) for n in names}
-    return Spectra(**means, batch=batches[0].batch)
+def _spectra(method: Method, batches: Iterator[Branches], step: int) -> Spectra:
+    """The mean over batches of what training records of one."""
+    records = [
+        branch_spectra(b.online, b.target, b.projection, method.filter, profile=True).record()
+        for b in batches
+    ]
+    stacks = {name: [np.asarray(record[name]) for record in records] for name in records[0]}
+    means = {name: np.mean(stack, axis=0) for name, stack in stacks.items()}
+    return _of_record(means | {"step": step})
 
 
 # ---- embeddings ------------------------------------------------------------------------------
 
 
-def _embeddings(
-    method: Method, config: Config, train: ImageSet, device: torch.device, most: int
-) -> Embeddings:
-    try:
-        every = load(config.data, "test")
-    except InputMissing:
-        every = train
+def _embeddings(method: Method, config: Config, device: torch.device, most: int) -> Embeddings:
+    every = _shown(config)
     chosen = np.linspace(0, len(every) - 1, min(most, len(every))).round().astype(np.int64)
     images = Subset(every, chosen)
     batches = evaluation_batches(
@@ -182,3 +159,11 @@ def _embeddings(
     )
     rows = extract(method.backbone, batches, len(images), precision=config.precision)
     return Embeddings(rows.numpy(), images.labels, list(images.classes))
+
+
+def _shown(config: Config) -> ImageSet:
+    """The test images; those of training where there are none."""
+    try:
+        return load(config.data, "test")
+    except InputMissing:
+        return load(config.data, "train")

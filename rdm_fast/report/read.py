@@ -164,19 +164,20 @@ def read_run(path: Path, label: str) -> Run:
     try:
         run.config = read_config(path)
     except UserError as error:
-        run.notes.append(_sentence(error))
+        run.notes.append(sentence(error))
         _take_logged_config(run)
     try:
         run.status = read_status(path)
     except UserError as error:
-        run.notes.append(_sentence(error))
+        run.notes.append(sentence(error))
     if run.state != "finished" and (message := run.status.get("message")):
-        run.notes.append(_sentence(f"{run.state}: {message}"))
+        run.notes.append(sentence(f"{run.state}: {message}"))
     _read_evaluation(run)
     return run
 
 
-def _sentence(text: object) -> str:
+def sentence(text: object) -> str:
+    """A message on one line, with a full stop."""
     plain = " ".join(str(text).split())
     return plain if plain.endswith(".") else f"{plain}."
 

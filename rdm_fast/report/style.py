@@ -22,6 +22,12 @@ CLASSES = (
     *("#882255", "#44AA99", "#999933", "#AA4499", "#8C8C8C"),
 )
 """Paul Tol's muted scheme."""
+BRANCHES = (
+    ("online", "online branch", {"color": ONLINE}),
+    ("target", "target branch", {"color": TARGET, "linestyle": (0, (5, 2))}),
+    ("projection", "projections", {"color": PROJECTION, "linewidth": 5, "zorder": 1.5}),
+)
+"""The projections are one of the two where only the other is filtered: a band under it."""
 DASHES = ("-", (0, (5, 2)), (0, (1.5, 1.5)))
 
 WIDTH = 10.0
@@ -123,3 +129,16 @@ def legend_above(figure: Any, axes: Sequence[Any], columns: int = 5) -> None:
     if handles:
         place = {"loc": "outside upper left", "ncols": columns, "handlelength": 2.2}
         figure.legend(handles.values(), handles, **place)
+
+
+def panel_title(text: str, count: int) -> str:
+    """A run's label, cut to the width of one of so many panels."""
+    width = 60 if count <= 2 else 110 // math.ceil(count / math.ceil(count / 5))
+    return text if len(text) <= width else f"{text[: width - 1]}…"
+
+
+def label_left(all_axes: Sequence[Any], text: str) -> None:
+    """Name the vertical axis that panels share, once a row."""
+    for axes in all_axes:
+        if axes.get_subplotspec().is_first_col():
+            axes.set_ylabel(text)

@@ -11,7 +11,14 @@ from filelock import FileLock, Timeout
 
 from rdm_fast import durable
 from rdm_fast.config import Config
-from rdm_fast.errors import CannotCreate, ConfigMismatch, OutputFailed, UsageError, UserError
+from rdm_fast.errors import (
+    CannotCreate,
+    ConfigMismatch,
+    DataError,
+    OutputFailed,
+    UsageError,
+    UserError,
+)
 from rdm_fast.report import style
 from rdm_fast.report.read import Run, read_run
 from rdm_fast.run_folder import LOCK, PROJECT, RunFolder, read_config
@@ -38,8 +45,8 @@ def make_sweep(command: SweepCommand) -> None:
         raise UsageError("rdm sweep starts processes of its own: leave torchrun out, see --jobs")
     folder = Path(command.config.out)
     _claim(folder)
-    for config in command.runs.values():
-        _prepare(config, overwrite=command.overwrite)
+    paths = {name: Path(config.out) for name, config in command.runs.items()}
+    failed = _prepare_all(command)
     gpus = visible_gpus(command.config.device)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     jobs = min(command.jobs or len(gpus) or cores or 1, len(command.runs))
@@ -47,8 +54,8 @@ def make_sweep(command: SweepCommand) -> None:
     where = f"on {len(gpus)} GPU(s)" if gpus else f"{threads} CPU thread(s) each"
     print(f"{len(command.runs)} runs in {folder}, {jobs} at a time, {where}", flush=True)
     started = time.monotonic()
-    paths = {name: Path(config.out) for name, config in command.runs.items()}
-    failed = run_all(paths, jobs=jobs, device=command.config.device, gpus=gpus, threads=threads)
+    ready = {name: path for name, path in paths.items() if name not in failed}
+    failed |= run_all(ready, jobs=jobs, device=command.config.device, gpus=gpus, threads=threads)
     runs = {name: read_run(path, name) for name, path in paths.items()}
     print("\n" + _write(folder, runs, failed, threads=threads, jobs=jobs))
     print(f"sweep: {folder / 'sweep.md'} and sweep.png, {time.monotonic() - started:.0f} s")
@@ -85,6 +92,21 @@ def _claim(folder: Path) -> None:
         raise CannotCreate(
             f"--out {folder} cannot be written ({error.strerror}): give a folder that can"
         ) from error
+
+
+def _prepare_all(command: SweepCommand) -> dict[str, Failure]:
+    """Every run's folder; those that cannot be used, and why.
+
+    Raises:
+        ConfigMismatch: one was started with another configuration.
+    """
+    failed = {}
+    for name, config in command.runs.items():
+        try:
+            _prepare(config, overwrite=command.overwrite)
+        except (CannotCreate, DataError) as error:
+            failed[name] = Failure(error.code, str(error))
+    return failed
 
 
 def _prepare(config: Config, *, overwrite: bool) -> None:

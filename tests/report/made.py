@@ -55,3 +55,17 @@ def evaluate(path: Path, step: int = 8, protocol: str = "logistic", **values: An
     file = path / "evaluation" / f"step-{step:08d}-{protocol}.json"
     file.parent.mkdir(exist_ok=True)
     file.write_text(json.dumps(result))
+
+
+def spectrum_line(step: int, **values: Any) -> str:
+    """A line of spectrum.jsonl; the third direction is cut off."""
+    plain = {
+        "step": step,
+        "online": [4.0, 1.0, 0.1],
+        "target": [3.0, 2.0, 1.0],
+        "projection": [3.0, 2.0, 1.0],
+        "s": [2.0, 1.0, 0.5],
+        "response": [1.0, 0.5, None],
+        "alignment": 0.9,
+    }
+    return json.dumps(plain | values) + "\n"

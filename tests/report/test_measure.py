@@ -1,6 +1,6 @@
 """rdm_fast.report.measure against numpy's singular value decomposition."""
 
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -9,12 +9,13 @@ import pytest
 import torch
 
 from rdm_fast.config import FilterConfig
-from rdm_fast.errors import UserError
+from rdm_fast.errors import DataError, UserError
 from rdm_fast.methods import Branches
-from rdm_fast.report.measure import Measurement, _spectra, measure, measured_response
+from rdm_fast.report.measure import Measurement, Spectra, _spectra, measure, recorded
 from rdm_fast.report.read import read_run
 from rdm_fast.spectrum import effective_rank
-from tests.report.made import make_run
+from rdm_fast.telemetry import SPECTRUM_KEYS
+from tests.report.made import make_run, spectrum_line
 from tests.runs import CPU, run, with_log
 from tests.tiny import tiny
 
@@ -29,23 +30,6 @@ def rows(seed: int) -> torch.Tensor:
     return torch.from_numpy(8 * U * 0.5 ** np.arange(D) @ V.T)
 
 
-def test_the_response_of_a_linear_predictor_along_its_own_directions_is_its_gain() -> None:
-    z = rows(0)
-    _, s, Vt = torch.linalg.svd(z, full_matrices=False)
-    gains = torch.arange(1, D + 1, dtype=torch.float64)
-    found_s, found_g = measured_response(z, z @ Vt.T @ torch.diag(gains) @ Vt)
-    torch.testing.assert_close(found_s.flip(0), s, rtol=1e-10, atol=0)
-    torch.testing.assert_close(found_g.flip(0), gains, rtol=1e-10, atol=0)
-
-
-def test_a_direction_of_noise_has_no_response() -> None:
-    z = rows(0)
-    z[:, -1] = z[:, 0]  # one singular value is zero
-    _, g = measured_response(z, z)
-    assert g[0].isnan()
-    torch.testing.assert_close(g[1:], torch.ones(D - 1, dtype=torch.float64))
-
-
 @pytest.mark.parametrize("location", ["online", "target"])
 def test_spectra_are_those_of_the_outputs_strongest_first(location: str) -> None:
     """Views with known singular values s: an output filtered by s^sigma has s^(2 + 2 sigma) / B."""
@@ -53,7 +37,7 @@ def test_spectra_are_those_of_the_outputs_strongest_first(location: str) -> None
     config = FilterConfig(location=location, sigma=sigma)  # type: ignore[arg-type]
     z = torch.stack([rows(0), rows(1)])
     method = SimpleNamespace(filter=config)
-    found = _spectra(method, Branches(z, z.flip(0), z))  # type: ignore[arg-type]
+    found = _spectra(method, iter([Branches(z, z.flip(0), z)]), 5)  # type: ignore[arg-type]
 
     s = 8 * 0.5 ** np.arange(D)
     plain, filtered = s**2 / B, (s * (s / s.max()) ** sigma) ** 2 / B
@@ -61,9 +45,19 @@ def test_spectra_are_those_of_the_outputs_strongest_first(location: str) -> None
     for branch, values in expected.items():
         got = getattr(found, branch)
         np.testing.assert_allclose(got / got.sum(), values / values.sum(), rtol=1e-9)
-    np.testing.assert_allclose(found.strength, s, rtol=1e-9)
+    np.testing.assert_allclose(found.s, s, rtol=1e-9)
     np.testing.assert_allclose(found.response / found.response[0], (s / s[0]) ** sigma, rtol=1e-9)
-    assert found.batch == B
+    assert found.step == 5
+
+
+def test_spectra_are_means_over_batches() -> None:
+    """The second batch is three times as large in every row: eigenvalues 1 and 9, mean 5."""
+    z = torch.stack([rows(0), rows(1)])
+    method = SimpleNamespace(filter=FilterConfig())
+    batches = [Branches(z, z.flip(0), z), Branches(3 * z, 3 * z.flip(0), 3 * z)]
+    found = _spectra(method, iter(batches), 5)  # type: ignore[arg-type]
+    one = _spectra(method, iter(batches[:1]), 5)  # type: ignore[arg-type]
+    np.testing.assert_allclose(found.projection, 5 * one.projection, rtol=1e-9)
 
 
 # ---- a real run ------------------------------------------------------------------------------
@@ -77,32 +71,68 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def measured(path: Path, images: int = 60) -> Measurement:
-    return measure(read_run(path, "run"), CPU, data_root=None, images=images)
+    return measure(read_run(path, "run"), CPU, data_root=None, images=images, spectra=True)
 
 
 def test_measuring_changes_no_file_and_gives_the_same_twice(trained: Path) -> None:
     before = {p: p.read_bytes() for p in trained.rglob("*") if p.is_file()}
     first, second = measured(trained), measured(trained)
     assert {p: p.read_bytes() for p in trained.rglob("*") if p.is_file()} == before
+    assert first.spectra is not None and second.spectra is not None
     np.testing.assert_array_equal(first.spectra.online, second.spectra.online)
     assert first.embeddings is not None and second.embeddings is not None
     np.testing.assert_array_equal(first.embeddings.rows, second.embeddings.rows)
-    assert first.step == 4 and first.spectra.batch == 336
+    assert first.spectra.step == 4
 
 
 def test_the_spectra_tell_the_effective_rank_that_training_logged(trained: Path) -> None:
-    """Training views of the last step's weights: other images, so only about the same."""
-    spectra = measured(trained, images=0).spectra
+    """Recorded to five digits; of the checkpoint, on other images, about the same."""
     logged = read_run(trained, "run").series("effective_rank/target").last
-    assert float(effective_rank(torch.from_numpy(spectra.target))) == pytest.approx(logged, rel=0.2)
+    (*_, last) = recorded(read_run(trained, "run"))
+    assert last.step == 4
+    assert float(effective_rank(torch.from_numpy(last.target))) == pytest.approx(logged, rel=1e-4)
+    fresh = measured(trained, images=0).spectra
+    assert fresh is not None
+    assert float(effective_rank(torch.from_numpy(fresh.target))) == pytest.approx(logged, rel=0.2)
 
 
 def test_embeddings_are_of_that_many_test_images_with_their_labels(trained: Path) -> None:
-    found = measured(trained).embeddings
-    assert found is not None and found.labels is not None
-    assert len(found.rows) == len(found.labels) == 60
-    assert {*found.labels.tolist()} == {*range(10)} and len(found.classes) == 10
+    found = measure(read_run(trained, "run"), CPU, data_root=None, images=60, spectra=False)
+    assert found.spectra is None and found.embeddings is not None
+    rows, labels = found.embeddings.rows, found.embeddings.labels
+    assert labels is not None and len(rows) == len(labels) == 60
+    assert {*labels.tolist()} == {*range(10)} and len(found.embeddings.classes) == 10
     assert measured(trained, images=0).embeddings is None
+
+
+# ---- what was recorded -----------------------------------------------------------------------
+
+
+def test_a_run_without_records_has_none_and_damaged_ones_are_told(tmp_path: Path) -> None:
+    run = read_run(make_run(tmp_path / "run"), "run")
+    assert recorded(run) == []
+    file = run.path / "spectrum.jsonl"
+    file.write_text('{"keys": {}}\n' + spectrum_line(2) + '{"step": 3, "onl')
+    assert [spectra.step for spectra in recorded(run)] == [2]
+    assert np.isnan(recorded(run)[0].response[2])
+    for damage in ({"online": "no"}, {"s": 3.0}, {"target": [[1.0], 2.0]}, {"response": []}):
+        file.write_text(spectrum_line(2, **damage))
+        with pytest.raises(DataError, match=r"spectrum.jsonl cannot be used"):
+            recorded(run)
+
+
+def test_a_record_of_a_batch_that_was_not_finite_is_left_out(tmp_path: Path) -> None:
+    run = read_run(make_run(tmp_path / "run"), "run")
+    lines = [spectrum_line(2), spectrum_line(4, projection=[None, None, None])]
+    (run.path / "spectrum.jsonl").write_text("".join(lines))
+    assert [spectra.step for spectra in recorded(run)] == [2]
+
+
+def test_every_key_that_is_read_is_one_that_is_recorded() -> None:
+    assert {field.name for field in fields(Spectra)} <= {*SPECTRUM_KEYS}
+
+
+# ---- mistakes --------------------------------------------------------------------------------
 
 
 def test_what_cannot_be_measured_is_one_sentence(trained: Path, tmp_path: Path) -> None:
@@ -112,7 +142,7 @@ def test_what_cannot_be_measured_is_one_sentence(trained: Path, tmp_path: Path) 
     assert lost.config is not None
     lost.config = replace(lost.config, data=replace(lost.config.data, name="cifar10", root="gone"))
     with pytest.raises(UserError, match="gone"):
-        measure(lost, CPU, data_root=None, images=0)
+        measure(lost, CPU, data_root=None, images=0, spectra=True)
     lost.config = None
     with pytest.raises(UserError, match="without a configuration"):
-        measure(lost, CPU, data_root=None, images=0)
+        measure(lost, CPU, data_root=None, images=0, spectra=True)

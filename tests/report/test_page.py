@@ -17,7 +17,7 @@ from rdm_fast.errors import CannotCreate, Unavailable, UsageError
 from rdm_fast.report import make, style
 from rdm_fast.report.make import make_report
 from rdm_fast.report.measure import Embeddings, Measurement, Spectra
-from tests.report.made import evaluate, line, make_run
+from tests.report.made import evaluate, line, make_run, spectrum_line
 from tests.tiny import tiny
 
 FETCHING = {"src", "href", "srcset", "data", "poster", "action", "formaction", "background", "ping"}
@@ -52,15 +52,15 @@ class Page(HTMLParser):
         return [attributes for name, attributes in self.elements if name == tag]
 
 
-def fake_measurement(run: object, *_: object, images: int = 40, **__: object) -> Measurement:
+def fake_measurement(*_: object, images: int, spectra: bool, **__: object) -> Measurement:
     """Falling spectra and three groups of embeddings."""
     n = np.arange(1, 21, dtype=np.float64)
     generator = np.random.default_rng(0)
     labels = generator.integers(0, 3, size=40)
     rows = np.eye(3, 8)[labels] + 0.1 * generator.normal(size=(40, 8))
-    spectra = Spectra(n**-2, n**-1, n**-1, n**-0.5, np.r_[n[:-1] ** -0.5, np.nan], 336)
-    embeddings = Embeddings(rows.astype(np.float32), labels, ["a", "b", "<c>"]) if images else None
-    return Measurement(8, spectra, embeddings)
+    found = Spectra(8, n**-2, n**-1, n**-1, n**-0.5, np.r_[n[:-1] ** -0.5, np.nan])
+    embeddings = Embeddings(rows.astype(np.float32), labels, ["a", "b", "<c>"])
+    return Measurement(found if spectra else None, embeddings if images else None)
 
 
 @pytest.fixture
@@ -221,8 +221,23 @@ def test_a_damaged_run_is_a_sentence_in_the_page_and_on_the_console(
     assert notes
     for note in notes:
         assert note.removeprefix("warning: broken: ") in page.text
-    assert "No checkpoint could be used." in page.text
+    assert "No spectra were recorded, and no checkpoint could be used." in page.text
     assert ("No loss was logged." in page.text) == (not beside)
+
+
+def test_spectra_that_training_recorded_are_shown_without_a_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = make_run(tmp_path / "run")
+    (path / "spectrum.jsonl").write_text("".join(map(spectrum_line, (2, 4, 6, 8))))
+    page = Page(make_report(parse_report([str(path)])))
+    assert len(page.all("img")) == SECTIONS - 1 and "Step: run 8." in page.text
+    assert "No map: the run in" in page.text
+    (path / "spectrum.jsonl").write_text(spectrum_line(2, s="damaged"))
+    page = Page(make_report(parse_report([str(path)])))
+    assert len(page.all("img")) == SECTIONS - 3
+    assert "spectrum.jsonl cannot be used" in page.text
 
 
 # ---- mistakes --------------------------------------------------------------------------------

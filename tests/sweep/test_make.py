@@ -17,6 +17,7 @@ from rdm_fast.command_line import parse_sweep
 from rdm_fast.errors import (
     CannotCreate,
     ConfigMismatch,
+    DataError,
     NonFinite,
     Unavailable,
     UsageError,
@@ -131,16 +132,21 @@ def test_a_folder_of_something_else_is_left_alone(sweep: Sweep, tmp_path: Path) 
         sweep(tmp_path / "thesis.tex")
 
 
-def test_a_run_in_use_is_refused_once_it_does_not_let_go(
+def test_a_run_whose_folder_cannot_be_used_is_named_and_the_others_go_on(
     sweep: Sweep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sweep(tmp_path)
+    (tmp_path / "online_s1" / "metrics.jsonl").unlink()
     monkeypatch.setattr(make, "GRACE", 0.01)
     path = tmp_path / "control"
     with (
         RunFolder.open(str(path), read_config(path), overwrite=False, rank=0),
-        pytest.raises(CannotCreate, match="is in use by process"),
+        pytest.raises(CannotCreate, match=r"1 run\(s\) failed: control: .* is in use by process"),
     ):
+        sweep(tmp_path)
+    assert (tmp_path / "online_s1" / "metrics.jsonl").exists()
+    (path / "config.yaml").write_text("{")
+    with pytest.raises(DataError, match=r"1 run\(s\) failed: control: .*config.yaml"):
         sweep(tmp_path)
 
 

@@ -1,4 +1,4 @@
-"""The figures of a report. Each takes runs, and gives a picture or, without data, a sentence."""
+"""Figures over time. Each takes runs, and gives a picture or, without data, a sentence."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -6,30 +6,19 @@ from typing import Any
 
 import numpy as np
 
-from rdm_fast.report.measure import Measurement
 from rdm_fast.report.read import Run
 from rdm_fast.report.style import (
-    CLASSES,
-    ONLINE,
-    PROJECTION,
+    BRANCHES,
     TARGET,
     Picture,
     canvas,
+    label_left,
     legend_above,
     line_style,
+    panel_title,
     panels,
     png,
 )
-
-Pair = tuple[Run, Measurement]
-FLOOR = 1e-10
-"""Shares of variance under it are not drawn: rounding."""
-BRANCHES = (
-    ("online", "online branch", {"color": ONLINE}),
-    ("target", "target branch", {"color": TARGET, "linestyle": (0, (5, 2))}),
-    ("projection", "projections", {"color": PROJECTION, "linewidth": 5, "zorder": 1.5}),
-)
-"""The projections are one of the two where only the other is filtered: a band under it."""
 
 
 def over_time(runs: Sequence[Run], key: str) -> list[tuple[int, Run]]:
@@ -37,12 +26,11 @@ def over_time(runs: Sequence[Run], key: str) -> list[tuple[int, Run]]:
     return [(i, run) for i, run in enumerate(runs) if run.series(key).last is not None]
 
 
-def _curve(axes: Any, run: Run, key: str, scale: float = 1.0, **style: Any) -> None:
+def _curve(axes: Any, run: Run, key: str, **style: Any) -> None:
     """A metric over epochs; a single value is a dot."""
     series = run.series(key)
     marker = "o" if sum(map(math.isfinite, series.values)) < 3 else None
-    values = [scale * value for value in series.values]
-    axes.plot(series.epochs, values, marker=marker, markersize=4, **style)
+    axes.plot(series.epochs, series.values, marker=marker, markersize=4, **style)
 
 
 def _final(runs: Sequence[Run], key: str, digits: str) -> str:
@@ -137,10 +125,10 @@ def effective_ranks(runs: Sequence[Run]) -> Picture | str:
             shade = {"linewidth": 0, "alpha": 0.18}
             axes.fill_between(online.epochs, low, high, where=above, color=TARGET, **shade)
             axes.fill_between(online.epochs, low, high, where=below, color="black", **shade)
-        axes.set_title(_panel_title(run, len(shown)))
+        axes.set_title(panel_title(run.label, len(shown)))
         axes.set(xlabel="epoch")
     all_axes[0].set_ylim(bottom=0)  # shared, so once all is drawn
-    _label_left(all_axes, "effective rank")
+    label_left(all_axes, "effective rank")
     legend_above(figure, all_axes[:1])
     return Picture(
         "effective-rank",
@@ -157,18 +145,6 @@ def effective_ranks(runs: Sequence[Run]) -> Picture | str:
         ),
         png(figure),
     )
-
-
-def _panel_title(run: Run, count: int) -> str:
-    width = 60 if count <= 2 else 110 // math.ceil(count / math.ceil(count / 5))
-    text = run.label
-    return text if len(text) <= width else f"{text[: width - 1]}…"
-
-
-def _label_left(all_axes: Sequence[Any], text: str) -> None:
-    for axes in all_axes:
-        if axes.get_subplotspec().is_first_col():
-            axes.set_ylabel(text)
 
 
 def rank_difference(runs: Sequence[Run]) -> Picture | str:
@@ -228,114 +204,3 @@ def throughput(runs: Sequence[Run]) -> Picture | str:
 OVER_TIME: tuple[Callable[[Sequence[Run]], Picture | str], ...] = (
     *(rank_difference, effective_ranks, loss, accuracy, throughput),
 )
-
-
-# ---- from checkpoints ------------------------------------------------------------------------
-
-
-def spectra(pairs: Sequence[Pair]) -> Picture:
-    """Eigenvalues of both branches' outputs, one panel a run."""
-    figure, all_axes = panels(len(pairs), 3.4 if len(pairs) == 1 else 2.7, sharex=True, sharey=True)
-    for axes, (run, measured) in zip(all_axes, pairs, strict=True):
-        for branch, name, style in BRANCHES:
-            values = getattr(measured.spectra, branch)
-            share = values / values.sum() if values.sum() > 0 else values
-            index = np.arange(1, len(share) + 1)
-            axes.plot(index[share > FLOOR], share[share > FLOOR], label=name, **style)
-        axes.set_yscale("log")
-        axes.tick_params(labelbottom=True)
-        axes.set_title(_panel_title(run, len(pairs)))
-        axes.set(xlabel="direction, strongest first")
-    _label_left(all_axes, "share of variance")
-    legend_above(figure, all_axes[:1])
-    batches = " and ".join(sorted({str(measured.spectra.batch) for _, measured in pairs}))
-    return Picture(
-        "spectra",
-        "Eigenvalue spectra",
-        "Eigenvalues of the correlation matrix of the online branch's output, of the target "
-        "branch's and of the projections, as shares of their sum: of the newest checkpoint, on "
-        f"training views, mean over four batches of {batches} images. "
-        f"Shares under {FLOOR:.0e} are rounding and not drawn.",
-        "Falling lines; the flatter one is the branch with the higher effective rank",
-        png(figure),
-    )
-
-
-def responses(runs: Sequence[Run], pairs: Sequence[Pair]) -> Picture:
-    """g(s), as it acts on the projections' directions."""
-    figure, (axes,) = canvas(1, 1, 3.6)
-    labels = [run.label for run in runs]
-    for run, measured in pairs:
-        s, g = measured.spectra.strength, np.abs(measured.spectra.response)
-        drawn = np.isfinite(g) & (g > 0) & (s > 0)
-        if not drawn.any():
-            continue
-        first = np.argmax(drawn)
-        style = line_style(labels.index(run.label))
-        learned = run.config is not None and run.config.predictor == "mlp"
-        marks = {"marker": "o", "markersize": 3, "linestyle": "none"} if learned else {}
-        axes.plot(s[drawn] / s[first], g[drawn] / g[first], label=run.label, **{**style, **marks})
-    axes.set(xscale="log", yscale="log", xlabel="strength of a direction, s / s_max")
-    axes.set_ylabel("|g(s)| / |g(s_max)|")
-    legend_above(figure, [axes])
-    return Picture(
-        "response",
-        "Filter response",
-        "By what the predictor or filter scales each principal direction of its input, relative to "
-        "the strongest one: the slope of the outcome's coordinate on the input's along that "
-        "direction, which for a spectral filter is g(s). Rising is low-pass (strong directions "
-        "are amplified), falling is what RDM wants on the target. Dots: a learned predictor. Cut "
-        "off directions are not drawn; log s is negative under s = 1.",
-        "Lines of g over s on logarithmic axes",
-        png(figure),
-    )
-
-
-def embedding_map(maps: Sequence[tuple[Run, Any, Measurement]], method: str) -> Picture:
-    """Embeddings in two dimensions, one panel a run.
-
-    Args:
-        maps: run, points [n, 2] and what was measured.
-        method: name of the layout, for the caption.
-    """
-    figure, all_axes = panels(len(maps), 5.6 if len(maps) == 1 else 4.2 if len(maps) == 2 else 2.7)
-    for axes, (run, points, measured) in zip(all_axes, maps, strict=True):
-        assert measured.embeddings is not None
-        _scatter(axes, points, measured.embeddings.labels, measured.embeddings.classes)
-        axes.set_title(_panel_title(run, len(maps)))
-        axes.set(xticks=[], yticks=[])
-        axes.set_box_aspect(1)
-        axes.grid(visible=False)
-        for spine in axes.spines.values():
-            spine.set_visible(True)
-    counts = " and ".join(sorted({f"{len(points):,}" for _, points, _ in maps}))
-    return Picture(
-        "map",
-        "Map of embeddings",
-        f"Embeddings of {counts} test images in two dimensions by {method}, coloured by class; "
-        "labels were not used. Axes have no unit, and distances between groups no meaning.",
-        "Points in groups; how far they are of one class each is what kNN accuracy measures",
-        png(figure),
-    )
-
-
-def _scatter(axes: Any, points: Any, labels: Any, classes: Sequence[str]) -> None:
-    """Up to ten classes have colours of their own and their names at their medians."""
-    dots = {"s": 60_000 / (len(points) + 2000), "linewidths": 0, "alpha": 0.85}
-    if labels is None or (labels < 0).all():
-        axes.scatter(*points.T, color=PROJECTION, **dots)
-        return
-    if len(classes) > len(CLASSES):
-        axes.scatter(*points.T, c=labels, cmap="viridis", **dots)
-        return
-    from matplotlib.patheffects import withStroke
-
-    for label, name in enumerate(classes):
-        own = points[labels == label]
-        if len(own) == 0:
-            continue
-        axes.scatter(*own.T, color=CLASSES[label], **dots)
-        text = axes.text(*np.median(own, axis=0), name, ha="center", va="center", weight="bold")
-        text.set(
-            fontsize=9, color="black", path_effects=[withStroke(linewidth=2.5, foreground="w")]
-        )
