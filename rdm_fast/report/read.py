@@ -145,13 +145,16 @@ def read_runs(paths: Sequence[Path]) -> list[Run]:
 
 
 def labels(paths: Sequence[Path]) -> list[str]:
-    """As many last parts of each path as it takes to make all different."""
+    """For each path as many of its last parts as no other path ends in."""
     parts = [path.resolve().parts for path in paths]
-    for count in range(1, max(map(len, parts)) + 1):
-        names = ["/".join(each[-count:]) for each in parts]
-        if len({*names}) == len(names):
-            return names
-    return [str(path) for path in paths]
+
+    def label(own: tuple[str, ...]) -> str:
+        for count in range(1, len(own)):
+            if sum(other[-count:] == own[-count:] for other in parts) == 1:
+                return "/".join(own[-count:])
+        return str(Path(*own))
+
+    return [label(own) for own in parts]
 
 
 # ---- one folder ------------------------------------------------------------------------------

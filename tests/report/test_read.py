@@ -136,7 +136,8 @@ def test_what_is_no_run_is_refused_by_name(name: str, tmp_path: Path) -> None:
 
 def test_labels_are_as_short_as_tells_runs_apart() -> None:
     assert labels([Path("/x/a"), Path("/x/b")]) == ["a", "b"]
-    assert labels([Path("/x/s/a"), Path("/x/t/a"), Path("/x/t/b")]) == ["s/a", "t/a", "t/b"]
+    assert labels([Path("/x/s/a"), Path("/x/t/a"), Path("/x/t/b")]) == ["s/a", "t/a", "b"]
+    assert labels([Path("/x/a"), Path("/y/x/a")]) == ["/x/a", "y/x/a"]
 
 
 def test_differences_are_the_settings_that_differ_but_for_the_folder(tmp_path: Path) -> None:
