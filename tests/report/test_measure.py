@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from rdm_fast.config import FilterConfig
+from rdm_fast.data import load
 from rdm_fast.errors import DataError, UserError
-from rdm_fast.methods import Branches
-from rdm_fast.report.measure import Measurement, Spectra, _spectra, measure, recorded
+from rdm_fast.methods import Branches, build_method
+from rdm_fast.report.measure import Measurement, Spectra, _branches, _spectra, measure, recorded
 from rdm_fast.report.read import read_run
 from rdm_fast.spectrum import effective_rank
 from rdm_fast.telemetry import SPECTRUM_KEYS
@@ -96,12 +97,22 @@ def test_the_spectra_tell_the_effective_rank_that_training_logged(trained: Path)
     assert float(effective_rank(torch.from_numpy(fresh.target))) == pytest.approx(logged, rel=0.2)
 
 
+def test_a_checkpoints_spectra_are_taken_in_training_mode() -> None:
+    """The projector ends in a batch norm without bias: rows of a whole batch sum to zero."""
+    method = build_method(tiny())
+    (first, *_) = _branches(method.eval(), tiny(), CPU)
+    assert first.projection.shape == (2, 336, 24)
+    assert first.projection.mean(dim=1).abs().max() < 1e-5
+
+
 def test_embeddings_are_of_that_many_test_images_with_their_labels(trained: Path) -> None:
     found = measure(read_run(trained, "run"), CPU, data_root=None, images=60, spectra=False)
     assert found.spectra is None and found.embeddings is not None
     rows, labels = found.embeddings.rows, found.embeddings.labels
     assert labels is not None and len(rows) == len(labels) == 60
-    assert {*labels.tolist()} == {*range(10)} and len(found.embeddings.classes) == 10
+    every = load(tiny().data, "test").labels
+    assert every is not None and len(found.embeddings.classes) == 10
+    np.testing.assert_array_equal(labels, every[np.linspace(0, 396, 60).round().astype(int)])
     assert measured(trained, images=0).embeddings is None
 
 

@@ -17,6 +17,7 @@ from rdm_fast.errors import CannotCreate, Unavailable, UsageError
 from rdm_fast.report import make, style
 from rdm_fast.report.make import make_report
 from rdm_fast.report.measure import Embeddings, Measurement, Spectra
+from rdm_fast.report.page import NONE, clock, number
 from tests.report.made import evaluate, line, make_run, spectrum_line
 from tests.tiny import tiny
 
@@ -152,7 +153,8 @@ def test_one_run_has_its_report_in_its_folder_and_several_have_it_here(
     tmp_path: Path, report: Callable[..., Page]
 ) -> None:
     paths = [make_run(tmp_path / "a"), make_run(tmp_path / "b")]
-    report(paths[0], "--map", "none")
+    page = report(paths[0], "--map", "none")
+    assert len(page.all("img")) == SECTIONS - 1 and "Not asked for (--map none)." in page.text
     assert (paths[0] / "report.html").exists() and not (tmp_path / "report.html").exists()
     assert (paths[0] / "figures" / "report-loss.png").exists()
     report(*paths, "--map", "none")
@@ -169,6 +171,12 @@ def test_the_summary_shows_last_values_with_their_units(
     cells = re.findall(r"<t[hd][^>]*>(.*?)</t[hd]>", table, re.DOTALL)
     expected = ["run", "SimSiam, target s^-1", "interrupted", "2 of 2", "-0.800", "50.0", "91.3"]
     assert cells == [*expected, "10.0", "21.0", "21.0", "11.00", "168", "16 s"]
+
+
+def test_a_number_has_its_digits_and_zero_has_no_sign() -> None:
+    assert [number(x, 2) for x in (-0.001, 1234.5, 3)] == ["0.00", "1,234.50", "3.00"]
+    assert {number(x, 2) for x in (None, float("nan"), "x")} == {NONE}
+    assert [clock(x) for x in (59.6, 660.0, 7300.0)] == ["60 s", "11 min", "2.0 h"]
 
 
 # ---- runs that are not whole -----------------------------------------------------------------

@@ -37,6 +37,7 @@ def test_a_series_is_over_epochs_and_leaves_out_lines_without_the_metric(tmp_pat
     loss = run.series("loss")
     assert loss.epochs == [0.5, 1.0, 1.5, 2.0]
     assert loss.values == pytest.approx([-0.2, -0.4, -0.6, -0.8])
+    assert loss.last == loss.values[-1]
     assert run.series("knn_top1").epochs == [0.0] and run.series("knn_top1").values == [50.0]
     assert run.series("gpu_mem_gib").values == [] and run.series("gpu_mem_gib").last is None
 
