@@ -37,6 +37,7 @@ ALIASES = {
     "--wd": "--optim.weight-decay",
     "--momentum": "--optim.momentum",
     "--workers": "--data.workers",
+    "--guard": "--guard.mode",
 }
 """The paper's own flags, and names that SimSiam, MoCo and torchvision share. Batch is global.
 
@@ -102,7 +103,8 @@ def flags(command: type, prefix: str = "--") -> list[str]:
     """Every flag of a command, as it is written on a command line."""
     names: list[str] = []
     for field in fields(command):
-        if field.type in (tyro.conf.Positional[str], tyro.conf.Positional[tuple[str, ...]]):
+        positional = (tyro.conf.Positional[str], tyro.conf.Positional[tuple[str, ...]])
+        if field.type in positional or not field.metadata.get("flag", True):
             continue
         kind = Config if field.name == "config" else field.type
         name = prefix + field.name.replace("_", "-")
@@ -170,7 +172,8 @@ def _parse(command: type[Command], argv: list[str], prog: str, **options: Any) -
         UsageError: a value of the wrong type, or a configuration that cannot be meant.
     """
     if "-h" in argv or "--help" in argv:
-        return tyro.cli(command, args=["--help"], prog=prog, **options)
+        hidden = (tyro.conf.SuppressFixed,)  # what only Python code can give
+        return tyro.cli(command, args=["--help"], prog=prog, config=hidden, **options)
     printed = io.StringIO()
     columns = os.environ.get("COLUMNS")
     os.environ["COLUMNS"] = "1000"  # so that a message is one line

@@ -9,8 +9,9 @@ Bad values raise `ValueError` naming the flag, what was found, and the way out.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from rdm_fast.data_config import (
     AugmentConfig,
@@ -22,6 +23,7 @@ from rdm_fast.data_config import (
     require_choices,
     require_probability,
 )
+from rdm_fast.guard_config import GuardConfig
 
 __all__ = [
     "AugmentConfig",
@@ -29,6 +31,7 @@ __all__ = [
     "DataConfig",
     "DataName",
     "FilterConfig",
+    "GuardConfig",
     "Interpolation",
     "LogConfig",
     "ModelConfig",
@@ -36,7 +39,7 @@ __all__ = [
     "ViewConfig",
 ]
 
-Kind = Literal["poly", "log", "log_1", "log_2"]
+Kind = Literal["poly", "log", "log_1", "log_2", "custom"]
 Location = Literal["online", "target"]
 Basis = Literal["own", "online"]
 Engine = Literal["auto", "gemm", "eigh", "reference"]
@@ -52,7 +55,8 @@ class FilterConfig:
     """The spectral filter g, applied to the singular values s of a batch of projections."""
 
     kind: Kind = "poly"
-    """g(s): poly is s^sigma, log is log s, log_1 is log(1 + s), log_2 is log(1 + s^2)."""
+    """g(s): poly is s^sigma, log is log s, log_1 is log(1 + s), log_2 is log(1 + s^2); custom is
+    a function of your own, from Python only."""
     location: Location = "online"
     """Branch that is filtered. RDM wants a rising g on the online one, a falling on the target."""
     sigma: float = 1.0
@@ -65,9 +69,22 @@ class FilterConfig:
     """Take the spectrum of the centred projections (covariance) instead of the raw correlation."""
     engine: Engine = "auto"
     """How the filter is computed: auto chooses, reference is the paper's literal SVD."""
+    response: Callable[[Any], Any] | None = field(default=None, metadata={"flag": False})
+    """g(s) of kind=custom: from singular values s > 0, a float64 tensor [v, n], to one of the same
+    shape and dtype (not a flag)."""
 
     def __post_init__(self) -> None:
         require_choices("filter.", self)
+        require(
+            self.kind != "custom" or self.response is not None,
+            "filter.kind=custom is for Python code, FilterConfig(kind='custom', response=f); a "
+            "command line or file cannot hold a function: use poly, log, log_1 or log_2 there",
+        )
+        require(
+            self.response is None or (self.kind == "custom" and callable(self.response)),
+            f"FilterConfig has response={self.response!r} with kind={self.kind}: "
+            "a function goes with kind='custom', and with nothing else",
+        )
         require(math.isfinite(self.sigma), f"filter.sigma={self.sigma} is not a finite number")
         require(
             0 < self.cutoff < 1,
@@ -98,6 +115,8 @@ class FilterConfig:
     @property
     def why_not_gemm(self) -> str | None:
         """What matrix products alone cannot do of this filter, if any."""
+        if self.kind == "custom":
+            return "filter.kind=custom"
         if self.center:
             return "filter.center"
         if not 1e-4 <= self.cutoff <= 0.1:
@@ -273,6 +292,7 @@ class Config:
     filter: FilterConfig = field(default_factory=FilterConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     seed: int = 5
     """Seed of weights, data order and augmentation; with it a run is reproducible."""
     device: Literal["auto", "cpu", "cuda"] = "auto"

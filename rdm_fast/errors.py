@@ -39,7 +39,13 @@ class Unavailable(UserError):
 
 
 class NonFinite(UserError):
-    """The loss or a gradient stopped being finite, or the run collapsed and was told to stop."""
+    """The loss or a gradient stopped being finite."""
+
+    code = 71
+
+
+class Collapsed(UserError):
+    """The projections collapsed, and the run was told to stop then."""
 
     code = 71
 

@@ -8,6 +8,7 @@ learned predictor: z W rescales every principal direction by g of its strength s
     log     log s           negative for s < 1            rises
     log_1   log(1 + s)      non-negative                  rises
     log_2   log(1 + s^2)    non-negative                  rises
+    custom  any function    that of FilterConfig.response, from Python; computed by eigh
 
 RDM (arXiv:2303.02387): training raises the effective rank while the target branch's output has
 a higher one than the online branch's. A rising g lowers the effective rank of what it filters,
@@ -74,6 +75,20 @@ def g(config: FilterConfig, s: Tensor) -> Tensor:
             return s.log1p()
         case "log_2":
             return s.square().log1p()
+        case "custom":
+            return _custom(config, s)
+
+
+def _custom(config: FilterConfig, s: Tensor) -> Tensor:
+    assert config.response is not None  # FilterConfig has seen to it
+    values = config.response(s)
+    if not isinstance(values, Tensor) or (values.shape, values.dtype) != (s.shape, s.dtype):
+        found = f"{values.dtype} {tuple(values.shape)}" if isinstance(values, Tensor) else values
+        raise ValueError(
+            f"FilterConfig(kind='custom') gave its response {s.dtype} {tuple(s.shape)} singular "
+            f"values, and it made {found} of them: it must work element by element"
+        )
+    return values
 
 
 def response(config: FilterConfig, s: Tensor, tau: Tensor) -> Tensor:
@@ -98,8 +113,10 @@ def response(config: FilterConfig, s: Tensor, tau: Tensor) -> Tensor:
     return g(config, s).where(kept, 0)
 
 
-def trend(config: FilterConfig) -> Literal["rising", "falling", "flat"]:
+def trend(config: FilterConfig) -> Literal["rising", "falling", "flat", "unknown"]:
     """How g moves with s."""
+    if config.kind == "custom":
+        return "unknown"
     if config.kind != "poly" or config.sigma > 0:
         return "rising"
     return "falling" if config.is_falling else "flat"

@@ -17,11 +17,20 @@ def config_to_dict(config: Any) -> dict[str, Any]:
     """A configuration as nested dicts of JSON and YAML values: tuples as lists, floats as floats.
 
     `config_from_dict` inverts it exactly, also through JSON or YAML text.
+
+    Raises:
+        UsageError: it holds a function, as a filter of kind=custom does.
     """
+    if getattr(config, "kind", None) == "custom":
+        raise UsageError(
+            "a filter of kind=custom holds a function, which config.yaml cannot: use it in a loop "
+            "of your own, or one of the other kinds here"
+        )
     hints = get_type_hints(type(config))
     return {
         field.name: _plain(getattr(config, field.name), hints[field.name])
         for field in dataclasses.fields(config)
+        if field.metadata.get("flag", True)
     }
 
 
@@ -44,7 +53,8 @@ def config_from_dict(plain: dict[str, Any]) -> Config:
 
 
 def _build(cls: Any, plain: Any, prefix: str) -> Any:
-    hints = get_type_hints(cls)
+    flags = {field.name for field in dataclasses.fields(cls) if field.metadata.get("flag", True)}
+    hints = {name: hint for name, hint in get_type_hints(cls).items() if name in flags}
     if not isinstance(plain, dict):
         raise DataError(f"the saved configuration's {prefix or 'text'} is not a table of settings")
     for key in plain:
@@ -91,7 +101,7 @@ RULES: dict[str, Rule] = {
     "data.workers": "free", "data.classes": "identity", "data.verify": "identity",
     "data.on_bad_image": "free", "data.max_bad": "free",
     "optim.": "schedule", "optim.optimizer": "identity", "optim.accumulate": "identity",
-    "log.": "free", "device": "free", "out": "free",
+    "log.": "free", "guard.": "free", "device": "free", "out": "free",
 }  # fmt: skip
 """identity: another run; schedule: only if --allow-change names it; free: may always differ.
 

@@ -7,9 +7,7 @@ function of (seed, epoch, index, view), and the schedules of the step, so nothin
 to go on from a checkpoint exactly where it was left.
 """
 
-import signal
 from functools import cached_property
-from types import FrameType
 
 import torch
 import torch.distributed as dist
@@ -21,16 +19,19 @@ from rdm_fast.data import ImageSet, build_loader, load, require_same_images
 from rdm_fast.distributed import all_reduce_max, print0, rank, world_size
 from rdm_fast.engines import engine_for
 from rdm_fast.environment import describe_environment
-from rdm_fast.errors import DataError, InputMissing, Interrupted, NonFinite, OutputFailed
+from rdm_fast.errors import Collapsed, DataError, InputMissing, Interrupted, NonFinite, OutputFailed
 from rdm_fast.evaluation.online import knn_top1
 from rdm_fast.filters import advice
+from rdm_fast.guard import CollapseGuard
 from rdm_fast.methods import build_method
 from rdm_fast.run_folder import RunFolder
+from rdm_fast.signals import SIGNALS, StopOnSignal
 from rdm_fast.spectrum import BranchSpectra, branch_spectra
 from rdm_fast.step import StepReport, TrainStep
 from rdm_fast.telemetry import Clock, Plan, Telemetry
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+__all__ = ["SIGNALS", "Trainer"]
+
 MAX_FAILED_SAVES = 3
 
 
@@ -58,6 +59,7 @@ class Trainer:
         self.engine = engine_for(spectral, device) if spectral else None
         if self.engine:
             self.engine.restore({})  # another run of this process may have used it
+        self.collapse_guard = CollapseGuard(config, self.train_step.total_steps)
         self.step = 0
         """Optimizer steps done."""
         self.skipped = 0
@@ -75,6 +77,7 @@ class Trainer:
         Raises:
             Interrupted: a signal asked to stop; the state is saved.
             NonFinite: log.max_nonfinite steps in a row could not be applied.
+            Collapsed: the projections collapsed, and guard.mode=stop; the state is saved.
             OutputFailed: three checkpoints in a row could not be written, or the last one.
         """
         self.train_step.settle()
@@ -176,10 +179,23 @@ class Trainer:
             return
         b, spectral = report.branches, self.train_step.method.filter
         spectra = branch_spectra(b.online, b.target, b.projection, spectral, profile=profile)
-        if log:
-            telemetry.log(self.step, self._metrics(report, spectra, clock))
         if profile:
             telemetry.log_spectra(self.step, spectra.record())
+        if log:
+            metrics = self._metrics(report, spectra, clock)
+            telemetry.log(self.step, metrics)
+            self._heed(self.collapse_guard.look(self.step, metrics), telemetry)
+
+    def _heed(self, collapse: str | None, telemetry: Telemetry) -> None:
+        """Pass on what the guard has to say; end the run if that is asked for, on every rank."""
+        if collapse:
+            telemetry.log(self.step, {"warning": collapse})
+        if self.collapse_guard.stops and all_reduce_max(int(bool(collapse)), self.device):
+            self.save(last=True)
+            raise Collapsed(
+                f"{collapse or 'the projections have collapsed'}; the state is saved, and with "
+                "--guard warn the same command goes on"
+            )
 
     def _metrics(
         self, report: StepReport, spectra: BranchSpectra, clock: Clock
@@ -267,6 +283,7 @@ class Trainer:
                 "scaler": self.train_step.scaler.state_dict(),
                 "skipped": self.skipped,
                 "skipped_in_a_row": self._skipped_in_a_row,
+                "collapsed_in_a_row": self.collapse_guard.low,
                 "filter_engine": self.engine.state if self.engine else {},
                 "world_size": world_size(),
                 "ema_momentum": self.train_step.momentum(self.step),
@@ -302,13 +319,14 @@ class Trainer:
         self.step = self._last_saved = snapshot.step
         self.skipped = snapshot.state["skipped"]
         self._skipped_in_a_row = snapshot.state["skipped_in_a_row"]
+        self.collapse_guard.low = snapshot.state.get("collapsed_in_a_row", 0)
         if self.engine:
             self.engine.restore(snapshot.state["filter_engine"])
 
     # ---- signals -----------------------------------------------------------------------------
 
-    def _signals(self) -> "StopOnSignal":
-        return StopOnSignal(self)
+    def _signals(self) -> StopOnSignal:
+        return StopOnSignal(self.ask_to_stop)
 
     def ask_to_stop(self) -> None:
         """Stop after the step that is running, saving it."""
@@ -323,23 +341,3 @@ class Trainer:
         if not self._is_due(self.config.log.every):
             return False
         return bool(all_reduce_max(int(self._stop_asked), self.device))
-
-
-class StopOnSignal:
-    """While it is open, the first signal asks the trainer to stop; a second one stops at once."""
-
-    def __init__(self, trainer: Trainer) -> None:
-        self._trainer = trainer
-
-    def __enter__(self) -> None:
-        self._before = {number: signal.signal(number, self._handle) for number in SIGNALS}
-
-    def _handle(self, number: int, _frame: FrameType | None) -> None:
-        self._trainer.ask_to_stop()
-        # Not the handler from before: a shell starts background jobs with SIGINT ignored.
-        at_once = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
-        signal.signal(number, at_once)
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)

@@ -18,7 +18,7 @@ from rdm_fast.command_line import (
     parse_evaluate,
     parse_train,
 )
-from rdm_fast.config import Config
+from rdm_fast.config import Config, FilterConfig
 from rdm_fast.errors import UsageError
 from rdm_fast.evaluation.protocols import PROTOCOLS
 from rdm_fast.recipes import DEFAULT, RECIPES, recipe
@@ -84,6 +84,7 @@ ALIASED = {
     "--wd": 1e-3,
     "--momentum": 0.8,
     "--workers": 3,
+    "--guard": "stop",
 }
 
 
@@ -202,6 +203,10 @@ def test_a_value_of_the_wrong_type_is_named_with_its_flag(words: str, expected: 
         ("--method symsimsiam", "method=symsimsiam with predictor=spectral: symsimsiam has"),
         ("--filter.basis online --filter.location online", "filter.basis=online concerns the"),
         ("--filter.center --filter.engine reference", "filter.engine=reference is the paper's"),
+        (
+            "--filter.kind custom",
+            "filter.kind=custom is for Python code, FilterConfig(kind='custom'",
+        ),
         ("--filter.sigma nan", "filter.sigma=nan is not a finite number"),
         ("--filter.cutoff 2", "filter.cutoff=2.0 is not a share of the largest singular value"),
         ("--model.stem imagenet", "model.stem=imagenet does not exist for model.backbone=resnet8"),
@@ -225,6 +230,11 @@ def test_a_value_of_the_wrong_type_is_named_with_its_flag(words: str, expected: 
         ("--workers -1", "data.workers=-1: give 0 or more processes"),
         ("--log.keep 1", "log.keep=1: at least 2, one may be damaged"),
         ("--log.every 0", "log.every=0: give 1 or more"),
+        ("--log.spectrum-every -1", "log.spectrum_every=-1: give 0 (never) or more"),
+        ("--guard.min-rank nan", "guard.min_rank=nan: give a number of 0 (never) or more"),
+        ("--guard.min-std -1", "guard.min_std=-1.0: give a number of 0 (never) or more"),
+        ("--guard.warmup 2", "guard.warmup=2.0 is not a probability"),
+        ("--guard.patience 0", "guard.patience=0: give 1 or more lines"),
         ("--log.knn-every -1", "log.knn_every=-1: give 0 (never) or more"),
         ("--seed -1", "seed=-1: give 0 or more"),
         ("--optim.global-batch 200 --optim.accumulate 3", "optim.global_batch=200 does not give"),
@@ -409,6 +419,11 @@ def test_help_shows_the_values_of_the_recipe_that_was_named(
     assert "(default: lars)" in shown and "(default: 400)" in shown
 
 
+def test_a_response_is_no_flag(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "filter.response" not in help_text(parse_train, capsys)
+    assert message("--filter.response", "f").startswith("unknown flag --filter.response")
+
+
 def test_flags_lists_every_leaf_of_the_configuration_once() -> None:
     found = flags(TrainCommand)
     assert len(found) == len(set(found))
@@ -416,7 +431,8 @@ def test_flags_lists_every_leaf_of_the_configuration_once() -> None:
         not (is_dataclass(hint) and isinstance(hint, type))
         for kind in [Config, *(get_type_hints(Config).values())]
         if is_dataclass(kind)
-        for hint in get_type_hints(kind).values()
+        for name, hint in get_type_hints(kind).items()
+        if (kind, name) != (FilterConfig, "response")  # a function is no flag
     )
     view = len(fields(get_type_hints(get_type_hints(Config)["augment"])["view1"]))
     plain = [flag for flag in flags(Config) if "no-" not in flag]

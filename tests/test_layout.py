@@ -17,11 +17,11 @@ MAX_LINES = 350
 # The rooms of rdm_fast, a module or a folder each, in the order in which data flows. A room imports
 # only from those before it.
 ROOMS = [
-    "errors", "durable", "data_config", "config", "recipes", "distributed", "filters",
-    "inner_products", "decomposition", "engines", "spectral", "spectrum",
+    "errors", "durable", "data_config", "guard_config", "config", "recipes", "distributed",
+    "filters", "inner_products", "decomposition", "engines", "spectral", "spectrum", "guard",
     "backbone", "heads", "batchnorm", "ema", "methods", "optim", "data", "saved_config",
     "checkpoint", "run_folder", "environment", "telemetry", "evaluation", "step",
-    "trainer", "report", "sweep", "command_line", "cli",
+    "signals", "trainer", "report", "sweep", "command_line", "cli",
 ]  # fmt: skip
 
 MACHINE_PATH = re.compile(r"(?<![\w.~-])/(?:work|root|home/\w+|Users/\w+)\b")

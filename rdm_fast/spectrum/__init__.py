@@ -11,11 +11,14 @@ from rdm_fast.spectrum.measures import (
     filtered_rows,
     rank_difference,
 )
+from rdm_fast.spectrum.watching import Watch, WatchedBatch, watch
 
 __all__ = [
     "BranchSpectra",
     "Directions",
     "Profile",
+    "Watch",
+    "WatchedBatch",
     "alignment",
     "attainable_rank",
     "branch_spectra",
@@ -27,4 +30,5 @@ __all__ = [
     "filtered_rows",
     "measured_response",
     "rank_difference",
+    "watch",
 ]

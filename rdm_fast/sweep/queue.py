@@ -11,19 +11,18 @@ import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rdm_fast.errors import Interrupted, RankLost, UserError
 from rdm_fast.run_folder import read_status
+from rdm_fast.signals import StopOnSignal
 
 PROGRAM = "from rdm_fast.cli import main; main()"
 LAUNCHED = "RDM_LAUNCHED"
 """Process id of the one that started this one, which is to save and stop when that is gone."""
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 POLL = 0.1  # seconds between two looks at the processes
 
 
@@ -117,7 +116,8 @@ def run_all(
         job.start(words, _environment(gpus[job.slot % len(gpus)] if gpus else None, threads))
         return True
 
-    with _stop_on_signal() as stop:
+    stop: list[bool] = []
+    with StopOnSignal(lambda: stop.append(True)):
         while (waiting or working) and not stop:
             while waiting and free:
                 name = waiting.popleft()
@@ -163,20 +163,3 @@ def _environment(gpu: str | None, threads: int) -> dict[str, str]:
 
 def _say(text: str) -> None:
     print(text, flush=True)
-
-
-@contextmanager
-def _stop_on_signal() -> Iterator[list[int]]:
-    """A list that the first signal makes true; a second one stops at once."""
-    received: list[int] = []
-
-    def take(number: int, _frame: object) -> None:
-        received.append(number)
-        signal.signal(number, signal.SIG_DFL)
-
-    before = {number: signal.signal(number, take) for number in SIGNALS}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, signal.SIG_DFL if handler is None else handler)

@@ -111,7 +111,8 @@ def _line(record: Mapping[str, Any]) -> str:
 def _finite(value: Any) -> Any:
     """JSON knows no NaN or infinity; the numbers of an array are cut to five digits."""
     if isinstance(value, np.ndarray):
-        return [float(f"{x:.5g}") if math.isfinite(x) else None for x in value.tolist()]
+        values: list[float] = value.tolist()
+        return [float(f"{x:.5g}") if math.isfinite(x) else None for x in values]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -132,5 +133,7 @@ def _read_lines(path: Path) -> list[Record]:
 
 def _position(record: Record) -> float:
     """The step that a record belongs to; the first environment belongs to step 0."""
-    missing = 0 if "environment" in record else math.inf
-    return float(record.get("resumed_step", record.get("step", missing)))
+    for key in ("resumed_step", "step"):
+        if key in record:
+            return float(record[key])
+    return 0.0 if "environment" in record else math.inf

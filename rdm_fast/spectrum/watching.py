@@ -1,0 +1,153 @@
+"""Spectra of anybody's model while it trains: a forward hook, and what it saw.
+
+with watch(model, every=100) as spectra:
+    train(model)
+print(spectra.records[-1].effective_rank)
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from rdm_fast.distributed import gather_rows
+from rdm_fast.spectrum.directions import directions, measured_response
+from rdm_fast.spectrum.measures import attainable_rank, channel_std, effective_rank, eigenvalues
+
+HEADS = ("projector", "projection_head", "predictor", "prediction_head")
+"""What solo-learn, lightly, SimSiam's code and this project call the modules worth a look."""
+
+
+@dataclass(frozen=True)
+class WatchedBatch:
+    """What one forward pass of one module put out."""
+
+    name: str  # of the module inside the model; "" for the model itself
+    call: int  # forward passes of this module in training mode, from 1
+    eigenvalues: Tensor  # of the correlation matrix, [n] float64, largest first, on the CPU
+    effective_rank: float
+    share: float  # of the largest effective rank that the batch can show
+    std: float  # of the normalised rows, times sqrt(d): 1 is spread out, 0 is collapse
+    s: Tensor | None = None  # [n], of the module's input, if it has the shape of the output
+    response: Tensor | None = None  # [n], by what the module scales these directions
+
+
+@dataclass
+class Watch:
+    """Hooks on modules, and the records they made; a context manager that removes them."""
+
+    records: list[WatchedBatch] = field(default_factory=list)
+    handles: list[Any] = field(default_factory=list)
+
+    def remove(self) -> None:
+        """Take the hooks off; the records stay."""
+        while self.handles:
+            self.handles.pop().remove()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.remove()
+
+
+def watch(
+    model: nn.Module,
+    *names: str,
+    every: int = 100,
+    on_record: Callable[[WatchedBatch], object] | None = None,
+    all_ranks: bool = False,
+) -> Watch:
+    """Record the spectrum of what modules put out, every so many forward passes while training.
+
+    A module that keeps the width of its input, as a predictor does, is also measured as a filter:
+    see `measured_response`. Outputs and gradients are untouched. A record waits for the device.
+
+    Args:
+        model: any module.
+        names: modules inside it, as `model.named_modules()` has them, whose outputs are [B, d].
+            Left out, those called projector, projection_head, predictor or prediction_head,
+            whichever there are; or the model itself if there are none.
+        every: forward passes in training mode between two records, counted for each module by
+            itself; the first one is recorded. A SimSiam has two in a step.
+        on_record: called with each record, to send it to a logger; otherwise they are in `records`.
+        all_ranks: take the rows of all ranks; then every rank must watch, with the same `every`.
+
+    Returns:
+        A handle with `records` and `remove()`, which is also a context manager.
+
+    Raises:
+        ValueError: there is no module of such a name, or `every` is less than 1. Raised by the
+            forward pass: its output is not [B, d].
+    """
+    if every < 1:
+        raise ValueError(f"watch needs every to be 1 or more forward passes, got {every}")
+    modules = dict(model.named_modules())
+    if unknown := [name for name in names if name not in modules]:
+        raise ValueError(f"watch found no module {unknown[0]} in {type(model).__name__}")
+    found = names or [name for name in modules if name.rpartition(".")[2] in HEADS]
+    handle = Watch()
+    for name in found or [""]:
+        hook = _Hook(name, every, handle.records, on_record, all_ranks)
+        handle.handles.append(modules[name].register_forward_hook(hook))
+    return handle
+
+
+@dataclass
+class _Hook:
+    name: str
+    every: int
+    records: list[WatchedBatch]
+    on_record: Callable[[WatchedBatch], object] | None
+    all_ranks: bool
+    calls: int = 0
+
+    @torch.no_grad()
+    def __call__(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        if not module.training:
+            return
+        self.calls += 1
+        if (self.calls - 1) % self.every:
+            return
+        if not isinstance(output, Tensor) or output.ndim != 2:
+            shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+            raise ValueError(
+                f"watch needs a module that puts out [B, d], and {self.name or 'the model'} gives "
+                f"{shape}: name its projector or predictor, as in watch(model, 'projector')"
+            )
+        with torch.autocast(output.device.type, enabled=False):
+            record = self._measure(inputs[0] if inputs else None, output)
+        self.records.append(record)
+        if self.on_record is not None:
+            self.on_record(record)
+
+    def _measure(self, taken: Any, output: Tensor) -> WatchedBatch:
+        rows = self._rows(output)
+        values = eigenvalues(rows)
+        rank = effective_rank(values)
+        s = response = None
+        if isinstance(taken, Tensor) and taken.shape == output.shape:
+            z = self._rows(taken)
+            axes = directions(z)
+            s, response = axes.s.cpu(), measured_response(z, rows, axes).cpu()
+        return WatchedBatch(
+            name=self.name,
+            call=self.calls,
+            eigenvalues=values.flip(0).cpu(),
+            effective_rank=float(rank),
+            share=float(rank / attainable_rank(rows)),
+            std=float(channel_std(rows)),
+            s=s,
+            response=response,
+        )
+
+    def _rows(self, z: Tensor) -> Tensor:
+        return gather_rows(z[None])[0] if self.all_ranks else z.detach()

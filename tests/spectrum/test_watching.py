@@ -1,0 +1,130 @@
+"""rdm_fast.spectrum.watch on models that are not ours."""
+
+import copy
+import types
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from rdm_fast import FilterConfig, SpectralPredictor
+from rdm_fast.spectrum import directions, effective_rank, eigenvalues, watch
+from rdm_fast.spectrum.measures import attainable_rank, channel_std
+from tests.ranks import run_ranks
+
+
+class SomebodysSimSiam(nn.Module):
+    def __init__(self, predictor: nn.Module | None = None) -> None:
+        super().__init__()
+        self.backbone = nn.Sequential(nn.Flatten(), nn.Linear(16, 12), nn.ReLU())
+        self.projection_head = nn.Sequential(nn.Linear(12, 8), nn.BatchNorm1d(8))
+        self.prediction_head = predictor or nn.Sequential(
+            nn.Linear(8, 4), nn.ReLU(), nn.Linear(4, 8)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.prediction_head(self.projection_head(self.backbone(x)))
+
+
+def images(n: int = 32) -> Tensor:
+    return torch.randn(n, 1, 4, 4)
+
+
+def test_heads_are_found_by_name_and_measured_as_they_put_out() -> None:
+    model, x = SomebodysSimSiam(), images()
+    with watch(model, every=1) as spectra:
+        p = model(x)
+    z = model.projection_head(model.backbone(x))
+    for record, name, rows in zip(
+        spectra.records, ("projection_head", "prediction_head"), (z, p), strict=True
+    ):
+        expected = eigenvalues(rows)
+        assert (record.name, record.call) == (name, 1)
+        torch.testing.assert_close(record.eigenvalues, expected.flip(0), rtol=1e-9, atol=1e-12)
+        rank = float(effective_rank(expected))
+        assert record.effective_rank == pytest.approx(rank)
+        assert record.share == pytest.approx(rank / int(attainable_rank(rows)))
+        assert record.std == pytest.approx(float(channel_std(rows)))
+    assert spectra.records[0].response is None  # 12 channels in, 8 out
+
+
+def test_a_predictor_is_measured_as_a_filter() -> None:
+    model = SomebodysSimSiam(SpectralPredictor(FilterConfig(kind="log_1"))).double()
+    x = images().double()
+    with watch(model, "prediction_head", every=1) as spectra:
+        model(x)
+    (record,) = spectra.records
+    s = directions(model.projection_head(model.backbone(x))).s
+    assert record.s is not None and record.response is not None
+    torch.testing.assert_close(record.s, s, rtol=1e-9, atol=0)
+    torch.testing.assert_close(record.response, s.log1p(), rtol=1e-6, atol=0)
+
+
+def test_every_nth_pass_in_training_is_recorded_and_none_of_an_evaluation() -> None:
+    model = SomebodysSimSiam()
+    told: list[int] = []
+    handle = watch(model, "projection_head", every=3, on_record=lambda r: told.append(r.call))
+    for _ in range(4):
+        model(images())
+        model.eval()(images())
+        model.train()
+    for _ in range(4):
+        model(images())
+    assert told == [record.call for record in handle.records] == [1, 4, 7]
+    handle.remove()
+    model(images())
+    handle.remove()
+    assert len(handle.records) == 3
+
+
+def test_a_watched_model_trains_to_the_same_bits() -> None:
+    model = SomebodysSimSiam()
+    twin, x = copy.deepcopy(model), images()
+    watch(twin, every=1)
+    for each in (model, twin):
+        with torch.autocast("cpu", torch.bfloat16):
+            each(x).square().mean().backward()
+    for ours, theirs in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(ours.grad, theirs.grad)  # type: ignore[arg-type]
+
+
+def test_a_plain_module_is_watched_itself() -> None:
+    layer = nn.Linear(5, 3)
+    with watch(layer) as spectra:
+        layer(torch.randn(9, 5))
+    assert [record.name for record in spectra.records] == [""]
+
+
+def test_mistakes_are_told_in_one_sentence() -> None:
+    model = SomebodysSimSiam()
+    with pytest.raises(ValueError, match="no module projektor in SomebodysSimSiam"):
+        watch(model, "projektor")
+    with pytest.raises(ValueError, match="every to be 1 or more forward passes, got 0"):
+        watch(model, every=0)
+    conv = nn.Conv2d(1, 2, 3)
+    with watch(conv), pytest.raises(ValueError, match=r"the model gives \(3, 2, 2, 2\): name its"):
+        conv(images(3))
+    odd = nn.Module()
+    odd.forward = types.MethodType(lambda self, x: (x, x), odd)  # type: ignore[method-assign]
+    with watch(odd), pytest.raises(ValueError, match="the model gives tuple"):
+        odd(images(3))
+
+
+def _watched_on_this_rank(all_ranks: bool) -> Tensor:
+    z = torch.randn(32, 8, generator=torch.Generator().manual_seed(1))
+    module = nn.Identity()
+    with watch(module, all_ranks=all_ranks) as spectra:
+        module(z.chunk(dist.get_world_size())[dist.get_rank()])
+    return spectra.records[0].eigenvalues
+
+
+@pytest.mark.parametrize("all_ranks", [False, True])
+def test_rows_of_all_ranks_are_taken_if_asked_for(
+    all_ranks: bool, tmp_path: pytest.TempPathFactory
+) -> None:
+    z = torch.randn(32, 8, generator=torch.Generator().manual_seed(1))
+    found = run_ranks(2, _watched_on_this_rank, all_ranks, tmp_path=tmp_path)  # type: ignore[arg-type]
+    for rank, values in enumerate(found):
+        rows = z if all_ranks else z.chunk(2)[rank]
+        torch.testing.assert_close(values, eigenvalues(rows).flip(0), rtol=1e-9, atol=0)

@@ -1,0 +1,168 @@
+"""rdm_fast.guard: what it says of which metrics, and what becomes of a run that collapses."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rdm_fast import checkpoint
+from rdm_fast.config import Config, FilterConfig, GuardConfig
+from rdm_fast.errors import Collapsed
+from rdm_fast.guard import CollapseGuard, remedy
+from rdm_fast.recipes import RECIPES
+from rdm_fast.trainer import Trainer
+from tests.runs import final_state, metrics, newest, run, with_log
+from tests.tiny import tiny
+
+# Measured: effective rank of the projections after 1, 2, 3, 5, 10, 20 and 30 epochs of a recipe
+# shortened to 30 (seed 0), and the lowest std of these moments
+HEALTHY = {
+    "digits_rdm_simsiam": ([51.34, 43.20, 30.71, 18.80, 19.45, 31.47, 35.17], 0.998),
+    "digits_simsiam": ([50.34, 43.67, 25.23, 10.36, 6.87, 7.68, 7.66], 0.985),
+    "digits_rdm_byol": ([36.71, 14.27, 8.07, 6.78, 7.23, 8.95, 9.64], 0.989),
+    "digits_byol": ([45.14, 17.65, 11.17, 7.78, 6.11, 5.84, 6.16], 0.989),
+}
+COLLAPSED = {
+    "digits_rdm_simsiam": ([44.26, 14.19, 5.61, 2.30, 1.85, 1.87, 1.86], 0.862),  # sigma=0
+    "digits_symsimsiam": ([37.62, 7.13, 2.79, 1.81, 1.78, 1.85, 1.85], 0.844),
+}
+
+
+def line(rank: float, std: float = 1.0, attainable: float = 199) -> dict[str, float]:
+    return {
+        "effective_rank/projection": rank, "effective_rank/share": rank / attainable, "std": std,
+    }  # fmt: skip
+
+
+def said(guard: CollapseGuard, *lines: dict[str, float]) -> list[str | None]:
+    return [guard.look(step, each) for step, each in enumerate(lines, start=1)]
+
+
+def guarded(**settings: Any) -> CollapseGuard:
+    config = replace(RECIPES["digits_rdm_simsiam"](), guard=GuardConfig(**settings))
+    return CollapseGuard(config, total_steps=100)
+
+
+# ---- when it speaks --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", HEALTHY)
+def test_healthy_recipes_are_not_warned_of(name: str) -> None:
+    ranks, std = HEALTHY[name]
+    guard = CollapseGuard(RECIPES[name](), total_steps=1)
+    assert said(guard, *(line(rank, std) for rank in ranks)) == [None] * len(ranks)
+
+
+@pytest.mark.parametrize("name", COLLAPSED)
+def test_collapsing_runs_are_warned_of_once_after_three_lines(name: str) -> None:
+    ranks, std = COLLAPSED[name]
+    guard = CollapseGuard(RECIPES[name](), total_steps=1)
+    spoken = said(guard, *(line(rank, std) for rank in ranks))
+    first = next(i for i, rank in enumerate(ranks) if rank < 3)
+    assert [text is not None for text in spoken] == [i == first + 2 for i in range(len(ranks))]
+    assert spoken[first + 2].startswith(  # type: ignore[union-attr]
+        f"the projections have collapsed at step {first + 3}, effective rank "
+    )
+
+
+def test_nothing_is_said_while_warming_up() -> None:
+    guard = guarded(warmup=0.04, patience=2)  # 4 of 100 steps
+    spoken = said(guard, *[line(1.0)] * 8)
+    assert [text is not None for text in spoken] == [False] * 5 + [True] + [False] * 2
+
+
+def test_one_good_line_starts_the_count_anew_and_a_second_collapse_is_told_again() -> None:
+    low, good = line(1.5), line(20.0)
+    spoken = said(guarded(warmup=0.0), low, low, good, low, low, low, low, good, low, low, low)
+    assert [i for i, text in enumerate(spoken) if text] == [5, 10]
+
+
+def test_rows_that_are_all_alike_are_told_by_their_std() -> None:
+    spoken = said(guarded(warmup=0.0, patience=1), line(50.0, std=0.05))
+    assert "all rows are nearly alike (std 0.05, under guard.min_std=0.1)" in str(spoken[0])
+    zeros = {"effective_rank/projection": 0.0, "effective_rank/share": 0.0, "std": 1.0}
+    assert said(guarded(warmup=0.0, patience=1, min_std=0.0), zeros)[0] is not None
+
+
+def test_the_bound_is_at_most_a_tenth_of_what_the_batch_can_show() -> None:
+    """Two directions are few of 199, but not of eight."""
+    guard = {"warmup": 0.0, "patience": 1}
+    assert said(guarded(**guard), line(2.0))[0] is not None
+    assert said(guarded(**guard), line(2.0, attainable=8)) == [None]
+    assert said(guarded(**guard, min_rank=1.5), line(2.0)) == [None]
+
+
+def test_what_is_not_finite_is_another_guards_business() -> None:
+    nan = float("nan")
+    assert said(guarded(warmup=0.0, patience=1), line(nan, nan)) == [None]
+
+
+def test_off_says_nothing_and_stop_says_it_of_every_later_line() -> None:
+    lines = [line(1.0)] * 4
+    assert said(guarded(mode="off", warmup=0.0), *lines) == [None] * 4
+    spoken = said(guarded(mode="stop", warmup=0.0, patience=2), *lines)
+    assert [text is not None for text in spoken] == [False, True, True, True]
+
+
+# ---- what it advises -------------------------------------------------------------------------
+
+
+def advised(name: str, **filter: Any) -> str:
+    config = RECIPES[name]()
+    return remedy(replace(config, filter=replace(config.filter, **filter)) if filter else config)
+
+
+def test_the_advice_fits_the_configuration() -> None:
+    assert "control" in advised("digits_symsimsiam")
+    assert "sigma=0 filters nothing" in advised("digits_rdm_simsiam", sigma=0.0)
+    assert "a rising g, lowers" in advised("digits_rdm_simsiam", sigma=1.0)
+    assert "keep the ranks apart" in advised("digits_rdm_byol", sigma=0.1)
+    assert "base-lr" in advised("digits_simsiam") and "preview" in advised("digits_byol")
+    byol = RECIPES["digits_byol"]()
+    assert "ema-start" in remedy(replace(byol, optim=replace(byol.optim, ema_start=0.0)))
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_advice_is_the_end_of_one_sentence(name: str) -> None:
+    text = remedy(RECIPES[name]())
+    assert not text.endswith(".") and "\n" not in text and text[0].islower()
+
+
+# ---- a run that collapses --------------------------------------------------------------------
+
+
+def collapsing(mode: str) -> Config:
+    """Without filter and predictor nothing keeps the branches' ranks apart; eight epochs do."""
+    config = with_log(tiny(epochs=8, global_batch=200, base_lr=0.5), every=7, save_every=1000)
+    return replace(
+        config, filter=FilterConfig(sigma=0.0), guard=GuardConfig(mode=mode)  # type: ignore[arg-type]
+    )  # fmt: skip
+
+
+def warnings(path: Path) -> list[tuple[int, str]]:
+    return [(each["step"], each["warning"]) for each in metrics(path) if "warning" in each]
+
+
+def test_a_collapsing_run_is_warned_of_or_stopped_and_goes_on_where_it_was_saved(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(tmp_path / "warned", collapsing("warn"))
+    ((step, text),) = warnings(tmp_path / "warned")
+    assert f"warning: {text}" in capsys.readouterr().out.splitlines()
+    assert step < 56 and "filter.sigma=0 filters nothing" in text
+
+    for _ in range(2):  # resumed as it is, it stops again, at the next line
+        with pytest.raises(Collapsed, match="the state is saved, and with --guard warn") as stopped:
+            run(tmp_path / "stopped", collapsing("stop"))
+        assert stopped.value.code == 71
+        assert checkpoint.load(newest(tmp_path / "stopped")).step == step
+        step += 7
+    run(tmp_path / "stopped", collapsing("warn"))
+    assert final_state(tmp_path / "stopped") == final_state(tmp_path / "warned")
+
+
+def test_a_healthy_run_ends_without_a_warning(tmp_path: Path) -> None:
+    trainers: list[Trainer] = []
+    run(tmp_path / "run", tiny(epochs=4, base_lr=0.5), trainers.append)
+    assert warnings(tmp_path / "run") == [] and trainers[0].collapse_guard.low == 0
