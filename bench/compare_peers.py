@@ -58,7 +58,7 @@ from rdm_fast import spectral_loss
 from rdm_fast.backbone import build_backbone
 from rdm_fast.config import Config, Precision
 from rdm_fast.methods import Method, build_method
-from rdm_fast.step import AUTOCAST
+from rdm_fast.precision import HALVES
 
 REFERENCE = "rdm_simsiam reference"
 NO_LIGHTLY = (
@@ -171,7 +171,7 @@ def lightly_step(case: Case, method: str, precision: Precision) -> Call:
         [p for p in model.parameters() if p.requires_grad], lr=1e-5, momentum=0.9, weight_decay=1e-5
     )
     batch = noise(config, layout=torch.contiguous_format)
-    dtype = AUTOCAST[precision]
+    dtype = HALVES.get(precision)
     scaled = torch.amp.GradScaler(DEVICE.type, enabled=precision == "fp16")
 
     def step() -> None:

@@ -22,8 +22,9 @@ from rdm_fast.config import Config, ModelConfig, Precision
 from rdm_fast.data import Batch
 from rdm_fast.doctor.stages import without_filter
 from rdm_fast.methods import build_method
+from rdm_fast.precision import HALVES
 from rdm_fast.recipes import recipe
-from rdm_fast.step import AUTOCAST, TrainStep
+from rdm_fast.step import TrainStep
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
@@ -98,7 +99,7 @@ def noise(
 
 def input_dtype(precision: Precision) -> torch.dtype:
     """In which our loaders make views on a GPU: what autocast would round them to."""
-    return (AUTOCAST[precision] if GPU else None) or torch.float32
+    return (HALVES.get(precision) if GPU else None) or torch.float32
 
 
 def train_step(config: Config, *, filtered: bool = True) -> TrainStep:
@@ -127,7 +128,7 @@ def supervised_step(case: Case, precision: Precision = PRECISION) -> Call:
     optimizer = torch.optim.SGD(
         model.parameters(), lr=1e-5, momentum=0.9, weight_decay=1e-5, fused=GPU, foreach=not GPU
     )
-    batch, dtype = noise(config, input_dtype(precision)), AUTOCAST[precision]
+    batch, dtype = noise(config, input_dtype(precision)), HALVES.get(precision)
 
     def step() -> None:
         with torch.autocast(DEVICE.type, dtype=dtype, enabled=dtype is not None):
@@ -203,7 +204,7 @@ def phases(step: TrainStep, batch: Batch, rounds: int) -> dict[str, float]:
 
 
 def _phases_once(step: TrainStep, batch: Batch) -> dict[str, float]:
-    method, dtype = step.method, AUTOCAST[step.config.precision]
+    method, dtype = step.method, HALVES.get(step.config.precision)
     marks = [synced_clock()]
 
     def mark() -> None:

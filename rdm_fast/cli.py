@@ -20,19 +20,24 @@ from typing import TYPE_CHECKING, NoReturn
 import yaml
 
 from rdm_fast.command_line import (
-    DoctorCommand,
-    ExportCommand,
     TrainCommand,
     check_ranks,
     parse_doctor,
     parse_evaluate,
     parse_export,
+    parse_report,
+    parse_sweep,
     parse_train,
     without_nproc,
 )
 from rdm_fast.config import Config
+from rdm_fast.doctor.options import DoctorCommand
 from rdm_fast.errors import Interrupted, RankLost, UsageError, UserError
 from rdm_fast.evaluation.options import EvaluateCommand
+from rdm_fast.export.options import ExportCommand
+from rdm_fast.report.options import ReportCommand
+from rdm_fast.sweep.options import SweepCommand
+from rdm_fast.sweep.queue import LAUNCHED
 
 if TYPE_CHECKING:
     from rdm_fast.run_folder import RunFolder, State
@@ -76,11 +81,23 @@ def export(argv: Sequence[str] | None = None, prog: str = "rdm export") -> NoRet
     _run(lambda: _export(parse_export(words, prog)), debug="--debug" in words)
 
 
+def report(argv: Sequence[str], prog: str = "rdm report") -> NoReturn:
+    """One HTML page that shows runs."""
+    _run(lambda: _report(parse_report(argv, prog)), debug="--debug" in argv)
+
+
+def sweep(argv: Sequence[str], prog: str = "rdm sweep") -> NoReturn:
+    """One run for each of several filters; a table and a figure of them."""
+    _run(lambda: _sweep(parse_sweep(argv, prog)), debug="--debug" in argv)
+
+
 COMMANDS: dict[str, Callable[[Sequence[str], str], NoReturn]] = {
     "train": train,
     "eval": evaluate,
     "doctor": doctor,
     "export": export,
+    "report": report,
+    "sweep": sweep,
 }
 
 
@@ -107,8 +124,11 @@ def _end_with_launcher() -> None:
 
 def _run(command: Callable[[], None], *, debug: bool) -> NoReturn:
     """Run a command to its exit code."""
-    if "RANK" in os.environ:
+    launcher = os.environ.get(LAUNCHED)
+    if launcher or "RANK" in os.environ:
         _end_with_launcher()
+    if launcher and int(launcher) != os.getppid():  # it was gone before we could ask to be told
+        raise SystemExit(Interrupted.code)
     try:
         command()
     except UserError as error:
@@ -315,3 +335,18 @@ def _export(command: ExportCommand) -> None:
     path = find_checkpoint(Path(command.checkpoint))
     out = Path(command.out) if command.out is not None else None
     print(export_checkpoint(path, command.to, out=out, overwrite=command.overwrite))
+
+
+# ---- report and sweep ------------------------------------------------------------------------
+
+
+def _report(command: ReportCommand) -> None:
+    from rdm_fast.report.make import make_report
+
+    print(f"report: {make_report(command)}")
+
+
+def _sweep(command: SweepCommand) -> None:
+    from rdm_fast.sweep.make import make_sweep
+
+    make_sweep(command)

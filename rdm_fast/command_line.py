@@ -1,48 +1,30 @@
-"""Command lines: a recipe name and single fields changed, checked before torch is loaded.
+"""What every command may be asked: a recipe name and single fields changed, in most of them.
 
-tyro turns the configuration's dataclasses into flags. Around it: short names that other trainers
-use, a recipe as the first word, and every mistake told in one `error:` line with a way out.
+All is checked before torch is loaded; every mistake is told in one `error:` line with a way out.
 """
 
-import contextlib
-import difflib
-import io
 import os
-import re
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, is_dataclass
-from typing import Annotated, Any, TypeVar
+from dataclasses import dataclass, replace
+from typing import Annotated
 
 import tyro
 
 from rdm_fast.config import Config
+from rdm_fast.doctor.options import DoctorCommand
 from rdm_fast.errors import UsageError
 from rdm_fast.evaluation.options import EvaluateCommand
 from rdm_fast.evaluation.protocols import PROTOCOLS
-from rdm_fast.export.targets import TARGETS, Target
+from rdm_fast.export.options import ExportCommand
+from rdm_fast.export.targets import TARGETS
+from rdm_fast.flags import ALIASES, nearest, normalise, parse
 from rdm_fast.parallel_config import check_nproc
 from rdm_fast.recipes import DEFAULT, RECIPES, recipe
+from rdm_fast.report.options import ReportCommand
+from rdm_fast.sweep.grid import GRID, VARIED
+from rdm_fast.sweep.options import SweepCommand
 
 Switch = tyro.conf.FlagCreatePairsOff[bool]
-Command = TypeVar("Command")
-
-ALIASES = {
-    "--pred-type": "--filter.kind",
-    "--pred-location": "--filter.location",
-    "--sigma": "--filter.sigma",
-    "--arch": "--model.backbone",
-    "--epochs": "--optim.epochs",
-    "--batch-size": "--optim.global-batch",
-    "--lr": "--optim.base-lr",
-    "--wd": "--optim.weight-decay",
-    "--momentum": "--optim.momentum",
-    "--workers": "--data.workers",
-    "--guard": "--guard.mode",
-    "--init": "--model.init",
-}
-"""The paper's own flags, and names that SimSiam, MoCo and torchvision share. Batch is global.
-
-A command knows those of its own flags only."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,39 +49,6 @@ class TrainCommand:
         check_nproc(self.nproc)
 
 
-@dataclass(frozen=True, kw_only=True)
-class ExportCommand:
-    """What `rdm export` was asked to do."""
-
-    checkpoint: tyro.conf.Positional[str]
-    """A run folder (its newest checkpoint), or one step folder inside its checkpoints."""
-    to: Target
-    """What shall load the weights."""
-    out: str | None = None
-    """File to write (for hf a folder); by default export/STEP-TARGET in the run folder."""
-    overwrite: Switch = False
-    """Replace what an earlier export wrote there."""
-    debug: Switch = False
-    """Show the traceback of an error."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class DoctorCommand:
-    """What `doctor` was asked to measure."""
-
-    config: Annotated[Config, tyro.conf.arg(name="")]
-    json: str | None = None
-    """Also write what was found and measured to this file, as JSON."""
-    batches: int = 8
-    """Batches measured of each stage, fewer where they take over 15 seconds."""
-    debug: Switch = False
-    """Show the traceback of an error."""
-
-    def __post_init__(self) -> None:
-        if self.batches < 1:
-            raise ValueError(f"batches={self.batches}: give 1 or more")
-
-
 def without_nproc(words: Sequence[str]) -> list[str]:
     """The words of a command but for --nproc and its value: what each rank is asked to do."""
     kept: list[str] = []
@@ -110,113 +59,17 @@ def without_nproc(words: Sequence[str]) -> list[str]:
     return kept
 
 
-def _nearest(word: str, known: Sequence[str]) -> str:
-    found = difflib.get_close_matches(word.lower(), known, n=1, cutoff=0.5)
-    return f"did you mean {found[0]}? (--help lists all)" if found else "--help lists all"
-
-
-def flags(command: type, prefix: str = "--") -> list[str]:
-    """Every flag of a command, as it is written on a command line."""
-    names: list[str] = []
-    for field in fields(command):
-        if field.type is tyro.conf.Positional[str] or not field.metadata.get("flag", True):
-            continue
-        kind = Config if field.name == "config" else field.type
-        name = prefix + field.name.replace("_", "-")
-        if is_dataclass(kind) and isinstance(kind, type):
-            names += flags(kind, prefix if kind is Config else name + ".")
-        else:
-            names.append(name)
-            if kind is bool:
-                head, _, tail = name.rpartition(".")
-                names.append(f"{head}.no-{tail}" if head else f"--no-{name[2:]}")
-    return names
-
-
-def _normalise(argv: Sequence[str], command: type) -> list[str]:
-    """Aliases replaced, `_` and `-` alike, unknown flags told with the nearest name.
-
-    Raises:
-        UsageError: a flag that no field has.
-    """
-    own = flags(command)
-    aliases = {alias: flag for alias, flag in ALIASES.items() if flag in own}
-    known = [*own, *aliases, "--help"]
-    words: list[str] = []
-    for word in argv:
-        if re.match(r"--?[A-Za-z]", word):
-            flag, equals, value = word.partition("=")
-            flag = flag.replace("_", "-")
-            if flag not in (*known, "-h"):
-                raise UsageError(f"unknown flag {flag}: {_nearest(flag, known)}")
-            word = aliases.get(flag, flag) + equals + value
-        words.append(word)
-    return words
-
-
-PLAIN_WORDS = {
-    r"^Error parsing config\.augment\.(view[12]): augment\.view\.": r"augment.\1.",
-    r"^Error parsing \w[\w.]*: ": "",
-    r"^Error parsing (\S+): invalid literal for int\(\) .*: ": r"\1 takes a whole number, not ",
-    r"^Error parsing (\S+): could not convert string to float: ": r"\1 takes a number, not ",
-    r"^Error parsing (\S+): Could not parse arguments (\[.*\]) .*": r"\1 takes numbers, not \2",
-    r"^Missing value for argument '(\S+)'\. Expected 1 values\.": r"\1 needs a value",
-    r"^Missing value for argument '(\S+)'\. Expected (\d+) values\.": r"\1 needs \2 values",
-    r"^Missing from .*": "name a run folder, or a step folder inside its checkpoints",
-    r"^invalid choice (.*) for argument '(\S+)'\. Expected one of \((.*)\)\.": (
-        r"\2 cannot be \1: use one of \3"
-    ),
-    r"^Unrecognized options: ": "a value too many: ",
-}
-
-
-def _message(printed: str) -> str:
-    """The sentence inside tyro's box, which has a title above it and a rule below."""
-    lines = [line.strip("│╭╮╰╯─- ") for line in printed.splitlines()]
-    sentences = [line for line in lines if line][1:]
-    message = sentences[0] if sentences else printed.strip()
-    for pattern, replacement in PLAIN_WORDS.items():
-        message = re.sub(pattern, replacement, message)
-    return message
-
-
-def _parse(command: type[Command], argv: list[str], prog: str, **options: Any) -> Command:
-    """tyro's result; its boxed errors become one UsageError.
-
-    Raises:
-        UsageError: a value of the wrong type, or a configuration that cannot be meant.
-    """
-    if "-h" in argv or "--help" in argv:
-        hidden = (tyro.conf.SuppressFixed,)  # what only Python code can give
-        return tyro.cli(command, args=["--help"], prog=prog, config=hidden, **options)
-    printed = io.StringIO()
-    columns = os.environ.get("COLUMNS")
-    os.environ["COLUMNS"] = "1000"  # so that a message is one line
-    try:
-        with contextlib.redirect_stderr(printed), contextlib.redirect_stdout(printed):
-            return tyro.cli(command, args=argv, prog=prog, **options)
-    except SystemExit:
-        raise UsageError(_message(printed.getvalue())) from None
-    except ValueError as error:
-        raise UsageError(str(error)) from None
-    finally:
-        if columns is None:
-            del os.environ["COLUMNS"]
-        else:
-            os.environ["COLUMNS"] = columns
-
-
 def _split(argv: Sequence[str], command: type) -> tuple[list[str], list[str]]:
     """The recipe's name, if the first word is one, and the normalised rest.
 
     Raises:
         UsageError: an unknown recipe or flag.
     """
-    words = _normalise(argv, command)
+    words = normalise(argv, command)
     named = [words.pop(0)] if words and not words[0].startswith("-") else []
     for name in named:
         if name not in RECIPES:
-            raise UsageError(f"unknown recipe {name}: {_nearest(name, list(RECIPES))}")
+            raise UsageError(f"unknown recipe {name}: {nearest(name, list(RECIPES))}")
     return named, words
 
 
@@ -235,7 +88,7 @@ def parse_train(argv: Sequence[str], prog: str = "train.py") -> TrainCommand:
     """
     named, words = _split(argv, TrainCommand)
     name = (named or [DEFAULT])[0]
-    command = _parse(
+    command = parse(
         TrainCommand,
         words,
         f"{prog} [RECIPE]",
@@ -268,7 +121,7 @@ def parse_doctor(argv: Sequence[str], prog: str = "rdm doctor") -> DoctorCommand
             f"{prog} measures one process: start it without torchrun, with --optim.global-batch "
             "the share of one rank"
         )
-    return _parse(
+    return parse(
         DoctorCommand,
         words,
         f"{prog} [RECIPE]",
@@ -302,8 +155,8 @@ def parse_evaluate(argv: Sequence[str], prog: str = "eval_linear.py") -> Evaluat
     Raises:
         UsageError: as for `parse_train`.
     """
-    words = _normalise(argv, EvaluateCommand)
-    return _parse(
+    words = normalise(argv, EvaluateCommand)
+    return parse(
         EvaluateCommand,
         words,
         prog,
@@ -318,12 +171,53 @@ def parse_export(argv: Sequence[str], prog: str = "rdm export") -> ExportCommand
     Raises:
         UsageError: as for `parse_train`.
     """
-    words = _normalise(argv, ExportCommand)
+    words = normalise(argv, ExportCommand)
     targets = "\n".join(f"  {name}: {what}" for name, what in TARGETS.items())
-    return _parse(
+    return parse(
         ExportCommand,
         words,
         prog,
         description="Write the backbone of a checkpoint for other programs.\n\nTargets:\n"
         + targets,
+    )
+
+
+def parse_report(argv: Sequence[str], prog: str = "rdm report") -> ReportCommand:
+    """Which runs to show, and how.
+
+    Raises:
+        UsageError: as for `parse_train`.
+    """
+    return parse(
+        ReportCommand,
+        normalise(argv, ReportCommand),
+        prog,
+        description="One HTML page that shows runs: curves, spectra, filter response, embeddings.",
+    )
+
+
+def parse_sweep(argv: Sequence[str], prog: str = "rdm sweep") -> SweepCommand:
+    """The recipe whose filter is varied, and how.
+
+    Raises:
+        UsageError: as for `parse_train`, or a flag sets what the sweep varies.
+    """
+    named, words = _split(argv, SweepCommand)
+    name = (named or [DEFAULT])[0]
+    if fixed := [flag for flag in VARIED if flag in {word.partition("=")[0] for word in words}]:
+        raise UsageError(
+            f"a sweep varies {', '.join(fixed)}: name filters instead, as in "
+            "--filter online_s1 target_s-0.5 control"
+        )
+    try:
+        default = SweepCommand(config=replace(recipe(name), out=f"runs/sweep_{name}"))
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    return parse(
+        SweepCommand,
+        words,
+        f"{prog} [RECIPE]",
+        default=default,
+        description=f"Run RECIPE ({name} here) with each of several filters, --out being the "
+        f"folder of all runs.\n\nThe paper's filters: {', '.join(GRID)}",
     )

@@ -11,8 +11,8 @@ biases) take r = 1 and wd = 0.
 
 Every optimizer here updates all parameters of a group in one launch and never waits for the device:
 learning rates are tensors on it, and where the attribute `found_inf`, a 0-d float32 tensor, is
-1 the step changes nothing, as torch's fused optimizers have it for gradient scaling. apex's cannot be
-told so: theirs is the one wait.
+1 the step changes nothing, as torch's fused optimizers have it for gradient scaling. apex's cannot
+be told so: theirs is the one wait.
 """
 
 import math

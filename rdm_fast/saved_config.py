@@ -128,7 +128,7 @@ def check_resumable(old: dict[str, Any], new: Config, allow: tuple[str, ...] = (
         ConfigMismatch: in one sentence every setting that may not differ, old -> new.
         UsageError: `allow` names something that --allow-change does not cover.
     """
-    before, after = _flat(config_to_dict(config_from_dict(old))), _flat(config_to_dict(new))
+    before, after = flat(config_to_dict(config_from_dict(old))), flat(config_to_dict(new))
     for name in allow:
         if name not in after or rule(name) != "schedule":
             raise UsageError(
@@ -149,15 +149,16 @@ def check_resumable(old: dict[str, Any], new: Config, allow: tuple[str, ...] = (
     )
 
 
-def _flat(plain: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(plain: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as one table with dotted names."""
+    settings: dict[str, Any] = {}
     for key, value in plain.items():
         name = prefix + key
-        flat |= _flat(value, f"{name}.") if isinstance(value, dict) else {name: value}
-    return flat
+        settings |= flat(value, f"{name}.") if isinstance(value, dict) else {name: value}
+    return settings
 
 
 def config_digest(config: Config) -> str:
     """16 hex digits of everything that decides a run's result (all but the free settings)."""
-    flat = {n: v for n, v in _flat(config_to_dict(config)).items() if rule(n) != "free"}
-    return hashlib.sha256(json.dumps(flat, sort_keys=True).encode()).hexdigest()[:16]
+    deciding = {n: v for n, v in flat(config_to_dict(config)).items() if rule(n) != "free"}
+    return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()[:16]

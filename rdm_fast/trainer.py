@@ -18,7 +18,7 @@ from rdm_fast.config import Config
 from rdm_fast.data import ImageSet, build_loader, load, require_same_images
 from rdm_fast.distributed import all_reduce_max, print0, rank, world_size
 from rdm_fast.environment import describe_environment
-from rdm_fast.errors import Collapsed, DataError, InputMissing, Interrupted, NonFinite, OutputFailed
+from rdm_fast.errors import Collapsed, DataError, InputMissing, Interrupted, OutputFailed
 from rdm_fast.evaluation.online import online_accuracies
 from rdm_fast.evaluation.online_probe import OnlineProbe
 from rdm_fast.filters import advice
@@ -27,6 +27,7 @@ from rdm_fast.guard import CollapseGuard
 from rdm_fast.methods import build_method
 from rdm_fast.run_folder import RunFolder
 from rdm_fast.signals import SIGNALS, StopOnSignal
+from rdm_fast.skipped_steps import SkippedSteps
 from rdm_fast.spectrum import BranchSpectra, branch_spectra
 from rdm_fast.step import StepReport, TrainStep
 from rdm_fast.telemetry import Clock, Plan, Telemetry
@@ -63,10 +64,7 @@ class Trainer:
         self.probe = OnlineProbe(config, self.images, self.train_step.method.backbone, device)
         self.step = 0
         """Optimizer steps done."""
-        self.skipped = 0
-        """Of these, steps that were not applied because something was not finite."""
-        self._skipped_in_a_row = 0
-        self._unread: StepReport | None = None  # the last step, not looked at by `_guard` yet
+        self.skipped = SkippedSteps(config, self.train_step.scaler)
         self._failed_saves = 0
         self._stop_asked = False
         self._last_saved = -1
@@ -96,8 +94,7 @@ class Trainer:
                 for batch in clock.waits(self.loader.epoch(epoch, start)):
                     report = self.train_step(batch, self.step)
                     self.step += 1
-                    self._guard()  # the step before: no wait, it is long done
-                    self._unread = report
+                    self.skipped.watch(report)
                     self.probe.update(batch.labels, report.lr, report.skipped)
                     self._tell(report, telemetry, clock)
                     if self._epoch_is_due(self.config.log.knn_every):
@@ -123,25 +120,6 @@ class Trainer:
         epochs, rest = divmod(self.step, self.loader.steps_per_epoch)
         ends = rest == 0 and (epochs % every == 0 if every else False)
         return ends or (bool(every) and self.step == self.train_step.total_steps)
-
-    def _guard(self) -> None:
-        """Count steps that were not applied; stop when they do not end."""
-        report, self._unread = self._unread, None
-        if report is None:
-            return
-        if report.applied:
-            self._skipped_in_a_row = 0
-            return
-        self.skipped += 1
-        # fp16 finds its loss scale by overflowing; below 1 it is not the scale that overflows
-        scaling = self.config.precision == "fp16" and self.train_step.scaler.get_scale() >= 1
-        self._skipped_in_a_row += 0 if scaling and report.loss_is_finite else 1
-        if self._skipped_in_a_row >= self.config.log.max_nonfinite:
-            raise NonFinite(
-                f"the loss or its gradient was not finite in {self._skipped_in_a_row} steps in a "
-                f"row, the last one step {report.number + 1}; no weight was changed by them: lower "
-                "--optim.base-lr, or use --precision fp32"
-            )
 
     # ---- what is told ------------------------------------------------------------------------
 
@@ -184,7 +162,7 @@ class Trainer:
         profile = self._is_due(self.config.log.spectrum_every)
         if not (log or profile):
             return
-        self._guard()
+        self.skipped.read()
         b, spectral = report.branches, self.train_step.method.filter
         spectra = branch_spectra(b.online, b.target, b.projection, spectral, profile=profile)
         if profile:
@@ -217,7 +195,7 @@ class Trainer:
             "loss": float(loss),
             "lr": report.lr,
             "grad_norm": float(report.grad_norm),
-            "skipped_steps": self.skipped,
+            "skipped_steps": self.skipped.total,
             **spectra.metrics(),
             **clock.read(self.config.optim.global_batch),
         }
@@ -262,7 +240,7 @@ class Trainer:
             OutputFailed: it failed three times in a row, or was the last.
         """
         failed = 0
-        self._guard()
+        self.skipped.read()
         if rank() == 0 and self._last_saved != self.step:
             try:
                 path = checkpoint.save(
@@ -294,8 +272,8 @@ class Trainer:
             state={
                 "optimizer": plain,
                 "scaler": self.train_step.scaler.state_dict(),
-                "skipped": self.skipped,
-                "skipped_in_a_row": self._skipped_in_a_row,
+                "skipped": self.skipped.total,
+                "skipped_in_a_row": self.skipped.in_a_row,
                 "collapsed_in_a_row": self.collapse_guard.low,
                 "filter_engine": self.engine.state if self.engine else {},
                 "world_size": world_size(),
@@ -335,8 +313,8 @@ class Trainer:
         torch.set_rng_state(snapshot.extra["torch_rng"])
         self.probe.restore(snapshot.extra)
         self.step = self._last_saved = snapshot.step
-        self.skipped = snapshot.state["skipped"]
-        self._skipped_in_a_row = snapshot.state["skipped_in_a_row"]
+        self.skipped.total = snapshot.state["skipped"]
+        self.skipped.in_a_row = snapshot.state["skipped_in_a_row"]
         self.collapse_guard.low = snapshot.state.get("collapsed_in_a_row", 0)
         if self.engine:
             self.engine.restore(snapshot.state["filter_engine"])

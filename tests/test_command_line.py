@@ -10,18 +10,15 @@ from typing import get_type_hints
 
 import pytest
 
-from rdm_fast.command_line import (
-    ALIASES,
-    TrainCommand,
-    flags,
-    parse_evaluate,
-    parse_train,
-)
+from rdm_fast.command_line import TrainCommand, parse_evaluate, parse_train
 from rdm_fast.config import Config, FilterConfig
 from rdm_fast.errors import UsageError
 from rdm_fast.evaluation.options import EvaluateCommand
 from rdm_fast.evaluation.protocols import PROTOCOLS
+from rdm_fast.flags import ALIASES, flags
 from rdm_fast.recipes import DEFAULT, RECIPES, recipe
+from rdm_fast.report.options import ReportCommand
+from rdm_fast.sweep.options import SweepCommand
 
 
 @pytest.fixture(autouse=True)
@@ -340,7 +337,8 @@ def dataclasses_of(kind: type) -> Iterator[type]:
             yield from dataclasses_of(hint)
 
 
-COMMANDS = list(dict.fromkeys([*dataclasses_of(TrainCommand), *dataclasses_of(EvaluateCommand)]))
+KINDS = (TrainCommand, EvaluateCommand, ReportCommand, SweepCommand)
+COMMANDS = list(dict.fromkeys(each for kind in KINDS for each in dataclasses_of(kind)))
 
 
 def sentences(kind: type) -> dict[str, str]:

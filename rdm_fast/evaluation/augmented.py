@@ -24,10 +24,10 @@ from rdm_fast.distributed import print0, rank, world_size
 from rdm_fast.evaluation.probe import LinearClassifier, initial_weights
 from rdm_fast.evaluation.protocols import Protocol
 from rdm_fast.optim import Lars
+from rdm_fast.precision import autocast
 
 VIEW = ViewConfig(crop_scale=(0.08, 1.0), flip=0.5)
 """torchvision's RandomResizedCrop and RandomHorizontalFlip with their defaults."""
-AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 LINES = 10
 """Epochs are reported that often, all in all."""
 
@@ -79,7 +79,6 @@ def train_on_views(
     optimizer = _optimizer(model, protocol)
     batch = protocol.batch_for(len(images))
     batch = max(batch - batch % world_size(), world_size())  # the same share for every rank
-    dtype = AUTOCAST[config.precision]
     if finetune:
         model.train()
     for epoch in range(protocol.epochs):
@@ -87,7 +86,7 @@ def train_on_views(
             group["lr"] = protocol.lr_at(epoch)
         total, steps = torch.zeros((), device=device), 0
         for views, labels in view_batches(images, config, view, seed, epoch, batch, device):
-            with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
+            with autocast(config.precision, device):
                 if finetune:
                     logits = parallel(views)
                 else:

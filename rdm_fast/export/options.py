@@ -1,0 +1,25 @@
+"""What `rdm export` can be asked to do. Nothing here imports torch."""
+
+from dataclasses import dataclass
+
+import tyro
+
+from rdm_fast.export.targets import Target
+
+Switch = tyro.conf.FlagCreatePairsOff[bool]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportCommand:
+    """What `rdm export` was asked to do."""
+
+    checkpoint: tyro.conf.Positional[str]
+    """A run folder (its newest checkpoint), or one step folder inside its checkpoints."""
+    to: Target
+    """What shall load the weights."""
+    out: str | None = None
+    """File to write (for hf a folder); by default export/STEP-TARGET in the run folder."""
+    overwrite: Switch = False
+    """Replace what an earlier export wrote there."""
+    debug: Switch = False
+    """Show the traceback of an error."""

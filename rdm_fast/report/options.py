@@ -1,0 +1,42 @@
+"""What `rdm report` was asked to do. Nothing here imports torch."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import tyro
+
+from rdm_fast.data_config import require, require_choices
+
+Layout = Literal["tsne", "umap", "none"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportCommand:
+    """What `report` was asked to do."""
+
+    runs: tyro.conf.Positional[tuple[str, ...]] = ()
+    """Run folders, or folders that hold several, such as a sweep's."""
+    out: str | None = None
+    """The page; by default report.html in the run folder, with several runs in this folder."""
+    map: Layout = "tsne"
+    """Embeddings in two dimensions by t-SNE, by UMAP (extra rdm-fast[umap]), or not at all."""
+    images: int = 1000
+    """Most images on a map, evenly spread over the test set."""
+    data_root: str | None = None
+    """Where the data set of all these runs is now, if not where they found it."""
+    seed: int = 0
+    """Seed of the map; with it a report is reproducible."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where checkpoints are run: auto takes a GPU if there is one."""
+    debug: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Show the traceback of an error."""
+
+    def __post_init__(self) -> None:
+        require_choices("", self)
+        require(bool(self.runs), "name one or more run folders, such as runs/digits_rdm_simsiam")
+        require(
+            self.out is None or self.out.endswith(".html"),
+            f"--out {self.out} is not the name of a page: let it end in .html",
+        )
+        require(self.images >= 10, f"--images {self.images}: give 10 or more, or --map none")
+        require(self.seed >= 0, f"--seed {self.seed}: give 0 or more")

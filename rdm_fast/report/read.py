@@ -1,0 +1,256 @@
+"""A run folder as far as it can be read. What is missing or damaged becomes a sentence.
+
+A report is asked for when something went wrong as often as when all went well: a run may be
+unfinished, killed in the middle of a line, or have lost a file. Nothing here imports torch.
+"""
+
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from rdm_fast.config import Config, FilterConfig
+from rdm_fast.errors import InputMissing, UserError
+from rdm_fast.run_folder import read_config, read_status
+from rdm_fast.saved_config import config_from_dict, config_to_dict, flat
+
+METHODS = {"simsiam": "SimSiam", "byol": "BYOL", "symsimsiam": "SymSimSiam"}
+
+
+@dataclass(frozen=True)
+class Series:
+    """One metric over a run; values that were not finite are NaN."""
+
+    epochs: list[float]
+    values: list[float]
+
+    @property
+    def last(self) -> float | None:
+        """The newest finite value."""
+        return next((value for value in reversed(self.values) if math.isfinite(value)), None)
+
+
+@dataclass
+class Run:
+    """What is known of a run; `notes` says in whole sentences what could not be read."""
+
+    path: Path
+    label: str
+    config: Config | None = None
+    status: dict[str, Any] = field(default_factory=dict)
+    environment: dict[str, Any] = field(default_factory=dict)
+    lines: list[dict[str, Any]] = field(default_factory=list)
+    evaluation: dict[str, Any] = field(default_factory=dict)
+    """Of the newest step that was evaluated; as in its JSON file."""
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The configuration with dotted names; empty if it cannot be read."""
+        return flat(config_to_dict(self.config)) if self.config else {}
+
+    @property
+    def state(self) -> str:
+        return str(self.status.get("state", "unknown"))
+
+    @property
+    def steps_per_epoch(self) -> float:
+        """From the first line that has both; 1 if none has."""
+        pairs = [(line["step"], line.get("epoch")) for line in self.lines]
+        return next((step / e for step, e in pairs if isinstance(e, int | float) and e > 0), 1.0)
+
+    @property
+    def title(self) -> str:
+        """Method and predictor in a few words."""
+        return describe(self.config) if self.config else "unknown configuration"
+
+    def series(self, key: str) -> Series:
+        """A metric over epochs. Lines without it are left out."""
+        rows = [line for line in self.lines if key in line]
+        steps_per_epoch = self.steps_per_epoch
+        return Series(
+            [row["step"] / steps_per_epoch for row in rows], [_number(row[key]) for row in rows]
+        )
+
+    def seconds(self) -> float | None:
+        """Time in training steps, without evaluations and saving, over all starts of the run."""
+        batch = self.config.optim.global_batch if self.config else None
+        before, total = 0, 0.0
+        for line in self.lines:
+            speed = _number(line.get("images_per_s"))
+            if batch and speed > 0:
+                total += (line["step"] - before) * batch / speed
+                before = line["step"]
+        return total or None
+
+    def median_speed(self) -> float | None:
+        """Images a second, the median of all logged intervals."""
+        values = [v for v in self.series("images_per_s").values if math.isfinite(v)]
+        return median(values) if values else None
+
+
+def _number(value: Any) -> float:
+    plain = isinstance(value, int | float) and not isinstance(value, bool)
+    return float(value) if plain else math.nan
+
+
+def describe(config: Config) -> str:
+    """Method and predictor in a few words, as in "SimSiam, target s^-1"."""
+    name = METHODS[config.method]
+    if config.predictor == "none":
+        return f"{name}, no predictor"
+    if config.predictor == "mlp":
+        return f"{name}, learned predictor"
+    return f"{name}, {describe_filter(config.filter)}"
+
+
+def describe_filter(config: FilterConfig) -> str:
+    """Branch and g, as in "online log(1 + s)"."""
+    if config.kind == "poly" and config.sigma == 0:
+        return "no filter"
+    g = {"log": "log s", "log_1": "log(1 + s)", "log_2": "log(1 + s^2)"}
+    return f"{config.location} {g.get(config.kind, f's^{config.sigma:g}')}"
+
+
+# ---- which folders ---------------------------------------------------------------------------
+
+
+def find_runs(names: Sequence[str]) -> list[Path]:
+    """Run folders, each once, in the order given; a folder of run folders stands for all of them.
+
+    Raises:
+        InputMissing: one of them is neither.
+    """
+    found: dict[Path, Path] = {}
+    for path in map(Path, names):
+        if not path.is_dir():
+            raise InputMissing(f"{path} is not a folder: name run folders")
+        inside = [path] if _is_run(path) else sorted(p for p in path.iterdir() if _is_run(p))
+        if not inside:
+            raise InputMissing(f"{path} is not a run folder, and holds none: it has no run.json")
+        found |= {each.resolve(): each for each in inside}
+    return list(found.values())
+
+
+def _is_run(path: Path) -> bool:
+    return path.is_dir() and (path / "run.json").exists()
+
+
+def read_runs(paths: Sequence[Path]) -> list[Run]:
+    """Every run, with the shortest labels that tell them apart."""
+    return [read_run(*pair) for pair in zip(paths, labels(paths), strict=True)]
+
+
+def labels(paths: Sequence[Path]) -> list[str]:
+    """For each path as many of its last parts as no other path ends in."""
+    parts = [path.resolve().parts for path in paths]
+
+    def label(own: tuple[str, ...]) -> str:
+        for count in range(1, len(own)):
+            if sum(other[-count:] == own[-count:] for other in parts) == 1:
+                return "/".join(own[-count:])
+        return str(Path(*own))
+
+    return [label(own) for own in parts]
+
+
+# ---- one folder ------------------------------------------------------------------------------
+
+
+def read_run(path: Path, label: str) -> Run:
+    """Everything in a run folder that can be read."""
+    run = Run(path, label)
+    _read_metrics(run)
+    try:
+        run.config = read_config(path)
+    except UserError as error:
+        run.notes.append(sentence(error))
+        _take_logged_config(run)
+    try:
+        run.status = read_status(path)
+    except UserError as error:
+        run.notes.append(sentence(error))
+    if run.state != "finished" and (message := run.status.get("message")):
+        run.notes.append(sentence(f"{run.state}: {message}"))
+    _read_evaluation(run)
+    return run
+
+
+def sentence(text: object) -> str:
+    """A message on one line, with a full stop."""
+    plain = " ".join(str(text).split())
+    return plain if plain.endswith(".") else f"{plain}."
+
+
+def _read_metrics(run: Run) -> None:
+    file = run.path / "metrics.jsonl"
+    try:
+        raw = file.read_bytes()
+    except OSError as error:
+        run.notes.append(f"There are no metrics: {file} cannot be read ({error.strerror}).")
+        return
+    whole, _, _torn = raw.rpartition(b"\n")  # the last line may be being written
+    damaged = 0
+    for text in whole.split(b"\n") if whole else ():
+        line = _json(text)
+        if isinstance(line, dict) and "environment" in line:
+            run.environment = line["environment"] if isinstance(line["environment"], dict) else {}
+        elif isinstance(line, dict) and math.isfinite(_number(line.get("step"))):
+            run.lines.append(line)
+        else:
+            damaged += 1
+    if damaged:
+        run.notes.append(f"{damaged} line(s) of {file} are damaged and left out.")
+    if not run.lines:
+        run.notes.append(f"{file} has no metrics yet.")
+
+
+def _json(text: bytes) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _take_logged_config(run: Run) -> None:
+    """The configuration that the environment's line repeats."""
+    try:
+        run.config = config_from_dict(run.environment["config"])
+    except (UserError, KeyError):
+        return
+    run.notes.append("Its configuration is taken from metrics.jsonl.")
+
+
+def _read_evaluation(run: Run) -> None:
+    """The newest step's result; of several protocols the one that was saved last."""
+    files = [*(run.path / "evaluation").glob("step-*.json")]
+    newest = max((file.name.split("-")[1] for file in files), default="")
+    same = [file for file in files if file.name.split("-")[1] == newest]
+    for file in sorted(same, key=lambda file: file.stat().st_mtime, reverse=True):
+        result = _json(file.read_bytes())
+        if isinstance(result, dict):
+            run.evaluation = result
+            return
+        run.notes.append(f"{file} is damaged and left out.")
+
+
+# ---- several runs ----------------------------------------------------------------------------
+
+
+def differences(runs: Iterable[Run]) -> dict[str, list[Any]]:
+    """Settings that are not the same in all runs whose configuration is known, but for `out`.
+
+    Returns:
+        Dotted name to one value a run; None where the configuration is unknown.
+    """
+    settings = [run.settings for run in runs]
+    known = [each for each in settings if each]
+    names = dict.fromkeys(name for each in known for name in each if name != "out")
+    return {
+        name: [each.get(name) for each in settings]
+        for name in names
+        if any(each.get(name) != known[0].get(name) for each in known)
+    }

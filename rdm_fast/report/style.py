@@ -1,0 +1,144 @@
+"""How every figure looks: colours that colour-blind readers tell apart, sizes, file format.
+
+Colours are never the only sign: runs differ in line style too once colours repeat, branches in line
+style, classes in their names on the map.
+"""
+
+import importlib.util
+import io
+import math
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+from rdm_fast.errors import Unavailable
+
+RUNS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#4D4D4D")
+"""Okabe and Ito's, without the yellow that is too pale for lines; black as grey."""
+ONLINE, TARGET, PROJECTION = "#0072B2", "#D55E00", "#C4C4C4"
+CLASSES = (
+    *("#332288", "#CC6677", "#117733", "#DDCC77", "#88CCEE"),
+    *("#882255", "#44AA99", "#999933", "#AA4499", "#8C8C8C"),
+)
+"""Paul Tol's muted scheme."""
+BRANCHES = (
+    ("online", "online branch", {"color": ONLINE}),
+    ("target", "target branch", {"color": TARGET, "linestyle": (0, (5, 2))}),
+    ("projection", "projections", {"color": PROJECTION, "linewidth": 5, "zorder": 1.5}),
+)
+"""The projections are one of the two where only the other is filtered: a band under it."""
+DASHES = ("-", (0, (5, 2)), (0, (1.5, 1.5)))
+
+WIDTH = 10.0
+"""Inches of every figure, which a page shows at its full width."""
+DPI = 144
+PARAMETERS: Any = {
+    "font.family": "DejaVu Sans",
+    "font.size": 10,
+    "axes.titlesize": 10,
+    "axes.labelsize": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "axes.grid": True,
+    "grid.color": "#E4E4E4",
+    "grid.linewidth": 0.6,
+    "axes.edgecolor": "#555555",
+    "xtick.color": "#333333",
+    "ytick.color": "#333333",
+    "lines.linewidth": 1.6,
+    "legend.frameon": False,
+    "legend.fontsize": 9,
+    "savefig.facecolor": "white",
+}
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A drawn figure."""
+
+    name: str
+    """Of its file."""
+    title: str
+    caption: str
+    """What is shown, in whole sentences."""
+    alt: str
+    """What a reader who does not see it should know."""
+    png: bytes
+
+
+def require_matplotlib(command: str) -> None:
+    """Make sure that figures can be drawn, before anything takes time.
+
+    Raises:
+        Unavailable: matplotlib or jinja2 is not installed.
+    """
+    missing = [name for name in ("matplotlib", "jinja2") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise Unavailable(
+            f"{command} draws with {' and '.join(missing)}, which is not installed: "
+            'pip install "rdm-fast[plot]"'
+        )
+
+
+def applied() -> AbstractContextManager[None]:
+    """The context in which figures are made; matplotlib's own settings are as before after it."""
+    from matplotlib import rc_context
+
+    return rc_context(PARAMETERS)
+
+
+def canvas(rows: int, columns: int, height: float, **options: Any) -> tuple[Any, list[Any]]:
+    """A figure and its axes in reading order. Nothing global is changed, no window opens."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    return figure, [*figure.subplots(rows, columns, squeeze=False, **options).flat]
+
+
+def panels(count: int, height: float, **options: Any) -> tuple[Any, list[Any]]:
+    """A figure with one axes a run, up to five side by side; the legend's room is on top."""
+    rows = math.ceil(count / (5 if count > 8 else 4))
+    columns = math.ceil(count / rows)
+    figure, axes = canvas(rows, columns, rows * height, **options)
+    for spare in axes[count:]:
+        spare.remove()
+    return figure, axes[:count]
+
+
+def png(figure: Any) -> bytes:
+    """The file, the same bytes every time."""
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=DPI, metadata={"Software": None})
+    return file.getvalue()
+
+
+def line_style(number: int) -> dict[str, Any]:
+    """Colour and dashes of the run of that number, from 0."""
+    dashes = DASHES[number // len(RUNS) % len(DASHES)]
+    return {"color": RUNS[number % len(RUNS)], "linestyle": dashes}
+
+
+def legend_above(figure: Any, axes: Sequence[Any], columns: int = 5) -> None:
+    """One legend for all axes, over them."""
+    handles: dict[str, Any] = {}
+    for each in axes:
+        for handle, label in zip(*each.get_legend_handles_labels(), strict=True):
+            handles.setdefault(label, handle)
+    if handles:
+        place = {"loc": "outside upper left", "ncols": columns, "handlelength": 2.2}
+        figure.legend(handles.values(), handles, **place)
+
+
+def panel_title(text: str, count: int) -> str:
+    """A run's label, cut to the width of one of so many panels."""
+    width = 60 if count <= 2 else 110 // math.ceil(count / math.ceil(count / 5))
+    return text if len(text) <= width else f"{text[: width - 1]}…"
+
+
+def label_left(all_axes: Sequence[Any], text: str) -> None:
+    """Name the vertical axis that panels share, once a row."""
+    for axes in all_axes:
+        if axes.get_subplotspec().is_first_col():
+            axes.set_ylabel(text)

@@ -1,0 +1,64 @@
+"""The page in a real browser, without network: headless Chromium draws it, and it is not blank."""
+
+import shutil
+import subprocess
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from rdm_fast.report import style
+from tests.report.made import make_run
+from tests.report.test_page import Page, report
+
+__all__ = ["report"]  # a fixture
+
+NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
+WIDTH, HEIGHT = 1100, 3000
+
+
+@pytest.fixture(scope="module")
+def browser() -> str:
+    found = next(filter(None, map(shutil.which, NAMES)), None)
+    if found is None:
+        reason = f"no page was looked at: none of {', '.join(NAMES)} is installed"
+        warnings.warn(reason, stacklevel=1)
+        pytest.skip(reason)
+    return found
+
+
+def screenshot(browser: str, page: Path, folder: Path) -> np.ndarray:
+    """What the browser shows of a file, [H, W, 3]; no name can be resolved."""
+    picture = folder / "screenshot.png"
+    flags = [
+        "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
+        "--hide-scrollbars", "--no-first-run", "--disable-background-networking",
+        "--disable-component-update", "--disable-sync", "--host-resolver-rules=MAP * ~NOTFOUND",
+        f"--user-data-dir={folder / 'profile'}", f"--window-size={WIDTH},{HEIGHT}",
+    ]  # fmt: skip
+    words = [browser, *flags, f"--screenshot={picture}", page.resolve().as_uri()]
+    done = subprocess.run(words, capture_output=True, text=True, timeout=180)
+    assert picture.exists(), done.stderr[-2000:]
+    with Image.open(picture) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+def test_chromium_shows_the_page_and_its_figures(
+    browser: str, tmp_path: Path, report: Callable[..., Page], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Text and lines cover some of the paper, in the colours of figures as well as of text."""
+    monkeypatch.setattr(style, "DPI", 144)
+    report(make_run(tmp_path / "a"), make_run(tmp_path / "b"), "--out", "page.html")
+    pixels = screenshot(browser, tmp_path / "page.html", tmp_path)
+    assert pixels.shape == (HEIGHT, WIDTH, 3)
+    paper = pixels[0, 0]
+    inked = (np.abs(pixels.astype(int) - paper).max(axis=2) > 40).mean(axis=1)
+    assert 0.01 < inked.mean() < 0.5
+    blank = np.flatnonzero(inked > 0)
+    assert np.diff(blank).max() < 200, "a part of the page is blank"
+    colours = {tuple(colour) for colour in pixels.reshape(-1, 3)[::7].tolist()}
+    for colour in ((0, 0x72, 0xB2), (0xD5, 0x5E, 0)):  # the first two runs' lines
+        assert min(max(abs(a - b) for a, b in zip(colour, c, strict=True)) for c in colours) < 12

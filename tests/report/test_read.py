@@ -1,0 +1,166 @@
+"""rdm_fast.report.read: what a run folder says, also when much of it is gone."""
+
+import json
+import math
+import os
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from rdm_fast.config import FilterConfig
+from rdm_fast.errors import InputMissing
+from rdm_fast.recipes import RECIPES
+from rdm_fast.report.read import (
+    describe,
+    describe_filter,
+    differences,
+    find_runs,
+    labels,
+    read_run,
+    read_runs,
+)
+from rdm_fast.telemetry import KEYS
+from tests.report.made import evaluate, line, make_run
+from tests.tiny import tiny
+
+
+def test_a_sound_run_has_no_notes(tmp_path: Path) -> None:
+    run = read_run(make_run(tmp_path / "run"), "run")
+    assert run.notes == []
+    assert run.state == "finished" and run.environment["device"] == "an abacus"
+    assert run.config == replace(tiny(), out=str(tmp_path / "run"))
+
+
+def test_a_series_is_over_epochs_and_leaves_out_lines_without_the_metric(tmp_path: Path) -> None:
+    run = read_run(make_run(tmp_path / "run"), "run")
+    loss = run.series("loss")
+    assert loss.epochs == [0.5, 1.0, 1.5, 2.0]
+    assert loss.values == pytest.approx([-0.2, -0.4, -0.6, -0.8])
+    assert loss.last == loss.values[-1]
+    assert run.series("knn_top1").epochs == [0.0] and run.series("knn_top1").values == [50.0]
+    assert run.series("gpu_mem_gib").values == [] and run.series("gpu_mem_gib").last is None
+
+
+def test_a_value_that_was_not_finite_is_a_gap_and_not_the_last_value(tmp_path: Path) -> None:
+    lines = [line(2), line(4, loss=None), line(6, loss="high"), line(8, loss=True)]
+    loss = read_run(make_run(tmp_path / "run", lines=lines), "run").series("loss")
+    assert loss.values[0] == pytest.approx(-0.2) and loss.last == loss.values[0]
+    assert [math.isnan(value) for value in loss.values] == [False, True, True, True]
+
+
+def test_the_time_is_that_of_all_intervals_at_their_own_speeds(tmp_path: Path) -> None:
+    """336 images a step: 2 steps at 168 a second take 4 s, 6 steps at 672 take 3 s."""
+    lines = [line(2, images_per_s=168.0), line(8, images_per_s=672.0)]
+    run = read_run(make_run(tmp_path / "run", lines=lines), "run")
+    assert run.seconds() == pytest.approx(7.0)
+    assert run.median_speed() == pytest.approx(420.0)
+
+
+def test_the_metrics_that_are_read_are_those_that_are_logged() -> None:
+    assert {*line(1)} - {"step"} <= {*KEYS}
+
+
+# ---- what is damaged -------------------------------------------------------------------------
+
+
+def test_damaged_lines_are_counted_and_a_torn_last_one_is_only_left_out(tmp_path: Path) -> None:
+    path = make_run(tmp_path / "run") / "metrics.jsonl"
+    good = path.read_bytes()
+    path.write_bytes(good + b'{"step": 9, "los')
+    run = read_run(path.parent, "run")
+    assert run.notes == [] and run.series("loss").epochs[-1] == 2.0
+
+    path.write_bytes(good.replace(b'{"step": 4,', b"\xff\x00", 1) + b"[1]\n{}\n" + b"[" * 9999)
+    run = read_run(path.parent, "run")
+    assert run.notes == [f"3 line(s) of {path} are damaged and left out."]
+    assert run.series("loss").epochs == [0.5, 1.5, 2.0]
+
+
+def test_without_its_configuration_a_run_has_the_one_that_was_logged(tmp_path: Path) -> None:
+    path = make_run(tmp_path / "run")
+    (path / "config.yaml").write_text("{")
+    run = read_run(path, "run")
+    assert run.config == replace(tiny(), out=str(path))
+    assert "config.yaml cannot be read" in run.notes[0]
+    assert run.notes[1] == "Its configuration is taken from metrics.jsonl."
+
+
+def test_an_empty_folder_of_a_run_is_told_in_sentences(tmp_path: Path) -> None:
+    path = make_run(tmp_path / "run")
+    for name in ("config.yaml", "status.json", "metrics.jsonl"):
+        (path / name).unlink()
+    run = read_run(path, "run")
+    assert len(run.notes) == 3
+    assert all(note.endswith(".") and "\n" not in note for note in run.notes)
+    assert run.state == "unknown" and run.title == "unknown configuration"
+    assert run.settings == {} and run.seconds() is None and run.median_speed() is None
+
+
+def test_an_unfinished_run_says_how_it_ended(tmp_path: Path) -> None:
+    path = make_run(tmp_path / "run", state="failed", code=71, message="the loss was not finite")
+    assert read_run(path, "run").notes == ["failed: the loss was not finite."]
+
+
+def test_the_evaluation_is_the_newest_steps_and_of_these_the_last_saved(tmp_path: Path) -> None:
+    path = make_run(tmp_path / "run")
+    evaluate(path, 4, "logistic", top1=1.0)
+    evaluate(path, 8, "logistic", top1=2.0)
+    evaluate(path, 8, "closed-form", top1=3.0)
+    os.utime(path / "evaluation" / "step-00000008-closed-form.json", (1, 1))
+    assert read_run(path, "run").evaluation["top1"] == 2.0
+    (path / "evaluation" / "step-00000008-logistic.json").write_text("{")
+    run = read_run(path, "run")
+    assert run.evaluation["top1"] == 3.0 and "is damaged" in run.notes[0]
+
+
+# ---- which runs ------------------------------------------------------------------------------
+
+
+def test_a_folder_of_runs_stands_for_all_of_them_and_each_is_taken_once(tmp_path: Path) -> None:
+    names = ["b", "a", "c"]
+    for name in names:
+        make_run(tmp_path / "sweep" / name)
+    (tmp_path / "sweep" / "sweep.md").touch()
+    (tmp_path / "sweep" / "empty").mkdir()
+    found = find_runs([str(tmp_path / "sweep" / "b"), str(tmp_path / "sweep")])
+    assert [path.name for path in found] == ["b", "a", "c"]
+
+
+@pytest.mark.parametrize("name", ["absent", "file", "empty"])
+def test_what_is_no_run_is_refused_by_name(name: str, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputMissing, match=str(tmp_path / name)):
+        find_runs([str(tmp_path / name)])
+
+
+def test_labels_are_as_short_as_tells_runs_apart() -> None:
+    assert labels([Path("/x/a"), Path("/x/b")]) == ["a", "b"]
+    assert labels([Path("/x/s/a"), Path("/x/t/a"), Path("/x/t/b")]) == ["s/a", "t/a", "b"]
+    assert labels([Path("/x/a"), Path("/y/x/a")]) == ["/x/a", "y/x/a"]
+
+
+def test_differences_are_the_settings_that_differ_but_for_the_folder(tmp_path: Path) -> None:
+    config = tiny()
+    other = replace(config, seed=7, filter=replace(config.filter, sigma=-0.5))
+    paths = [make_run(tmp_path / "a", config), make_run(tmp_path / "b", other)]
+    assert differences(read_runs(paths)) == {"filter.sigma": [-1.0, -0.5], "seed": [0, 7]}
+
+    broken = make_run(tmp_path / "c")
+    (broken / "config.yaml").unlink()
+    (broken / "metrics.jsonl").write_text(json.dumps({"step": 1}) + "\n")
+    assert differences(read_runs([*paths, broken]))["seed"] == [0, 7, None]
+
+
+def test_every_recipe_is_described_differently_from_its_twins() -> None:
+    names = [name for name in RECIPES if name.startswith("digits")]
+    texts = {describe(RECIPES[name]()) for name in names}
+    assert len(texts) == len(names)
+    assert "SimSiam, target s^-1" in texts and "BYOL, learned predictor" in texts
+
+
+def test_a_filter_is_described_by_branch_and_g() -> None:
+    assert describe_filter(FilterConfig(kind="log_2")) == "online log(1 + s^2)"
+    assert describe_filter(FilterConfig(location="target", sigma=-0.5)) == "target s^-0.5"
+    assert describe_filter(FilterConfig(sigma=0)) == "no filter"

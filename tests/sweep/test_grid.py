@@ -1,0 +1,103 @@
+"""Names of filters against the paper's grid, and predictions against the trainer's own advice."""
+
+import re
+from dataclasses import replace
+
+import pytest
+
+from rdm_fast.command_line import parse_sweep
+from rdm_fast.config import Config, FilterConfig
+from rdm_fast.errors import UsageError
+from rdm_fast.filters import advice
+from rdm_fast.recipes import RECIPES, recipe
+from rdm_fast.sweep.grid import GRID, configure, prediction
+from tests.tiny import tiny
+
+PAPER = {
+    "online": {("poly", 1.0), ("poly", 2.0), ("log", 1.0), ("log_1", 1.0), ("log_2", 1.0)},
+    "target": {("poly", -1.0), ("poly", -0.7), ("poly", -0.5), ("poly", -0.3)},
+}
+"""The CIFAR-10 filters of arXiv:2303.02387."""
+
+
+def swept(*words: str) -> dict[str, Config]:
+    return parse_sweep([*words]).runs
+
+
+def message(*words: str) -> str:
+    with pytest.raises(UsageError) as caught:
+        parse_sweep([*words])
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_the_default_is_the_papers_grid_and_a_control() -> None:
+    runs = swept()
+    assert tuple(runs) == GRID and len(runs) == 10
+    filters = [config.filter for name, config in runs.items() if name != "control"]
+    found = {
+        location: {(f.kind, f.sigma) for f in filters if f.location == location}
+        for location in PAPER
+    }
+    assert found == PAPER
+    assert (runs["control"].filter.kind, runs["control"].filter.sigma) == ("poly", 0.0)
+
+
+@pytest.mark.parametrize("name", ["digits_rdm_simsiam", "digits_simsiam", "cifar10_rdm_byol"])
+def test_runs_differ_in_filter_and_folder_and_in_nothing_else(name: str) -> None:
+    for filter_name, config in swept(name, "--optim.epochs", "50").items():
+        assert config.out == f"runs/sweep_{name}/{filter_name}"
+        assert config.predictor == "spectral"
+        base = recipe(name)
+        expected = replace(base, optim=replace(base.optim, epochs=50), predictor="spectral")
+        assert replace(config, filter=base.filter, out=base.out) == expected
+
+
+def test_other_settings_of_the_filter_reach_the_runs_that_can_have_them() -> None:
+    words = "--filter.cutoff 0.01 --filter.basis online --filter online_s1 target_s-1"
+    runs = swept(*words.split())
+    assert {config.filter.cutoff for config in runs.values()} == {0.01}
+    assert [config.filter.basis for config in runs.values()] == ["own", "online"]
+
+
+def test_any_exponent_can_be_named() -> None:
+    config = configure(tiny(), "online_s0.25")
+    assert config.filter == FilterConfig(location="online", kind="poly", sigma=0.25)
+
+
+def test_the_symmetric_control_has_no_predictor() -> None:
+    (config,) = swept("--filter", "symsimsiam").values()
+    assert (config.method, config.predictor) == ("symsimsiam", "none")
+
+
+@pytest.mark.parametrize("name", [*GRID, "online_s-1", "target_s1", "target_log", "online_s0"])
+def test_a_prediction_is_negative_exactly_where_the_trainer_warns(name: str) -> None:
+    config = configure(tiny(), name)
+    assert (prediction(config) == "negative") == (advice(config.filter) is not None)
+    assert (prediction(config) == "zero") == (config.filter.sigma == 0)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--filter online_q", "--filter online_q is not a filter: name the branch and g"),
+        ("--filter online_s", "--filter online_s is not a filter"),
+        ("--filter online_log_3", "--filter online_log_3 is not a filter"),
+        ("--filter control control", "--filter names control twice"),
+        ("--filter.kind log", "a sweep varies --filter.kind: name filters instead"),
+        ("--sigma=2", "a sweep varies --filter.sigma"),
+        ("--predictor mlp", "a sweep varies --predictor"),
+        ("--jobs -1", "--jobs -1: give 1 or more"),
+        ("digits_symsimsiam", "method=symsimsiam has no filter to sweep over"),
+        ("digits_rmd", "unknown recipe digits_rmd: did you mean digits_"),
+        ("--optim.epoch 3", "unknown flag --optim.epoch: did you mean --optim.epochs?"),
+    ],
+)
+def test_a_mistake_is_answered_in_one_sentence(words: str, said: str) -> None:
+    assert re.search(re.escape(said), message(*words.split()))
+
+
+def test_every_recipe_but_the_symmetric_ones_can_be_swept() -> None:
+    for name, make in RECIPES.items():
+        if make().method != "symsimsiam":
+            assert len(swept(name)) == len(GRID)
