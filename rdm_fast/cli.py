@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 import yaml
 
@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from rdm_fast.run_folder import RunFolder, State
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
+Command = TypeVar("Command")
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
@@ -68,37 +69,6 @@ def evaluate(argv: Sequence[str] | None = None, prog: str = "eval_linear.py") ->
     """Linear probe and kNN on a checkpoint's frozen features."""
     words = sys.argv[1:] if argv is None else argv
     _run(lambda: _evaluate(parse_evaluate(words, prog), words), debug="--debug" in words)
-
-
-def doctor(argv: Sequence[str], prog: str) -> NoReturn:
-    """What this machine has, and where the time of a run's step goes."""
-    _run(lambda: _doctor(parse_doctor(argv, prog)), debug="--debug" in argv)
-
-
-def export(argv: Sequence[str] | None = None, prog: str = "rdm export") -> NoReturn:
-    """Write a checkpoint's backbone for torchvision, timm and other trainers."""
-    words = sys.argv[1:] if argv is None else argv
-    _run(lambda: _export(parse_export(words, prog)), debug="--debug" in words)
-
-
-def report(argv: Sequence[str], prog: str = "rdm report") -> NoReturn:
-    """One HTML page that shows runs."""
-    _run(lambda: _report(parse_report(argv, prog)), debug="--debug" in argv)
-
-
-def sweep(argv: Sequence[str], prog: str = "rdm sweep") -> NoReturn:
-    """One run for each of several filters; a table and a figure of them."""
-    _run(lambda: _sweep(parse_sweep(argv, prog)), debug="--debug" in argv)
-
-
-COMMANDS: dict[str, Callable[[Sequence[str], str], NoReturn]] = {
-    "train": train,
-    "eval": evaluate,
-    "doctor": doctor,
-    "export": export,
-    "report": report,
-    "sweep": sweep,
-}
 
 
 # ---- errors ----------------------------------------------------------------------------------
@@ -350,3 +320,23 @@ def _sweep(command: SweepCommand) -> None:
     from rdm_fast.sweep.make import make_sweep
 
     make_sweep(command)
+
+
+# ---- all -------------------------------------------------------------------------------------
+
+
+def _plain(
+    parse: Callable[[Sequence[str], str], Command], run: Callable[[Command], None]
+) -> Callable[[Sequence[str], str], NoReturn]:
+    """A command from how its words are read, and what is done then."""
+    return lambda argv, prog: _run(lambda: run(parse(argv, prog)), debug="--debug" in argv)
+
+
+COMMANDS: dict[str, Callable[[Sequence[str], str], NoReturn]] = {
+    "train": train,
+    "eval": evaluate,
+    "doctor": _plain(parse_doctor, _doctor),
+    "export": _plain(parse_export, _export),
+    "report": _plain(parse_report, _report),
+    "sweep": _plain(parse_sweep, _sweep),
+}

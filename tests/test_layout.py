@@ -22,8 +22,8 @@ ROOMS = [
     "filters", "inner_products", "decomposition", "engines", "spectral", "spectrum", "guard",
     "backbone", "heads", "batchnorm", "ema", "methods", "apex_optim", "optim", "data",
     "saved_config", "checkpoint", "foreign", "run_folder", "environment", "telemetry", "evaluation",
-    "export", "graph", "parallel", "step", "skipped_steps", "signals", "trainer", "doctor", "report", "sweep",
-    "launch", "flags", "command_line", "cli",
+    "export", "graph", "parallel", "step", "skipped_steps", "signals", "trainer", "doctor",
+    "report", "sweep", "launch", "flags", "command_line", "cli",
 ]  # fmt: skip
 
 MACHINE_PATH = re.compile(r"(?<![\w.~-])/(?:work|root|home/\w+|Users/\w+)\b")

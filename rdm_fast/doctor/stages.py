@@ -213,7 +213,7 @@ class Step:
         if self.loader.name != "torch" or self.images.pixels is not None:
             return absent("decode", "inside DALI" if self.loader.name == "dali" else "done before")
         n = min(SAMPLE, self.rows)
-        return self._alone("decode", n, lambda i: read_or_next(self.images, i))
+        return self._alone("decode", n, lambda i: read_or_next(self.images, i, self.config.data))
 
     def augmentation(self) -> Stage:
         augment = self.config.augment
@@ -228,7 +228,7 @@ class Step:
                 "augmentation", lambda: views_of_table(pixels, table, augment), self.rows
             )
         n = min(SAMPLE, self.rows)
-        read = [read_or_next(self.images, i)[1] for i in range(n)]
+        read = [read_or_next(self.images, i, self.config.data)[1] for i in range(n)]
 
         def both(i: int) -> None:
             for parameters in self.drawn:

@@ -20,7 +20,7 @@ from rdm_fast.data import ImageSet, build_loader, evaluation_batches, load
 from rdm_fast.data.subset import Subset
 from rdm_fast.errors import DataError, InputMissing
 from rdm_fast.evaluation.features import extract
-from rdm_fast.evaluation.run import find_checkpoint
+from rdm_fast.evaluation.subject import find_checkpoint
 from rdm_fast.methods import Branches, Method, build_method
 from rdm_fast.precision import autocast
 from rdm_fast.report.read import Run
