@@ -29,7 +29,7 @@ DTYPES = {
     torch.uint8: "*u8",
 }
 
-TOGETHER = 256  # views that the definition makes at a time: more would leave a CPU's caches
+TOGETHER = 512  # views that the definition makes at a time: those jittered alike are one call
 
 
 def augment_views(

@@ -26,10 +26,15 @@ COLUMNS = (*INTEGERS, *NUMBERS)
 OPERATIONS = ("brightness", "contrast", "saturation", "hue")
 """Of the jitter; `order` has the place here of each in two bits, the first in the lowest."""
 
+IDLE = {"brightness": 1, "contrast": 1, "saturation": 1, "hue": 0}
+"""With these values an operation does nothing."""
+NO_JITTER = -1
+
 SOLARIZE_THRESHOLD = 128
 LUMA = (19595, 38470, 7471)  # ITU-R 601 in 1/65536, as Pillow has it; exact in float32
 LUMA_SHIFT = 65536
 NEGLIGIBLE = -30.0  # exponent of a weight: e^-90 would be subnormal, and slow on a CPU
+FEW = 64  # views that are resized at a time: what is in between stays in a CPU's cache
 TIE = 1e-4  # levels; more than float32 loses in a weighted mean of pixels
 
 Rows = Mapping[str, Tensor]
@@ -66,25 +71,40 @@ def levels_of_views(
     Which views undergo a step is decided on the host: on a GPU this waits for the table.
     """
     colour = images.shape[1] == 3
-    x = _crop_and_resize(images, table, size, interpolation)
+    if not table.shape[1]:
+        return images.new_empty(0, images.shape[1], size, size, dtype=torch.float32)
     p = _unpack(table.cpu().numpy())
+    rank = _jitter_order(p, colour)
+    places = np.argsort(rank, kind="stable")  # so that views jittered alike are neighbours
+    p, rank = {name: column[places] for name, column in p.items()}, rank[places]
+    there = torch.from_numpy(places).to(images.device)
+    table = table[:, there]
+    numbers = table[len(INTEGERS) :].view(torch.float32)[:, :, None, None, None]
+
+    x = _crop_and_resize(images, table, size, interpolation)
+    x = _some(x, numbers, (p["angle"] != 0) | (p["shear"] != 0), _distort)
+    for order in np.unique(rank[rank != NO_JITTER]).tolist():
+        alike = slice(*np.searchsorted(rank, [order, order + 1]).tolist())
+        x[alike] = _jitter(x[alike], numbers[:, alike], order, (p["hue"][alike] != 0) & colour)
     steps: list[tuple[Mask, Step]] = [
-        ((p["angle"] != 0) | (p["shear"] != 0), _distort),
-        *_jitter_steps(p, colour),
         ((p["grey"] != 0) & colour, lambda x, _: luma(x).repeat(1, 3, 1, 1)),
         (p["sigma"] != 0, lambda x, rows: _blur(x, rows["sigma"], taps)),
         (p["solarize"] != 0, lambda x, _: torch.where(x < SOLARIZE_THRESHOLD, x, 255 - x)),
         (p["flip"] != 0, lambda x, _: x.flip(3)),
     ]
-    numbers = table[len(INTEGERS) :].view(torch.float32)[:, :, None, None, None]
     for mask, step in steps:
-        chosen = np.flatnonzero(mask)
-        if len(chosen) == len(x):
-            x = step(x, _named(numbers))
-        elif len(chosen):
-            rows = torch.from_numpy(chosen).to(x.device)
-            x = x.index_copy_(0, rows, step(x[rows], _named(numbers[:, rows])))
-    return x
+        x = _some(x, numbers, mask, step)
+    return torch.empty_like(x).index_copy_(0, there, x)
+
+
+def _some(x: Tensor, numbers: Tensor, mask: Mask, step: "Step") -> Tensor:
+    """A step for those views that undergo it; `x` may be overwritten."""
+    if mask.all():
+        return step(x, _named(numbers))
+    if not mask.any():
+        return x
+    rows = torch.from_numpy(np.flatnonzero(mask)).to(x.device)
+    return x.index_copy_(0, rows, step(x[rows], _named(numbers[:, rows])))
 
 
 def normalise(levels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
@@ -113,19 +133,30 @@ def _named(numbers: Tensor) -> Rows:
     return dict(zip(NUMBERS, numbers, strict=True))
 
 
-def _jitter_steps(p: Mapping[str, NDArray[Any]], colour: bool) -> list[tuple[Mask, Step]]:
-    """Four rounds; in each, every view undergoes the operation that its order has there."""
-    steps: dict[str, tuple[float, Step]] = {  # with the value that does nothing
-        "brightness": (1, lambda x, rows: _cut(x * rows["brightness"])),
-        "contrast": (1, _contrast),
-        "saturation": (1, lambda x, rows: blend(luma(x), x, rows["saturation"])),
-        "hue": (0, lambda x, rows: turn_hue(x, rows["hue"])),
-    }
-    return [
-        ((p["order"] >> 2 * place & 3 == number) & (p[name] != steps[name][0]), steps[name][1])
-        for place in range(len(OPERATIONS))
-        for number, name in enumerate(OPERATIONS if colour else OPERATIONS[:2])
-    ]
+def _jitter_order(p: Mapping[str, NDArray[Any]], colour: bool) -> NDArray[np.int32]:
+    """`order` of each view, NO_JITTER where no operation does anything, [n]."""
+    used = OPERATIONS if colour else OPERATIONS[:2]
+    active = np.any([p[name] != IDLE[name] for name in used], axis=0)
+    return np.where(active, p["order"], NO_JITTER).astype(np.int32)
+
+
+def _jitter(x: Tensor, numbers: Tensor, order: int, turned: Mask) -> Tensor:
+    """The four operations, in one order, on some views: few, so that they stay in the cache.
+
+    `turned`: whose hue is; by nothing would still round, in 8-bit HSV.
+    """
+    rows = _named(numbers)
+    for place in range(len(OPERATIONS)):
+        name = OPERATIONS[order >> 2 * place & 3]
+        if name == "brightness":
+            x = _cut(x * rows["brightness"])
+        elif name == "contrast":
+            x = _contrast(x, rows)
+        elif name == "hue":
+            x = _some(x, numbers, turned, lambda x, rows: turn_hue(x, rows["hue"]))
+        elif x.shape[1] == 3:
+            x = blend(luma(x), x, rows["saturation"])
+    return x
 
 
 # ---- geometry --------------------------------------------------------------------------------
@@ -145,6 +176,8 @@ def cubic(x: Tensor) -> Tensor:
 
 
 FILTERS: dict[str, Callable[[Tensor], Tensor]] = {"bilinear": triangle, "bicubic": cubic}
+REACH = {"bilinear": 1, "bicubic": 2}
+"""Where they become zero."""
 
 
 def resampling_weights(
@@ -167,22 +200,33 @@ def resampling_weights(
         [n, outputs, inputs] float32; rows sum to 1.
     """
     start, scale = start[:, None, None], (length / outputs)[:, None, None]
-    end = start + length[:, None, None]
-    place = torch.arange(outputs, device=start.device)[:, None] + 0.5
-    pixel = torch.arange(inputs, device=start.device) + 0.5
-    weights = FILTERS[interpolation]((pixel - start - place * scale) / scale.clamp_min(1))
-    weights = weights * ((pixel > start) & (pixel < end))
-    return weights / weights.sum(-1, keepdim=True)
+    end, stretch = start + length[:, None, None], scale.clamp_min(1)
+    place = start + (torch.arange(outputs, device=start.device)[:, None] + 0.5) * scale
+    reach = REACH[interpolation] * stretch
+    near = min(inputs, math.ceil(2 * float(reach.max())) + 1)  # pixels that an output can see
+    first = (place - reach).floor().clamp(0, inputs - near)
+    pixel = first + torch.arange(near, device=start.device)  # [n, outputs, near]
+    weights = FILTERS[interpolation]((pixel + 0.5 - place) / stretch)
+    weights = weights * ((pixel >= start) & (pixel < end))
+    weights = weights / weights.sum(-1, keepdim=True)
+    lines = weights.new_zeros(*weights.shape[:2], inputs)
+    return lines.scatter_(2, pixel.long(), weights)
 
 
 def _crop_and_resize(images: Tensor, table: Tensor, size: int, interpolation: str) -> Tensor:
+    C, H, W = images.shape[1:]
     image, top, left, height, width = table[:5]
-    H, W = images.shape[2:]
     rows = resampling_weights(top.float(), height.float(), H, size, interpolation)  # [n, S, H]
     columns = resampling_weights(left.float(), width.float(), W, size, interpolation)  # [n, S, W]
-    x = images[image].to(torch.float32, memory_format=torch.contiguous_format)
-    x = _round_mean(x.flatten(1, 2) @ columns.mT)  # across first, as Pillow did until 13
-    return _round_mean(rows[:, None] @ x.unflatten(1, images.shape[1:3]))
+    resized = images.new_empty(len(image), C, size, size, dtype=torch.float32)
+    parts = zip(*(all_.split(FEW) for all_ in (resized, image, rows, columns)), strict=True)
+    for out, shown, down, across in parts:
+        x = images[shown].to(torch.float32, memory_format=torch.contiguous_format)
+        x = _round_mean(x.flatten(1, 2) @ across.mT)  # across first, as Pillow did until 13
+        for channel in range(C):
+            torch.bmm(down, x.unflatten(1, (C, H))[:, channel], out=out[:, channel])
+        _round_mean(out)
+    return resized
 
 
 def _distort(x: Tensor, rows: Rows) -> Tensor:
@@ -236,7 +280,7 @@ def _round(x: Tensor) -> Tensor:
 
 def _round_mean(x: Tensor) -> Tensor:
     """A tie goes up, in whatever order the pixels were added."""
-    return _round(x.add_(TIE))
+    return x.add_(0.5 + TIE).floor_().clamp_(0, 255)
 
 
 def _cut(x: Tensor) -> Tensor:
@@ -247,7 +291,8 @@ def luma(x: Tensor) -> Tensor:
     """Grey levels of [n, 3, H, W] or [n, 1, H, W], as [n, 1, H, W]."""
     if x.shape[1] == 1:
         return x
-    weighted = LUMA[0] * x[:, :1] + LUMA[1] * x[:, 1:2] + LUMA[2] * x[:, 2:]
+    weighted = x[:, :1] * LUMA[0]
+    weighted.add_(x[:, 1:2], alpha=LUMA[1]).add_(x[:, 2:], alpha=LUMA[2])
     return weighted.add_(LUMA_SHIFT // 2).div_(LUMA_SHIFT).floor_()
 
 
@@ -261,13 +306,19 @@ def _contrast(x: Tensor, rows: Rows) -> Tensor:
     return blend(mean.add_(0.5).floor_(), x, rows["contrast"])
 
 
+TRAPEZOIDS = ((3.0, 2.0, 4.0), (-1.0, 2.0, 2.0), (1.0, -1.0, -1.0))
+"""Centre, height there and slope from it, of red, green and blue."""
+
+
 def turn_hue(x: Tensor, share: Tensor) -> Tensor:
     """Turn the hue of [n, 3, H, W] by a share of the circle, [n, 1, 1, 1], in 8-bit HSV."""
     r, g, b = x.unbind(1)
     value = torch.maximum(torch.maximum(r, g), b)
     chroma = value - torch.minimum(torch.minimum(r, g), b)
     sixths = torch.where(
-        r == value, g - b, torch.where(g == value, b - r + 2 * chroma, r - g + 4 * chroma)
+        r == value,
+        g - b,
+        torch.where(g == value, (b - r).add_(chroma, alpha=2), (r - g).add_(chroma, alpha=4)),
     )
     hue = sixths.div_(chroma.clamp_min(1)).div_(6)
     hue = hue.sub_(hue.floor()).mul_(255).floor_()
@@ -275,7 +326,6 @@ def turn_hue(x: Tensor, share: Tensor) -> Tensor:
     hue = (hue + (share[:, 0] * 255).trunc()).remainder_(256).mul_(6 / 255)
     depth = saturation.mul_(value).div_(255)
     # how much of each primary a pure colour holds: trapezoids round the circle of 6
-    pure = ((hue - 3).abs_() - 1, 2 - (hue - 2).abs_(), 2 - (hue - 4).abs_())
-    return _round(
-        torch.stack([(part.clamp_(0, 1) - 1).mul_(depth).add_(value) for part in pure], dim=1)
-    )
+    centre, height, slope = x.new_tensor(TRAPEZOIDS)[..., None, None]
+    pure = torch.addcmul(height, (hue[:, None] - centre).abs_(), slope).clamp_(0, 1)
+    return _round(pure.sub_(1).mul_(depth[:, None]).add_(value[:, None]))
