@@ -149,7 +149,7 @@ def test_overwrite_deletes_the_runs_own_contents_and_nothing_else(tmp_path: Path
     outside.mkdir()
     (outside / "precious").write_text("kept")
     open_run(out).close()
-    for name in ("metrics.jsonl", "report.html", "spectrum.npz", "notes.txt"):
+    for name in ("metrics.jsonl", "report.html", "spectrum.jsonl", "notes.txt"):
         (out / name).write_text("old")
     (out / "checkpoints" / "step-00000009").mkdir()
     (out / "figures").symlink_to(outside)

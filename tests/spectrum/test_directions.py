@@ -115,7 +115,7 @@ def test_a_branch_is_aligned_with_itself_and_with_any_filter_of_itself(
 def test_alignment_is_the_mean_cosine_over_the_directions_that_carry_the_variance() -> None:
     """mean_i cos(C v_i, v_i), literally; the last directions carry under a ten-thousandth."""
     s = torch.tensor([3.0, 2.0, 1.0, 0.01, 0.008]).double()
-    z, p = with_spectrum(40, 5, s), rows((40, 5))
+    z, p = with_spectrum(40, 5, s), with_spectrum(40, 5, s.flip(0) + 1, seed=3)
     V = torch.linalg.svd(z, full_matrices=False).Vh[:3]
     C = p.mT @ p / len(p)
     cosines = [torch.cosine_similarity(C @ v, v, dim=0) for v in V]
@@ -184,6 +184,16 @@ def test_the_profile_of_a_target_filter_is_that_of_the_targets(basis: str) -> No
     torch.testing.assert_close(profile.s, expected)
     correlation = spearmanr(profile.s, profile.response).statistic
     assert correlation < -0.99 if basis == "own" else abs(correlation) < 0.9
+
+
+def test_the_alignment_of_a_profile_is_that_of_the_outputs_view_by_view() -> None:
+    online, target = torch.stack(two_views(24, 40, "k^-1/2")), torch.randn(2, 24, 40)
+    for config in (None, FilterConfig(sigma=2.0)):
+        outputs = [filtered_rows(p, config) if config else p for p in online]
+        expected = sum(alignment(p, directions(z)) for p, z in zip(outputs, target, strict=True))
+        profile = branch_spectra(online, target, online, config, profile=True).profile
+        assert profile is not None
+        torch.testing.assert_close(profile.alignment, expected / 2)
 
 
 def test_equal_batches_are_decomposed_once() -> None:
