@@ -34,6 +34,10 @@ class LinearClassifier:
         """Scores of each class, [N, K], for embeddings [N, d]."""
         return features.float() @ self.weight.mT + self.bias
 
+    def to(self, device: torch.device) -> "LinearClassifier":
+        """The same one on a device."""
+        return LinearClassifier(self.weight.to(device), self.bias.to(device))
+
 
 def fit_sgd(
     features: Tensor, labels: Tensor, *, classes: int, protocol: Protocol, seed: int

@@ -22,6 +22,8 @@ from rdm_fast.evaluation.options import EvaluateCommand
 from rdm_fast.evaluation.subject import Subject
 from rdm_fast.spectrum import effective_rank, eigenvalues
 
+FIT = 4
+"""Copies of the embeddings that a solver may hold, with room to spare."""
 Sets = tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]
 """(features, labels) of the training and of the test images."""
 
@@ -62,15 +64,16 @@ def evaluate_subject(
     (train_features, train_labels), (test_features, test_labels) = embedded
     if command.features_out:
         _write_features(Path(command.features_out), embedded)
+    place = _place_for(embedded, device)
     result = evaluate(
-        train_features,
-        train_labels,
-        test_features,
-        test_labels,
+        train_features.to(place),
+        train_labels.to(place),
+        test_features.to(place),
+        test_labels.to(place),
         protocol,
         classes=len(train.classes),
         seed=command.seed,
-        classifier=classifier,
+        classifier=classifier.to(place) if classifier is not None else None,
         trained_on="views" if command.augment or command.finetune else "features",
     )
     _report(result, spectrum, subject)
@@ -134,6 +137,21 @@ def _embed(
             else cached_features(file, key, compute, whole=len(images))
         )
     return found[0], found[1]
+
+
+def _place_for(embedded: Sets, device: torch.device) -> torch.device:
+    """Where probe and kNN run: with the backbone, if the embeddings fit there a few times over."""
+    if device.type != "cuda":
+        return device
+    size = sum(tensor.nbytes for pair in embedded for tensor in pair)
+    free, _ = torch.cuda.mem_get_info(device)
+    if FIT * size <= free:
+        return device
+    print0(
+        f"embeddings of {size / 2**30:.1f} GiB are probed on the CPU: {free / 2**30:.1f} GiB "
+        "are free on the GPU"
+    )
+    return torch.device("cpu")
 
 
 def _spectrum(

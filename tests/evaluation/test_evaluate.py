@@ -130,3 +130,13 @@ def test_fewer_images_than_neighbours_are_refused() -> None:
     protocol = replace(PROTOCOLS["closed-form"], knn_k=19)
     result = evaluate(**(data | few), protocol=protocol, classes=10, seed=0)
     assert result.train_images == 19
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["closed-form", "reference-cifar", "sgd-sweep"])
+def test_a_gpu_gives_what_a_cpu_gives(name: str) -> None:
+    on_gpu = {key: tensor.cuda() for key, tensor in digits().items()}
+    found, expected = run(name, **on_gpu), run(name)
+    # two test images for rounding; half-precision cosines may swap neighbours of equal weight
+    assert found.top1 == pytest.approx(expected.top1, abs=0.5)
+    assert found.knn_top1 == pytest.approx(expected.knn_top1, abs=1.0)
