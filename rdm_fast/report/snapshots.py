@@ -44,14 +44,16 @@ def spectra(pairs: Sequence[tuple[Run, Sequence[Spectra]]]) -> Picture:
         axes.set(xlabel="direction, strongest first")
     label_left(all_axes, "share of variance")
     legend_above(figure, all_axes)
-    steps = ", ".join(f"{run.label} {records[-1].step:,}" for run, records in pairs)
+    steps = {run.label: f"{records[-1].step:,}" for run, records in pairs}
+    alike = len({*steps.values()}) == 1
+    told = steps[pairs[0][0].label] if alike else ", ".join(map(" ".join, steps.items()))
     return Picture(
         "spectra",
         "Eigenvalue spectra",
         "Eigenvalues of the correlation matrix of the online branch's output, of the target "
         "branch's and of the projections, as shares of their sum, in a training batch (mean over "
         f"views; over four batches where training recorded none). Thin: up to {EARLIER} earlier "
-        f"moments. Shares under {FLOOR:.0e} are rounding and not drawn. Step: {steps}.",
+        f"moments. Shares under {FLOOR:.0e} are rounding and not drawn. Step: {told}.",
         "Falling lines; the flatter one is the branch with the higher effective rank",
         png(figure),
     )

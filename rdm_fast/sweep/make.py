@@ -161,5 +161,5 @@ def _raise(failed: Mapping[str, Failure]) -> None:
     """Name what failed, with the exit code of the first."""
     listed = "; ".join(f"{name}: {failure.sentence}" for name, failure in failed.items())
     code = next(iter(failed.values())).code
-    kinds = {kind.code: kind for kind in UserError.__subclasses__()}
-    raise kinds.get(code, UserError)(f"{len(failed)} run(s) failed: {listed}")
+    kinds = (kind for kind in UserError.__subclasses__() if kind.code == code)
+    raise next(kinds, UserError)(f"{len(failed)} run(s) failed: {listed}")

@@ -240,7 +240,7 @@ def test_spectra_that_training_recorded_are_shown_without_a_checkpoint(
     path = make_run(tmp_path / "run")
     (path / "spectrum.jsonl").write_text("".join(map(spectrum_line, (2, 4, 6, 8))))
     page = Page(make_report(parse_report([str(path)])))
-    assert len(page.all("img")) == SECTIONS - 1 and "Step: run 8." in page.text
+    assert len(page.all("img")) == SECTIONS - 1 and "Step: 8." in page.text
     assert "No map: the run in" in page.text
     (path / "spectrum.jsonl").write_text(spectrum_line(2, s="damaged"))
     page = Page(make_report(parse_report([str(path)])))
