@@ -66,6 +66,25 @@ def frozen_running_statistics(module: nn.Module) -> Iterator[None]:
             buffer.data.copy_(old)
 
 
+def join_buffers(module: nn.Module) -> list[Tensor]:
+    """Lay out all buffers of a module one after another, so that all are kept or copied at once.
+
+    The buffers stay the tensors they are, but become views.
+
+    Returns:
+        One flat tensor a dtype, which holds all buffers of that dtype.
+    """
+    joined = []
+    buffers = list(module.buffers())
+    for dtype in sorted({buffer.dtype for buffer in buffers}, key=str):
+        of_dtype = [buffer for buffer in buffers if buffer.dtype == dtype]
+        flat = torch.cat([buffer.flatten() for buffer in of_dtype])
+        for buffer, values in zip(of_dtype, flat.split([b.numel() for b in of_dtype]), strict=True):
+            buffer.data = values.view(buffer.shape)
+        joined.append(flat)
+    return joined
+
+
 class CpuSyncBatchNorm(_BatchNorm):
     """Batch norm over the rows of all ranks; with one rank, or in eval mode, plain batch norm.
 

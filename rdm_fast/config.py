@@ -22,6 +22,7 @@ from rdm_fast.data_config import (
     require_choices,
     require_probability,
 )
+from rdm_fast.step_config import StepConfig
 
 __all__ = [
     "AugmentConfig",
@@ -33,6 +34,7 @@ __all__ = [
     "LogConfig",
     "ModelConfig",
     "OptimConfig",
+    "StepConfig",
     "ViewConfig",
 ]
 
@@ -44,7 +46,7 @@ MethodName = Literal["simsiam", "byol", "symsimsiam"]
 PredictorName = Literal["mlp", "spectral", "none"]
 BackboneName = Literal["resnet8", "resnet18", "resnet34", "resnet50"]
 Stem = Literal["imagenet", "cifar", "cifar_pad2"]
-Precision = Literal["fp32", "bf16", "fp16"]
+Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -266,13 +268,15 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     filter: FilterConfig = field(default_factory=FilterConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
+    step: StepConfig = field(default_factory=StepConfig)
     log: LogConfig = field(default_factory=LogConfig)
     seed: int = 5
     """Seed of weights, data order and augmentation; with it a run is reproducible."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto takes a GPU if there is one, and says so."""
     precision: Precision = "fp32"
-    """Arithmetic of backbone and heads: fp32, or autocast to bf16 or fp16 (with loss scaling)."""
+    """Arithmetic of backbone and heads: fp32, tf32 (fp32 with products of 10-bit factors on a GPU),
+    or autocast to bf16 or fp16 (with loss scaling)."""
     sync_bn: bool = True
     """With several ranks, take batch-norm statistics over the global batch."""
     out: str = "runs/default"

@@ -8,7 +8,9 @@ import math
 from dataclasses import dataclass, field
 from typing import Literal, get_args, get_origin, get_type_hints
 
-DataName = Literal["digits", "cifar10", "cifar100", "stl10", "fashion_mnist", "folder", "arrays"]
+DataName = Literal[
+    "digits", "cifar10", "cifar100", "stl10", "fashion_mnist", "folder", "webdataset", "arrays"
+]
 Interpolation = Literal["bilinear", "bicubic"]
 
 
@@ -50,9 +52,11 @@ class DataConfig:
     """Which images, and how they are read."""
 
     name: DataName = "digits"
-    """Data set: digits is embedded, folder reads image files, arrays reads one packed .npz file."""
+    """Data set: digits is embedded, folder reads image files, webdataset image files packed in tar
+    files, arrays one packed .npz file."""
     root: str = "data"
-    """Folder of the data set, in torchvision's layout; for arrays, the .npz file."""
+    """Folder of the data set, in torchvision's layout; for arrays, the .npz file; for webdataset, a
+    folder or pattern such as 'shards/train-{0000..0146}.tar'."""
     download: bool = False
     """Fetch the data set into root if it is not there (torchvision sets only)."""
     loader: Literal["auto", "dali", "torch", "resident"] = "auto"
@@ -72,11 +76,14 @@ class DataConfig:
     def __post_init__(self) -> None:
         require_choices("data.", self)
         require_probability("data.max_bad", self.max_bad)
-        for flag, value in (("classes", self.classes), ("verify", self.verify != "header")):
-            require(
-                not value or self.name == "folder",
-                f"data.{flag} is for image folders: with data.name={self.name}, leave it out",
-            )
+        require(
+            not self.classes or self.name == "folder",
+            f"data.classes is for image folders: with data.name={self.name}, leave it out",
+        )
+        require(
+            self.verify == "header" or self.name in ("folder", "webdataset"),
+            f"data.verify is for image files: with data.name={self.name}, leave it out",
+        )
         require(self.workers >= 0, f"data.workers={self.workers}: give 0 or more processes")
 
 

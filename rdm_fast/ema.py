@@ -26,13 +26,14 @@ def ema_momentum(step: int, total_steps: int, start: float, end: float) -> float
 
 
 @torch.no_grad()
-def update_ema(target: nn.Module, online: nn.Module, momentum: float) -> None:
+def update_ema(target: nn.Module, online: nn.Module, momentum: float | Tensor) -> None:
     """Move the target's parameters towards the online network's; buffers stay as they are.
 
     Args:
         target: changed in place, all its parameters at once.
         online: of the same architecture.
-        momentum: tau; 1 keeps the target, 0 copies the online network.
+        momentum: tau; 1 keeps the target bit for bit. A 0-d float64 tensor on the device is read
+            there, without a wait.
 
     Raises:
         ValueError: the two networks' parameters differ in number, shape or dtype.
@@ -44,7 +45,10 @@ def update_ema(target: nn.Module, online: nn.Module, momentum: float) -> None:
             "target and online network need the same architecture and dtypes, got "
             f"{_first_difference(slow, fast)}"
         )
-    torch._foreach_lerp_(slow, fast, 1 - momentum)
+    share = torch.as_tensor(1 - momentum, dtype=slow[0].dtype, device=slow[0].device)
+    change = torch._foreach_sub(fast, slow)
+    torch._foreach_mul_(change, share)
+    torch._foreach_add_(slow, change)
 
 
 def _first_difference(slow: list[Tensor], fast: list[Tensor]) -> str:

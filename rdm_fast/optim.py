@@ -7,7 +7,11 @@ LARS (You et al., arXiv:1708.03888) is SGD with momentum in which every layer ha
     buf <- m buf + d,    p <- p - lr buf
 
 as in RDM's released code. Layers that are excluded (one-dimensional parameters: batch norms and
-biases) take r = 1 and wd = 0. Every optimizer here works on all parameters of a group at once.
+biases) take r = 1 and wd = 0.
+
+Every optimizer here updates all parameters of a group in one launch and never waits for the device:
+learning rates are tensors on it, and where the attribute `found_inf`, a 0-d float32 tensor, is
+1 the step changes nothing, as torch's fused optimizers have it for gradient scaling.
 """
 
 import math
@@ -58,8 +62,13 @@ def parameter_groups(method: nn.Module, optim: OptimConfig) -> list[dict[str, An
 
 
 def build_optimizer(method: nn.Module, optim: OptimConfig, device: torch.device) -> Optimizer:
-    """The optimizer of a run, over all trainable parameters of a method on `device`."""
+    """The optimizer of a run, over all trainable parameters of a method on `device`.
+
+    Its learning rates are 0-d tensors on the device; it steps where `found_inf` is not 1.
+    """
     groups = parameter_groups(method, optim)
+    for group in groups:
+        group["lr"] = torch.tensor(group["lr"], dtype=torch.float32, device=device)
     if optim.optimizer == "lars":
         return Lars(
             groups,
@@ -69,10 +78,14 @@ def build_optimizer(method: nn.Module, optim: OptimConfig, device: torch.device)
             trust_coefficient=optim.lars_eta,
             clip=optim.lars_clip,
         )
-    fused = device.type == "cuda"  # one kernel for all parameters; torch has both, never at once
     if optim.optimizer == "sgd":
-        return SGD(groups, lr=optim.lr, momentum=optim.momentum, fused=fused, foreach=not fused)
-    return AdamW(groups, lr=optim.lr, fused=fused, foreach=not fused)
+        sgd = SGD(groups, momentum=optim.momentum, fused=True)
+        if optim.momentum:
+            for parameter in (p for group in groups for p in group["params"]):
+                # torch would leave it uninitialised if the first step is one that changes nothing
+                sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        return sgd
+    return AdamW(groups, fused=True)
 
 
 def learning_rate(step: int, steps_per_epoch: int, optim: OptimConfig) -> float:
@@ -96,10 +109,10 @@ def learning_rate(step: int, steps_per_epoch: int, optim: OptimConfig) -> float:
 
 
 def set_learning_rate(optimizer: Optimizer, value: float) -> None:
-    """Give every group this learning rate, but those that are fixed."""
+    """Give every group of `build_optimizer` this learning rate, but those that are fixed."""
     for group in optimizer.param_groups:
         if not group.get("fixed_lr", False):
-            group["lr"] = value
+            group["lr"].fill_(value)
 
 
 class Lars(Optimizer):
@@ -107,7 +120,7 @@ class Lars(Optimizer):
 
     Args:
         params: parameters, or groups of them; a group with `adapt=False` takes no trust ratio.
-        lr: learning rate, 0 or more.
+        lr: learning rate, 0 or more; a float, or a 0-d float32 tensor on the device.
         momentum: m.
         weight_decay: wd, in the trust ratio and in the step.
         trust_coefficient: eta.
@@ -120,7 +133,7 @@ class Lars(Optimizer):
     def __init__(
         self,
         params: Iterable[Any],
-        lr: float,
+        lr: float | Tensor = 0.1,
         momentum: float = 0.9,
         weight_decay: float = 0.0,
         trust_coefficient: float = 0.02,
@@ -137,6 +150,7 @@ class Lars(Optimizer):
             "adapt": True,
         }
         super().__init__(params, defaults)
+        self.found_inf: Tensor | None = None
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
@@ -156,9 +170,19 @@ class Lars(Optimizer):
         if group["adapt"]:
             torch._foreach_mul_(d, _trust_ratios(group, params, grads))
         buffers = [self._momentum_buffer(p) for p in params]
-        torch._foreach_mul_(buffers, group["momentum"])
-        torch._foreach_add_(buffers, d)
-        torch._foreach_add_(params, buffers, alpha=-group["lr"])
+        torch._fused_sgd_(  # the last line of the formula
+            params,
+            d,
+            buffers,
+            weight_decay=0,
+            momentum=group["momentum"],
+            lr=group["lr"],
+            dampening=0,
+            nesterov=False,
+            maximize=False,
+            is_first_step=False,
+            found_inf=self.found_inf,
+        )
 
     def _momentum_buffer(self, p: Tensor) -> Tensor:
         state = self.state[p]

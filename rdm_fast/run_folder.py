@@ -3,7 +3,7 @@
     run.json       marks the folder as ours: format, creation time, version, configuration digest
     config.yaml    the whole configuration
     status.json    how the run stands, replaced atomically
-    bad_files.tsv  image files that are left out, and why
+    bad_files.tsv  image files that are left out, and why; of test images, bad_test_files.tsv
     metrics.jsonl  checkpoints/  tensorboard/  logs/  and what later commands add
 
 A folder without our run.json is somebody else's: it is never written into and never emptied.
@@ -43,6 +43,7 @@ LOCK, OWNER = "run.lock", "run.lock.json"
 CONTENTS = (
     *("config.yaml", "status.json", "metrics.jsonl", "checkpoints", "spectrum.npz", "tensorboard"),
     *("wandb", "logs", "report.html", "figures", "export", "bad_files.tsv"),
+    "bad_test_files.tsv",
 )
 
 
@@ -92,7 +93,7 @@ class RunFolder:
         self.path, self.rank, self.is_new, self.id = path, rank, is_new, id
         self.checkpoints, self.logs = path / "checkpoints", path / "logs"
         self.metrics, self.tensorboard = path / "metrics.jsonl", path / "tensorboard"
-        self.bad_files = path / "bad_files.tsv"
+        self.bad_files, self.bad_test_files = path / "bad_files.tsv", path / "bad_test_files.tsv"
         self._lock = lock
 
     @classmethod

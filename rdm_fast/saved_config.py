@@ -91,7 +91,7 @@ RULES: dict[str, Rule] = {
     "data.workers": "free", "data.classes": "identity", "data.verify": "identity",
     "data.on_bad_image": "free", "data.max_bad": "free",
     "optim.": "schedule", "optim.optimizer": "identity", "optim.accumulate": "identity",
-    "log.": "free", "device": "free", "out": "free",
+    "log.": "free", "step.": "free", "device": "free", "out": "free",
 }  # fmt: skip
 """identity: another run; schedule: only if --allow-change names it; free: may always differ.
 

@@ -6,37 +6,67 @@ parts are simply added; where it needs all rows at once, as a spectral filter do
 once without gradient, the criterion gives dL/d online for all rows, and each part is then run
 again and differentiated from there.
 
-A step whose loss or gradient is not finite changes nothing: no weight, no running statistic.
+A step whose loss or gradient is not finite changes nothing: no weight, no running statistic. The
+device decides that by itself. Nothing in a step waits for the device, so the whole of it can be
+recorded as one CUDA graph (`rdm_fast.graph`).
 """
 
 import contextlib
+import warnings
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from rdm_fast.batchnorm import frozen_running_statistics, synchronise
+from rdm_fast.batchnorm import frozen_running_statistics, join_buffers, synchronise
 from rdm_fast.config import Config
 from rdm_fast.data.batch import Batch
 from rdm_fast.distributed import world_size
 from rdm_fast.ema import ema_momentum
+from rdm_fast.engines import engine_for
+from rdm_fast.errors import Unavailable
+from rdm_fast.graph import StepGraph
+from rdm_fast.host_copy import HostCopy
 from rdm_fast.methods import Branches, Method, StepOutput
 from rdm_fast.optim import build_optimizer, learning_rate, set_learning_rate
+from rdm_fast.precision import autocast, float32_products
 
-AUTOCAST = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+COMPILE = {"default": "default", "max-autotune": "max-autotune-no-cudagraphs"}  # torch's names
+
+
+@dataclass
+class Outputs:
+    """What a step leaves on the device."""
+
+    loss: Tensor  # scalar, this rank's
+    grad_norm: Tensor  # scalar, of the gradient averaged over ranks, not scaled
+    not_finite: Tensor  # [2] float32, 1 where it is not: the gradient, the loss of any rank
+    branches: Branches  # all rows of this rank, detached
 
 
 @dataclass
 class StepReport:
-    """What a step did; tensors stay on the device."""
+    """What a step did. Its tensors stay on the device, and may be overwritten by the next step."""
 
+    number: int  # from 0
     loss: Tensor  # scalar, this rank's
     grad_norm: Tensor  # scalar, of the gradient averaged over ranks, not scaled
-    applied: bool  # False: not finite, and nothing was changed
     branches: Branches  # all rows of this rank, detached
     lr: float
     ema_momentum: float
+    not_finite: HostCopy  # [2], as in Outputs
+
+    @property
+    def applied(self) -> bool:
+        """False: not finite, and nothing was changed. Waits for the step, if it still runs."""
+        return not self.not_finite.read().any()
+
+    @property
+    def loss_is_finite(self) -> bool:
+        """On every rank. Waits like `applied`."""
+        return not self.not_finite.read()[1]
 
 
 class TrainStep:
@@ -46,6 +76,10 @@ class TrainStep:
         method: the module whose state is the run's; not wrapped.
         optimizer, scaler: as in torch.
         total_steps: optimizer steps of the whole run.
+        graph: the recorded step, or None where steps are not recorded.
+
+    Raises:
+        Unavailable: step.graph=on, and such a step cannot be recorded.
     """
 
     def __init__(
@@ -57,6 +91,11 @@ class TrainStep:
         self.config, self.device = config, device
         self.steps_per_epoch = steps_per_epoch
         self.total_steps = steps_per_epoch * config.optim.epochs
+        self._statistics = join_buffers(self.method)
+        self._kept = [statistics.clone() for statistics in self._statistics]
+        if config.step.compile != "none":
+            for part in self.method.children():
+                part.compile(mode=COMPILE[config.step.compile], dynamic=False)
         self.parallel: nn.Module = self.method
         if world_size() > 1:
             devices = [device] if device.type == "cuda" else None
@@ -66,8 +105,11 @@ class TrainStep:
         self.optimizer = build_optimizer(self.method, config.optim, device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
         self._parameters = [p for p in self.method.parameters() if p.requires_grad]
-        self._statistics = list(self.method.buffers())
-        self._kept = [b.clone() for b in self._statistics]
+        self._skip = torch.zeros((), device=device)
+        self.optimizer.found_inf = self._skip  # type: ignore[attr-defined]
+        self._momentum = torch.zeros((), dtype=torch.float64, device=device)
+        self.engine = engine_for(method.filter, device) if method.filter else None
+        self.graph = self._build_graph()
 
     def momentum(self, step: int) -> float:
         """Momentum of the target weights in step number `step`."""
@@ -79,39 +121,106 @@ class TrainStep:
         lr = learning_rate(step, self.steps_per_epoch, self.config.optim)
         momentum = self.momentum(step)
         set_learning_rate(self.optimizer, lr)
-        torch._foreach_copy_(self._kept, self._statistics)
+        self._momentum.fill_(momentum)
+        done = self._run(batch.view1, batch.view2)
+        return StepReport(
+            number=step,
+            loss=done.loss,
+            grad_norm=done.grad_norm,
+            branches=done.branches,
+            lr=lr,
+            ema_momentum=momentum,
+            not_finite=HostCopy(done.not_finite),
+        )
 
-        loss, branches = self._backward(batch)
+    def _step(self, view1: Tensor, view2: Tensor) -> Outputs:
+        """All that the device does in a step."""
+        torch._foreach_copy_(self._kept, self._statistics)
+        with float32_products(self.config.precision, self.device):
+            loss, branches = self._backward(view1, view2)
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.get_total_norm([p.grad for p in self._parameters])
-        # The only wait of a step that is not logged: an update cannot be taken back.
-        applied = bool((norm.isfinite() & loss.isfinite()).item())
-        if applied:
-            self.scaler.step(self.optimizer)
-            self.method.update_target(momentum)
-        else:
-            torch._foreach_copy_(self._statistics, self._kept)
+        not_finite = 1 - torch.stack([norm.isfinite(), loss.isfinite()]).float()
+        if world_size() > 1:  # a loss is one rank's, the gradient already that of all
+            dist.all_reduce(not_finite, op=dist.ReduceOp.MAX)
+        self._skip.copy_(not_finite.amax())
+        self.optimizer.step()
+        self.method.update_target(self._momentum.where(self._skip == 0, 1))
+        for statistics, kept in zip(self._statistics, self._kept, strict=True):
+            statistics.copy_(torch.where(self._skip == 0, statistics, kept))
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        return StepReport(loss, norm, applied, branches, lr, momentum)
+        return Outputs(loss, norm, not_finite, branches)
+
+    def uncompiled(self) -> contextlib.AbstractContextManager[object]:
+        """A context in which modules run as written: other shapes than a step's compile nothing."""
+        if self.config.step.compile == "none":
+            return contextlib.nullcontext()
+        return torch.compiler.set_stance("force_eager")
+
+    # ---- recording ---------------------------------------------------------------------------
+
+    def _run(self, view1: Tensor, view2: Tensor) -> Outputs:
+        """`_step`, recorded if it is to be and as long as the recorded engine is accurate."""
+        if self.graph and not self.graph.is_recorded:
+            self._leave_graph_with_engine()  # reads what is pending: recording must not wait
+        if self.graph is None:
+            return self._step(view1, view2)
+        try:
+            done = self.graph(view1, view2)
+        except RuntimeError as error:  # of a library, on a device: what, cannot be known before
+            if self.config.step.graph == "on" or self.graph.is_recorded:
+                raise
+            warnings.warn(f"steps run without a CUDA graph, which failed: {error}", stacklevel=3)
+            self.graph = None
+            self.optimizer.zero_grad(set_to_none=True)
+            return self._step(view1, view2)
+        if self.engine and self.graph.is_recorded:
+            self._leave_graph_with_engine()  # of the step before, while this one runs
+            self.engine.watch_replay()
+        return done
+
+    def _leave_graph_with_engine(self) -> None:
+        if self.engine and self.engine.current() != "gemm":
+            self.graph = None
+
+    def _build_graph(self) -> StepGraph[Outputs] | None:
+        asked = self.config.step.graph
+        obstacle = self._why_not_recorded()
+        if asked == "on" and obstacle:
+            raise Unavailable(
+                f"--step.graph on: a CUDA graph cannot hold a step {obstacle}: "
+                "use --step.graph auto"
+            )
+        return None if asked == "off" or obstacle else StepGraph(self._step)
+
+    def _why_not_recorded(self) -> str | None:
+        if self.device.type != "cuda":
+            return "on a CPU"
+        if world_size() > 1:
+            return "of several ranks"
+        if self.config.optim.accumulate > 1:
+            return "in several parts (optim.accumulate)"
+        if self.engine and self.engine.name != "gemm":
+            return f"with filter.engine={self.engine.name}, which waits for the device"
+        return None
 
     # ---- the gradient ------------------------------------------------------------------------
 
     def _forward(
         self, module: nn.Module, view1: Tensor, view2: Tensor, gradient: Tensor | None = None
     ) -> StepOutput:
-        dtype = AUTOCAST[self.config.precision]
-        with torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None):
+        with autocast(self.config.precision, self.device):
             return module(view1, view2, gradient)
 
-    def _backward(self, batch: Batch) -> tuple[Tensor, Branches]:
+    def _backward(self, view1: Tensor, view2: Tensor) -> tuple[Tensor, Branches]:
         """Leave this rank's share of the averaged gradient in `.grad`; loss and branches."""
         parts = self.config.optim.accumulate
         if parts == 1:
-            output = self._forward(self.parallel, batch.view1, batch.view2)
+            output = self._forward(self.parallel, view1, view2)
             self.scaler.scale(output.loss).backward()
             return output.loss.detach(), _detached([output.branches])
-        views = list(zip(batch.view1.chunk(parts), batch.view2.chunk(parts), strict=True))
+        views = list(zip(view1.chunk(parts), view2.chunk(parts), strict=True))
         if self.method.row_wise:
             outputs = []
             for i, (view1, view2) in enumerate(views):

@@ -19,7 +19,6 @@ from rdm_fast.checkpoint import Snapshot
 from rdm_fast.config import Config
 from rdm_fast.data import ImageSet, build_loader, load, require_same_images
 from rdm_fast.distributed import all_reduce_max, print0, rank, world_size
-from rdm_fast.engines import engine_for
 from rdm_fast.environment import describe_environment
 from rdm_fast.errors import DataError, InputMissing, Interrupted, NonFinite, OutputFailed
 from rdm_fast.evaluation.online import knn_top1
@@ -54,8 +53,7 @@ class Trainer:
         self.train_step = TrainStep(
             build_method(config), config, device, self.loader.steps_per_epoch
         )
-        spectral = self.train_step.method.filter
-        self.engine = engine_for(spectral, device) if spectral else None
+        self.engine = self.train_step.engine
         if self.engine:
             self.engine.restore({})  # another run of this process may have used it
         self.step = 0
@@ -63,6 +61,7 @@ class Trainer:
         self.skipped = 0
         """Of these, steps that were not applied because something was not finite."""
         self._skipped_in_a_row = 0
+        self._unread: StepReport | None = None  # the last step, not looked at by `_guard` yet
         self._failed_saves = 0
         self._stop_asked = False
         self._last_saved = -1
@@ -91,7 +90,8 @@ class Trainer:
                 for batch in clock.waits(self.loader.epoch(epoch, start)):
                     report = self.train_step(batch, self.step)
                     self.step += 1
-                    self._guard(report)
+                    self._guard()  # the step before: no wait, it is long done
+                    self._unread = report
                     if self._is_due(self.config.log.every):
                         telemetry.log(self.step, self._metrics(report, clock))
                     if self._epoch_is_due(self.config.log.knn_every):
@@ -116,20 +116,22 @@ class Trainer:
         ends = rest == 0 and (epochs % every == 0 if every else False)
         return ends or (bool(every) and self.step == self.train_step.total_steps)
 
-    def _guard(self, report: StepReport) -> None:
+    def _guard(self) -> None:
         """Count steps that were not applied; stop when they do not end."""
+        report, self._unread = self._unread, None
+        if report is None:
+            return
         if report.applied:
             self._skipped_in_a_row = 0
             return
         self.skipped += 1
         # fp16 finds its loss scale by overflowing; below 1 it is not the scale that overflows
         scaling = self.config.precision == "fp16" and self.train_step.scaler.get_scale() >= 1
-        bad_loss = all_reduce_max(int(not report.loss.isfinite()), self.device)  # on any rank
-        self._skipped_in_a_row += 0 if scaling and not bad_loss else 1
+        self._skipped_in_a_row += 0 if scaling and report.loss_is_finite else 1
         if self._skipped_in_a_row >= self.config.log.max_nonfinite:
             raise NonFinite(
                 f"the loss or its gradient was not finite in {self._skipped_in_a_row} steps in a "
-                f"row, the last one step {self.step}; no weight was changed by them: lower "
+                f"row, the last one step {report.number + 1}; no weight was changed by them: lower "
                 "--optim.base-lr, or use --precision fp32"
             )
 
@@ -151,13 +153,6 @@ class Trainer:
         )
         return Telemetry.open(self.folder, self.config, environment, plan)
 
-    def _engine(self) -> str:
-        return (
-            engine_for(self.config.filter, self.device).name
-            if self.train_step.method.filter
-            else "none"
-        )
-
     def _announce(self) -> None:
         """Say once what `auto` stands for, and what RDM thinks of the filter."""
         config, parts = self.config, self.config.optim.accumulate
@@ -168,6 +163,7 @@ class Trainer:
             + (f" in {parts} parts" if parts > 1 else "")
             + f", loader {self.loader.name}"
             + (f", filter engine {self.engine.name}" if self.engine else "")
+            + (", steps as a CUDA graph" if self.train_step.graph else "")
         )
         if self.train_step.method.filter and (text := advice(config.filter)):
             print0(f"warning: {text}")
@@ -176,6 +172,7 @@ class Trainer:
 
     def _metrics(self, report: StepReport, clock: Clock) -> dict[str, float | int]:
         """The metrics of the last step; the only regular wait for the device."""
+        self._guard()
         branches = report.branches
         spectra = branch_spectra(
             branches.online, branches.target, branches.projection, self.train_step.method.filter
@@ -206,14 +203,15 @@ class Trainer:
         if self._test_images is None:
             return
         backbone = self.train_step.method.backbone
-        top1 = knn_top1(backbone, self.images, self._test_images, self.config, self.device)
+        with self.train_step.uncompiled():
+            top1 = knn_top1(backbone, self.images, self._test_images, self.config, self.device)
         if top1 is not None:
             telemetry.log(self.step, {"knn_top1": top1})
 
     @cached_property
     def _test_images(self) -> ImageSet | None:
         try:
-            return load(self.config.data, "test")
+            return load(self.config.data, "test", self.folder.bad_test_files)
         except InputMissing as error:
             print0(f"no kNN while training: {error}")
             return None
@@ -230,6 +228,7 @@ class Trainer:
             OutputFailed: it failed three times in a row, or was the last.
         """
         failed = 0
+        self._guard()
         if rank() == 0 and self._last_saved != self.step:
             try:
                 path = checkpoint.save(
@@ -265,6 +264,7 @@ class Trainer:
                 "skipped_in_a_row": self._skipped_in_a_row,
                 "filter_engine": self.engine.state if self.engine else {},
                 "world_size": world_size(),
+                "data": self.images.digest,
                 "ema_momentum": self.train_step.momentum(self.step),
             },
         )
@@ -288,6 +288,8 @@ class Trainer:
                 )
             return
         snapshot = checkpoint.load(path)
+        data = snapshot.state.get("data")
+        self.images.require_digest(data, self.folder.path, self.config.data.root)
         method, optimizer = self.train_step.method, self.train_step.optimizer
         checkpoint.load_strict(method, snapshot.model, f"checkpoint {path}")
         checkpoint.restore_optimizer(

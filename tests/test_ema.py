@@ -52,14 +52,24 @@ def test_parameters_move_to_the_weighted_mean(momentum: float) -> None:
         torch.testing.assert_close(slow.double(), expected, atol=2e-7, rtol=0)
 
 
-def test_momentum_one_keeps_and_zero_copies_bitwise() -> None:
+def test_momentum_one_keeps_bitwise_and_zero_copies() -> None:
     target, online = network(0), network(1)
     before = copy.deepcopy(target.state_dict())
     update_ema(target, online, 1.0)
     assert all(torch.equal(w, before[name]) for name, w in target.state_dict().items())
     update_ema(target, online, 0.0)
     for slow, fast in zip(target.parameters(), online.parameters(), strict=True):
-        assert torch.equal(slow, fast) and slow is not fast
+        # slow + (fast - slow): weights are below 1, and each sum rounds at 6e-8
+        torch.testing.assert_close(slow, fast, atol=2e-7, rtol=0)
+        assert slow is not fast
+
+
+@pytest.mark.parametrize("momentum", [1.0, 0.99999, 0.97, 0.3])
+def test_a_momentum_on_the_device_is_that_of_a_number(momentum: float) -> None:
+    target, other, online = network(0), network(0), network(1)
+    update_ema(target, online, momentum)
+    update_ema(other, online, torch.tensor(momentum, dtype=torch.float64))
+    assert all(map(torch.equal, target.parameters(), other.parameters()))
 
 
 def test_buffers_and_the_online_network_stay() -> None:
@@ -83,7 +93,7 @@ def test_a_frozen_target_still_follows() -> None:
     target, online = network(0), network(1)
     target.requires_grad_(False)
     update_ema(target, online, 0.0)
-    assert torch.equal(target[3].weight, online[3].weight)
+    torch.testing.assert_close(target[3].weight, online[3].weight, atol=2e-7, rtol=0)
     assert not target[3].weight.requires_grad
 
 

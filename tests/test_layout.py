@@ -17,10 +17,11 @@ MAX_LINES = 350
 # The rooms of rdm_fast, a module or a folder each, in the order in which data flows. A room imports
 # only from those before it.
 ROOMS = [
-    "errors", "durable", "data_config", "config", "recipes", "distributed", "filters",
+    "errors", "durable", "data_config", "step_config", "config", "recipes", "distributed",
+    "precision", "host_copy", "filters",
     "inner_products", "decomposition", "engines", "spectral", "spectrum",
     "backbone", "heads", "batchnorm", "ema", "methods", "optim", "data", "saved_config",
-    "checkpoint", "run_folder", "environment", "telemetry", "evaluation", "step",
+    "checkpoint", "run_folder", "environment", "telemetry", "evaluation", "graph", "step",
     "trainer", "doctor", "command_line", "cli",
 ]  # fmt: skip
 

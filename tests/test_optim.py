@@ -102,7 +102,7 @@ def test_fixed_predictor_keeps_its_learning_rate_and_the_rest_follows(optimizer:
 def test_without_a_fixed_predictor_every_group_follows() -> None:
     optim = build_optimizer(Method(), OptimConfig(fixed_predictor_lr=False), CPU)
     set_learning_rate(optim, 0.125)
-    assert {group["lr"] for group in optim.param_groups} == {0.125}
+    assert {float(group["lr"]) for group in optim.param_groups} == {0.125}
 
 
 # ---- the optimizers ----------------------------------------------------------------------------
@@ -129,14 +129,43 @@ def test_configuration_reaches_the_optimizer(name: str, kind: type) -> None:
         if name == "lars":
             assert (group["trust_coefficient"], group["clip"]) == (0.03, False)
         else:
-            assert group["foreach"] is True and group["fused"] is False
+            assert group["fused"] is True and not group["foreach"]
 
 
-@pytest.mark.parametrize("name", ["sgd", "adamw"])
-def test_torch_optimizers_are_fused_on_gpus(name: str) -> None:
+@pytest.mark.parametrize("name", ["sgd", "lars", "adamw"])
+@pytest.mark.parametrize("first", [True, False], ids=["first step", "a later step"])
+def test_a_step_told_to_be_skipped_changes_nothing(name: str, first: bool) -> None:
+    """Even with gradients that are not finite; and the step after it is as if it had not been."""
+    torch.manual_seed(0)
+    skips, never = Method(), Method()
+    never.load_state_dict(skips.state_dict())
     config = OptimConfig(optimizer=name)  # type: ignore[arg-type]
-    optim = build_optimizer(Method(), config, torch.device("cuda"))
-    assert all(group["fused"] is True and not group["foreach"] for group in optim.param_groups)
+    optims = [build_optimizer(method, config, CPU) for method in (skips, never)]
+    found_inf = torch.zeros(())
+    optims[0].found_inf = found_inf  # type: ignore[attr-defined]
+    generator = torch.Generator().manual_seed(1)
+    for i in range(4):
+        if i == (0 if first else 2):
+            before = {key: value.clone() for key, value in skips.state_dict().items()}
+            for p in skips.parameters():
+                p.grad = torch.full_like(p, math.nan)
+            found_inf.fill_(1)
+            optims[0].step()
+            assert all(torch.equal(v, before[key]) for key, v in skips.state_dict().items())
+            found_inf.fill_(0)
+        for p, q in zip(skips.parameters(), never.parameters(), strict=True):
+            p.grad = torch.randn(p.shape, generator=generator)
+            q.grad = p.grad.clone()
+        for optim in optims:
+            optim.step()
+    assert_equal_states(optims[0], optims[1])
+    assert all(map(torch.equal, skips.parameters(), never.parameters()))
+
+
+def assert_equal_states(one: torch.optim.Optimizer, other: torch.optim.Optimizer) -> None:
+    for ours, theirs in zip(one.state.values(), other.state.values(), strict=True):
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
 def test_sgd_takes_the_papers_steps() -> None:
@@ -170,7 +199,8 @@ def drive(
     generator = torch.Generator().manual_seed(9)
     for i in range(STEPS):
         if optimizer is not None:
-            set_learning_rate(optimizer, 0.1 + 0.4 * i / STEPS)
+            for group in optimizer.param_groups:
+                group["lr"] = 0.1 + 0.4 * i / STEPS
         for p in params:
             p.grad = scale * (torch.randn(p.shape, generator=generator) + 0.1 * p.detach())
         step()
@@ -292,7 +322,7 @@ def test_excluded_vectors_take_torchs_sgd_steps_bitwise() -> None:
     config = OptimConfig(optimizer="lars", decay_norm_and_bias=False, weight_decay=0.1)
     ours, theirs = Method(), Method()
     theirs.load_state_dict(ours.state_dict())
-    plain = torch.optim.SGD(theirs.parameters(), lr=config.lr, momentum=config.momentum)
+    plain = torch.optim.SGD(theirs.parameters(), lr=config.lr, momentum=config.momentum, fused=True)
     optim = build_optimizer(ours, config, CPU)
     for _ in range(3):
         for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):

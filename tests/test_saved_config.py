@@ -127,7 +127,7 @@ def test_the_rules_are_those_of_the_table() -> None:
     assert by_rule["free"] == {
         *("data.root", "data.workers", "data.loader", "data.download", "device", "out"),
         *("data.on_bad_image", "data.max_bad"),
-        *(name for name in names(Config) if name.startswith("log.")),
+        *(name for name in names(Config) if name.startswith(("log.", "step."))),
     }
     assert by_rule["schedule"] == {name for name in names(Config) if name.startswith("optim.")} - {
         "optim.optimizer",

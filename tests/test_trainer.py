@@ -152,7 +152,8 @@ def test_the_runs_that_are_compared_do_move_everything_that_is_compared(
         torch.manual_seed(config.seed)
         with RunFolder.open(str(path), config, overwrite=False, rank=0) as folder:
             started = Trainer(config, folder, CPU).snapshot()
-        assert ended.step == STEPS and ended.optim.keys() != started.optim.keys()
+        assert ended.step == STEPS
+        assert all(value.any() for value in ended.optim.values())
         moved = [k for k in started.model if not torch.equal(started.model[k], ended.model[k])]
         assert len(moved) > 0.9 * len(started.model)
 

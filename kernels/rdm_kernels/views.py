@@ -9,6 +9,7 @@ Steps, in this order: crop and resize (antialiased), rotate and shear (black out
 flip, normalise. Images of one channel have no saturation, hue or grey.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -28,6 +29,7 @@ OPERATIONS = ("brightness", "contrast", "saturation", "hue")
 SOLARIZE_THRESHOLD = 128
 LUMA = (19595, 38470, 7471)  # ITU-R 601 in 1/65536, as Pillow has it; exact in float32
 LUMA_SHIFT = 65536
+NEGLIGIBLE = -30.0  # exponent of a weight: e^-90 would be subnormal, and slow on a CPU
 TIE = 1e-4  # levels; more than float32 loses in a weighted mean of pixels
 
 Rows = Mapping[str, Tensor]
@@ -198,16 +200,31 @@ def _distort(x: Tensor, rows: Rows) -> Tensor:
     return _cut(moved + 1e-3) * inside  # the summand keeps 99.9999 from becoming 99
 
 
+def blur_matrix(sigma: Tensor, size: int, taps: int) -> Tensor:
+    """Gaussian blur of a line of pixels with reflected ends, as a matrix on it.
+
+    Args:
+        sigma: standard deviations in pixels, above 0, [..., 1, 1] float32.
+        size: pixels of the line.
+        taps: length of the kernel, odd, under 2 size.
+
+    Returns:
+        [..., size, size] float32; rows sum to 1.
+    """
+    offset = torch.arange(taps, device=sigma.device) - taps // 2
+    exponent = -0.5 * (offset / sigma) ** 2  # [..., 1, taps]
+    kernel = torch.softmax(exponent.masked_fill(exponent < NEGLIGIBLE, -math.inf), dim=-1)
+    source = (torch.arange(size, device=sigma.device)[:, None] + offset).abs()
+    source = torch.where(source < size, source, 2 * (size - 1) - source)  # [size, taps]
+    shape = (*sigma.shape[:-2], size, taps)
+    matrix = sigma.new_zeros(*sigma.shape[:-2], size, size)
+    return matrix.scatter_add_(-1, source.expand(shape), kernel.expand(shape))
+
+
 def _blur(x: Tensor, sigma: Tensor, taps: int) -> Tensor:
     """Gaussian blur with reflected borders, [n, C, S, S], as a matrix on either side."""
-    S = x.shape[3]
-    offset = torch.arange(taps, device=x.device) - taps // 2
-    kernel = torch.softmax(-0.5 * (offset / sigma[:, 0]) ** 2, dim=-1)  # [n, 1, taps]
-    source = (torch.arange(S, device=x.device)[:, None] + offset).abs()
-    source = torch.where(source < S, source, 2 * (S - 1) - source)  # [S, taps]
-    shape = (len(x), S, taps)
-    matrix = x.new_zeros(len(x), S, S).scatter_add_(2, source.expand(shape), kernel.expand(shape))
-    return (matrix[:, None] @ x @ matrix.mT[:, None]).round_()
+    matrix = blur_matrix(sigma, x.shape[3], taps)  # [n, 1, S, S]
+    return (matrix @ x @ matrix.mT).round_()
 
 
 # ---- colour ----------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 What the index finds before training is left out of the data set. A file that turns bad after that
 (it vanished, changed its size, or has damage that only decoding shows) keeps its place in the
 order, so that nothing else moves: the next image of the list that can be read takes its turn,
-drawn as that image is drawn in this epoch.
+drawn as that image is drawn in this epoch. Evaluation has no order, and leaves it out.
 """
 
 from contextlib import suppress
@@ -66,12 +66,15 @@ def leave_out(
     print0(f"warning: {found}: they are left out")
 
 
-def read_or_next(images: ImageSet, i: int) -> tuple[int, Pixels]:
+def read_or_next(images: ImageSet, i: int, config: DataConfig) -> tuple[int, Pixels]:
     """Image i, or the first after it that can be read, with its index.
 
     Raises:
-        DataError: none of NEIGHBOURS images can be read; the first is named.
+        DataError: image i cannot be read and data.on_bad_image is stop, or none of NEIGHBOURS
+            images can be; the first is named.
     """
+    if config.on_bad_image == "stop":
+        return i, images.read(i)
     first: DataError | None = None
     for candidate in range(i, i + min(NEIGHBOURS, len(images))):
         try:
@@ -85,9 +88,12 @@ def read_or_next(images: ImageSet, i: int) -> tuple[int, Pixels]:
 class LostImages:
     """Images that turned bad after the index looked at them, as this rank sees them."""
 
-    def __init__(self, images: ImageSet, config: DataConfig) -> None:
-        self._images, self._config = images, config
-        self._lost: set[int] = set()
+    def __init__(
+        self, images: ImageSet, config: DataConfig, outcome: str = "the next image takes its place"
+    ) -> None:
+        """`outcome` is what the warning says."""
+        self._images, self._config, self._outcome = images, config, outcome
+        self.indices: set[int] = set()
 
     def note(self, asked: NDArray[np.int64], shown: NDArray[np.int64]) -> None:
         """Warn of images in whose place another was shown, list and count them.
@@ -96,32 +102,49 @@ class LostImages:
             DataError: more than data.max_bad of the images are lost.
         """
         for i in asked[asked != shown].tolist():
-            if i not in self._lost:
-                self._lost.add(i)
-                self._tell(i)
+            self.add(i)
 
-    def _tell(self, i: int) -> None:
-        name, listing, limit = self._images.name(i), self._images.bad_files, self._config.max_bad
+    def add(self, i: int) -> None:
+        """Warn of image i, list and count it.
+
+        Raises:
+            DataError: more than data.max_bad of the images are lost, or data.on_bad_image is stop.
+        """
+        if i in self.indices:
+            return
+        self.indices.add(i)
+        name, config = self._images.name(i), self._config
         try:
             self._images.read(i)
             why = f"{name} could not be read for a moment"
         except DataError as error:
+            if config.on_bad_image == "stop":
+                raise
             why = str(error)
-        if listing is not None:
-            header = "" if listing.exists() else HEADER
-            with suppress(OSError), open(listing, "a", encoding="utf-8") as table:
-                table.write(f"{header}{name}\t{why.removeprefix(name).strip()}\n")
-        if len(self._lost) > limit * len(self._images):
+        listed_before = self._list(name, why.removeprefix(name).strip())
+        if len(self.indices) > config.max_bad * len(self._images):
             raise DataError(
-                f"{why}; with it rank {rank()} lost {len(self._lost)} of {len(self._images)} "
-                f"images while training, more than --data.max-bad {limit:g}: repair them and run "
+                f"{why}; with it rank {rank()} lost {len(self.indices)} of {len(self._images)} "
+                f"images, more than --data.max-bad {config.max_bad:g}: repair them and run "
                 "the same command again, or allow more"
             )
-        if len(self._lost) == 1:
+        if len(self.indices) == 1 and not listed_before:
+            listing = self._images.bad_files
             more = f", and further ones are only listed in {listing}" if listing else ""
-            print(
-                f"warning: rank {rank()}: {why}: the next image takes its place{more}", flush=True
-            )
+            print(f"warning: rank {rank()}: {why}: {self._outcome}{more}", flush=True)
+
+    def _list(self, name: str, why: str) -> bool:
+        """Enter an image in the table; whether it was there already."""
+        listing = self._images.bad_files
+        if listing is None:
+            return False
+        with suppress(OSError), open(listing, "a+", encoding="utf-8") as table:
+            table.seek(0)
+            known = table.read()
+            if f"\n{name}\t" in known:
+                return True
+            table.write(f"{'' if known else HEADER}{name}\t{why}\n")
+        return False
 
 
 def _row(bad: BadFile) -> str:

@@ -2,7 +2,8 @@
 
 DALI carries out what `sampler` drew (`dali_graph`) and nothing else: order, sharding and resuming
 are ours, so no state of DALI goes into a checkpoint. Reading runs some steps ahead of DALI
-(`dali_input`), and DALI two steps ahead of the trainer.
+(`dali_input`), and DALI two steps ahead of the trainer. DALI stops at a file that it cannot decode;
+it is then started again at the same step, without that file.
 """
 
 from collections.abc import Iterator
@@ -15,10 +16,12 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from rdm_fast.config import Config
+from rdm_fast.data.bad_files import LostImages
 from rdm_fast.data.batch import Batch, labels_of
 from rdm_fast.data.dali_input import Source, file_for_dali
 from rdm_fast.data.images import ImageSet
-from rdm_fast.errors import DataError, Unavailable, UserError
+from rdm_fast.errors import DataError, Unavailable
+from rdm_fast.precision import HALVES
 
 QUEUE = 2  # steps that DALI works ahead
 SHOWN = 200  # characters of an error of DALI's
@@ -40,6 +43,8 @@ class DaliLoader:
     ) -> None:
         self.config, self.images, self.device = config, images, device
         self._rank, self._world_size = rank, world_size
+        self._lost = LostImages(images, config.data)
+        self._by_pillow: set[int] = set()
         self._graph = import_graph()
         self._idle: _Fed | None = self._build()
         self.steps_per_epoch = len(images) // config.optim.global_batch
@@ -48,32 +53,68 @@ class DaliLoader:
         if start_step >= self.steps_per_epoch:
             return
         fed, self._idle = self._idle or self._build(), None
-        pipeline, source = fed
-        source.plan(epoch, start_step)
+        fed[1].plan(epoch, start_step)
         for step in range(start_step, self.steps_per_epoch):
-            indices = source.indices(step)
-            view1, view2 = self._run(fed, step)
+            while (views := self._run(fed, step)) is None:
+                fed = self._build()
+                fed[1].plan(epoch, step)
+            indices = fed[1].shown(step)
+            self._lost.note(fed[1].asked(step), indices)
             labels = labels_of(self.images, indices).to(self.device, non_blocking=True)
-            yield Batch(view1, view2, labels, torch.from_numpy(indices))
-        pipeline.reset()
+            yield Batch(*views, labels, torch.from_numpy(indices))
+        fed[0].reset()
         self._idle = fed  # one left in mid-epoch is not used again
 
-    def _run(self, fed: _Fed, step: int) -> tuple[Tensor, Tensor]:
-        """The views of the next step, [b, C, S, S], channels_last."""
+    def _run(self, fed: _Fed, step: int) -> tuple[Tensor, Tensor] | None:
+        """The views of the next step, [b, C, S, S], channels_last.
+
+        None if DALI failed to decode a file, after which it does not go on: with a new pipeline
+        that file comes as pixels, or the next image in its place.
+        """
         pipeline, source = fed
         try:
             if self.device.type == "cuda":
                 outputs = pipeline.run(torch.cuda.current_stream(self.device))
             else:
                 outputs = pipeline.run()
+        except StopIteration:
+            refusal = source.refusal()
+            assert refusal is not None  # else there were more steps than planned
+            raise refusal from None
         except RuntimeError as error:
-            raise self._explain(source, step, error) from None
+            found = self._undecodable(source, step)
+            if not found:
+                raise Unavailable(
+                    f"DALI failed at step {step} of an epoch ({_line(error)}): use "
+                    "--data.loader torch"
+                ) from None
+            self._by_pillow |= found
+            return None
         view1, view2 = (from_dlpack(views.as_tensor()) for views in outputs)
         return view1.permute(0, 3, 1, 2), view2.permute(0, 3, 1, 2)
 
+    def _undecodable(self, source: Source, step: int) -> set[int]:
+        """Files of this step, or of one that DALI was already at, that it cannot decode."""
+        if self.images.pixels is not None:
+            return set()
+        ahead = range(step, min(step + QUEUE, self.steps_per_epoch))
+        asked = {i for later in ahead for i in source.asked(later).tolist()}
+        return {i for i in asked - self._by_pillow if not self._decodes(i)}
+
+    def _decodes(self, i: int) -> bool:
+        try:
+            on_gpu = self.device.type == "cuda"
+            self._graph.decode_alone(
+                file_for_dali(self.images, i), _device_id(self.device) if on_gpu else None
+            )
+            self.images.read(i)
+        except (RuntimeError, DataError):
+            return False
+        return True
+
     def _build(self) -> _Fed:
         config, device = self.config, self.device
-        source = Source(config, self.images, self._rank, self._world_size)
+        source = Source(config, self.images, self._rank, self._world_size, self._by_pillow)
         on_gpu = device.type == "cuda"
         try:
             pipeline = self._graph.pipeline_of_views(
@@ -84,7 +125,7 @@ class DaliLoader:
                 threads=max(1, config.data.workers),
                 device_id=_device_id(device) if on_gpu else None,
                 encoded=self.images.pixels is None,
-                half=on_gpu and config.precision != "fp32",
+                half=on_gpu and config.precision in HALVES,
             )
             pipeline.build()
         except RuntimeError as error:
@@ -92,34 +133,6 @@ class DaliLoader:
                 f"DALI cannot work on {device} ({_line(error)}): use --data.loader torch"
             ) from error
         return pipeline, source
-
-    def _explain(self, source: Source, step: int, error: RuntimeError) -> UserError:
-        """Which image DALI stumbled over; it works ahead, so it may be one of the next steps."""
-        for ahead in range(step, min(step + QUEUE, self.steps_per_epoch)):
-            for i in source.indices(ahead).tolist():
-                try:
-                    self._check(i)
-                except UserError as found:
-                    return found
-        return Unavailable(
-            f"DALI failed at step {step} of an epoch ({_line(error)}): use --data.loader torch"
-        )
-
-    def _check(self, i: int) -> None:
-        """Refuse image i if it is not what it was, or if DALI cannot decode it.
-
-        Raises:
-            DataError: one of these.
-        """
-        self.images.read(i)
-        if self.images.pixels is None:
-            try:
-                self._graph.decode_alone(file_for_dali(self.images, i))
-            except RuntimeError as error:
-                raise DataError(
-                    f"{self.images.name(i)} cannot be decoded by DALI ({_line(error)}): repair "
-                    "it, or use --data.loader torch"
-                ) from None
 
 
 def import_graph() -> ModuleType:

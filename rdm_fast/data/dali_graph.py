@@ -103,8 +103,8 @@ def pipeline_of_views(
     return build()
 
 
-def decode_alone(file: Pixels) -> None:
-    """Decode one encoded image, [n] bytes, on the CPU.
+def decode_alone(file: Pixels, device_id: int | None) -> None:
+    """Decode one encoded image, [n] bytes, on a GPU, or on the CPU if there is None.
 
     Raises:
         RuntimeError: DALI cannot.
@@ -112,9 +112,10 @@ def decode_alone(file: Pixels) -> None:
 
     def graph() -> Node:
         encoded = fn.external_source(source=lambda: [file], dtype=types.UINT8, ndim=1)
-        return fn.decoders.image(encoded, adjust_orientation=False)
+        decoder = "cpu" if device_id is None else "mixed"
+        return fn.decoders.image(encoded, device=decoder, adjust_orientation=False)
 
-    pipeline_def(graph, batch_size=1, num_threads=1, device_id=None)().run()
+    pipeline_def(graph, batch_size=1, num_threads=1, device_id=device_id)().run()
 
 
 def view_of(image: Node, p: Nodes, augment: AugmentConfig) -> Node:

@@ -6,7 +6,9 @@ DALI's decoders give Pillow's pixels for JPEG and 8-bit PNG files. Every other k
 Pillow and handed over as PPM, so that an image is the same in every loader.
 """
 
+from collections.abc import Set
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,7 @@ from numpy.typing import NDArray
 
 from rdm_fast.config import Config, ViewConfig
 from rdm_fast.data.augment import blur_taps
+from rdm_fast.data.bad_files import read_or_next
 from rdm_fast.data.batch import draw_pair
 from rdm_fast.data.images import ImageSet, Pixels
 from rdm_fast.data.sampler import (
@@ -23,9 +26,12 @@ from rdm_fast.data.sampler import (
     epoch_order,
     step_indices,
 )
+from rdm_fast.errors import DataError, UserError
 
 Indices = NDArray[np.int64]
 Arrays = dict[str, NDArray[Any]]
+_Read = list[tuple[int, Pixels]]
+"""Images with their indices."""
 
 NOTHING = -1
 """A round of jitter that leaves an image as it is."""
@@ -37,13 +43,20 @@ READERS = 8  # threads: they wait for a disk or a network more than they work
 
 
 class Source:
-    """What DALI asks for its input, step after step of an epoch; this rank's part."""
+    """What DALI asks for its input, step after step of an epoch; this rank's part.
 
-    def __init__(self, config: Config, images: ImageSet, rank: int, world_size: int) -> None:
+    An image that cannot be read is replaced as in every loader (`bad_files.read_or_next`).
+    """
+
+    def __init__(
+        self, config: Config, images: ImageSet, rank: int, world_size: int, by_pillow: Set[int]
+    ) -> None:
+        """`by_pillow`: images whose files DALI cannot decode; it is given Pillow's pixels."""
         self._config, self._images = config, images
         self._rank, self._world_size = rank, world_size
         self.steps_per_epoch = len(images) // config.optim.global_batch
         self.local_batch = config.optim.local_batch(world_size)
+        self._by_pillow = by_pillow
         self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="rdm-reader")
         self.plan(0, 0)
 
@@ -51,12 +64,22 @@ class Source:
         """Begin an epoch at step `start`."""
         self._epoch, self._start = epoch, start
         self._order = epoch_order(self._config.seed, epoch, len(self._images))
-        self._ahead: dict[int, list[Future[list[Any]]]] = {}
+        self._ahead: dict[int, tuple[list[Future[_Read]], Future[list[Any]]]] = {}
+        self._shown: dict[int, Indices] = {}
+        self._refused: UserError | None = None
 
-    def indices(self, step: int) -> Indices:
+    def asked(self, step: int) -> Indices:
         """This rank's images of a step of the epoch."""
         batch = self._config.optim.global_batch
         return step_indices(self._order, step, batch, self._rank, self._world_size)
+
+    def shown(self, step: int) -> Indices:
+        """The images that DALI was given for a step: those asked for, but for unreadable ones."""
+        return self._shown.pop(step)
+
+    def refusal(self) -> UserError | None:
+        """Why DALI was given nothing more, if that is not the epoch's end."""
+        return self._refused
 
     def __call__(self, info: Any) -> list[Any]:
         """Images and arrays of the step after those already asked for."""
@@ -66,19 +89,35 @@ class Source:
         for ahead in range(step, min(step + READ_AHEAD, self.steps_per_epoch)):
             if ahead not in self._ahead:
                 self._ahead[ahead] = self._read(ahead)
-        *parts, arrays = (part.result() for part in self._ahead.pop(step))
-        return [[file for part in parts for file in part], *arrays]
+        parts, arrays = self._ahead.pop(step)
+        try:
+            read = [image for part in parts for image in part.result()]
+        except UserError as error:  # told when its turn comes: DALI is steps ahead
+            self._refused = error
+            raise StopIteration from None
+        shown, asked = np.array([i for i, _ in read]), self.asked(step)
+        self._shown[step] = shown
+        as_asked = bool((shown == asked).all())
+        return [[file for _, file in read], *(arrays.result() if as_asked else self._fed(shown))]
 
-    def _read(self, step: int) -> list["Future[list[Any]]"]:
-        """The parts of a step's input, under way: images in some parts, and all arrays."""
-        indices, submit = self.indices(step), self._readers.submit
+    def _read(self, step: int) -> tuple[list["Future[_Read]"], "Future[list[Any]]"]:
+        """A step's input, under way: images in some parts, and all arrays."""
+        indices, submit = self.asked(step), self._readers.submit
         parts = np.array_split(indices, min(READERS, len(indices)))
-        return [*(submit(self._files, part) for part in parts), submit(self._fed, indices)]
+        return [submit(self._files, part) for part in parts], submit(self._fed, indices)
 
-    def _files(self, indices: Indices) -> list[Any]:
+    def _files(self, indices: Indices) -> "_Read":
         if self._images.pixels is not None:
-            return list(self._images.pixels[indices])
-        return [file_for_dali(self._images, i) for i in indices.tolist()]
+            return list(zip(indices.tolist(), self._images.pixels[indices], strict=True))
+        return [self._file(i) for i in indices.tolist()]
+
+    def _file(self, i: int) -> tuple[int, Pixels]:
+        """Image i, or the one in its place, as a file."""
+        if i not in self._by_pillow:
+            with suppress(DataError):
+                return i, file_for_dali(self._images, i)
+        shown, pixels = read_or_next(self._images, i, self._config.data)
+        return shown, as_ppm(pixels)
 
     def _fed(self, indices: Indices) -> list[Any]:
         return [array for view in self.arrays(self._epoch, indices) for array in view.values()]
@@ -107,7 +146,11 @@ def file_for_dali(images: ImageSet, i: int) -> Pixels:
     head = file[: PNG_DEPTH + 1].tobytes()
     if head.startswith(JPEG) or (head.startswith(PNG) and head[PNG_DEPTH:] <= b"\x08"):
         return file
-    pixels = images.read(i)
+    return as_ppm(images.read(i))
+
+
+def as_ppm(pixels: Pixels) -> Pixels:
+    """[H, W, 3] as a file that needs no decoding, [n] bytes."""
     header = f"P6 {pixels.shape[1]} {pixels.shape[0]} 255\n".encode()
     return np.concatenate((np.frombuffer(header, np.uint8), pixels.reshape(-1)))
 

@@ -95,6 +95,20 @@ def decode(source: Path | BinaryIO, name: str) -> Pixels:
         raise unreadable(name, error) from error
 
 
+def read_file(path: Path, name: str, offset: int = 0, size: int = -1) -> bytes:
+    """Bytes of a file: `size` of them from `offset` on, or all.
+
+    Raises:
+        DataError: it cannot be read, or is no regular file; the message calls it `name`.
+    """
+    try:
+        with _opened(path) as file:
+            file.seek(offset)
+            return file.read(size)
+    except (OSError, ValueError) as error:
+        raise unreadable(name, error) from error
+
+
 def unreadable(name: str, error: Exception) -> DataError:
     """The sentence for an image that cannot be read or decoded."""
     return DataError(f"{name} cannot be read as an image ({reason(error)})")

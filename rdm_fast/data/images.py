@@ -15,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rdm_fast.data.decode import Pixels as Pixels
-from rdm_fast.data.decode import decode, look, one_line, unreadable
+from rdm_fast.data.decode import decode, look, one_line, read_file
 from rdm_fast.data.index import Index
-from rdm_fast.errors import DataError
+from rdm_fast.errors import ConfigMismatch, DataError
 
 Labels = NDArray[np.int64]
 
@@ -62,7 +62,7 @@ class ImageSet(ABC):
         """The file of image i, undecoded, as bytes [n]; there is none if `pixels` is set.
 
         Raises:
-            DataError: it cannot be read.
+            DataError: it cannot be read, or its header is not what it was.
         """
         raise NotImplementedError
 
@@ -81,6 +81,19 @@ class ImageSet(ABC):
             digest.update(np.ascontiguousarray(self.labels, dtype="<i8").data)
         self._content(digest)
         return digest.hexdigest()
+
+    def require_digest(self, digest: str | None, run: Path, root: str) -> None:
+        """Refuse to go on with a run in `run` whose images had another digest (None: not known).
+
+        Raises:
+            ConfigMismatch: naming --data.root, which is `root`.
+        """
+        if digest not in (None, self.digest):
+            raise ConfigMismatch(
+                f"the images in --data.root {root} are not those that the run in {run} was started "
+                f"with (files or labels differ; now there are {len(self)} usable ones): put them "
+                "back as they were, or start anew with another --out"
+            )
 
 
 class PixelImages(ImageSet):
@@ -149,48 +162,77 @@ class EncodedImages(ImageSet):
         return PixelImages(pixels, self.labels, self.classes)
 
 
-class FileImages(ImageSet):
-    """Image files, decoded when read."""
+class StoredImages(ImageSet):
+    """Image files that an index has looked at, read and decoded one by one."""
 
-    def __init__(self, root: Path, index: Index, labels: Labels | None, classes: list[str]) -> None:
-        """The usable ones of the files in an index of `root`; `labels` are those of all files."""
+    def __init__(self, index: Index, labels: Labels | None, classes: list[str]) -> None:
+        """The usable ones of an index; `labels` are those of all files."""
         kept = np.flatnonzero(index.usable)
         files = [index.files[k] for k in kept.tolist()]
         encoded = [os.fsencode(file.path) for file in files]
         # One buffer, not a million objects, whose reference counts would copy it into each worker.
         self._paths = b"".join(encoded)
         self._ends = np.cumsum([0, *map(len, encoded)])
-        self._root, self._file_sizes = root, np.array([file.size for file in files], "<i8")
+        self._file_sizes = np.array([file.size for file in files], "<i8")
         self._kinds, self._kind_names = index.kinds[kept], index.kind_names
         super().__init__(None if labels is None else labels[kept], classes, index.sizes[kept])
 
-    def path(self, i: int) -> Path:
-        """File of image i."""
-        return self._root / os.fsdecode(self._paths[self._ends[i] : self._ends[i + 1]])
+    def indexed_path(self, i: int) -> str:
+        """What the index calls image i."""
+        return os.fsdecode(self._paths[self._ends[i] : self._ends[i + 1]])
 
     def kind(self, i: int) -> str:
         """Format and Pillow mode of image i, `animated` if it is: `PNG I;16`, `GIF P animated`."""
         return self._kind_names[self._kinds[i]]
 
-    def file(self, i: int) -> Pixels:
-        try:
-            return np.fromfile(self.path(i), np.uint8)
-        except OSError as error:
-            raise unreadable(self.name(i), error) from error
+    @abstractmethod
+    def _bytes(self, i: int) -> bytes:
+        """The file of image i.
 
-    def name(self, i: int) -> str:
-        return one_line(str(self.path(i)))
+        Raises:
+            DataError: it cannot be read.
+        """
+
+    def file(self, i: int) -> Pixels:
+        data = self._bytes(i)
+        seen = look(io.BytesIO(data), full=False)  # some 20 us; a decoder may be less strict
+        if isinstance(seen, str):
+            raise DataError(f"{self.name(i)} cannot be read as an image ({seen})")
+        self._require_size(i, seen.height, seen.width)
+        return np.frombuffer(data, np.uint8)
 
     def read(self, i: int) -> Pixels:
-        pixels, (height, width) = decode(self.path(i), self.name(i)), self.sizes[i]
-        if pixels.shape[:2] != (height, width):
-            H, W = pixels.shape[:2]
-            raise DataError(
-                f"{self.name(i)} has changed: it is {H} x {W} pixels, not {height} x {width}"
-            )
+        pixels = decode(io.BytesIO(self._bytes(i)), self.name(i))
+        self._require_size(i, *pixels.shape[:2])
         return pixels
+
+    def _require_size(self, i: int, height: int, width: int) -> None:
+        H, W = self.sizes[i]
+        if (height, width) != (H, W):
+            raise DataError(
+                f"{self.name(i)} has changed: it is {height} x {width} pixels, not {H} x {W}"
+            )
 
     def _content(self, digest: "hashlib._Hash") -> None:
         digest.update(self._paths)
         digest.update(self._ends.astype("<i8").data)
         digest.update(self._file_sizes.data)
+
+
+class FileImages(StoredImages):
+    """Image files in a folder."""
+
+    def __init__(self, root: Path, index: Index, labels: Labels | None, classes: list[str]) -> None:
+        """The usable ones of the files in an index of `root`."""
+        super().__init__(index, labels, classes)
+        self._root = root
+
+    def path(self, i: int) -> Path:
+        """File of image i."""
+        return self._root / self.indexed_path(i)
+
+    def name(self, i: int) -> str:
+        return one_line(str(self.path(i)))
+
+    def _bytes(self, i: int) -> bytes:
+        return read_file(self.path(i), self.name(i))

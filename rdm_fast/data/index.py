@@ -13,14 +13,14 @@ import tempfile
 import time
 import warnings
 import zipfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 from filelock import FileLock
@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from rdm_fast import durable
-from rdm_fast.data.decode import MAX_PIXELS, Header, look, one_line
+from rdm_fast.data.decode import MAX_PIXELS, Header, look, one_line, reason
 from rdm_fast.distributed import print0
 
 NAME = ".rdm_fast_index"
@@ -47,6 +47,9 @@ class Found(NamedTuple):
     """Bytes."""
     changed: int
     """Time of the last change, in ns."""
+
+
+Opened = Callable[[Found], Path | BinaryIO]
 
 
 class BadFile(NamedTuple):
@@ -75,7 +78,14 @@ class Index:
     """The files that cannot be used."""
 
 
-def build(folder: Path, files: Sequence[Found], *, full: bool, part: str = "") -> Index:
+def build(
+    folder: Path,
+    files: Sequence[Found],
+    *,
+    full: bool,
+    part: str = "",
+    opened: Opened | None = None,
+) -> Index:
     """Look at files, or recall what an earlier look found.
 
     Of the processes of one machine, one looks and the others wait for what it saves.
@@ -86,15 +96,17 @@ def build(folder: Path, files: Sequence[Found], *, full: bool, part: str = "") -
         full: decode each, too.
         part: names the selection if these are not all files of the folder, which then has a saved
             index of its own.
+        opened: opens one of the files if they are parts of others, not paths in the folder.
     """
     index = _recall(folder, files, full, part)
     if index.usable.all():
         return index
-    with _alone(folder):
+    opened = opened or (lambda file: folder / file.path)
+    with alone(folder):
         index = _recall(folder, files, full, part)
         missing = np.flatnonzero(~index.usable)
         saved = time.monotonic()
-        for rows, looks in _looks(folder, files, missing, full):
+        for rows, looks in _looks(folder, files, missing, full, opened):
             for k, seen in zip(rows.tolist(), looks, strict=True):
                 _enter(index, folder, k, seen, full)
             if time.monotonic() - saved > SAVE_EVERY:
@@ -116,8 +128,17 @@ def _enter(index: Index, folder: Path, k: int, seen: Header | str, full: bool) -
     index.kinds[k] = index.kind_names.index(seen.kind)
 
 
+def _seen(file: Found, full: bool, opened: Opened) -> Header | str:
+    try:
+        source = opened(file)
+    except OSError as error:
+        return reason(error)
+    with nullcontext() if isinstance(source, Path) else source:
+        return look(source, full=full)
+
+
 def _looks(
-    folder: Path, files: Sequence[Found], rows: NDArray[np.int64], full: bool
+    folder: Path, files: Sequence[Found], rows: NDArray[np.int64], full: bool, opened: Opened
 ) -> Iterator[tuple[NDArray[np.int64], list[Header | str]]]:
     """Looks at some of the files, in their order, some thousands at a time; tells how far it is."""
     start = told = time.monotonic()
@@ -126,8 +147,8 @@ def _looks(
         warnings.simplefilter("ignore")  # Pillow's, of oddities in files that it can read
         for first in range(0, len(rows), AT_ONCE):
             part = rows[first : first + AT_ONCE]
-            paths = (folder / files[k].path for k in part.tolist())
-            yield part, list(pool.map(partial(look, full=full), paths))
+            some = (files[k] for k in part.tolist())
+            yield part, list(pool.map(partial(_seen, full=full, opened=opened), some))
             now, done = time.monotonic(), first + len(part)
             if now - told > TELL_EVERY:
                 told = now
@@ -139,7 +160,7 @@ def _looks(
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
+def alone(folder: Path) -> Iterator[None]:
     """While no other process of this user on this machine does the same, if that can be had."""
     lock = Path(tempfile.gettempdir(), f"rdm-fast-{os.getuid()}-{_key(folder)}.lock")
     with ExitStack() as stack:
@@ -173,10 +194,10 @@ def _recall(folder: Path, files: Sequence[Found], full: bool, part: str) -> Inde
         files, np.zeros(n, np.bool_), np.zeros(n, np.bool_), np.zeros((n, 2), np.int64),
         np.zeros(n, np.uint8), [], [],
     )  # fmt: skip
-    arrays = next((a for place in _places(folder, part) if (a := _read(place))), None)
+    arrays = recall_arrays(folder, part, _is_sound)
     if arrays is None:
         return index
-    at = {path: row for row, path in enumerate(_split(arrays))}
+    at = {path: row for row, path in enumerate(split(arrays))}
     rows = np.array([at.get(os.fsencode(file.path), -1) for file in files], np.int64)
     there = np.flatnonzero(rows >= 0)
     rows = rows[there]
@@ -190,21 +211,22 @@ def _recall(folder: Path, files: Sequence[Found], full: bool, part: str) -> Inde
     return index
 
 
-def _read(place: Path) -> Arrays | None:
-    """A saved index; None if there is none, or none that can be used."""
-    try:
-        with zipfile.ZipFile(place) as members:  # else a small file could fill the memory
-            if sum(info.file_size for info in members.infolist()) > place.stat().st_size:
-                return None
-        with np.load(place, allow_pickle=False) as saved:
-            arrays: Arrays = dict(saved)
-        return arrays if _is_sound(arrays) else None
-    except Exception:  # zipfile and numpy have many for a damaged file; it is then made anew
-        return None
+def recall_arrays(folder: Path, part: str, is_sound: Callable[[Arrays], bool]) -> Arrays | None:
+    """What `save_arrays` saved; None if there is nothing that can be used."""
+    for place in _places(folder, part):
+        with suppress(Exception):  # zipfile and numpy have many for a damaged file; made anew then
+            with zipfile.ZipFile(place) as members:  # else a small file could fill the memory
+                if sum(info.file_size for info in members.infolist()) > place.stat().st_size:
+                    continue
+            with np.load(place, allow_pickle=False) as saved:
+                arrays: Arrays = dict(saved)
+            if is_sound(arrays):
+                return arrays
+    return None
 
 
 def _save(folder: Path, index: Index, part: str) -> None:
-    """Save what is known of the usable files; a note is printed if it cannot be."""
+    """Save what is known of the usable files."""
     kept = np.flatnonzero(index.usable)
     files = [index.files[k] for k in kept.tolist()]
     paths = [os.fsencode(file.path) for file in files]
@@ -218,6 +240,11 @@ def _save(folder: Path, index: Index, part: str) -> None:
         "kind_names": np.array(index.kind_names, np.str_),
         "decoded": index.decoded[kept],
     }
+    save_arrays(folder, part, arrays)
+
+
+def save_arrays(folder: Path, part: str, arrays: Arrays) -> None:
+    """Save arrays beside the images, or in the user's cache; a note is printed if neither works."""
     buffer = io.BytesIO()
     named: dict[str, Any] = {**arrays}
     np.savez(buffer, **named)  # zip has a checksum of each array
@@ -232,7 +259,8 @@ def _save(folder: Path, index: Index, part: str) -> None:
     print0(f"note: the index of {folder} is not saved ({why}): the next start makes it again")
 
 
-def _split(arrays: Arrays) -> list[bytes]:
+def split(arrays: Arrays) -> list[bytes]:
+    """Names that were saved one after another."""
     joined, ends = arrays["paths"].tobytes(), arrays["ends"].tolist()
     return [joined[a:b] for a, b in pairwise(ends)]
 

@@ -12,12 +12,13 @@ from torch import Tensor
 
 from rdm_fast.config import AugmentConfig, Config
 from rdm_fast.data.augment import normalise
+from rdm_fast.data.bad_files import LostImages
 from rdm_fast.data.batch import Loader
 from rdm_fast.data.dali import DaliLoader
 from rdm_fast.data.images import ImageSet, Pixels
 from rdm_fast.data.resident import ResidentLoader
 from rdm_fast.data.torch_pipeline import TorchLoader, in_workers
-from rdm_fast.errors import Unavailable, UsageError
+from rdm_fast.errors import DataError, Unavailable, UsageError
 
 RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 MARGIN = (256, 224)
@@ -81,10 +82,12 @@ def evaluation_batches(
     rank: int = 0,
     world_size: int = 1,
     workers: int = 0,
+    lost: LostImages | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Every image once over all ranks, without augmentation.
 
     Rank r has images r, r + world_size, ...; the last batch of a rank may be smaller.
+    Images that cannot be read are left out and added to `lost`.
 
     Args:
         images: to be shown.
@@ -92,6 +95,7 @@ def evaluation_batches(
         batch: images of a rank at a time.
         device: where they go.
         workers: processes that decode; decoded images need none.
+        lost: told of images that cannot be read; None if there must be none.
 
     Yields:
         Images, float32 [b, C, S, S], channels_last, on the device; and their indices, int64 [b],
@@ -99,29 +103,44 @@ def evaluation_batches(
 
     Raises:
         UsageError: the number of channels differs.
-        DataError: an image cannot be decoded.
+        DataError: an image cannot be decoded, and `lost` does not allow that.
     """
     _require_channels(images, augment, "the data set")
     own = np.arange(rank, len(images), world_size)
     parts = [own[start : start + batch] for start in range(0, len(own), batch)]
-    make = _CentreViews(images, augment)
-    for pixels, indices in in_workers(make, parts, workers, device):
+    make = _CentreViews(images, augment, skip=lost is not None)
+    for asked, made in zip(parts, in_workers(make, parts, workers, device), strict=True):
+        pixels, indices = made
+        if lost is not None:
+            for i in np.setdiff1d(asked, indices.numpy()).tolist():
+                lost.add(i)
+        if not len(indices):
+            continue
         levels = pixels.to(device, non_blocking=True).permute(0, 3, 1, 2)
         yield normalise(levels, augment), indices
 
 
 class _CentreViews:
-    def __init__(self, images: ImageSet, augment: AugmentConfig) -> None:
-        self.images, self.augment = images, augment
+    """Makes the views of some images, uint8 [b, S, S, C], and says of which.
+
+    With `skip`, those that cannot be read are left out.
+    """
+
+    def __init__(self, images: ImageSet, augment: AugmentConfig, skip: bool) -> None:
+        self.images, self.augment, self.skip = images, augment, skip
 
     def __call__(self, indices: NDArray[np.int64]) -> tuple[Tensor, ...]:
         images, S = self.images, self.augment.size
         if images.pixels is not None and images.pixels.shape[1:3] == (S, S):
-            pixels = images.pixels[indices]
-        else:
-            views = [centre_view(images.read(int(i)), self.augment) for i in indices]
-            pixels = np.stack(views)
-        return torch.from_numpy(pixels), torch.from_numpy(indices)
+            return torch.from_numpy(images.pixels[indices]), torch.from_numpy(indices)
+        views: list[Pixels] = []
+        shown: list[int] = []
+        for i in indices.tolist():
+            with contextlib.suppress(*([DataError] if self.skip else [])):
+                views.append(centre_view(images.read(i), self.augment))
+                shown.append(i)
+        pixels = np.stack(views) if views else np.empty((0, S, S, images.channels), np.uint8)
+        return torch.from_numpy(pixels), torch.tensor(shown, dtype=torch.int64)
 
 
 def centre_view(image: Pixels, augment: AugmentConfig) -> Pixels:

@@ -5,8 +5,11 @@ that works here makes them. They are the first images of the recipe's first epoc
 training, so a row's views differ from loader to loader by rounding only.
 """
 
+import contextlib
 import difflib
+import io
 import math
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -73,10 +76,8 @@ def parse(words: Sequence[str]) -> tuple[Config, Preview]:
         raise UsageError(f"unknown recipe {name}: {hint}")
     config = recipe(name)
     default = Preview(data=config.data, augment=config.augment, seed=config.seed)
+    asked = _parse_flags(words[1:] if named else words, default)
     try:
-        asked = tyro.cli(
-            Preview, args=words[1:] if named else words, prog="preview [RECIPE]", default=default
-        )
         if asked.images < 2:
             raise UsageError(f"--images {asked.images}: give 2 or more")
         batch = replace(config.optim, global_batch=asked.images, accumulate=1)
@@ -86,6 +87,34 @@ def parse(words: Sequence[str]) -> tuple[Config, Preview]:
     except ValueError as error:
         raise UsageError(str(error)) from None
     return config, asked
+
+
+def _parse_flags(words: Sequence[str], default: Preview) -> Preview:
+    """tyro's result; what it tells in a box becomes one sentence.
+
+    Raises:
+        UsageError: a flag or value that is none.
+    """
+    if {"-h", "--help"} & {*words}:
+        return tyro.cli(Preview, args=["--help"], prog="preview [RECIPE]", default=default)
+    box = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(box), contextlib.redirect_stdout(box):
+            return tyro.cli(Preview, args=words, prog="preview [RECIPE]", default=default)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    except SystemExit:
+        raise UsageError(_sentence(box.getvalue())) from None
+
+
+def _sentence(printed: str) -> str:
+    """Of what tyro prints, a title and paragraphs between rules: the first paragraph, and the flag
+    that it thinks was meant."""
+    paragraphs = re.split(r"^\s*-{3,}\s*$", printed, flags=re.MULTILINE)
+    told = " ".join(paragraphs[min(1, len(paragraphs) - 1)].split()).removeprefix("Error parsing ")
+    near = re.search(r"Perhaps you meant:\s+(--[\w.-]+)", printed)
+    way_out = f": did you mean {near[1]}?" if near else " (--help lists all)"
+    return told.rstrip(".") + way_out
 
 
 def preview(asked: tuple[Config, Preview]) -> None:

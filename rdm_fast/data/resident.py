@@ -16,9 +16,7 @@ from rdm_fast.data.augment import view_table, views_of_table
 from rdm_fast.data.batch import Batch, draw_pair, labels_of
 from rdm_fast.data.images import ImageSet, Pixels
 from rdm_fast.data.sampler import epoch_order, step_indices
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-"""What a backbone under autocast would round its input to: the views are made so on a GPU."""
+from rdm_fast.precision import dtype_of_views
 
 
 class ResidentLoader:
@@ -42,7 +40,7 @@ class ResidentLoader:
         self.steps_per_epoch = len(images) // config.optim.global_batch
         planes = np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))  # resizing reads planes
         self._planes = torch.from_numpy(planes).to(device)
-        self._dtype = DTYPES[config.precision] if device.type == "cuda" else torch.float32
+        self._dtype = dtype_of_views(config.precision, device)
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
         config = self.config

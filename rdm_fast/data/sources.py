@@ -13,6 +13,7 @@ from rdm_fast.config import DataConfig, DataName
 from rdm_fast.data.arrays import load_arrays
 from rdm_fast.data.folder import listing, load_folder, require_folder
 from rdm_fast.data.images import ImageSet, PixelImages, Pixels
+from rdm_fast.data.shards import load_shards
 from rdm_fast.distributed import all_reduce_max, rank, world_size
 from rdm_fast.errors import DataError, InputMissing, Unavailable
 
@@ -41,6 +42,8 @@ def load(config: DataConfig, split: Split, bad_files: Path | None = None) -> Ima
         return load_digits(split)
     if config.name == "folder":
         return load_folder(root, split, config, bad_files)
+    if config.name == "webdataset":
+        return load_shards(root, split, config, bad_files)
     if config.name == "arrays":
         return load_arrays(root, split)
     return load_torchvision(config.name, root, split, config.download)

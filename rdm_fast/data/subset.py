@@ -15,6 +15,7 @@ class Subset(ImageSet):
         labels = None if images.labels is None else images.labels[indices]
         super().__init__(labels, images.classes, images.sizes[indices])
         self.images, self.indices, self.channels = images, indices, images.channels
+        self.bad_files = images.bad_files
         self.pixels = None if images.pixels is None else images.pixels[indices]
 
     def read(self, i: int) -> Pixels:

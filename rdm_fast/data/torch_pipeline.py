@@ -70,17 +70,12 @@ class PairOfViews:
         self.config, self.images, self.epoch = config, images, epoch
 
     def __call__(self, indices: Indices) -> tuple[Tensor, ...]:
-        read = [self._read(i) for i in indices.tolist()]
+        read = [read_or_next(self.images, i, self.config.data) for i in indices.tolist()]
         indices = np.array([i for i, _ in read])
         parameters = draw_pair(self.config, self.images, self.epoch, indices)
         pairs = [self._pair(parameters, row, image) for row, (_, image) in enumerate(read)]
         view1, view2 = (torch.from_numpy(np.stack(views)) for views in zip(*pairs, strict=True))
         return view1, view2, labels_of(self.images, indices), torch.from_numpy(indices)
-
-    def _read(self, i: int) -> tuple[int, Pixels]:
-        if self.config.data.on_bad_image == "stop":
-            return i, self.images.read(i)
-        return read_or_next(self.images, i)
 
     def _pair(
         self, parameters: tuple[ViewParameters, ViewParameters], row: int, image: Pixels

@@ -27,6 +27,7 @@ from torch import Tensor
 from rdm_fast.config import FilterConfig
 from rdm_fast.engines.gemm import needs_float64
 from rdm_fast.errors import Unavailable
+from rdm_fast.host_copy import HostCopy
 from rdm_kernels.matrix_function import CHOLESKY_FAILED, INACCURATE
 from rdm_kernels.safe_eigh import has_fast_float64
 
@@ -56,7 +57,8 @@ class Engine:
 
     def __init__(self, config: FilterConfig, device: torch.device) -> None:
         self.config, self.device = config, device
-        self._pending: tuple[Tensor, torch.cuda.Event | None] | None = None
+        self._pending: HostCopy | None = None
+        self._recorded: Tensor | None = None  # status word that a CUDA graph writes
         self.restore({})
 
     @property
@@ -77,24 +79,22 @@ class Engine:
             Unavailable: engine=gemm was asked for by name and was not accurate on the last batch.
         """
         if self._pending is not None:
-            status, copied = self._pending
-            self._pending = None
-            if copied is not None:
-                copied.synchronize()  # recorded a step ago
-            self._read(status)
+            pending, self._pending = self._pending, None
+            self._read(pending.read())
         return self.name
 
     def watch(self, status: Tensor | None) -> None:
         """Have the next `current` look at this status word, [v] int32; None: nothing to look at."""
         if status is None:
             return
-        if status.device.type == "cpu":
-            self._pending = (status, None)
-        elif not torch.cuda.is_current_stream_capturing():
-            host = torch.empty(status.shape, dtype=status.dtype, pin_memory=True)
-            host.copy_(status, non_blocking=True)
-            self._pending = (host, torch.cuda.Event())
-            self._pending[1].record()
+        if status.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            self._recorded = status
+        else:
+            self._pending = HostCopy(status)
+
+    def watch_replay(self) -> None:
+        """`watch` the status word of the filter that was recorded in the graph replayed last."""
+        self.watch(self._recorded)
 
     def _read(self, status: Tensor) -> None:
         reasons = [text for bit, text in REASONS.items() if bool((status & bit).any())]

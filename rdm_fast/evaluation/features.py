@@ -7,7 +7,7 @@ missed or embedded twice.
 
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
 from pathlib import Path
 
@@ -17,11 +17,55 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from rdm_fast.config import Precision
+from rdm_fast.config import Config, Precision
+from rdm_fast.data import ImageSet, evaluation_batches
+from rdm_fast.data.bad_files import LostImages
 from rdm_fast.distributed import all_reduce_max, print0, rank, world_size
+from rdm_fast.errors import DataError
+from rdm_fast.precision import autocast, float32_products
 
 ROWS = 16_384
 """Rows that travel in one collective, which bounds its device memory."""
+
+
+def embed(
+    backbone: nn.Module,
+    images: ImageSet,
+    config: Config,
+    device: torch.device,
+    *,
+    batch: int,
+) -> tuple[Tensor, Tensor]:
+    """Embeddings of all images that can be read, each rank embedding its share.
+
+    Args:
+        backbone: on the device, as for `extract`.
+        images: to be embedded, as evaluation shows them.
+        config: augment's normalisation, precision, and data.max_bad, the share of the images that
+            may turn out to be unreadable; they are left out, with a warning.
+        device: where the backbone is.
+        batch: images of a rank at a time.
+
+    Returns:
+        [m, d_emb] float32 on the CPU, and of which images they are, [m] int64, rising; the same on
+        every rank.
+
+    Raises:
+        DataError: too many images cannot be read, or one and data.on_bad_image is stop.
+    """
+    lost = LostImages(images, config.data, "evaluation leaves it out")
+    batches = evaluation_batches(
+        images, config.augment, batch=batch, device=device, rank=rank(), world_size=world_size(),
+        workers=config.data.workers if images.pixels is None else 0, lost=lost,
+    )  # fmt: skip
+    n = len(images)
+    features = extract(backbone, batches, n, precision=config.precision, left_out=lost.indices)
+    left_out = torch.zeros(n, dtype=torch.int64)
+    left_out[list(lost.indices)] = 1
+    kept = (_sum_over_ranks(left_out, _collective_device()) == 0).nonzero()[:, 0]
+    if not len(kept):
+        raise DataError(f"none of {n} images can be read, such as {images.name(0)}")
+    return features if len(kept) == n else features[kept], kept
 
 
 @torch.no_grad()
@@ -31,6 +75,7 @@ def extract(
     n: int,
     *,
     precision: Precision = "fp32",
+    left_out: Collection[int] = (),
 ) -> Tensor:
     """Embeddings of a whole data set, from the backbone in evaluation mode.
 
@@ -40,11 +85,12 @@ def extract(
         batches: this rank's share as (images, indices [b] int64), images on the backbone's
             device. All ranks' shares together hold each of 0 .. n - 1 once, in any order.
         n: images in the data set.
-        precision: arithmetic of the backbone: fp32, or autocast to bf16 or fp16.
+        precision: arithmetic of the backbone, as in `rdm_fast.precision`.
+        left_out: of this rank's share, images that the batches do not hold; read after them.
 
     Returns:
-        [n, d_emb] float32 on the CPU, row i from image i; the same on every rank. A rank needs
-        memory for this matrix once.
+        [n, d_emb] float32 on the CPU, row i from image i, or zero if it was left out; the same on
+        every rank. A rank needs memory for this matrix once.
 
     Raises:
         ValueError: an image was missing, came twice or is not one of the n.
@@ -54,11 +100,8 @@ def extract(
     backbone.eval()
     try:
         for images, indices in batches:
-            with torch.autocast(
-                images.device.type,
-                dtype=torch.float16 if precision == "fp16" else torch.bfloat16,
-                enabled=precision != "fp32",
-            ):
+            device = images.device
+            with float32_products(precision, device), autocast(precision, device):
                 rows = backbone(images).float().cpu()  # [b, d_emb]; waits for the device
             indices = indices.cpu()
             _check_batch(rows, indices, n)
@@ -66,6 +109,7 @@ def extract(
                 features = torch.zeros(n, rows.shape[1])
             features[indices] = rows
             counts += torch.bincount(indices, minlength=n)
+        counts[list(left_out)] += 1
     finally:
         for module, training in was_training.items():
             module.training = training
@@ -130,7 +174,10 @@ def _sum_over_ranks(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def cached_features(
-    path: Path, key: dict[str, object], compute: Callable[[], tuple[Tensor, Tensor]]
+    path: Path,
+    key: dict[str, object],
+    compute: Callable[[], tuple[Tensor, Tensor]],
+    whole: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Embeddings and labels from a file, if it was written for the same key, else computed.
 
@@ -141,6 +188,7 @@ def cached_features(
             data, view size, split, precision.
         compute: returns features [n, d_emb] and labels [n]. Under several ranks it is called on
             all of them or on none, so it may contain collectives.
+        whole: rows of all images; fewer are not written, as the others may be read again.
 
     Returns:
         (features, labels) on the CPU, the same bits as `compute` returned.
@@ -150,7 +198,7 @@ def cached_features(
     if all_reduce_max(int(found is None), _collective_device()) == 0 and found is not None:
         return found
     features, labels = compute()
-    if rank() == 0:
+    if rank() == 0 and len(labels) == (len(labels) if whole is None else whole):
         _write(path, wanted, features, labels)
     return features, labels
 

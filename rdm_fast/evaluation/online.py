@@ -5,10 +5,9 @@ import torch
 from torch import nn
 
 from rdm_fast.config import Config
-from rdm_fast.data import ImageSet, evaluation_batches
+from rdm_fast.data import ImageSet
 from rdm_fast.data.subset import Subset
-from rdm_fast.distributed import rank, world_size
-from rdm_fast.evaluation.features import extract
+from rdm_fast.evaluation.features import embed
 from rdm_fast.evaluation.knn import knn_accuracy
 
 BATCH = 256
@@ -25,7 +24,8 @@ def knn_top1(
     """Top-1 accuracy in percent of weighted kNN on embeddings; every rank embeds its share.
 
     The bank is log.knn_bank labelled training images at most, evenly spread, so memory does not
-    grow with the data set. None where training or test images have no labels.
+    grow with the data set. Images that cannot be read are left out. None where training or test
+    images have no labels.
     """
     if train.labels is None or test is None or test.labels is None:
         return None
@@ -35,18 +35,15 @@ def knn_top1(
     if keep < NEIGHBOURS:
         return None
 
-    def embed(images: ImageSet) -> torch.Tensor:
-        batches = evaluation_batches(
-            images, config.augment, batch=BATCH, device=device, rank=rank(),
-            world_size=world_size(), workers=config.data.workers if images.pixels is None else 0,
-        )  # fmt: skip
-        return extract(backbone, batches, len(images), precision=config.precision)
-
+    bank, bank_images = embed(backbone, Subset(train, chosen), config, device, batch=BATCH)
+    tests, test_images = embed(backbone, test, config, device, batch=BATCH)
+    if len(bank) < NEIGHBOURS:
+        return None
     accuracy = knn_accuracy(
-        embed(Subset(train, chosen)),
-        torch.from_numpy(train.labels[chosen]),
-        embed(test),
-        torch.from_numpy(test.labels),
+        bank,
+        torch.from_numpy(train.labels[chosen])[bank_images],
+        tests,
+        torch.from_numpy(test.labels)[test_images],
         classes=len(train.classes),
         k=NEIGHBOURS,
     )

@@ -113,7 +113,7 @@ def find_protocol(name: str, data: DataName) -> Protocol:
 
     Args:
         name: one of PROTOCOLS, or auto: logistic for digits, which are few; the closed form for
-            image folders, as it has no setting that might not suit them; else the reference's
+            one's own images, as it has no setting that might not suit them; else the reference's
             for CIFAR.
         data: the data set that is evaluated.
 
@@ -121,7 +121,8 @@ def find_protocol(name: str, data: DataName) -> Protocol:
         UsageError: there is none; the message names those there are.
     """
     if name == "auto":
-        name = {"digits": "logistic", "folder": "closed-form"}.get(data, "reference-cifar")
+        own = {"digits": "logistic", "folder": "closed-form", "webdataset": "closed-form"}
+        name = own.get(data, "reference-cifar")
     if name not in PROTOCOLS:
         raise UsageError(
             f"--protocol {name} is not a protocol: choose one of {', '.join(PROTOCOLS)}"

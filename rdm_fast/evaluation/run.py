@@ -10,12 +10,12 @@ from torch import nn
 
 from rdm_fast import checkpoint, durable
 from rdm_fast.config import Config
-from rdm_fast.data import ImageSet, evaluation_batches, load
+from rdm_fast.data import ImageSet, load
 from rdm_fast.data.subset import Subset
-from rdm_fast.distributed import print0, rank, world_size
+from rdm_fast.distributed import print0, rank
 from rdm_fast.errors import DataError, InputMissing
 from rdm_fast.evaluation.evaluate import Result, evaluate
-from rdm_fast.evaluation.features import cached_features, extract
+from rdm_fast.evaluation.features import cached_features, embed
 from rdm_fast.evaluation.protocols import find_protocol
 from rdm_fast.methods import Method, build_method
 from rdm_fast.run_folder import read_config
@@ -79,12 +79,8 @@ def evaluate_checkpoint(
         _embed(method.backbone, images, path, split, config, device, batch)
         for split, images in (("train", train), ("test", test))
     ]
-    projections = extract(
-        nn.Sequential(method.backbone, method.projector),
-        _batches(test, config, device, batch),
-        len(test),
-        precision=config.precision,
-    )
+    whole = nn.Sequential(method.backbone, method.projector)
+    projections, _ = embed(whole, test, config, device, batch=batch)
     if rank() != 0:
         return None
     (train_features, train_labels), (test_features, test_labels) = embedded
@@ -121,18 +117,6 @@ def _labelled(images: ImageSet) -> ImageSet:
     return images if len(with_label) == len(images) else Subset(images, with_label)
 
 
-def _batches(images: ImageSet, config: Config, device: torch.device, batch: int):  # type: ignore[no-untyped-def]
-    return evaluation_batches(
-        images,
-        config.augment,
-        batch=batch,
-        device=device,
-        rank=rank(),
-        world_size=world_size(),
-        workers=0 if images.pixels is not None else config.data.workers,
-    )
-
-
 def _embed(
     backbone: nn.Module,
     images: ImageSet,
@@ -145,10 +129,9 @@ def _embed(
     """Embeddings and labels of a split, from the cache if it was made for the same everything."""
 
     def compute() -> tuple[torch.Tensor, torch.Tensor]:
-        batches = _batches(images, config, device, batch)
-        features = extract(backbone, batches, len(images), precision=config.precision)
+        features, kept = embed(backbone, images, config, device, batch=batch)
         assert images.labels is not None
-        return features, torch.from_numpy(images.labels)
+        return features, torch.from_numpy(images.labels)[kept]
 
     key: dict[str, object] = {
         "checkpoint": (path / "manifest.json").read_text(encoding="utf-8"),
@@ -162,7 +145,7 @@ def _embed(
         "device": device.type,
     }
     file = path.parent.parent / FOLDER / f"{path.name}-{split}.safetensors"
-    return cached_features(file, key, compute)
+    return cached_features(file, key, compute, whole=len(images))
 
 
 def _report(result: Result, spectrum: torch.Tensor, path: Path, run: Path) -> None:

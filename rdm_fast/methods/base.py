@@ -83,7 +83,7 @@ class Method(nn.Module, ABC):
             loss = (branches.online * online_gradient).sum()
         return StepOutput(loss, branches)
 
-    def update_target(self, momentum: float) -> None:
+    def update_target(self, momentum: float | Tensor) -> None:
         """Move the target weights after an optimizer step; most methods have none."""
 
 

@@ -43,6 +43,6 @@ class Byol(Method):
             return 4 + 4 * spectral_cosine(online, target, self.filter).mean()
         return 4 + 4 * mean_negative_cosine(online, target)
 
-    def update_target(self, momentum: float) -> None:
+    def update_target(self, momentum: float | Tensor) -> None:
         update_ema(self.target_backbone, self.backbone, momentum)
         update_ema(self.target_projector, self.projector, momentum)

@@ -26,6 +26,7 @@ from rdm_fast.data.augment import (
 )
 from rdm_fast.data.sampler import ViewParameters, draw_views
 from rdm_kernels.views import resampling_weights
+from tests.data.conftest import natural
 
 Pixels = NDArray[np.uint8]
 
@@ -225,3 +226,18 @@ def test_levels_stay_whole_and_in_range(noise: Pixels) -> None:
 @pytest.mark.parametrize(("size", "taps"), [(16, 3), (32, 3), (64, 7), (96, 9), (224, 23)])
 def test_blur_kernel_is_the_odd_number_near_a_tenth(size: int, taps: int) -> None:
     assert blur_taps(size) == taps
+
+
+@pytest.mark.parametrize("sigma", [0.1, 0.75, 1.3, 2.0])
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("size", [40, 224])
+def test_an_image_is_blurred_as_by_torchvision(sigma: float, channels: int, size: int) -> None:
+    """Both round a sum of float32: at most one level apart, where that sum is near a half."""
+    square = np.ascontiguousarray(natural(1, size, size)[..., :channels])
+    p = replace(draw(square, replace(STILL, blur=1)), sigma=np.array([sigma]))
+    colours = {"mean": (0.5,) * channels, "std": (0.5,) * channels}
+    got = one_by_one(square, p, AugmentConfig(size=size, **colours))
+    planes = torch.from_numpy(square).permute(0, 3, 1, 2)
+    expected = vision.gaussian_blur(planes, blur_taps(size), [sigma, sigma]).permute(0, 2, 3, 1)
+    off = distance(got, expected.numpy())
+    assert off.max() <= 1 and off.mean() < 1e-3

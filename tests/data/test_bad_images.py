@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -31,11 +32,14 @@ from rdm_fast.data import Batch, ImageSet, build_loader, load
 from rdm_fast.data.decode import MAX_PIXELS, Header, decode, look
 from rdm_fast.data.folder import load_folder
 from rdm_fast.data.images import FileImages, PixelImages
+from rdm_fast.data.subset import Subset
 from rdm_fast.distributed import rank
 from rdm_fast.errors import DataError
+from rdm_fast.evaluation.features import embed
 from rdm_fast.run_folder import RunFolder
 from rdm_fast.trainer import Trainer
 from tests.data.conftest import natural
+from tests.data.dali_here import DECODING, needs_dali
 from tests.data.files import bomb, encode, png
 from tests.ranks import run_ranks
 from tests.tiny import tiny
@@ -362,20 +366,27 @@ def change(images: FileImages, i: int) -> None:
     LINE.save(images.path(i), "PNG")
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("spoil", [damage, vanish, change])
+def cut_off(images: FileImages, i: int) -> None:
+    images.path(i).write_bytes(images.path(i).read_bytes()[:-100])
+
+
+@pytest.mark.parametrize(
+    ("loader", "workers"), [("torch", 0), ("torch", 2), pytest.param("dali", 1, marks=needs_dali)]
+)
+@pytest.mark.parametrize("spoil", [damage, vanish, change, cut_off])
 def test_a_file_that_turns_bad_while_training_is_replaced_by_the_next_and_listed(
     spoil: Callable[[FileImages, int], None],
+    loader: str,
     workers: int,
     root: Path,
     tmp_path: Path,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     images = read_in(root, tmp_path)
-    before = epoch_of(images)
+    before = epoch_of(images, loader)
     for i in (2, 3, 7):
         spoil(images, i)
-    batch = epoch_of(images, workers=workers)
+    batch = epoch_of(images, loader, workers=workers)
     shown = {2: 4, 3: 4, 7: 0}
     assert batch.indices.tolist() == [shown.get(i, i) for i in before.indices.tolist()]
     assert images.labels is not None
@@ -387,6 +398,51 @@ def test_a_file_that_turns_bad_while_training_is_replaced_by_the_next_and_listed
     assert capfd.readouterr().out.count("the next image takes its place") == 1
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_evaluation_leaves_out_what_cannot_be_read(
+    workers: int, root: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    images = read_in(root, tmp_path)
+    config = Config(
+        data=DataConfig(name="folder", workers=workers, max_bad=0.3), augment=AUGMENT
+    )  # fmt: skip
+    flat, cpu = torch.nn.Flatten(), torch.device("cpu")
+    before, all_of_them = embed(flat, images, config, cpu, batch=3)
+    assert all_of_them.tolist() == list(range(8))
+    damage(images, 2)
+    vanish(images, 7)
+    for _ in range(2):  # told and listed once
+        features, kept = embed(flat, images, config, cpu, batch=3)
+        assert kept.tolist() == [0, 1, 3, 4, 5, 6]
+        assert torch.equal(features, before[kept])
+    assert {Path(path).name for path, _ in rows(tmp_path)} == {"2.jpg", "7.jpg"}
+    assert len(rows(tmp_path)) == 2
+    assert capfd.readouterr().out.count("evaluation leaves it out") == 1
+    few = Subset(images, np.array([0, 2]))  # as the bank of the kNN while training
+    with pytest.raises(DataError, match=r"2\.jpg .* lost 1 of 2 images.*--data\.max-bad"):
+        embed(flat, few, config, cpu, batch=3)
+    stop = replace(config, data=replace(config.data, on_bad_image="stop"))
+    with pytest.raises(DataError, match=r"2\.jpg cannot be read as an image"):
+        embed(flat, images, stop, cpu, batch=3)
+
+
+def evaluation_on_a_rank(root: Path, tmp_path: Path) -> dict[str, torch.Tensor]:
+    images = read_in(root, tmp_path)
+    (root / "train/a/1.jpg").unlink(missing_ok=True)
+    dist.barrier()
+    config = Config(data=DataConfig(name="folder", max_bad=0.3), augment=AUGMENT)
+    features, kept = embed(torch.nn.Flatten(), images, config, torch.device("cpu"), batch=3)
+    return {"features": features, "kept": kept}
+
+
+def test_ranks_agree_on_what_evaluation_leaves_out(root: Path, tmp_path: Path) -> None:
+    found = run_ranks(3, evaluation_on_a_rank, root, tmp_path, tmp_path=tmp_path, timeout=TIMEOUT)
+    for rank_s in found:
+        assert rank_s["kept"].tolist() == [0, 2, 3, 4, 5, 6, 7]
+        assert torch.equal(rank_s["features"], found[0]["features"])
+        assert len(rank_s["features"]) == 7 and (rank_s["features"] != 0).any(dim=1).all()
+
+
 def test_a_lost_file_is_listed_under_its_escaped_name(root: Path, tmp_path: Path) -> None:
     path = file(PNG, "odd\\\n\t\udcff.png")(root / "train/b")
     images = read_in(root, tmp_path)
@@ -396,17 +452,21 @@ def test_a_lost_file_is_listed_under_its_escaped_name(root: Path, tmp_path: Path
     assert rows(tmp_path) == [[str(path.parent / r"odd\\\n\t\udcff.png"), reason]]
 
 
-def test_losing_too_many_files_stops_the_run(root: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("loader", DECODING)
+@pytest.mark.parametrize("spoil", [damage, vanish])
+def test_losing_too_many_files_stops_the_run(
+    spoil: Callable[[FileImages, int], None], loader: str, root: Path, tmp_path: Path
+) -> None:
     images = read_in(root, tmp_path)
-    vanish(images, 5)
+    spoil(images, 5)
     with pytest.raises(DataError, match=r"5\.jpg .*lost 1 of 8 images.*--data\.max-bad 0\.1"):
-        epoch_of(images, max_bad=0.1)
-    with pytest.raises(DataError, match=r"5\.jpg cannot be read as an image \(no such file"):
-        epoch_of(images, on_bad_image="stop")
+        epoch_of(images, loader, max_bad=0.1)
+    with pytest.raises(DataError, match=r"5\.jpg cannot be read as an image"):
+        epoch_of(images, loader, on_bad_image="stop")
     for i in (0, 1, 2, 3, 4, 6, 7):
-        vanish(images, i)
+        spoil(images, i)
     with pytest.raises(DataError, match="nor can any of the"):
-        epoch_of(images, max_bad=1.0)
+        epoch_of(images, loader, max_bad=1.0)
 
 
 @pytest.mark.parametrize("make", IGNORED.values(), ids=IGNORED)

@@ -195,5 +195,7 @@ def test_a_class_list_that_does_not_fit_is_refused(four_classes: Path, tmp_path:
 
 @pytest.mark.parametrize("changes", [{"classes": "x.txt"}, {"verify": "full"}])
 def test_what_only_folders_have_is_refused_elsewhere(changes: dict[str, str]) -> None:
-    with pytest.raises(ValueError, match=r"data\.\w+ is for image folders: with data\.name=digits"):
+    with pytest.raises(
+        ValueError, match=r"data\.\w+ is for image (folders|files): with data\.name=digits"
+    ):
         DataConfig(name="digits", **changes)  # type: ignore[arg-type]

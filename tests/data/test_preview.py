@@ -105,3 +105,24 @@ def test_it_is_a_command() -> None:
         [sys.executable, "-m", "rdm_fast.data.preview", "--help"], capture_output=True, text=True
     )
     assert done.returncode == 0 and "--data.root" in done.stdout and "--out" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        ("--imagess 3", "--imagess, 3: did you mean --images?"),
+        ("--images three", "--images: invalid literal for int() with base 10: 'three' (--help"),
+        ("--augment.size", "'--augment.size'. Expected 1 values (--help lists all)"),
+        ("--data.name cifar", "invalid choice 'cifar' for argument '--data.name'. Expected one of"),
+        ("--augment.size 2", "augment.size=2: a view has at least 8 pixels a side"),
+        ("a value", "Unrecognized options: a, value"),
+    ],
+)
+def test_a_bad_flag_is_one_sentence(
+    words: str, told: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["digits_simsiam", *words.split()])
+    out, err = capfd.readouterr()
+    assert ended.value.code == 2 and out == ""
+    assert err.startswith("error: ") and err.count("\n") == 1 and told in err

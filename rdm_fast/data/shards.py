@@ -1,0 +1,196 @@
+"""Image files packed in tar files, as WebDataset has them: read at random, not as a stream.
+
+What the shards hold is listed once (`rdm_fast.data.tar_members`), and each image is then read from
+its place. So the order is the sampler's, and a run resumes exactly, as with image files.
+"""
+
+import hashlib
+import io
+import itertools
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from rdm_fast.config import DataConfig
+from rdm_fast.data import index
+from rdm_fast.data.bad_files import leave_out
+from rdm_fast.data.decode import one_line, read_file
+from rdm_fast.data.folder import SUFFIXES, TEST_NAMES, listing, require_folder
+from rdm_fast.data.images import Labels, StoredImages
+from rdm_fast.data.index import Found, Index
+from rdm_fast.data.tar_members import NO_LABEL, Members, Slice, list_members
+from rdm_fast.errors import DataError, InputMissing
+
+RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*,[^{}]*)\}")
+
+
+class ShardImages(StoredImages):
+    """Image files in tar files."""
+
+    def __init__(
+        self, shards: Sequence[Path], members: Sequence[Members], looked: Index, labels: Labels
+    ) -> None:
+        """The usable ones of `members`, those of each shard; the index lists them in their order.
+
+        `labels` are those of all members, NO_LABEL for none.
+        """
+        classes = [str(k) for k in range(labels.max(initial=NO_LABEL) + 1)]
+        super().__init__(looked, labels if classes else None, classes)
+        kept = looked.usable
+        of_shard = np.repeat(np.arange(len(shards)), [*map(len, members)])
+        self._shards, self._shard = list(shards), of_shard[kept]
+        self._offset = np.array([m.offset for m in itertools.chain(*members)], np.int64)[kept]
+
+    def name(self, i: int) -> str:
+        return one_line(str(self._shards[self._shard[i]].parent / self.indexed_path(i)))
+
+    def _bytes(self, i: int) -> bytes:
+        shard, size = self._shards[self._shard[i]], int(self._file_sizes[i])
+        data = read_file(shard, self.name(i), int(self._offset[i]), size)
+        if len(data) < size:
+            raise DataError(f"{self.name(i)} has changed: {shard.name} is shorter than it was")
+        return data
+
+
+def load_shards(root: Path, split: str, config: DataConfig, bad_files: Path | None) -> ShardImages:
+    """The train or test images of tar files, without those that cannot be used.
+
+    Args:
+        root: a folder that holds .tar files or folders train and val (or test) of them; or a
+            pattern of training shards, as `train-{0000..0146}.tar`.
+        split: train or test. Shards in one folder are told apart by these words in their names; if
+            none has one, all are for training.
+        config: verify, on_bad_image and max_bad.
+        bad_files: the table that lists images that cannot be used; None for none.
+
+    Raises:
+        InputMissing: there are no such shards.
+        DataError: a shard is damaged, a label is no number or not one of the training images', or
+            too many images cannot be used; the first is named.
+    """
+    shards = find_shards(root, split)
+    folder = shards[0].parent
+    members = list_members(shards, _part(shards))
+    found, place = [], {}
+    for shard, own in zip(shards, members, strict=True):
+        changed = shard.stat().st_mtime_ns
+        for member in own:
+            file = Found(f"{shard.name}/{member.name}", member.size, changed)
+            place[file.path] = (shard, member)
+            found.append(file)
+    if not found:
+        named = " ".join(f"KEY{suffix}" for suffix in SUFFIXES)
+        raise DataError(f"{shards[0]} (--data.root) has no images, named {named}")
+    if len(place) < len(found):
+        raise DataError(f"two members of a shard in {folder} have one name: pack it again")
+    labels = np.array([member.label for member in itertools.chain(*members)], np.int64)
+    if split == "test":
+        _require_known(labels, root, folder)
+    looked = index.build(
+        folder,
+        found,
+        full=config.verify == "full",
+        part=_part(shards),
+        opened=lambda file: io.BufferedReader(Slice(*place[file.path])),
+    )
+    leave_out(looked.bad, len(found), folder, config, bad_files)
+    images = ShardImages(shards, members, looked, labels)
+    images.bad_files = bad_files
+    return images
+
+
+def _require_known(labels: Labels, root: Path, folder: Path) -> None:
+    """Refuse test images of a class that training images do not have."""
+    try:
+        shards = find_shards(root, "train")
+        train = list_members(shards, _part(shards))
+    except InputMissing:
+        return
+    known = max((member.label for member in itertools.chain(*train)), default=NO_LABEL)
+    if known != NO_LABEL and labels.max() > known:
+        raise DataError(
+            f"the test images in {folder} have the label {labels.max()}, those for training none "
+            f"above {known}: pack both with the same classes"
+        )
+
+
+# ---- which shards ----------------------------------------------------------------------------
+
+
+def find_shards(root: Path, split: str) -> list[Path]:
+    """The tar files of a split, in the order of their names.
+
+    Raises:
+        InputMissing: there are none; the message shows what is there.
+    """
+    if RANGE.search(str(root)) and not root.exists():
+        return _named(root, split)
+    if root.suffix == ".tar" and root.is_file():
+        return _named(root, split)
+    require_folder(root)
+    words = ("train",) if split == "train" else TEST_NAMES
+    for word in words:
+        if found := _tars(root / word):
+            return found
+    found = _tars(root)
+    chosen = [path for path in found if any(word in path.name for word in words)]
+    told_apart = any(word in path.name for path in found for word in ("train", *TEST_NAMES))
+    if split == "train" and not told_apart:
+        chosen = found
+    if not chosen:
+        raise InputMissing(
+            f"--data.root {root} has no {split} shards: looked for .tar files in "
+            f"{' or '.join(words)}, or with that in their names, found {listing(root)}"
+        )
+    return chosen
+
+
+def _tars(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("*.tar") if path.is_file())
+
+
+def _named(pattern: Path, split: str) -> list[Path]:
+    if split == "test":
+        raise InputMissing(
+            f"--data.root {pattern} names training shards only: for test images give a folder "
+            "that holds train and val"
+        )
+    shards = [Path(path) for path in expand(str(pattern))]
+    missing = [path for path in shards if not path.is_file()]
+    if missing:
+        raise InputMissing(
+            f"--data.root {pattern}: {len(missing)} of {len(shards)} shards do not exist, such as "
+            f"{missing[0]}"
+        )
+    if len({shard.parent for shard in shards}) > 1:
+        raise InputMissing(f"--data.root {pattern} names several folders: put shards into one")
+    return shards
+
+
+def expand(pattern: str) -> list[str]:
+    """The names that a pattern with {000..146} and {a,b} stands for.
+
+    Raises:
+        InputMissing: a range falls.
+    """
+    found = RANGE.search(pattern)
+    if found is None:
+        return [pattern]
+    first, last, words = found.groups()
+    if words is None and int(first) > int(last):
+        raise InputMissing(f"--data.root {pattern}: the range {found[0]} falls")
+    middle = (
+        words.split(",")
+        if words is not None
+        else [str(k).zfill(len(first)) for k in range(int(first), int(last) + 1)]
+    )
+    head, tail = pattern[: found.start()], expand(pattern[found.end() :])
+    return [head + part + end for part in middle for end in tail]
+
+
+def _part(shards: Sequence[Path]) -> str:
+    names = "\0".join(shard.name for shard in shards)
+    return hashlib.sha256(os.fsencode(names)).hexdigest()[:8]

@@ -1,0 +1,46 @@
+"""Arithmetic of backbone and heads, by name.
+
+fp32   float32                              bf16   autocast to bfloat16
+tf32   float32, factors of products are     fp16   autocast to float16, with loss scaling
+       rounded to 10 bits on a GPU
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+from rdm_fast.config import Precision
+
+HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def dtype_of_views(precision: Precision, device: torch.device) -> torch.dtype:
+    """What views are made in: what autocast would round them to, on a GPU."""
+    return HALVES.get(precision, torch.float32) if device.type == "cuda" else torch.float32
+
+
+def autocast(precision: Precision, device: torch.device) -> torch.autocast:
+    """The context of a forward pass."""
+    return torch.autocast(device.type, dtype=HALVES.get(precision), enabled=precision in HALVES)
+
+
+@contextmanager
+def float32_products(precision: Precision, device: torch.device) -> Iterator[None]:
+    """The context of a forward and a backward pass: how a GPU multiplies float32 values.
+
+    torch's defaults differ between convolutions (tf32) and matrix products (float32); here both
+    are what was asked for, and the defaults are back when the context is left.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    places = (torch.backends.cudnn.conv, torch.backends.cuda.matmul)  # type: ignore[attr-defined]
+    before = [place.fp32_precision for place in places]
+    for place in places:
+        place.fp32_precision = "tf32" if precision == "tf32" else "ieee"
+    try:
+        yield
+    finally:
+        for place, value in zip(places, before, strict=True):
+            place.fp32_precision = value

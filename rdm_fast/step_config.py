@@ -1,0 +1,22 @@
+"""How a step is run, one dataclass: nothing in it changes what is computed."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from rdm_fast.data_config import require_choices
+
+CompileMode = Literal["none", "default", "max-autotune"]
+Switch = Literal["auto", "on", "off"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StepConfig:
+    """How the device is made to run an optimizer step."""
+
+    compile: CompileMode = "none"
+    """torch.compile of backbone and heads: none, default, or max-autotune (tries many kernels)."""
+    graph: Switch = "auto"
+    """Replay the whole step as one CUDA graph: auto does where that is possible, on insists."""
+
+    def __post_init__(self) -> None:
+        require_choices("step.", self)

@@ -1,0 +1,228 @@
+"""The same step in other forms: channels-last, compiled, without a wait; on a GPU, as a graph."""
+
+import shutil
+from copy import deepcopy
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from rdm_fast.config import Config, StepConfig
+from rdm_fast.data import Batch
+from rdm_fast.engines import engine_for
+from rdm_fast.errors import Unavailable
+from rdm_fast.graph import WARM_UP
+from rdm_fast.host_copy import HostCopy
+from rdm_fast.methods import Method, build_method
+from rdm_fast.step import StepReport, TrainStep
+from tests.tiny import METHODS, batch, tiny
+
+ROWS = 32
+CPU = torch.device("cpu")
+NAMES = pytest.mark.parametrize("name", METHODS)
+
+
+def new_step(config: Config, device: torch.device = CPU) -> TrainStep:
+    torch.manual_seed(0)
+    return TrainStep(build_method(config), config, device, steps_per_epoch=4)
+
+
+def with_step(config: Config, **settings: Any) -> Config:
+    return replace(config, step=StepConfig(**settings))
+
+
+# ---- memory format -------------------------------------------------------------------------------
+
+
+@NAMES
+def test_channels_last_gives_the_loss_and_gradient_of_plain_nchw(name: str) -> None:
+    """Convolutions sum 9 * 16 products in another order, layer after layer, in float32. A gradient
+    of nothing but rounding, as of a bias before a batch norm, is measured by that of the others."""
+    config = tiny(name, global_batch=ROWS)
+    torch.manual_seed(0)
+    plain = build_method(config)
+    step = new_step(config)
+    assert step.method.backbone.conv1.weight.is_contiguous(memory_format=torch.channels_last)
+    expected = plain(batch(ROWS).view1, batch(ROWS).view2)
+    expected.loss.backward()
+    views = [view.contiguous(memory_format=torch.channels_last) for view in views_of(batch(ROWS))]
+    loss, _ = step._backward(*views)
+    torch.testing.assert_close(loss, expected.loss.detach(), atol=1e-5, rtol=0)
+    references = dict(plain.named_parameters())
+    gradients = [p.grad for p in references.values() if p.grad is not None]
+    whole = torch.nn.utils.get_total_norm(gradients)
+    for path, found in step.method.named_parameters():
+        reference = references[path].grad
+        if reference is not None:
+            error = (found.grad - reference).norm() / (reference.norm() + 1e-3 * whole)
+            assert error < 1e-3, f"{path}: {error:.1e}"
+
+
+def views_of(of: Batch) -> tuple[Tensor, Tensor]:
+    return of.view1, of.view2
+
+
+# ---- waiting -------------------------------------------------------------------------------------
+
+
+class Waits(TorchDispatchMode):
+    """Counts operators that copy a value from the device to Python."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        self.count += "_local_scalar_dense" in str(func) or "nonzero" in str(func)
+        return func(*args, **(kwargs or {}))
+
+
+@NAMES
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_no_step_reads_a_value_back(name: str, precision: str, accumulate: int) -> None:
+    config = tiny(name, global_batch=ROWS, accumulate=accumulate)
+    step = new_step(replace(config, precision=precision))  # type: ignore[arg-type]
+    with Waits() as waits:
+        reports = [step(batch(ROWS, seed=i), i) for i in range(5, 8)]
+        assert waits.count == 0
+        reports[-1].loss.item()
+        assert waits.count == 1  # the count itself works
+    if precision != "fp16":
+        assert all(report.applied for report in reports)
+
+
+def test_a_host_copy_has_the_value_of_the_moment_it_was_made() -> None:
+    value = torch.tensor([1.0, 2.0])
+    copy = HostCopy(value)
+    value.fill_(7)
+    assert copy.read().tolist() == [1.0, 2.0]
+
+
+# ---- recording -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("graph", ["auto", "off"])
+def test_on_a_cpu_no_step_is_recorded(graph: str) -> None:
+    step = new_step(with_step(tiny(global_batch=ROWS), graph=graph))
+    assert step.graph is None
+    assert step(batch(ROWS), 5).applied
+
+
+def test_a_graph_that_is_insisted_on_is_refused_where_there_can_be_none() -> None:
+    with pytest.raises(Unavailable, match=r"--step.graph on: .* on a CPU: use --step.graph auto"):
+        new_step(with_step(tiny(global_batch=ROWS), graph="on"))
+
+
+# ---- compiled ------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs g++ on a CPU")
+def test_a_compiled_step_is_the_eager_one_and_compiles_once() -> None:
+    """Fused loops sum in another order, in float32. Evaluation on other shapes compiles nothing."""
+    config = tiny(global_batch=ROWS)
+    eager, compiled = new_step(config), new_step(with_step(config, compile="default"))
+    names = list(compiled.method.state_dict())
+    assert names == list(eager.method.state_dict())
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    graphs = []
+    for i in range(5, 9):
+        ours, theirs = compiled(batch(ROWS, seed=i), i), eager(batch(ROWS, seed=i), i)
+        torch.testing.assert_close(ours.loss, theirs.loss, atol=1e-4, rtol=0)
+        torch.testing.assert_close(ours.grad_norm, theirs.grad_norm, atol=0, rtol=1e-3)
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+        with compiled.uncompiled(), torch.no_grad():
+            compiled.method.backbone.eval()
+            compiled.method.backbone(batch(7).view1)
+            compiled.method.backbone.train()
+    assert graphs[0] >= 2, "backbone and heads were compiled"
+    assert graphs == graphs[:1] * 4, "and never again"
+    for name, tensor in compiled.method.state_dict().items():
+        torch.testing.assert_close(
+            tensor, eager.method.state_dict()[name], atol=1e-4, rtol=0, msg=lambda m, n=name: n + m
+        )
+    torch._dynamo.reset()
+
+
+# ---- on a GPU ------------------------------------------------------------------------------------
+
+GPU = torch.device("cuda")
+AS_GRAPH = pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+
+
+def on_gpu(of: Batch) -> Batch:
+    views = [view.to(GPU).contiguous(memory_format=torch.channels_last) for view in views_of(of)]
+    return Batch(*views, of.labels.to(GPU), of.indices)
+
+
+def run(step: TrainStep, numbers: range) -> list[StepReport]:
+    """Steps 0 to 3 have learning rates that move the weights visibly."""
+    return [step(on_gpu(batch(ROWS, seed=i)), i) for i in numbers]
+
+
+def weights(method: Method) -> dict[str, Tensor]:
+    return deepcopy(method.state_dict())
+
+
+@pytest.mark.gpu
+@NAMES
+@AS_GRAPH
+def test_a_recorded_step_is_the_eager_step_bit_for_bit(name: str, precision: str) -> None:
+    config = replace(tiny(name, global_batch=ROWS), precision=precision)  # type: ignore[arg-type]
+    torch.backends.cudnn.deterministic = True
+    eager = new_step(with_step(config, graph="off"), GPU)
+    recorded = new_step(with_step(config, graph="on"), GPU)
+    for i in range(5, 12):
+        ours, theirs = run(recorded, range(i, i + 1)), run(eager, range(i, i + 1))
+        assert torch.equal(ours[0].loss, theirs[0].loss), f"step {i}"
+        assert torch.equal(ours[0].branches.online, theirs[0].branches.online)
+    assert recorded.graph is not None and recorded.graph.is_recorded and eager.graph is None
+    for key, tensor in weights(recorded.method).items():
+        assert torch.equal(tensor, weights(eager.method)[key]), key
+
+
+@pytest.mark.gpu
+@NAMES
+@AS_GRAPH
+@pytest.mark.parametrize("graph", ["on", "off"])
+def test_no_step_waits_for_the_gpu(name: str, precision: str, graph: str) -> None:
+    config = replace(tiny(name, global_batch=ROWS), precision=precision)  # type: ignore[arg-type]
+    step = new_step(with_step(config, graph=graph), GPU)
+    run(step, range(5, 5 + WARM_UP + 2))
+    batches = [on_gpu(batch(ROWS, seed=i)) for i in range(3)]
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for i, views in enumerate(batches):
+            step(views, 12 + i)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+@NAMES
+def test_a_recorded_step_on_a_batch_that_is_not_finite_changes_nothing(name: str) -> None:
+    step = new_step(with_step(tiny(name, global_batch=ROWS), graph="on"), GPU)
+    run(step, range(5, 5 + WARM_UP + 2))
+    before = weights(step.method)
+    bad = on_gpu(batch(ROWS))
+    bad.view1[3] = float("nan")
+    assert not step(bad, 11).applied
+    assert all(torch.equal(tensor, before[key]) for key, tensor in weights(step.method).items())
+    assert step(on_gpu(batch(ROWS)), 12).applied
+
+
+@pytest.mark.gpu
+def test_a_graph_whose_engine_failed_is_left_for_the_eigensolver() -> None:
+    step = new_step(tiny(global_batch=ROWS), GPU)
+    run(step, range(5, 5 + WARM_UP + 2))
+    assert step.graph is not None and step.graph.is_recorded and step.engine is not None
+    step.engine.restore({"name": "eigh", "failures": 1})
+    run(step, range(11, 13))
+    assert step.graph is None
+    engine_for.cache_clear()
