@@ -21,7 +21,9 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from bench.conftest import is_small, plan, replay, warmed
 from bench.training import (
     CASES,
+    DEVICE,
     GPU,
+    LAUNCHES_MATTER,
     ON_CPU,
     ON_GPU,
     PRECISION,
@@ -30,7 +32,6 @@ from bench.training import (
     Call,
     Case,
     Turn,
-    input_dtype,
     noise,
     our_step,
     peak_memory_gib,
@@ -41,6 +42,7 @@ from bench.training import (
     train_step,
     turn,
 )
+from rdm_fast.precision import dtype_of_views
 
 METHODS = [
     "simsiam",
@@ -52,7 +54,6 @@ METHODS = [
     "symsimsiam",
 ]
 PHASE_ROUNDS = 5
-LAUNCHES_MATTER = 64  # pixels a side; a graph of larger images keeps tens of GiB for itself
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -86,18 +87,17 @@ def bench_train_step(
     if GPU:
         torch.cuda.empty_cache()  # the case before may have taken nearly all
     shape = CASES[case]
-    step = our_step(shape.config(name), filtered=not name.endswith(UNFILTERED))
+    try:
+        step = our_step(shape.config(name), filtered=not name.endswith(UNFILTERED))
+        once = warmed(step)
+        roof = roof_of(shape)
+        warmed(roof)
+    except torch.OutOfMemoryError:
+        pytest.skip("does not fit into this GPU's memory")
     if benchmark.disabled:
         benchmark(step)
         phases_of(name, shape, rounds=1)
-        supervised_step(shape)()
         return
-    try:
-        once = warmed(step)
-    except torch.OutOfMemoryError:
-        pytest.skip("does not fit into this GPU's memory")
-    roof = roof_of(shape)
-    warmed(roof)
     rounds, _ = plan(once, request.config.getoption("seconds"))
     memory = peak_memory_gib(step)
     of_roof, of_step = list[Turn](), list[Turn]()
@@ -132,4 +132,4 @@ def percent(roof: list[float], step: list[float]) -> float:
 def phases_of(name: str, case: Case, rounds: int) -> dict[str, float]:
     config = case.config(name)
     step = train_step(config, filtered=not name.endswith(UNFILTERED))
-    return phases(step, noise(config, input_dtype(PRECISION)), rounds)
+    return phases(step, noise(config, dtype_of_views(PRECISION, DEVICE)), rounds)

@@ -24,7 +24,9 @@ import importlib
 import json
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -40,6 +42,7 @@ from bench.training import (
     CASES,
     DEVICE,
     GPU,
+    LAUNCHES_MATTER,
     ON_CPU,
     ON_GPU,
     PRECISION,
@@ -58,7 +61,8 @@ from rdm_fast import spectral_loss
 from rdm_fast.backbone import build_backbone
 from rdm_fast.config import Config, Precision
 from rdm_fast.methods import Method, build_method
-from rdm_fast.precision import HALVES
+from rdm_fast.precision import autocast
+from rdm_fast.step_config import Switch
 
 REFERENCE = "rdm_simsiam reference"
 NO_LIGHTLY = (
@@ -171,12 +175,11 @@ def lightly_step(case: Case, method: str, precision: Precision) -> Call:
         [p for p in model.parameters() if p.requires_grad], lr=1e-5, momentum=0.9, weight_decay=1e-5
     )
     batch = noise(config, layout=torch.contiguous_format)
-    dtype = HALVES.get(precision)
     scaled = torch.amp.GradScaler(DEVICE.type, enabled=precision == "fp16")
 
     def step() -> None:
         model.update()
-        with torch.autocast(DEVICE.type, dtype=dtype, enabled=dtype is not None):
+        with autocast(precision, DEVICE):
             loss = model.loss(batch.view1, batch.view2)
         scaled.scale(loss).backward()
         scaled.step(optimizer)
@@ -189,9 +192,15 @@ def lightly_step(case: Case, method: str, precision: Precision) -> Call:
 # ---- ours ------------------------------------------------------------------------------------
 
 
-def with_sgd(config: Config) -> Config:
-    """As the rivals' loops have it, for BYOL's recipes have LARS."""
-    return replace(config, optim=replace(config.optim, optimizer="sgd"))
+def fair(config: Config, case: Case) -> Config:
+    """With SGD, as the rivals' loops have it, for BYOL's recipes have LARS; and without a CUDA
+    graph where that is no gain, since graphs of all rivals would not fit into memory at once."""
+    graph: Switch = "auto" if case.side <= LAUNCHES_MATTER else "off"
+    return replace(
+        config,
+        optim=replace(config.optim, optimizer="sgd"),
+        step=replace(config.step, graph=graph),
+    )
 
 
 def reference_config(case: Case) -> Config:
@@ -208,19 +217,20 @@ def reference_step(case: Case) -> Call:
     return lambda: step(batch, 0)
 
 
-def rivals_of(case: Case, *, lightly: bool) -> dict[str, Call]:
-    """Every rival's step, by name; ours first."""
+def rivals_of(case: Case, *, lightly: bool) -> dict[str, Callable[[], Call]]:
+    """What makes each rival's step, by name; ours first."""
     methods = ["simsiam", "rdm_simsiam", f"rdm_simsiam{UNFILTERED}", "byol", "rdm_byol"]
     precisions: dict[str, Precision] = {"": PRECISION} if GPU else {"": "fp32", " bf16": "bf16"}
-    rivals: dict[str, Call] = {}
+    rivals: dict[str, Callable[[], Call]] = {}
     for suffix, precision in precisions.items():
         for method in methods:
-            config = with_sgd(case.config(method, precision))
-            rivals[method + suffix] = our_step(config, filtered=not method.endswith(UNFILTERED))
-    rivals[REFERENCE] = reference_step(case)
+            config = fair(case.config(method, precision), case)
+            filtered = not method.endswith(UNFILTERED)
+            rivals[method + suffix] = partial(our_step, config, filtered=filtered)
+    rivals[REFERENCE] = partial(reference_step, case)
     for method in ("simsiam", "byol") if lightly else ():
-        rivals[f"lightly {method}"] = lightly_step(case, method, "fp32")
-        rivals[f"lightly {method} bf16"] = lightly_step(case, method, "bf16")
+        rivals[f"lightly {method}"] = partial(lightly_step, case, method, "fp32")
+        rivals[f"lightly {method} bf16"] = partial(lightly_step, case, method, "bf16")
     return rivals
 
 
@@ -280,12 +290,14 @@ def race(case: Case, rounds: int, *, lightly: bool) -> dict[str, Any]:
     """One case's result as JSON values."""
     check(case, lightly=lightly)
     torch.backends.cudnn.deterministic = True  # as in training
-    rivals, skipped = rivals_of(case, lightly=lightly), []
-    for name, step in list(rivals.items()):
+    rivals: dict[str, Call] = {}
+    skipped = []
+    for name, make in rivals_of(case, lightly=lightly).items():
         try:
+            step = make()
             step()
+            rivals[name] = step
         except torch.OutOfMemoryError:
-            del rivals[name]
             skipped.append(f"{name}: out of GPU memory")
             torch.cuda.empty_cache()
     turns = in_turns(rivals, rounds)

@@ -21,8 +21,9 @@ from rdm_fast.backbone import build_backbone
 from rdm_fast.config import Config, ModelConfig, Precision
 from rdm_fast.data import Batch
 from rdm_fast.doctor.stages import without_filter
+from rdm_fast.graph import WARM_UP
 from rdm_fast.methods import build_method
-from rdm_fast.precision import HALVES
+from rdm_fast.precision import autocast, dtype_of_views
 from rdm_fast.recipes import recipe
 from rdm_fast.step import TrainStep
 
@@ -33,6 +34,7 @@ LAYOUT = torch.channels_last
 CLASSES = {"digits": 10, "cifar10": 10, "imagenet": 1000}
 UNFILTERED = "_unfiltered"
 STEPS_PER_EPOCH = 100
+LAUNCHES_MATTER = 64  # pixels a side; a graph of larger images keeps tens of GiB for itself
 Call = Callable[[], object]
 
 
@@ -97,11 +99,6 @@ def noise(
     return Batch(view1, view2, labels, torch.from_numpy(np.arange(rows)))
 
 
-def input_dtype(precision: Precision) -> torch.dtype:
-    """In which our loaders make views on a GPU: what autocast would round them to."""
-    return (HALVES.get(precision) if GPU else None) or torch.float32
-
-
 def train_step(config: Config, *, filtered: bool = True) -> TrainStep:
     """Our step, ready to be called."""
     torch.manual_seed(0)
@@ -110,11 +107,11 @@ def train_step(config: Config, *, filtered: bool = True) -> TrainStep:
 
 
 def our_step(config: Config, *, filtered: bool = True) -> Call:
-    """Our step with a batch for it."""
-    step, batch = (
-        train_step(config, filtered=filtered),
-        noise(config, input_dtype(config.precision)),
-    )
+    """Our step with a batch for it; recorded already, where steps are."""
+    step = train_step(config, filtered=filtered)
+    batch = noise(config, dtype_of_views(config.precision, DEVICE))
+    for _ in range(WARM_UP + 1 if step.graph else 0):
+        step(batch, 0)
     return lambda: step(batch, 0)
 
 
@@ -128,10 +125,10 @@ def supervised_step(case: Case, precision: Precision = PRECISION) -> Call:
     optimizer = torch.optim.SGD(
         model.parameters(), lr=1e-5, momentum=0.9, weight_decay=1e-5, fused=GPU, foreach=not GPU
     )
-    batch, dtype = noise(config, input_dtype(precision)), HALVES.get(precision)
+    batch = noise(config, dtype_of_views(precision, DEVICE))
 
     def step() -> None:
-        with torch.autocast(DEVICE.type, dtype=dtype, enabled=dtype is not None):
+        with autocast(precision, DEVICE):
             loss = F.cross_entropy(model(batch.view1), batch.labels)
         loss.backward()
         optimizer.step()
@@ -204,13 +201,13 @@ def phases(step: TrainStep, batch: Batch, rounds: int) -> dict[str, float]:
 
 
 def _phases_once(step: TrainStep, batch: Batch) -> dict[str, float]:
-    method, dtype = step.method, HALVES.get(step.config.precision)
+    method = step.method
     marks = [synced_clock()]
 
     def mark() -> None:
         marks.append(synced_clock())
 
-    with torch.autocast(DEVICE.type, dtype=dtype, enabled=dtype is not None):
+    with autocast(step.config.precision, DEVICE):
         branches = method.branches(batch.view1, batch.view2)
         mark()
         online = branches.online.detach().requires_grad_()

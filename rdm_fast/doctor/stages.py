@@ -25,6 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from rdm_fast import graph
 from rdm_fast.config import Config
 from rdm_fast.data import Batch, ImageSet, Loader
 from rdm_fast.data.augment import view_of_image, view_table, views_of_table
@@ -32,6 +33,7 @@ from rdm_fast.data.bad_files import read_or_next
 from rdm_fast.data.batch import draw_pair
 from rdm_fast.data.sampler import ViewParameters
 from rdm_fast.methods import Method, build_method
+from rdm_fast.precision import dtype_of_views
 from rdm_fast.step import TrainStep
 
 LIMIT_S = 15.0  # of the measured batches of one stage; the one under way is finished
@@ -224,8 +226,9 @@ class Step:
             planes = self.images.pixels[: self.rows].transpose(0, 3, 1, 2)
             pixels = torch.from_numpy(np.ascontiguousarray(planes)).to(self.device)
             table = view_table(self.drawn, np.arange(self.rows)).to(self.device)
+            dtype = dtype_of_views(self.config.precision, self.device)
             return self.clock.time(
-                "augmentation", lambda: views_of_table(pixels, table, augment), self.rows
+                "augmentation", lambda: views_of_table(pixels, table, augment, dtype), self.rows
             )
         n = min(SAMPLE, self.rows)
         read = [read_or_next(self.images, i, self.config.data)[1] for i in range(n)]
@@ -253,9 +256,16 @@ class Step:
     def _step(self, method: Method) -> TrainStep:
         return TrainStep(method, self.config, self.device, self.loader.steps_per_epoch)
 
+    @property
+    def step_warm_up(self) -> int:
+        """Steps until the one that records a CUDA graph is over, where steps are recorded."""
+        return graph.WARM_UP + 1 if self.device.type == "cuda" else WARM_UP
+
     def model(self) -> Stage:
         step = self._step(without_filter(self.config))
-        return self.clock.time("model", lambda: step(self.batch, 0), self.rows)
+        return self.clock.time(
+            "model", lambda: step(self.batch, 0), self.rows, warm_up=self.step_warm_up
+        )
 
     def filter_and_whole(self) -> Iterator[Stage]:
         """The filter on projections of the run's own model, and loader and step together."""
@@ -267,7 +277,7 @@ class Step:
                 "end to end",
                 lambda: step(next(batches), 0),
                 self.rows,
-                warm_up=max(WARM_UP, self.burst),
+                warm_up=max(self.step_warm_up, self.burst),
                 burst=self.burst,
             )
         if self.device.type == "cuda":

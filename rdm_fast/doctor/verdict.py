@@ -11,6 +11,7 @@ from typing import Literal
 from rdm_fast.config import Config
 
 Part = Literal["loader", "model", "filter"]
+HALVES = ("bf16", "fp16")
 WORTH_SENDING = 0.5  # of the loader's time; from there on the copy to the GPU is what it does
 
 
@@ -114,10 +115,14 @@ def _filter_advice(now: Situation) -> list[str]:
 
 
 def _model_advice(now: Situation) -> list[str]:
-    if now.config.precision == "fp32" and (now.on_gpu or now.fast_bf16):
-        return ["--precision bf16: instead of fp32"]
+    precision = now.config.precision
+    if precision not in HALVES and (now.on_gpu or now.fast_bf16):
+        return [f"--precision bf16: instead of {precision}"]
     if now.on_gpu:
-        return ["more GPUs (torchrun): data and filter keep up with this one"]
+        more = "more GPUs (torchrun): data and filter keep up with this one"
+        if now.config.step.compile == "none":
+            return ["--step.compile default: fewer and larger kernels, after a minute", more]
+        return [more]
     if now.threads < now.cpus:
         return [
             f"OMP_NUM_THREADS={now.cpus}: torch uses {now.threads} of {now.cpus} cores; more is "

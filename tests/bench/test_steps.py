@@ -92,7 +92,7 @@ def test_every_rival_has_the_same_optimizer_and_lightly_is_left_out_where_it_is_
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     assert not isinstance(
-        train_step(compare_peers.with_sgd(SMALLEST.config("byol"))).optimizer, Lars
+        train_step(compare_peers.fair(SMALLEST.config("byol"), SMALLEST)).optimizer, Lars
     )
     monkeypatch.setitem(sys.modules, "lightly", None)  # as if it were not installed
     path = tmp_path / "peers.json"

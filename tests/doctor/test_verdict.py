@@ -93,6 +93,13 @@ def test_a_slow_model_is_told_of_bf16_only_where_that_is_fast_and_not_yet_used()
     assert "--precision" not in judge(1, 30, config=wide).advice[0]
 
 
+def test_a_slow_model_on_a_gpu_is_told_of_compiling_until_it_is_compiled() -> None:
+    config = recipe("imagenet_rdm_simsiam")
+    assert judge(1, 30, on_gpu=True).advice[0].startswith("--step.compile default")
+    compiled = replace(config, step=replace(config.step, compile="default"))
+    assert not any("compile" in line for line in judge(1, 30, config=compiled, on_gpu=True).advice)
+
+
 def test_idle_cores_are_told_where_the_model_is_slow_on_a_cpu() -> None:
     assert judge(1, 30, threads=2).advice[0].startswith("OMP_NUM_THREADS=8: torch uses 2 of 8")
     assert not any("OMP" in line for line in judge(1, 30).advice)
