@@ -76,17 +76,25 @@ def encoded(jpeg_files: list[bytes]) -> ImageSet:
     return EncodedImages(data, np.cumsum([0, *map(len, jpeg_files)]), None, [], "test.npz")
 
 
-def choice(config: Config, images: ImageSet) -> str:
-    return build_loader(config, images, rank=0, world_size=1, device=CPU).name
+def choice(config: Config, images: ImageSet, device: torch.device = CPU) -> str:
+    return build_loader(config, images, rank=0, world_size=1, device=device).name
 
 
-def test_auto_keeps_decoded_images_resident_and_decodes_others_with_dali_if_there(
-    images: ImageSet, encoded: ImageSet, monkeypatch: pytest.MonkeyPatch
+def test_auto_keeps_decoded_images_resident_and_decodes_others_with_torch_on_a_cpu(
+    images: ImageSet, encoded: ImageSet
 ) -> None:
     assert choice(configure(), images) == "resident"
-    assert choice(configure(batch=4), encoded) == ("dali" if HERE else "torch")
-    without_dali(monkeypatch)
     assert choice(configure(batch=4), encoded) == "torch"
+
+
+@pytest.mark.gpu
+def test_auto_decodes_with_dali_on_a_gpu_if_it_is_there(
+    encoded: ImageSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu = torch.device("cuda")
+    assert choice(configure(batch=4), encoded, gpu) == ("dali" if HERE else "torch")
+    without_dali(monkeypatch)
+    assert choice(configure(batch=4), encoded, gpu) == "torch"
 
 
 def test_dali_asked_for_and_absent_is_refused_with_the_line_that_installs_it(
