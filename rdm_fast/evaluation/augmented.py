@@ -69,7 +69,9 @@ def train_on_views(
         head.bias.copy_(bias)
     head.to(device)
     backbone.requires_grad_(finetune)
-    model: nn.Module = nn.Sequential(backbone, head) if finetune else head
+    model: nn.Module = head
+    if finetune:  # laid out as its views are
+        model = nn.Sequential(backbone, head).to(memory_format=torch.channels_last)
     if finetune and world_size() > 1:
         model = synchronise(model, device)
     parallel = model
