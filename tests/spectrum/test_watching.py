@@ -2,6 +2,7 @@
 
 import copy
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -39,13 +40,13 @@ def test_heads_are_found_by_name_and_measured_as_they_put_out() -> None:
     for record, name, rows in zip(
         spectra.records, ("projection_head", "prediction_head"), (z, p), strict=True
     ):
-        expected = eigenvalues(rows)
+        expected = eigenvalues(rows.detach())
         assert (record.name, record.call) == (name, 1)
         torch.testing.assert_close(record.eigenvalues, expected.flip(0), rtol=1e-9, atol=1e-12)
         rank = float(effective_rank(expected))
         assert record.effective_rank == pytest.approx(rank)
-        assert record.share == pytest.approx(rank / int(attainable_rank(rows)))
-        assert record.std == pytest.approx(float(channel_std(rows)))
+        assert record.share == pytest.approx(rank / int(attainable_rank(rows.detach())))
+        assert record.std == pytest.approx(float(channel_std(rows.detach())))
     assert spectra.records[0].response is None  # 12 channels in, 8 out
 
 
@@ -111,20 +112,17 @@ def test_mistakes_are_told_in_one_sentence() -> None:
         odd(images(3))
 
 
-def _watched_on_this_rank(all_ranks: bool) -> Tensor:
+def _watched_on_this_rank() -> list[Tensor]:
+    """Of this rank's rows, and of all ranks'."""
     z = torch.randn(32, 8, generator=torch.Generator().manual_seed(1))
     module = nn.Identity()
-    with watch(module, all_ranks=all_ranks) as spectra:
-        module(z.chunk(dist.get_world_size())[dist.get_rank()])
-    return spectra.records[0].eigenvalues
+    alone, together = watch(module), watch(module, all_ranks=True)
+    module(z.chunk(dist.get_world_size())[dist.get_rank()])
+    return [handle.records[0].eigenvalues for handle in (alone, together)]
 
 
-@pytest.mark.parametrize("all_ranks", [False, True])
-def test_rows_of_all_ranks_are_taken_if_asked_for(
-    all_ranks: bool, tmp_path: pytest.TempPathFactory
-) -> None:
+def test_rows_of_all_ranks_are_taken_if_asked_for(tmp_path: Path) -> None:
     z = torch.randn(32, 8, generator=torch.Generator().manual_seed(1))
-    found = run_ranks(2, _watched_on_this_rank, all_ranks, tmp_path=tmp_path)  # type: ignore[arg-type]
-    for rank, values in enumerate(found):
-        rows = z if all_ranks else z.chunk(2)[rank]
-        torch.testing.assert_close(values, eigenvalues(rows).flip(0), rtol=1e-9, atol=0)
+    for rank, found in enumerate(run_ranks(2, _watched_on_this_rank, tmp_path=tmp_path)):
+        for values, rows in zip(found, (z.chunk(2)[rank], z), strict=True):
+            torch.testing.assert_close(values, eigenvalues(rows).flip(0), rtol=1e-9, atol=0)
