@@ -61,7 +61,7 @@ class DataConfig:
     """Fetch the data set into root if it is not there (torchvision sets only)."""
     loader: Literal["auto", "dali", "torch", "resident"] = "auto"
     """dali decodes on the GPU (or CPU threads), torch in worker processes, resident keeps pixels on
-    the device; auto takes resident for small images of one size, else dali on a GPU if installed."""
+    the device; auto takes resident for small images of one size, else on a GPU dali."""
     workers: int = 2
     """Worker processes of the torch loader, or CPU threads of the DALI loader, on each rank."""
     classes: str = ""
