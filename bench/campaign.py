@@ -102,6 +102,10 @@ def peers(*arguments: str) -> list[str]:
     return ["-m", "bench.compare_peers", "--json", "{scratch}/peers.json", *arguments]
 
 
+def learning(*arguments: str) -> list[str]:
+    return ["-m", "bench.learning", "--json", "{scratch}/learning.json", *arguments]
+
+
 def kernel_tests() -> list[list[str]]:
     """Those of the ops, compiled for real; file by file, so that what is done is kept."""
     files = sorted((ROOT / "tests" / "kernels").glob("test_*.py"))
@@ -117,6 +121,7 @@ def marked(marker: str) -> list[str]:
 # Triton compiles for minutes, each variant on one core.
 PARALLEL = ["-n", "8"] if find_spec("xdist") and (os.cpu_count() or 1) >= 16 else []
 TINY = ["--small", "--seconds=0.002"]
+KEPT = ["--out=runs/learning", "--minutes=8"]
 SMALLEST = "cifar10 resnet8 8px b8"
 PEERS = {
     "peers": [f"cifar10 resnet18 32px b{batch}" for batch in (256, 512)],
@@ -169,6 +174,11 @@ STAGES: dict[str, Stage] = {
         name: Stage([peers("--case", *cases)], [peers("--case", SMALLEST, "--rounds=1")], numbers)
         for name, cases in PEERS.items()
     },
+    "learning": Stage(  # of RDM_CIFAR10_NPZ; runs go on where an earlier call left them
+        [learning("--data", os.environ.get("RDM_CIFAR10_NPZ", "cifar10_jpeg.npz"), *KEPT)],
+        [learning("--smoke", "--epochs=1", "--out={scratch}/runs")],
+        numbers,
+    ),
 }
 
 

@@ -183,6 +183,32 @@ def peer_times(row: Json) -> list[str]:
     ]
 
 
+def learning(measured: Json) -> list[str]:
+    """What `bench.learning` wrote: a row for each run, as far as it went."""
+    texts = []
+    for report in measured.values():
+        lines = []
+        for name, run in report["runs"].items():
+            last, evaluation = run.get("last", {}), run.get("evaluation", {})
+            ranks = [last.get(f"effective_rank/{branch}") for branch in ("online", "target")]
+            knn = run["knn_top1_by_step"]
+            lines.append(
+                [
+                    name,
+                    f"{last['epoch']:.1f}" if last else "",
+                    f"{knn[-1][1]:.2f}" if knn else "",
+                    f"{evaluation['top1']:.2f}" if evaluation else "",
+                    " / ".join(f"{rank:.1f}" for rank in ranks if rank is not None),
+                    f"{run['images_per_s']:,.0f}" if last else "",
+                    str(run.get("n", "")),
+                ]
+            )
+        header = ["run", "epochs", "kNN top-1, %", "linear top-1, %"]
+        header += ["effective rank online / target", "images/s, median", "n"]
+        texts.append(f"Of {report['epochs']} epochs.\n\n{table(header, lines)}")
+    return texts
+
+
 def least(rows: Iterable[Json], key: str) -> int:
     return min((row[key] for row in rows), default=0)
 
@@ -210,4 +236,5 @@ SECTIONS: dict[str, Callable[[Any], list[str]]] = {
     "step-imagenet": step,
     "peers": peers,
     "peers-imagenet": peers,
+    "learning": learning,
 }
