@@ -106,7 +106,7 @@ def check_shell(text: str) -> None:
     if shutil.which("shellcheck"):
         done = subprocess.run(
             ["shellcheck", "--shell=bash", "-"],
-            input=text, capture_output=True, text=True, timeout=60,
+            input=text, capture_output=True, text=True, timeout=180,
         )  # fmt: skip
         assert done.returncode == 0, done.stdout
 

@@ -17,10 +17,12 @@ import torch.distributed as dist
 from rdm_fast.data.dali import import_graph, install_line
 from rdm_fast.errors import Unavailable
 
-EXTRAS = {  # extra of this distribution: module that it brings
+EXTRAS = {  # extra of this distribution: library that it brings
     "plot": "matplotlib",
     "tensorboard": "tensorboard",
     "timm": "timm",
+    "trackio": "trackio",
+    "umap": "umap-learn",
     "wandb": "wandb",
 }
 CPU_FEATURES = {"avx2": "AVX2", "avx512f": "AVX-512", "avx512_bf16": "bf16", "amx_bf16": "AMX bf16"}
