@@ -74,7 +74,7 @@ check: ## all that CI does
 	.ci/run
 
 clean: ## delete what was built and cached; runs/ and .venv/ stay
-	rm -rf dist site .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf dist .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 $(VENV)/.base: $(VENV)/.python $(REQUIREMENTS)
