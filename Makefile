@@ -17,7 +17,7 @@ ONE_EPOCH := rdm train digits_rdm_simsiam --optim.epochs 1 --optim.warmup-epochs
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help train test lint format types bench bench-check accuracy aot package check clean
+.PHONY: help train test lint format types bench bench-check accuracy aot docs package check clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -54,6 +54,9 @@ accuracy: $(VENV)/.dev ## make the accuracy table of kernels/README.md; fails wh
 aot: $(VENV)/.dev $(OLDEST_TRITON)/.installed ## compile every kernel for three GPUs, without one
 	$(BIN)/python -m rdm_kernels.aot
 	PYTHONPATH=$(OLDEST_TRITON) $(BIN)/python -m rdm_kernels.aot
+
+docs: $(VENV)/.dev ## build the pages of docs/ as a site, in site/
+	$(BIN)/mkdocs build --strict
 
 # The wheel is built from the sdist, so what the sdist lacks is missed here.
 package: $(VENV)/.dev ## build sdist and wheel, install the wheel in a clean environment, run it

@@ -12,9 +12,11 @@ import pytest
 
 from rdm_fast.command_line import TrainCommand, parse_evaluate, parse_train
 from rdm_fast.config import Config, FilterConfig
+from rdm_fast.doctor.options import DoctorCommand
 from rdm_fast.errors import UsageError
 from rdm_fast.evaluation.options import EvaluateCommand
 from rdm_fast.evaluation.protocols import PROTOCOLS
+from rdm_fast.export.options import ExportCommand
 from rdm_fast.flags import ALIASES, flags
 from rdm_fast.recipes import DEFAULT, RECIPES, recipe
 from rdm_fast.report.options import ReportCommand
@@ -337,7 +339,9 @@ def dataclasses_of(kind: type) -> Iterator[type]:
             yield from dataclasses_of(hint)
 
 
-KINDS = (TrainCommand, EvaluateCommand, ReportCommand, SweepCommand)
+KINDS = (
+    TrainCommand, EvaluateCommand, DoctorCommand, ExportCommand, ReportCommand, SweepCommand,
+)  # fmt: skip
 COMMANDS = list(dict.fromkeys(each for kind in KINDS for each in dataclasses_of(kind)))
 
 
@@ -366,13 +370,13 @@ def test_every_field_has_a_sentence_of_help(kind: type) -> None:
 
 
 @pytest.mark.parametrize("kind", COMMANDS, ids=lambda kind: kind.__name__)
-def test_every_field_has_a_default_but_the_configuration_and_the_checkpoint(kind: type) -> None:
+def test_every_field_has_a_default_but_those_that_say_what_to_work_on(kind: type) -> None:
     without = {
         field.name
         for field in fields(kind)
         if field.default is MISSING and field.default_factory is MISSING
     }
-    assert without <= {"config", "checkpoint"}
+    assert without <= {"config", "checkpoint", "to"}
 
 
 def help_text(parse: object, capsys: pytest.CaptureFixture[str], *words: str) -> str:

@@ -1,26 +1,10 @@
-"""docs/sweep.md, docs/report.md: commands can be meant, and a sweep's results find their place."""
+"""docs/sweep.md: a sweep's results find their place. (tests/test_docs.py reads its commands.)"""
 
-import re
 import runpy
-import shlex
 from pathlib import Path
-
-import pytest
-
-from rdm_fast.command_line import parse_report, parse_sweep
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "sweep.md"
-
-
-@pytest.mark.parametrize("page", [PAGE, PAGE.with_name("report.md")], ids=lambda page: page.name)
-def test_every_command_on_a_page_can_be_meant(page: Path) -> None:
-    text = page.read_text(encoding="utf-8")
-    commands = re.findall(r"^ {4}rdm (\w+) (.*)$", text, re.MULTILINE)
-    parsers = {"sweep": parse_sweep, "report": parse_report}
-    assert page.stem in {name for name, _ in commands}
-    for name, words in commands:
-        parsers[name](shlex.split(words, comments=True))
 
 
 def test_results_take_the_place_of_earlier_ones(tmp_path: Path) -> None:
