@@ -337,11 +337,11 @@ def tables(world: int, epoch: int, start: int, images: ImageSet) -> dict[int, li
     )
     rows: dict[int, list[bytes]] = {}
     for rank in range(world):
-        source = Source(config, images, rank, world)
+        source = Source(config, images, rank, world, by_pillow=set())
         source.plan(epoch, start)
         for iteration in range(source.steps_per_epoch - start):
             files, *arrays = source(Asked(iteration))
-            for row, i in enumerate(source.indices(start + iteration).tolist()):
+            for row, i in enumerate(source.asked(start + iteration).tolist()):
                 assert i not in rows
                 rows[i] = [files[row].tobytes(), *(array[row].tobytes() for array in arrays)]
         with pytest.raises(StopIteration):

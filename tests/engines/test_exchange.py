@@ -87,7 +87,7 @@ def _rank_failures() -> list[Tensor]:
     engine.restore({"name": "gemm"})
     loss, *_ = gradients(z1, z2, config)
     assert engine._pending is not None
-    status = engine._pending[0].clone()
+    status = engine._pending.read().clone()
     return [*not_finite, loss, status, torch.tensor(engine.current() == "eigh")]
 
 
