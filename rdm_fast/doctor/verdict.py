@@ -12,7 +12,6 @@ from rdm_fast.config import Config
 
 Part = Literal["loader", "model", "filter"]
 HALVES = ("bf16", "fp16")
-WORTH_SENDING = 0.5  # of the loader's time; from there on the copy to the GPU is what it does
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,12 +88,11 @@ def _loader_advice(now: Situation) -> list[str]:
         what = "threads" if now.loader == "dali" else "processes"
         more = min(now.cpus, max(workers + 1, needed))
         advice.append(f"--data.workers {more}: {what} that decode, {workers} now")
-    if now.loader == "torch":
-        sends = now.seconds.get("transfer", 0.0) > WORTH_SENDING * now.seconds["loader"]
-        gain = "decodes on the GPU" if now.on_gpu else "decodes on the CPU's threads"
+    if now.loader == "torch" and now.on_gpu:
         first = f"first {now.dali}; then " if now.dali else ""
-        line = f"{first}--data.loader dali: {gain}"
-        advice.insert(0, line) if sends or now.on_gpu else advice.append(line)
+        advice.insert(0, f"{first}--data.loader dali: decodes on the GPU")
+    if now.loader == "dali" and not now.on_gpu:
+        advice.insert(0, "--data.loader torch: it takes less time of a CPU")
     return advice or ["smaller image files: this machine decodes these no faster"]
 
 

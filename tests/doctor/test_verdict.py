@@ -63,7 +63,7 @@ def test_a_resident_loader_takes_turns_and_dali_does_not() -> None:
 
 def test_a_slow_torch_loader_gets_as_many_workers_as_it_needs_and_there_are_cores() -> None:
     advice = judge(90, 30, config=with_workers(2)).advice
-    assert advice[0].startswith("--data.workers 6:") and "--data.loader dali" in advice[1]
+    assert advice[0].startswith("--data.workers 6:") and "dali" not in str(advice)  # on a CPU
     assert judge(900, 30, config=with_workers(2)).advice[0].startswith("--data.workers 8:")
     assert judge(31, 30, config=with_workers(2)).advice[0].startswith("--data.workers 3:")
     assert not any("workers" in line for line in judge(90, 30, config=with_workers(8)).advice)
@@ -73,6 +73,11 @@ def test_dali_is_first_on_a_gpu_with_the_line_that_installs_it() -> None:
     advice = judge(90, 30, on_gpu=True, dali="pip install DALI").advice
     assert advice[0].startswith("first pip install DALI; then --data.loader dali")
     assert judge(90, 30, on_gpu=True).advice[0].startswith("--data.loader dali")
+
+
+def test_on_a_cpu_torch_is_first_where_dali_is_slow() -> None:
+    assert judge(90, 30, loader="dali").advice[0].startswith("--data.loader torch")
+    assert "torch" not in str(judge(90, 30, loader="dali", on_gpu=True).advice)
 
 
 def test_a_slow_filter_by_name_is_told_of_auto() -> None:
