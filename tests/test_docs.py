@@ -144,8 +144,9 @@ class Documented:
 
 
 def shell_lines(text: str) -> Iterator[str]:
-    """Lines of indented blocks and of blocks fenced as shell, joined at backslashes."""
+    """Lines of indented blocks and of blocks fenced as shell; a loop is one line."""
     text = re.sub(r"\\\n\s*", "", text)
+    text = re.sub(r"\n +done$", "; done", re.sub(r"; do\n +", "; do ", text), flags=re.MULTILINE)
     fenced = re.findall(r"^```(?:bash|sh|console)\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
     outside = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
     yield from re.findall(r"^ {4}(.+)$", outside, re.MULTILINE)
