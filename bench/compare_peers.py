@@ -60,9 +60,9 @@ from bench.training import (
 from rdm_fast import spectral_loss
 from rdm_fast.backbone import build_backbone
 from rdm_fast.config import Config, Precision
+from rdm_fast.config.step import Switch
 from rdm_fast.methods import Method, build_method
 from rdm_fast.precision import autocast
-from rdm_fast.step_config import Switch
 
 REFERENCE = "rdm_simsiam reference"
 NO_LIGHTLY = (

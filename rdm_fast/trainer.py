@@ -27,9 +27,8 @@ from rdm_fast.guard import CollapseGuard
 from rdm_fast.methods import build_method
 from rdm_fast.run_folder import RunFolder
 from rdm_fast.signals import SIGNALS, StopOnSignal
-from rdm_fast.skipped_steps import SkippedSteps
 from rdm_fast.spectrum import BranchSpectra, branch_spectra
-from rdm_fast.step import StepReport, TrainStep
+from rdm_fast.step import SkippedSteps, StepReport, TrainStep
 from rdm_fast.telemetry import Clock, Plan, Telemetry
 
 __all__ = ["SIGNALS", "Trainer"]

@@ -17,12 +17,11 @@ MAX_LINES = 350
 # The rooms of rdm_fast, a module or a folder each, in the order in which data flows. A room imports
 # only from those before it.
 ROOMS = [
-    "errors", "durable", "data_config", "step_config", "parallel_config", "guard_config", "config",
-    "recipes", "distributed", "precision", "host_copy",
+    "errors", "durable", "config", "recipes", "distributed", "precision", "host_copy",
     "filters", "inner_products", "decomposition", "engines", "spectral", "spectrum", "guard",
-    "backbone", "heads", "batchnorm", "ema", "methods", "apex_optim", "optim", "data",
+    "backbone", "heads", "batchnorm", "ema", "methods", "optim", "data",
     "saved_config", "checkpoint", "foreign", "run_folder", "environment", "telemetry", "evaluation",
-    "export", "graph", "parallel", "step", "skipped_steps", "signals", "trainer", "doctor",
+    "export", "step", "signals", "trainer", "doctor",
     "report", "sweep", "launch", "flags", "command_line", "cli",
 ]  # fmt: skip
 

@@ -14,10 +14,10 @@ from rdm_fast.config import Config, StepConfig
 from rdm_fast.data import Batch
 from rdm_fast.engines import engine_for
 from rdm_fast.errors import Unavailable
-from rdm_fast.graph import WARM_UP
 from rdm_fast.host_copy import HostCopy
 from rdm_fast.methods import Method, build_method
 from rdm_fast.step import StepReport, TrainStep
+from rdm_fast.step.graph import WARM_UP
 from tests.tiny import METHODS, batch, tiny
 
 ROWS = 32

@@ -25,7 +25,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from rdm_fast import graph
 from rdm_fast.config import Config
 from rdm_fast.data import Batch, ImageSet, Loader
 from rdm_fast.data.augment import view_of_image, view_table, views_of_table
@@ -34,7 +33,7 @@ from rdm_fast.data.batch import draw_pair
 from rdm_fast.data.sampler import ViewParameters
 from rdm_fast.methods import Method, build_method
 from rdm_fast.precision import dtype_of_views
-from rdm_fast.step import TrainStep
+from rdm_fast.step import TrainStep, graph
 
 LIMIT_S = 15.0  # of the measured batches of one stage; the one under way is finished
 WARM_UP = 2

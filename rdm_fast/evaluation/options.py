@@ -8,9 +8,9 @@ from typing import Literal
 import tyro
 
 from rdm_fast.config import BackboneName, Precision, Stem
+from rdm_fast.config.parallel import check_nproc
 from rdm_fast.errors import UsageError
 from rdm_fast.evaluation.protocols import FINETUNE, ITERATED, PROTOCOLS, Protocol, find_protocol
-from rdm_fast.parallel_config import check_nproc
 from rdm_fast.recipes import RECIPES
 
 Switch = tyro.conf.FlagCreatePairsOff[bool]

@@ -5,7 +5,7 @@ from typing import Literal
 
 import tyro
 
-from rdm_fast.data_config import require, require_choices
+from rdm_fast.config.checks import require, require_choices
 
 Layout = Literal["tsne", "umap", "none"]
 

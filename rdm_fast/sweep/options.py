@@ -6,7 +6,7 @@ from typing import Annotated
 import tyro
 
 from rdm_fast.config import Config
-from rdm_fast.data_config import require
+from rdm_fast.config.checks import require
 from rdm_fast.sweep.grid import GRID, configure, require_name
 
 Switch = tyro.conf.FlagCreatePairsOff[bool]

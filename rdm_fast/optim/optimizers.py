@@ -1,13 +1,4 @@
-"""Optimizers, their parameter groups, and the learning rate of every step.
-
-LARS (You et al., arXiv:1708.03888) is SGD with momentum in which every layer has its own rate,
-
-    r    = eta |p| / (|g| + wd |p| + eps),    1 where |p| or |g| is 0;    clipped: min(r / lr, 1)
-    d    = r (g + wd p)
-    buf <- m buf + d,    p <- p - lr buf
-
-as in RDM's released code. Layers that are excluded (one-dimensional parameters: batch norms and
-biases) take r = 1 and wd = 0.
+"""The optimizer of a run, its parameter groups, and the learning rate of every step.
 
 Every optimizer here updates all parameters of a group in one launch and never waits for the device:
 learning rates are tensors on it, and where the attribute `found_inf`, a 0-d float32 tensor, is
@@ -16,15 +7,15 @@ be told so: theirs is the one wait.
 """
 
 import math
-from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
-from rdm_fast.apex_optim import build_apex_optimizer
 from rdm_fast.config import OptimConfig
+from rdm_fast.optim.apex import build_apex_optimizer
+from rdm_fast.optim.lars import Lars
 
 PREDICTOR = "predictor."
 
@@ -124,101 +115,3 @@ def set_learning_rate(optimizer: Optimizer, value: float) -> None:
                 group["lr"].fill_(value)
             else:
                 group["lr"] = value
-
-
-class Lars(Optimizer):
-    """SGD with momentum and layer-wise trust ratios (formula at the top of this file).
-
-    Args:
-        params: parameters, or groups of them; a group with `adapt=False` takes no trust ratio.
-        lr: learning rate, 0 or more; a float, or a 0-d float32 tensor on the device.
-        momentum: m.
-        weight_decay: wd, in the trust ratio and in the step.
-        trust_coefficient: eta.
-        clip: never let a layer's rate exceed lr (LARC).
-        eps: keeps the trust ratio finite.
-
-    State: `momentum_buffer` of every parameter, as SGD's. No step waits for the device.
-    """
-
-    def __init__(
-        self,
-        params: Iterable[Any],
-        lr: float | Tensor = 0.1,
-        momentum: float = 0.9,
-        weight_decay: float = 0.0,
-        trust_coefficient: float = 0.02,
-        clip: bool = True,
-        eps: float = 1e-8,
-    ) -> None:
-        defaults = {
-            "lr": lr,
-            "momentum": momentum,
-            "weight_decay": weight_decay,
-            "trust_coefficient": trust_coefficient,
-            "clip": clip,
-            "eps": eps,
-            "adapt": True,
-        }
-        super().__init__(params, defaults)
-        self.found_inf: Tensor | None = None
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One update of every parameter that has a gradient. Returns what `closure` returns."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            if params:
-                self._step_group(group, params, [p.grad for p in params])
-        return loss
-
-    def _step_group(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
-        d = torch._foreach_add(grads, params, alpha=group["weight_decay"])
-        if group["adapt"]:
-            _scale_each(d, _trust_ratios(group, params, grads))
-        buffers = [self._momentum_buffer(p) for p in params]
-        torch._fused_sgd_(  # the last line of the formula
-            params,
-            d,
-            buffers,
-            weight_decay=0,
-            momentum=group["momentum"],
-            lr=group["lr"],
-            dampening=0,
-            nesterov=False,
-            maximize=False,
-            is_first_step=False,
-            found_inf=self.found_inf,
-        )
-
-    def _momentum_buffer(self, p: Tensor) -> Tensor:
-        state = self.state[p]
-        if "momentum_buffer" not in state:
-            state["momentum_buffer"] = torch.zeros_like(p)
-        return state["momentum_buffer"]
-
-
-def _scale_each(tensors: Sequence[Tensor], factors: Tensor) -> None:
-    """tensors[i] *= factors[i], dense tensors all at once, for factors [N] on their device.
-
-    foreach is one launch on a GPU only for lists whose shapes and strides agree, and falls back to
-    one a tensor where factors are 0-d. So both are made flat, each factor as long as its tensor.
-    """
-    sizes = [tensor.numel() for tensor in tensors]
-    flat = [tensor.as_strided((n,), (1,)) for tensor, n in zip(tensors, sizes, strict=True)]
-    longer = [factor.expand(n) for factor, n in zip(factors.unbind(), sizes, strict=True)]
-    torch._foreach_mul_(flat, torch.cat(longer).split(sizes))
-
-
-def _trust_ratios(group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> Tensor:
-    """r of every parameter, [N], on the device."""
-    p_norm = torch.stack(torch._foreach_norm(params))
-    g_norm = torch.stack(torch._foreach_norm(grads))
-    scale = g_norm + group["weight_decay"] * p_norm + group["eps"]
-    ratio = group["trust_coefficient"] * p_norm / scale
-    ratio = ratio.where((p_norm > 0) & (g_norm > 0), 1.0)
-    return (ratio / group["lr"]).clamp(max=1.0) if group["clip"] else ratio

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from rdm_fast.data_config import require_choices
+from rdm_fast.config.checks import require_choices
 
 CompileMode = Literal["none", "default", "max-autotune"]
 Switch = Literal["auto", "on", "off"]

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from rdm_fast.data_config import require, require_choices, require_probability
+from rdm_fast.config.checks import require, require_choices, require_probability
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

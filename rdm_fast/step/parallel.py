@@ -12,9 +12,9 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
 
 from rdm_fast.config import Config
+from rdm_fast.config.parallel import DEFAULT_BUCKET_MB
 from rdm_fast.distributed import world_size
 from rdm_fast.methods import Branches, Method, StepOutput
-from rdm_fast.parallel_config import DEFAULT_BUCKET_MB
 
 COMPRESSION = {
     "bf16": default_hooks.bf16_compress_hook,

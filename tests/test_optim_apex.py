@@ -1,4 +1,4 @@
-"""rdm_fast.apex_optim against packages named apex that are right, wrong, broken, or not there."""
+"""rdm_fast.optim.apex against packages named apex that are right, wrong, broken, or not there."""
 
 import json
 import sys
@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rdm_fast import apex_optim
 from rdm_fast.checkpoint import flatten_optimizer, restore_optimizer
 from rdm_fast.config import OptimConfig
 from rdm_fast.errors import Unavailable
+from rdm_fast.optim import apex as apex_optim
 from rdm_fast.optim import build_optimizer, set_learning_rate
 
 GPU = torch.device("cuda")  # only asked for its type: the stand-ins below run anywhere

@@ -8,7 +8,7 @@ again and differentiated from there.
 
 A step whose loss or gradient is not finite changes nothing: no weight, no running statistic. The
 device decides that by itself. Nothing in a step waits for the device, so the whole of it can be
-recorded as one CUDA graph (`rdm_fast.graph`).
+recorded as one CUDA graph (`rdm_fast.step.graph`).
 """
 
 import contextlib
@@ -27,12 +27,12 @@ from rdm_fast.distributed import world_size
 from rdm_fast.ema import ema_momentum
 from rdm_fast.engines import engine_for
 from rdm_fast.errors import Unavailable
-from rdm_fast.graph import StepGraph
 from rdm_fast.host_copy import HostCopy
 from rdm_fast.methods import Branches, Method, StepOutput
 from rdm_fast.optim import build_optimizer, learning_rate, set_learning_rate
-from rdm_fast.parallel import wrap
 from rdm_fast.precision import autocast, float32_products
+from rdm_fast.step.graph import StepGraph
+from rdm_fast.step.parallel import wrap
 
 COMPILE = {"default": "default", "max-autotune": "max-autotune-no-cudagraphs"}  # torch's names
 

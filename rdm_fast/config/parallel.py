@@ -5,7 +5,7 @@ import os
 from dataclasses import dataclass
 from typing import Literal
 
-from rdm_fast.data_config import require, require_choices
+from rdm_fast.config.checks import require, require_choices
 
 Compress = Literal["none", "bf16", "fp16"]
 DEFAULT_BUCKET_MB = 25.0

@@ -1,0 +1,39 @@
+"""Every knob of a run, one frozen dataclass a concern.
+
+A recipe (`rdm_fast.recipes`) is a function that returns a whole `Config`; the command line names
+one and changes single fields: `python train.py digits_rdm_simsiam --optim.epochs 20`. The string
+under a field is its help text. Derived values are properties, so they cannot disagree with their
+sources. Nothing here imports torch: a command line is checked before torch is loaded.
+
+Bad values raise `ValueError` naming the flag, what was found, and the way out.
+"""
+
+from rdm_fast.config.data import AugmentConfig, DataConfig, DataName, Interpolation, ViewConfig
+from rdm_fast.config.filter import FilterConfig, Kind
+from rdm_fast.config.guard import GuardConfig
+from rdm_fast.config.log import LogConfig
+from rdm_fast.config.model import BackboneName, ModelConfig, Stem
+from rdm_fast.config.optim import OptimConfig
+from rdm_fast.config.parallel import ParallelConfig
+from rdm_fast.config.run import Config, Precision
+from rdm_fast.config.step import StepConfig
+
+__all__ = [
+    "AugmentConfig",
+    "BackboneName",
+    "Config",
+    "DataConfig",
+    "DataName",
+    "FilterConfig",
+    "GuardConfig",
+    "Interpolation",
+    "Kind",
+    "LogConfig",
+    "ModelConfig",
+    "OptimConfig",
+    "ParallelConfig",
+    "Precision",
+    "Stem",
+    "StepConfig",
+    "ViewConfig",
+]

@@ -1,0 +1,87 @@
+"""The spectral filter."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from rdm_fast.config.checks import require, require_choices
+
+Kind = Literal["poly", "log", "log_1", "log_2", "custom"]
+Location = Literal["online", "target"]
+Basis = Literal["own", "online"]
+Engine = Literal["auto", "gemm", "eigh", "reference"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FilterConfig:
+    """The spectral filter g, applied to the singular values s of a batch of projections."""
+
+    kind: Kind = "poly"
+    """g(s): poly is s^sigma, log is log s, log_1 is log(1 + s), log_2 is log(1 + s^2); custom is
+    a function of your own, from Python only."""
+    location: Location = "online"
+    """Branch that is filtered. RDM wants a rising g on the online one, a falling on the target."""
+    sigma: float = 1.0
+    """Exponent of kind=poly; 0 filters nothing. The other kinds ignore it."""
+    basis: Basis = "own"
+    """Whose spectrum filters the target: its own, or the online branch's."""
+    cutoff: float = 1e-3
+    """Singular values up to this share of the largest are cut off, and those of rounding noise."""
+    center: bool = False
+    """Take the spectrum of the centred projections (covariance) instead of the raw correlation."""
+    engine: Engine = "auto"
+    """How the filter is computed: auto chooses, reference is the paper's literal SVD."""
+    response: Callable[[Any], Any] | None = field(default=None, metadata={"flag": False})
+    """g(s) of kind=custom: from singular values s > 0, a float64 tensor [v, n], to one of the same
+    shape and dtype (not a flag)."""
+
+    def __post_init__(self) -> None:
+        require_choices("filter.", self)
+        require(
+            self.kind != "custom" or self.response is not None,
+            "filter.kind=custom is for Python code, FilterConfig(kind='custom', response=f); a "
+            "command line or file cannot hold a function: use poly, log, log_1 or log_2 there",
+        )
+        require(
+            self.response is None or (self.kind == "custom" and callable(self.response)),
+            f"FilterConfig has response={self.response!r} with kind={self.kind}: "
+            "a function goes with kind='custom', and with nothing else",
+        )
+        require(math.isfinite(self.sigma), f"filter.sigma={self.sigma} is not a finite number")
+        require(
+            0 < self.cutoff < 1,
+            f"filter.cutoff={self.cutoff} is not a share of the largest singular value: "
+            "give a number between 0 and 1, such as 1e-3",
+        )
+        require(
+            self.basis == "own" or self.location == "target",
+            "filter.basis=online concerns the target branch only: "
+            "use filter.location=target, or leave filter.basis=own",
+        )
+        require(
+            not (self.center and self.engine == "reference"),
+            "filter.engine=reference is the paper's formulation, which never centres: "
+            "leave out filter.center, or use filter.engine=eigh",
+        )
+        require(
+            self.engine != "gemm" or self.why_not_gemm is None,
+            f"filter.engine=gemm cannot be accurate with {self.why_not_gemm}: "
+            "use filter.engine=eigh, or auto, which takes it",
+        )
+
+    @property
+    def is_falling(self) -> bool:
+        """Whether g falls with s."""
+        return self.kind == "poly" and self.sigma < 0
+
+    @property
+    def why_not_gemm(self) -> str | None:
+        """What matrix products alone cannot do of this filter, if any."""
+        if self.kind == "custom":
+            return "filter.kind=custom"
+        if self.center:
+            return "filter.center"
+        if not 1e-4 <= self.cutoff <= 0.1:
+            return f"filter.cutoff={self.cutoff:g} (it takes 1e-4 to 0.1)"
+        return None

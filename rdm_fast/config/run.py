@@ -1,0 +1,63 @@
+"""A whole run."""
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from rdm_fast.config.checks import require, require_choices
+from rdm_fast.config.data import AugmentConfig, DataConfig
+from rdm_fast.config.filter import FilterConfig
+from rdm_fast.config.guard import GuardConfig
+from rdm_fast.config.log import LogConfig
+from rdm_fast.config.model import ModelConfig
+from rdm_fast.config.optim import OptimConfig
+from rdm_fast.config.parallel import ParallelConfig
+from rdm_fast.config.step import StepConfig
+
+MethodName = Literal["simsiam", "byol", "symsimsiam"]
+PredictorName = Literal["mlp", "spectral", "none"]
+Precision = Literal["fp32", "tf32", "bf16", "fp16"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Config:
+    """A whole run."""
+
+    method: MethodName = "simsiam"
+    """simsiam, byol (EMA target), or symsimsiam (symmetric control without predictor)."""
+    predictor: PredictorName = "spectral"
+    """What makes predictions from projections: a learned mlp, a spectral filter (RDM), or none."""
+    data: DataConfig = field(default_factory=DataConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    filter: FilterConfig = field(default_factory=FilterConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    step: StepConfig = field(default_factory=StepConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
+    seed: int = 5
+    """Seed of weights, data order and augmentation; with it a run is reproducible."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto takes a GPU if there is one, and says so."""
+    precision: Precision = "fp32"
+    """Arithmetic of backbone and heads: fp32, tf32 (fp32 with products of 10-bit factors on a GPU),
+    or autocast to bf16 or fp16 (with loss scaling)."""
+    sync_bn: bool = True
+    """With several ranks, take batch-norm statistics over the global batch."""
+    out: str = "runs/default"
+    """Run folder. The same command on an unfinished one resumes it."""
+
+    def __post_init__(self) -> None:
+        require_choices("", self)
+        require(
+            (self.method == "symsimsiam") == (self.predictor == "none"),
+            f"method={self.method} with predictor={self.predictor}: symsimsiam has predictor=none, "
+            "simsiam and byol have predictor=mlp or predictor=spectral "
+            "(spectral with filter.sigma=0 filters nothing)",
+        )
+        require(self.seed >= 0, f"seed={self.seed}: give 0 or more")
+        require(
+            not (self.parallel.static_graph and self.optim.accumulate > 1),
+            f"parallel.static_graph needs every backward to be alike, and with optim.accumulate="
+            f"{self.optim.accumulate} most are not averaged over ranks: leave one of them out",
+        )

@@ -1,0 +1,11 @@
+"""Optimizers: SGD, LARS and AdamW, NVIDIA apex's; parameter groups; warm-up and cosine."""
+
+from rdm_fast.optim.lars import Lars
+from rdm_fast.optim.optimizers import (
+    build_optimizer,
+    learning_rate,
+    parameter_groups,
+    set_learning_rate,
+)
+
+__all__ = ["Lars", "build_optimizer", "learning_rate", "parameter_groups", "set_learning_rate"]
