@@ -428,6 +428,7 @@ def test_evaluation_leaves_out_what_cannot_be_read(
 
 def evaluation_on_a_rank(root: Path, tmp_path: Path) -> dict[str, torch.Tensor]:
     images = read_in(root, tmp_path)
+    dist.barrier()  # every rank has read the index of all files
     (root / "train/a/1.jpg").unlink(missing_ok=True)
     dist.barrier()
     config = Config(data=DataConfig(name="folder", max_bad=0.3), augment=AUGMENT)
