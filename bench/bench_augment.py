@@ -26,7 +26,7 @@ from rdm_fast.data.augment import blur_taps, view_table, views_of_table
 from rdm_fast.data.batch import draw_pair
 from rdm_fast.data.images import PixelImages
 from rdm_kernels.augment_views import augment_views_op
-from rdm_kernels.views import levels_of_views, normalise
+from rdm_kernels.views import make_views
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
@@ -110,9 +110,8 @@ def bench_two_views(measure: Callable[..., None], name: str, case: str) -> None:
         return views_of_table(planes, fresh, augment, DTYPE)
 
     def defined() -> Tensor:
-        levels = levels_of_views(planes, there, size, interpolation, taps)
-        views = normalise(levels, augment.mean, augment.std).to(DTYPE)
-        return views.contiguous(memory_format=torch.channels_last)
+        mean, std = augment.mean, augment.std
+        return make_views(planes, there, size, interpolation, taps, mean, std, DTYPE)
 
     def made() -> Tensor:
         return views_of_table(planes, there, augment, DTYPE)

@@ -6,7 +6,7 @@ What each step is, views.py says; which steps a view undergoes, and how, is a ro
 (`pack_views`). Views of any images in any number, both views of a batch for instance, are made
 in one call.
 
-The op `rdm::augment_views` is *defined* by its PyTorch body, `views.levels_of_views`. Triton
+The op `rdm::augment_views` is *defined* by its PyTorch body, `views.make_views`. Triton
 registers itself as its CUDA kernel, and there nothing waits for the device. A level is the
 definition's but where rounding meets a tie: at most 0.1 % of them, by 1 in the step where it
 happens. The kernels are in view_kernels.py.
@@ -19,8 +19,9 @@ import triton
 from torch import Tensor
 
 from rdm_kernels.variant import Variant
+from rdm_kernels.view_geometry import FILTERS
 from rdm_kernels.view_kernels import _blur_view_kernel, _colour_view_kernel, _resize_view_kernel
-from rdm_kernels.views import COLUMNS, FILTERS, levels_of_views, normalise
+from rdm_kernels.views import COLUMNS, make_views
 
 DTYPES = {
     torch.float32: "*fp32",
@@ -28,8 +29,6 @@ DTYPES = {
     torch.float16: "*fp16",
     torch.uint8: "*u8",
 }
-
-TOGETHER = 512  # views that the definition makes at a time: those jittered alike are one call
 
 
 def augment_views(
@@ -103,11 +102,7 @@ def augment_views_op(
     dtype: torch.dtype,
 ) -> Tensor:
     """As `augment_views`."""
-    views = _empty(images, table.shape[1], size, dtype)
-    for out, part in zip(views.split(TOGETHER), table.split(TOGETHER, dim=1), strict=True):
-        levels = levels_of_views(images, part, size, interpolation, taps)
-        out.copy_(levels if dtype == torch.uint8 else normalise(levels, mean, std))
-    return views
+    return make_views(images, table, size, interpolation, taps, mean, std, dtype)
 
 
 def _empty(images: Tensor, n: int, size: int, dtype: torch.dtype) -> Tensor:

@@ -10,7 +10,9 @@ import math
 import triton
 import triton.language as tl
 
-from rdm_kernels.views import COLUMNS, LUMA, LUMA_SHIFT, OPERATIONS, SOLARIZE_THRESHOLD, TIE
+from rdm_kernels.view_colour import LUMA, LUMA_SHIFT, OPERATIONS, SOLARIZE_THRESHOLD
+from rdm_kernels.view_geometry import TIE
+from rdm_kernels.views import COLUMNS
 
 # ---- a row of the table ------------------------------------------------------------------------
 

@@ -6,41 +6,43 @@ when it resizes, cuts off when it distorts or blends, and turns hue in 8-bit HSV
 
 Steps, in this order: crop and resize (antialiased), rotate and shear (black outside), jitter
 (brightness, contrast, saturation and hue in any order), grey, Gaussian blur, solarize at 128,
-flip, normalise. Images of one channel have no saturation, hue or grey.
+flip, normalise. Images of one channel have no saturation, hue or grey. The steps themselves are in
+view_geometry.py and view_colour.py; here it is settled who undergoes them. The flip comes with the
+resize, where taking pixels in another order costs nothing: every later step commutes with it.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
+
+from rdm_kernels.view_colour import (
+    HUE,
+    IDLE,
+    OPERATIONS,
+    blend,
+    normalise,
+    solarize,
+    to_grey,
+    turn_hue,
+)
+from rdm_kernels.view_geometry import blur, distort, resampling_taps, resize
 
 INTEGERS = ("image", "top", "left", "height", "width", "order", "grey", "solarize", "flip")
 NUMBERS = ("angle", "shear", "brightness", "contrast", "saturation", "hue", "sigma")
 COLUMNS = (*INTEGERS, *NUMBERS)
 
-OPERATIONS = ("brightness", "contrast", "saturation", "hue")
-"""Of the jitter; `order` has the place here of each in two bits, the first in the lowest."""
+PIXELS = 1 << 17  # of the views that are made at a time, so that they stay in a CPU's cache
 
-IDLE = {"brightness": 1, "contrast": 1, "saturation": 1, "hue": 0}
-"""With these values an operation does nothing."""
-NO_JITTER = -1
-
-SOLARIZE_THRESHOLD = 128
-LUMA = (19595, 38470, 7471)  # ITU-R 601 in 1/65536, as Pillow has it; exact in float32
-LUMA_SHIFT = 65536
-NEGLIGIBLE = -30.0  # exponent of a weight: e^-90 would be subnormal, and slow on a CPU
-FEW = 64  # views that are resized at a time: what is in between stays in a CPU's cache
-TIE = 1e-4  # levels; more than float32 loses in a weighted mean of pixels
-
-Rows = Mapping[str, Tensor]
-"""Each of NUMBERS for some views, [n, 1, 1, 1]."""
-Step = Callable[[Tensor, Rows], Tensor]
+Rows = NDArray[np.intp]
 Mask = NDArray[np.bool_]
+Columns = dict[str, NDArray[Any]]
+"""Each of COLUMNS for n views, [n], on the host."""
 
 
 def pack_views(columns: Mapping[str, ArrayLike]) -> Tensor:
@@ -63,269 +65,102 @@ def pack_views(columns: Mapping[str, ArrayLike]) -> Tensor:
     return torch.from_numpy(np.concatenate([integers, numbers.view(np.int32)]))
 
 
-def levels_of_views(
-    images: Tensor, table: Tensor, size: int, interpolation: str, taps: int
+def make_views(
+    images: Tensor,
+    table: Tensor,
+    size: int,
+    interpolation: str,
+    taps: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    dtype: torch.dtype,
 ) -> Tensor:
-    """Views before their normalisation: whole levels, float32 [n, C, size, size].
+    """The body of the op `augment_views`, which says what goes in and out.
 
     Which views undergo a step is decided on the host: on a GPU this waits for the table.
     """
-    colour = images.shape[1] == 3
-    if not table.shape[1]:
-        return images.new_empty(0, images.shape[1], size, size, dtype=torch.float32)
-    p = _unpack(table.cpu().numpy())
-    rank = _jitter_order(p, colour)
-    places = np.argsort(rank, kind="stable")  # so that views jittered alike are neighbours
-    p, rank = {name: column[places] for name, column in p.items()}, rank[places]
-    there = torch.from_numpy(places).to(images.device)
-    table = table[:, there]
-    numbers = table[len(INTEGERS) :].view(torch.float32)[:, :, None, None, None]
-
-    x = _crop_and_resize(images, table, size, interpolation)
-    x = _some(x, numbers, (p["angle"] != 0) | (p["shear"] != 0), _distort)
-    for order in np.unique(rank[rank != NO_JITTER]).tolist():
-        alike = slice(*np.searchsorted(rank, [order, order + 1]).tolist())
-        x[alike] = _jitter(x[alike], numbers[:, alike], order, (p["hue"][alike] != 0) & colour)
-    steps: list[tuple[Mask, Step]] = [
-        ((p["grey"] != 0) & colour, lambda x, _: luma(x).repeat(1, 3, 1, 1)),
-        (p["sigma"] != 0, lambda x, rows: _blur(x, rows["sigma"], taps)),
-        (p["solarize"] != 0, lambda x, _: torch.where(x < SOLARIZE_THRESHOLD, x, 255 - x)),
-        (p["flip"] != 0, lambda x, _: x.flip(3)),
-    ]
-    for mask, step in steps:
-        x = _some(x, numbers, mask, step)
-    return torch.empty_like(x).index_copy_(0, there, x)
+    (n_channels, H, W), device = images.shape[1:], images.device
+    views = images.new_empty(table.shape[1], size, size, n_channels, dtype=dtype)
+    p = _columns(table.cpu().numpy())
+    if len(p["image"]):
+        top, left, height, width, flip = (
+            _tensor(p[name], device) for name in ("top", "left", "height", "width", "flip")
+        )
+        down = resampling_taps(top, height, torch.zeros_like(flip), H, size, interpolation)
+        across = resampling_taps(left, width, flip, W, size, interpolation)
+    for part in _parts(p, size):
+        few, rows = {name: column[part] for name, column in p.items()}, _tensor(part, device)
+        x = images[_tensor(few["image"], device)]
+        x = resize(x, down.matrices(rows), across.matrices(rows))
+        x = _recolour(_distort(x, few), few, taps)
+        made = x if dtype == torch.uint8 else normalise(x, mean, std)
+        made = made.to(dtype, memory_format=torch.channels_last)
+        views.index_copy_(0, rows, made.permute(0, 2, 3, 1))
+    return views.permute(0, 3, 1, 2)
 
 
-def _some(x: Tensor, numbers: Tensor, mask: Mask, step: "Step") -> Tensor:
-    """A step for those views that undergo it; `x` may be overwritten."""
-    if mask.all():
-        return step(x, _named(numbers))
-    if not mask.any():
-        return x
-    rows = torch.from_numpy(np.flatnonzero(mask)).to(x.device)
-    return x.index_copy_(0, rows, step(x[rows], _named(numbers[:, rows])))
-
-
-def normalise(levels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """(levels / 255 - mean) / std.
-
-    Args:
-        levels: [n, C, H, W], uint8 or float, 0..255.
-        mean, std: of each channel, from 0 to 1.
-
-    Returns:
-        float32, the same shape.
-    """
-    means = torch.tensor(mean, device=levels.device)[:, None, None]
-    stds = torch.tensor(std, device=levels.device)[:, None, None]
-    x = levels.to(torch.float32, memory_format=torch.contiguous_format)  # faster channel by channel
-    return x.div(255).sub_(means).div_(stds)
-
-
-def _unpack(table: NDArray[np.int32]) -> dict[str, NDArray[Any]]:
-    """The columns of a table, [n] each, int32 or float32."""
+def _columns(table: NDArray[np.int32]) -> Columns:
     integers, numbers = np.split(table, [len(INTEGERS)])
     return dict(zip(COLUMNS, (*integers, *numbers.view(np.float32)), strict=True))
 
 
-def _named(numbers: Tensor) -> Rows:
-    return dict(zip(NUMBERS, numbers, strict=True))
+def _tensor(column: NDArray[Any], device: torch.device) -> Tensor:
+    return torch.from_numpy(column).to(device)
 
 
-def _jitter_order(p: Mapping[str, NDArray[Any]], colour: bool) -> NDArray[np.int32]:
-    """`order` of each view, NO_JITTER where no operation does anything, [n]."""
-    used = OPERATIONS if colour else OPERATIONS[:2]
-    active = np.any([p[name] != IDLE[name] for name in used], axis=0)
-    return np.where(active, p["order"], NO_JITTER).astype(np.int32)
+def _parts(p: Columns, size: int) -> Iterator[Rows]:
+    """All views, a few at a time, so that what is in between stays in a CPU's cache.
 
-
-def _jitter(x: Tensor, numbers: Tensor, order: int, turned: Mask) -> Tensor:
-    """The four operations, in one order, on some views: few, so that they stay in the cache.
-
-    `turned`: whose hue is; by nothing would still round, in 8-bit HSV.
+    Those in a part turn hue in the same round of the jitter, or are not jittered at all: the more
+    views undergo a step together, the better.
     """
-    rows = _named(numbers)
+    turn = np.argmax([_operation(p, place) == HUE for place in range(len(OPERATIONS))], axis=0)
+    jittered = np.any([p[name] != idle for name, idle in IDLE.items()], axis=0)
+    kind = np.where(jittered, turn, len(OPERATIONS))
+    for one in np.unique(kind):
+        alike = np.flatnonzero(kind == one)
+        yield from np.array_split(alike, math.ceil(len(alike) * size**2 / PIXELS))
+
+
+def _operation(p: Columns, place: int) -> NDArray[np.int32]:
+    """What the jitter does in that place, [n]: an index of OPERATIONS."""
+    operation: NDArray[np.int32] = p["order"] >> 2 * place & 3
+    return operation
+
+
+# ---- the steps, in order -----------------------------------------------------------------------
+
+
+def _distort(x: Tensor, p: Columns) -> Tensor:
+    """Views that are flipped, as these already are, turn and lean the other way."""
+    sign = np.where(p["flip"] != 0, -1, 1).astype(np.float32)
+    angle, shear = sign * p["angle"], sign * p["shear"]
+    return _some(x, (angle != 0) | (shear != 0), distort, angle, shear)
+
+
+def _recolour(x: Tensor, p: Columns, taps: int) -> Tensor:
+    colour = x.shape[1] == 3
     for place in range(len(OPERATIONS)):
-        name = OPERATIONS[order >> 2 * place & 3]
-        if name == "brightness":
-            x = _cut(x * rows["brightness"])
-        elif name == "contrast":
-            x = _contrast(x, rows)
-        elif name == "hue":
-            x = _some(x, numbers, turned, lambda x, rows: turn_hue(x, rows["hue"]))
-        elif x.shape[1] == 3:
-            x = blend(luma(x), x, rows["saturation"])
-    return x
+        operation = _operation(p, place)
+        factor = np.choose(operation, [p[name] for name in OPERATIONS])
+        turned = (operation == HUE) & (factor != 0)  # by 0 would still round, in 8-bit HSV
+        x = _some(x, turned & colour, turn_hue, factor)
+        x = _some(x, (operation != HUE) & (factor != 1), blend, operation, factor)
+    x = _some(x, (p["grey"] != 0) & colour, to_grey)
+    x = _some(x, p["sigma"] != 0, partial(blur, taps=taps), p["sigma"])
+    return _some(x, p["solarize"] != 0, solarize)
 
 
-# ---- geometry --------------------------------------------------------------------------------
+def _some(x: Tensor, mask: Mask, step: Callable[..., Tensor], *columns: NDArray[Any]) -> Tensor:
+    """A step for those views that undergo it; `x` may be overwritten.
 
-
-def triangle(x: Tensor) -> Tensor:
-    """Bilinear interpolation's filter; zero beyond 1."""
-    return (1 - x.abs()).clamp_min(0)
-
-
-def cubic(x: Tensor) -> Tensor:
-    """Keys' cubic filter with a = -0.5; zero beyond 2."""
-    a, x = -0.5, x.abs()
-    near = ((a + 2) * x - (a + 3)) * x * x + 1
-    far = (((x - 5) * x + 8) * x - 4) * a
-    return torch.where(x < 1, near, torch.where(x < 2, far, 0))
-
-
-FILTERS: dict[str, Callable[[Tensor], Tensor]] = {"bilinear": triangle, "bicubic": cubic}
-REACH = {"bilinear": 1, "bicubic": 2}
-"""Where they become zero."""
-
-
-def resampling_weights(
-    start: Tensor, length: Tensor, inputs: int, outputs: int, interpolation: str
-) -> Tensor:
-    """Matrices that resize a window of a line of pixels, as Pillow defines it.
-
-    Output o is a mean of the pixels around (o + 0.5) * length / outputs, weighted by a filter
-    that is stretched by that ratio when it shrinks the line, so that every pixel counts
-    (antialiasing). Pixels outside the window are not seen.
-
-    Args:
-        start: first pixel of each window, [n] float32.
-        length: pixels of each window, [n] float32.
-        inputs: pixels of the line.
-        outputs: pixels wanted.
-        interpolation: one of FILTERS.
-
-    Returns:
-        [n, outputs, inputs] float32; rows sum to 1.
+    `step` gets them, and their rows of the columns: each a tensor [n, 1, 1, 1].
     """
-    start, scale = start[:, None, None], (length / outputs)[:, None, None]
-    end, stretch = start + length[:, None, None], scale.clamp_min(1)
-    place = start + (torch.arange(outputs, device=start.device)[:, None] + 0.5) * scale
-    reach = REACH[interpolation] * stretch
-    near = min(inputs, math.ceil(2 * float(reach.max())) + 1)  # pixels that an output can see
-    first = (place - reach).floor().clamp(0, inputs - near)
-    pixel = first + torch.arange(near, device=start.device)  # [n, outputs, near]
-    weights = FILTERS[interpolation]((pixel + 0.5 - place) / stretch)
-    weights = weights * ((pixel >= start) & (pixel < end))
-    weights = weights / weights.sum(-1, keepdim=True)
-    lines = weights.new_zeros(*weights.shape[:2], inputs)
-    return lines.scatter_(2, pixel.long(), weights)
-
-
-def _crop_and_resize(images: Tensor, table: Tensor, size: int, interpolation: str) -> Tensor:
-    C, H, W = images.shape[1:]
-    image, top, left, height, width = table[:5]
-    rows = resampling_weights(top.float(), height.float(), H, size, interpolation)  # [n, S, H]
-    columns = resampling_weights(left.float(), width.float(), W, size, interpolation)  # [n, S, W]
-    resized = images.new_empty(len(image), C, size, size, dtype=torch.float32)
-    parts = zip(*(all_.split(FEW) for all_ in (resized, image, rows, columns)), strict=True)
-    for out, shown, down, across in parts:
-        x = images[shown].to(torch.float32, memory_format=torch.contiguous_format)
-        x = _round_mean(x.flatten(1, 2) @ across.mT)  # across first, as Pillow did until 13
-        for channel in range(C):
-            torch.bmm(down, x.unflatten(1, (C, H))[:, channel], out=out[:, channel])
-        _round_mean(out)
-    return resized
-
-
-def _distort(x: Tensor, rows: Rows) -> Tensor:
-    """Rotate and shear about the centre, [n, C, S, S]; the matrix is torchvision's, inverted."""
-    S = x.shape[3]
-    angle, tangent = rows["angle"].deg2rad()[:, 0], rows["shear"].deg2rad().tan()[:, 0]
-    cos, sin = angle.cos(), angle.sin()
-    centred = torch.arange(S, device=x.device) + (1 - S) / 2
-    down, across = centred[:, None], centred[None, :]
-    from_x = (cos - sin * tangent) * across + (cos * tangent + sin) * down  # [n, S, S]
-    from_y = cos * down - sin * across
-    grid = torch.stack((from_x, from_y), dim=-1) * (2 / S)
-    moved = F.grid_sample(x, grid, mode="bilinear", padding_mode="border", align_corners=False)
-    inside = ((grid >= -1) & (grid < 1)).all(-1)[:, None]
-    return _cut(moved + 1e-3) * inside  # the summand keeps 99.9999 from becoming 99
-
-
-def blur_matrix(sigma: Tensor, size: int, taps: int) -> Tensor:
-    """Gaussian blur of a line of pixels with reflected ends, as a matrix on it.
-
-    Args:
-        sigma: standard deviations in pixels, above 0, [..., 1, 1] float32.
-        size: pixels of the line.
-        taps: length of the kernel, odd, under 2 size.
-
-    Returns:
-        [..., size, size] float32; rows sum to 1.
-    """
-    offset = torch.arange(taps, device=sigma.device) - taps // 2
-    exponent = -0.5 * (offset / sigma) ** 2  # [..., 1, taps]
-    kernel = torch.softmax(exponent.masked_fill(exponent < NEGLIGIBLE, -math.inf), dim=-1)
-    source = (torch.arange(size, device=sigma.device)[:, None] + offset).abs()
-    source = torch.where(source < size, source, 2 * (size - 1) - source)  # [size, taps]
-    shape = (*sigma.shape[:-2], size, taps)
-    matrix = sigma.new_zeros(*sigma.shape[:-2], size, size)
-    return matrix.scatter_add_(-1, source.expand(shape), kernel.expand(shape))
-
-
-def _blur(x: Tensor, sigma: Tensor, taps: int) -> Tensor:
-    """Gaussian blur with reflected borders, [n, C, S, S], as a matrix on either side."""
-    matrix = blur_matrix(sigma, x.shape[3], taps)  # [n, 1, S, S]
-    return (matrix @ x @ matrix.mT).round_()
-
-
-# ---- colour ----------------------------------------------------------------------------------
-
-
-def _round(x: Tensor) -> Tensor:
-    return x.add_(0.5).floor_().clamp_(0, 255)
-
-
-def _round_mean(x: Tensor) -> Tensor:
-    """A tie goes up, in whatever order the pixels were added."""
-    return x.add_(0.5 + TIE).floor_().clamp_(0, 255)
-
-
-def _cut(x: Tensor) -> Tensor:
-    return x.clamp_(0, 255).floor_()
-
-
-def luma(x: Tensor) -> Tensor:
-    """Grey levels of [n, 3, H, W] or [n, 1, H, W], as [n, 1, H, W]."""
-    if x.shape[1] == 1:
+    rows = np.flatnonzero(mask)
+    if not len(rows):
         return x
-    weighted = x[:, :1] * LUMA[0]
-    weighted.add_(x[:, 1:2], alpha=LUMA[1]).add_(x[:, 2:], alpha=LUMA[2])
-    return weighted.add_(LUMA_SHIFT // 2).div_(LUMA_SHIFT).floor_()
-
-
-def blend(plain: Tensor, x: Tensor, factor: Tensor) -> Tensor:
-    """plain + factor (x - plain); plain is the mean grey, or the grey image."""
-    return _cut((x - plain).mul_(factor).add_(plain))
-
-
-def _contrast(x: Tensor, rows: Rows) -> Tensor:
-    mean = luma(x).mean(dim=(1, 2, 3), keepdim=True)
-    return blend(mean.add_(0.5).floor_(), x, rows["contrast"])
-
-
-TRAPEZOIDS = ((3.0, 2.0, 4.0), (-1.0, 2.0, 2.0), (1.0, -1.0, -1.0))
-"""Centre, height there and slope from it, of red, green and blue."""
-
-
-def turn_hue(x: Tensor, share: Tensor) -> Tensor:
-    """Turn the hue of [n, 3, H, W] by a share of the circle, [n, 1, 1, 1], in 8-bit HSV."""
-    r, g, b = x.unbind(1)
-    value = torch.maximum(torch.maximum(r, g), b)
-    chroma = value - torch.minimum(torch.minimum(r, g), b)
-    sixths = torch.where(
-        r == value,
-        g - b,
-        torch.where(g == value, (b - r).add_(chroma, alpha=2), (r - g).add_(chroma, alpha=4)),
-    )
-    hue = sixths.div_(chroma.clamp_min(1)).div_(6)
-    hue = hue.sub_(hue.floor()).mul_(255).floor_()
-    saturation = (chroma * 255).div_(value.clamp_min(1)).floor_()
-    hue = (hue + (share[:, 0] * 255).trunc()).remainder_(256).mul_(6 / 255)
-    depth = saturation.mul_(value).div_(255)
-    # how much of each primary a pure colour holds: trapezoids round the circle of 6
-    centre, height, slope = x.new_tensor(TRAPEZOIDS)[..., None, None]
-    pure = torch.addcmul(height, (hue[:, None] - centre).abs_(), slope).clamp_(0, 1)
-    return _round(pure.sub_(1).mul_(depth[:, None]).add_(value[:, None]))
+    parameters = [_tensor(column[rows], x.device)[:, None, None, None] for column in columns]
+    if len(rows) == len(x):
+        return step(x, *parameters)
+    there = _tensor(rows, x.device)
+    return x.index_copy_(0, there, step(x[there], *parameters))

@@ -20,8 +20,9 @@ from torchvision.transforms.v2 import functional as vision
 from rdm_fast.config import AugmentConfig
 from rdm_fast.data.sampler import BRIGHTNESS, CONTRAST, JITTER_ORDERS, SATURATION, ViewParameters
 from rdm_kernels import augment_views, pack_views
-from rdm_kernels.views import SOLARIZE_THRESHOLD, blur_matrix
-from rdm_kernels.views import normalise as normalise_levels
+from rdm_kernels.view_colour import IDLE, SOLARIZE_THRESHOLD
+from rdm_kernels.view_colour import normalise as normalise_levels
+from rdm_kernels.view_geometry import blur_matrix
 
 Pixels = NDArray[np.uint8]
 
@@ -117,8 +118,7 @@ def view_table(parameters: Sequence[ViewParameters], images: NDArray[np.int64]) 
         field.name: np.concatenate([getattr(drawn, field.name) for drawn in parameters])
         for field in dataclasses.fields(ViewParameters)
     }
-    idle = {"brightness": 1, "contrast": 1, "saturation": 1, "hue": 0}
-    jitter = {name: np.where(p["jitter"], p[name], nothing) for name, nothing in idle.items()}
+    jitter = {name: np.where(p["jitter"], p[name], idle) for name, idle in IDLE.items()}
     return pack_views(
         p
         | jitter

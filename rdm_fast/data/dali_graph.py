@@ -23,7 +23,7 @@ from rdm_fast.config import AugmentConfig
 from rdm_fast.data.dali_input import Arrays
 from rdm_fast.data.images import Pixels
 from rdm_fast.data.sampler import BRIGHTNESS, CONTRAST, HUE, SATURATION
-from rdm_kernels.views import SOLARIZE_THRESHOLD
+from rdm_kernels.view_colour import SOLARIZE_THRESHOLD
 
 Node = Any
 """A batch of tensors that the graph will hold (DALI's DataNode)."""

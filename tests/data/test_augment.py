@@ -25,7 +25,7 @@ from rdm_fast.data.augment import (
     views_of_batch,
 )
 from rdm_fast.data.sampler import ViewParameters, draw_views
-from rdm_kernels.views import resampling_weights
+from rdm_kernels.view_geometry import resampling_taps
 from tests.data.conftest import natural
 
 Pixels = NDArray[np.uint8]
@@ -173,7 +173,8 @@ def test_resampling_is_pillows(size: int, interpolation: Interpolation, noise: P
         (size, 1), Image.Resampling[interpolation.upper()]
     )
     start, length = torch.tensor([float(left)]), torch.tensor([float(width)])
-    weights = resampling_weights(start, length, len(line), size, interpolation)[0]
+    taps = resampling_taps(start, length, torch.zeros(1), len(line), size, interpolation)
+    weights = taps.matrices(torch.tensor([0]))[0]
     torch.testing.assert_close(weights.sum(1), torch.ones(size))
     got = weights @ torch.from_numpy(line)
     # values up to 255 * 1.3 summed in float32, with weights each right to a few roundings
