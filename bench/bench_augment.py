@@ -23,7 +23,7 @@ from torchvision.transforms import v2
 from bench.conftest import is_small
 from rdm_fast.config import AugmentConfig, Config, DataConfig, OptimConfig, ViewConfig
 from rdm_fast.data.augment import blur_taps, view_table, views_of_table
-from rdm_fast.data.batch import draw_pair
+from rdm_fast.data.batch import draw_all_views
 from rdm_fast.data.images import PixelImages
 from rdm_kernels.augment_views import augment_views_op
 from rdm_kernels.views import make_views
@@ -100,12 +100,12 @@ def bench_two_views(measure: Callable[..., None], name: str, case: str) -> None:
     augment, images = config.augment, PixelImages(pixels, None, [])
     planes = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous().to(DEVICE)
     indices = np.arange(n)
-    table = view_table(draw_pair(config, images, 0, indices), indices)
+    table = view_table(draw_all_views(config, images, 0, indices), indices)
     there = table.to(DEVICE)
     taps, interpolation = blur_taps(size), augment.interpolation
 
     def drawn() -> Tensor:
-        fresh = view_table(draw_pair(config, images, 0, indices), indices)
+        fresh = view_table(draw_all_views(config, images, 0, indices), indices)
         fresh = (fresh.pin_memory() if GPU else fresh).to(DEVICE, non_blocking=True)
         return views_of_table(planes, fresh, augment, DTYPE)
 

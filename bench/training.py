@@ -208,7 +208,7 @@ def _phases_once(step: TrainStep, batch: Batch) -> dict[str, float]:
         marks.append(synced_clock())
 
     with autocast(step.config.precision, DEVICE):
-        branches = method.branches(batch.view1, batch.view2)
+        branches = method.branches(*batch.views)
         mark()
         online = branches.online.detach().requires_grad_()
         gradient = torch.autograd.grad(method.criterion(online, branches.target), online)

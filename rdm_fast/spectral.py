@@ -9,6 +9,7 @@ flows through the rows, not through W. An online filter and its gradient are one
 """
 
 import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -29,31 +30,52 @@ def _warn_once(config: FilterConfig) -> None:
         warnings.warn(text, stacklevel=3)
 
 
+def over_pairs(loss: Callable[[Tensor], Tensor], target: Tensor, n_online: int) -> Tensor:
+    """A loss of every pair of views that are matched.
+
+    The first online views have a target each. Further ones, small views of the same images, have
+    them all: pairs are (0, 0), (1, 1), (2, 0), (3, 0), ..., (2, 1), (3, 1), ...
+
+    Args:
+        loss: of all online views, [v], with targets [v, b, D].
+        target: [t, b, D], t at most v.
+        n_online: v.
+
+    Returns:
+        [t + (v - t) t]
+    """
+    n, further = len(target), n_online - len(target)
+    if not further:
+        return loss(target)
+    losses = [loss(torch.cat([target, met.expand(further, -1, -1)])) for met in target.split(1)]
+    return torch.cat([losses[0], *(met[n:] for met in losses[1:])])
+
+
 def spectral_cosine(online: Tensor, target: Tensor | None, config: FilterConfig) -> Tensor:
-    """Mean negative cosine of each view between online and target rows, one of them filtered.
+    """Mean negative cosine of each pair of views between online and target rows, one filtered.
 
     Args:
         online: this rank's online projections, [v, b, D], any floating dtype.
-        target: this rank's targets, same shape and dtype; no gradient reaches them. None for
-            the other view's online projections (SimSiam), which are then gathered only once.
+        target: this rank's targets, the same shape and dtype, or of fewer views, [t, b, D]: all
+            further online views are matched with every target (`over_pairs`). No gradient
+            reaches them. None for the other view's online projections (SimSiam), which are then
+            gathered only once.
         config: the filter; it is taken from the global batch, without gradient.
 
     Returns:
-        [v] float32 (float64 for float64 inputs), within 1e-6 of float64 arithmetic by the eigh
-        engine. NaN where the global batch holds a value that is not finite; the gradient is then
-        finite, and zero for a filtered view or row.
+        [v], or [t + (v - t) t], float32 (float64 for float64 inputs), within 1e-6 of float64
+        arithmetic by the eigh engine. NaN where the global batch holds a value that is not finite;
+        the gradient is then finite, and zero for a filtered view or row.
 
     Raises:
-        ValueError: the two differ in shape or dtype, or are not three-dimensional.
+        ValueError: the two do not fit together, or are not three-dimensional.
         Unavailable: engine=gemm cannot be accurate for this filter, or was not on the last batch.
     """
-    if online.ndim != 3 or (
-        target is not None and (online.shape != target.shape or online.dtype != target.dtype)
-    ):
+    if online.ndim != 3 or (target is not None and not _fits(online, target)):
         found = "none" if target is None else f"{target.dtype} {tuple(target.shape)}"
         raise ValueError(
-            "spectral_cosine needs [v, b, D] tensors of one shape and dtype, got online "
-            f"{online.dtype} {tuple(online.shape)} and target {found}"
+            "spectral_cosine needs [v, b, D] tensors of one dtype, and no more targets than online "
+            f"views, got online {online.dtype} {tuple(online.shape)} and target {found}"
         )
     engine = engine_for(config, online.device)
     with torch.autocast(online.device.type, enabled=False):
@@ -63,18 +85,31 @@ def spectral_cosine(online: Tensor, target: Tensor | None, config: FilterConfig)
             P = gather_rows(online)
             Z = P.flip(0)
         else:
-            P, Z = gather_rows(torch.cat([online.detach(), target.detach()])).chunk(2)
+            every = gather_rows(torch.cat([online.detach(), target.detach()]))
+            P, Z = every.split([len(online), len(target)])
         rows = local_rows(online.shape[1])
         target = Z[:, rows]
         own_target = config.location == "target" and config.basis == "own"
         X = Z if own_target else P
         W = build_filter(engine.current(), X, rows, config, swapped=swapped)
-        if config.location == "online":
-            loss = W.cosine(online, target)
-        else:
-            loss = neg_cosine(online, W.own_rows() if own_target else W.other_rows(target))
+
+        def matched(rows: Tensor) -> Tensor:
+            if config.location == "online":
+                return W.cosine(online, rows)
+            return neg_cosine(online, rows if own_target else W.other_rows(rows))
+
+        loss = over_pairs(matched, W.own_rows() if own_target else target, len(online))
         engine.watch(W.status)
     return loss.to(torch.promote_types(online.dtype, torch.float32))
+
+
+def _fits(online: Tensor, target: Tensor) -> bool:
+    return (
+        target.ndim == 3
+        and len(target) <= len(online)
+        and target.shape[1:] == online.shape[1:]
+        and target.dtype == online.dtype
+    )
 
 
 def spectral_loss(

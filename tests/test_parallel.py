@@ -17,7 +17,7 @@ from rdm_fast.saved_config import rule
 from rdm_fast.step import TrainStep
 from rdm_fast.step.parallel import wrap
 from tests.ranks import run_ranks
-from tests.tiny import batch, tiny
+from tests.tiny import batch, rows_of, tiny
 
 ROWS = 32
 CPU = torch.device("cpu")
@@ -28,8 +28,7 @@ BFLOAT16 = 2.0**-8  # unit roundoff
 def own(whole: Batch) -> Batch:
     """This rank's rows."""
     rank, share = dist.get_rank(), ROWS // dist.get_world_size()
-    rows = slice(rank * share, (rank + 1) * share)
-    return Batch(*(getattr(whole, name)[rows] for name in ("view1", "view2", "labels", "indices")))
+    return rows_of(whole, slice(rank * share, (rank + 1) * share))
 
 
 def config(recipe: str = "digits_rdm_simsiam", accumulate: int = 1, **parallel: object) -> Config:
@@ -58,7 +57,7 @@ def gradients(step: TrainStep, *, averaged: bool) -> list[Tensor]:
     """Of one backward, on this rank alone or averaged over ranks."""
     parts = own(batch(ROWS))
     with step._no_sync(not averaged):
-        step.parallel(parts.view1, parts.view2).loss.backward()
+        step.parallel(*parts.views).loss.backward()
     found = [p.grad.clone() for p in step.method.parameters() if p.grad is not None]
     step.optimizer.zero_grad(set_to_none=True)
     return found

@@ -9,11 +9,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rdm_fast.config import Config
-from rdm_fast.data import Batch
 from rdm_fast.methods import build_method
 from rdm_fast.step import TrainStep
 from tests.ranks import run_ranks
-from tests.tiny import METHODS, batch, tiny
+from tests.tiny import METHODS, batch, rows_of, tiny, with_small_views
 
 ROWS = 32
 CPU = torch.device("cpu")
@@ -53,6 +52,41 @@ def test_parts_give_the_update_of_the_whole_batch_where_batch_norm_is_frozen(nam
     assert_close(state(whole), state(parts), 1e-5)
 
 
+@pytest.mark.parametrize("name", ["digits_byol", "digits_rdm_byol"])
+def test_parts_give_the_update_of_the_whole_batch_with_small_views(name: str) -> None:
+    """In float32, as above. Small views do move the weights."""
+    config = with_small_views(name, global_batch=ROWS)
+    whole = new_step(config, frozen_bn=True)
+    parts = new_step(replace(config, optim=replace(config.optim, accumulate=4)), frozen_bn=True)
+    without = new_step(tiny(name, global_batch=ROWS), frozen_bn=True)
+    seen = batch(ROWS, size=16, small=2)
+    reports = [step(seen, 5) for step in (whole, parts)]
+    torch.testing.assert_close(reports[0].loss, reports[1].loss, atol=1e-5, rtol=0)
+    assert reports[0].branches.online.shape == reports[1].branches.online.shape == (4, ROWS, 24)
+    assert_close(state(whole), state(parts), 1e-5)
+    assert without(rows_of(batch(ROWS, size=16), slice(None)), 5).loss != reports[0].loss
+
+
+def _rank_steps_with_small_views(name: str) -> list[Tensor]:
+    step = new_step(with_small_views(name, global_batch=ROWS))
+    step.settle()
+    share = ROWS // dist.get_world_size()
+    rows = slice(dist.get_rank() * share, (dist.get_rank() + 1) * share)
+    for i in range(5, 7):
+        step(rows_of(batch(ROWS, seed=i, size=16, small=2), rows), i)
+    return list(state(step).values())
+
+
+@pytest.mark.parametrize("name", ["digits_byol", "digits_rdm_byol"])
+def test_ranks_take_the_step_of_one_rank_with_small_views(name: str, tmp_path: Path) -> None:
+    step = new_step(with_small_views(name, global_batch=ROWS))
+    for i in range(5, 7):
+        step(batch(ROWS, seed=i, size=16, small=2), i)
+    for results in run_ranks(2, _rank_steps_with_small_views, name, tmp_path=tmp_path):
+        for ours, theirs in zip(results, state(step).values(), strict=True):
+            torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-4)
+
+
 def test_parts_leave_running_statistics_as_one_pass_over_them_would() -> None:
     config = tiny("digits_rdm_simsiam", global_batch=ROWS, accumulate=2)
     twice = new_step(config)
@@ -73,14 +107,11 @@ def _rank_steps(names: list[str], accumulate: int) -> list[list[Tensor]]:
         step.settle()
         for i in range(5, 7):
             whole = batch(ROWS, seed=i)
-            report = step(Batch(*(getattr(whole, f)[rows] for f in FIELDS)), i)
+            report = step(rows_of(whole, rows), i)
         loss = report.loss.clone()
         dist.all_reduce(loss)
         results.append([loss / world, report.grad_norm, *state(step).values()])
     return results
-
-
-FIELDS = ("view1", "view2", "labels", "indices")
 
 
 @pytest.mark.parametrize("world", [2, 4])
@@ -110,7 +141,7 @@ def test_ranks_and_parts_together_take_the_step_of_parts_alone(tmp_path: Path) -
     )  # fmt: skip
     for i in range(5, 7):
         whole = batch(ROWS, seed=i)
-        report = step(Batch(*(getattr(whole, f)[order] for f in FIELDS)), i)
+        report = step(rows_of(whole, order), i)
     for ours, theirs in zip(results[2:], state(step).values(), strict=True):
         torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-4)
     torch.testing.assert_close(results[0], report.loss, atol=2e-5, rtol=0)

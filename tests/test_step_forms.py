@@ -49,7 +49,7 @@ def test_channels_last_gives_the_loss_and_gradient_of_plain_nchw(name: str) -> N
     expected = plain(batch(ROWS).view1, batch(ROWS).view2)
     expected.loss.backward()
     views = [view.contiguous(memory_format=torch.channels_last) for view in views_of(batch(ROWS))]
-    loss, _ = step._backward(*views)
+    loss, _ = step._backward(tuple(views))
     torch.testing.assert_close(loss, expected.loss.detach(), atol=1e-5, rtol=0)
     references = dict(plain.named_parameters())
     gradients = [p.grad for p in references.values() if p.grad is not None]

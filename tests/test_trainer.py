@@ -30,7 +30,7 @@ from rdm_kernels.matrix_function import INACCURATE
 from tests import runs
 from tests.ranks import run_ranks
 from tests.runs import CPU, Hooked, final_state, metrics, run, run_with_stops, with_log
-from tests.tiny import tiny
+from tests.tiny import tiny, with_small_views
 
 STEPS = 8  # two epochs of four
 TIMEOUT = 300.0  # seconds, for all that is done in one set of ranks
@@ -50,6 +50,7 @@ CONFIGS: dict[str, Config] = {
     "rdm_simsiam": tiny("digits_rdm_simsiam"),
     "byol": tiny("digits_byol"),
     "byol with lars": tiny("digits_byol", optimizer="lars", decay_norm_and_bias=False),
+    "rdm_byol with small views": with_small_views("digits_rdm_byol"),
     "simsiam with adamw": tiny("digits_simsiam", optimizer="adamw", base_lr=1e-3),
     "rdm_simsiam in fp16": fp16(tiny("digits_rdm_simsiam")),
 }

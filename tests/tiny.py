@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from rdm_fast.config import Config, LogConfig, ModelConfig
 from rdm_fast.data import Batch
@@ -43,8 +44,14 @@ def command(config_flags: str = "", recipe: str = "digits_rdm_simsiam") -> list[
     return [recipe, *flags.split(), *config_flags.split()]
 
 
-def batch(rows: int, seed: int = 0, size: int = 8) -> Batch:
-    """Two views of noise that share most of it."""
+def with_small_views(name: str, n: int = 2, **optim: object) -> Config:
+    """The same with n small views of 8 pixels beside two of 16."""
+    config = tiny(name, **optim)
+    return replace(config, augment=replace(config.augment, small_views=n, small_size=8))
+
+
+def batch(rows: int, seed: int = 0, size: int = 8, small: int = 0) -> Batch:
+    """Two views of noise that share most of it, and small ones of its corners."""
     generator = torch.Generator().manual_seed(seed)
     image, *noise = torch.randn(3, rows, 1, size, size, generator=generator)
     return Batch(
@@ -52,4 +59,16 @@ def batch(rows: int, seed: int = 0, size: int = 8) -> Batch:
         view2=image + 0.3 * noise[1],
         labels=torch.zeros(rows, dtype=torch.int64),
         indices=torch.from_numpy(np.arange(rows)),
+        small=tuple(image[:, :, i : i + size // 2, : size // 2] for i in range(small)),
+    )
+
+
+def rows_of(whole: Batch, rows: Tensor | slice) -> Batch:
+    """Some rows of a batch, as a rank has them."""
+    return Batch(
+        view1=whole.view1[rows],
+        view2=whole.view2[rows],
+        labels=whole.labels[rows],
+        indices=whole.indices[rows],
+        small=tuple(view[rows] for view in whole.small),
     )

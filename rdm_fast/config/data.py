@@ -1,7 +1,7 @@
 """Which images, and how a view of one is drawn."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from rdm_fast.config.checks import require, require_choices, require_probability
@@ -120,10 +120,10 @@ class ViewConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AugmentConfig:
-    """The two views of an image and what they have in common."""
+    """The views of an image and what they have in common."""
 
     size: int = 32
-    """Side of a view, in pixels."""
+    """Side of either view, in pixels."""
     interpolation: Interpolation = "bilinear"
     """How the crop is resized (antialiased)."""
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
@@ -132,6 +132,13 @@ class AugmentConfig:
     """Standard deviation of each channel, divided by last."""
     view1: ViewConfig = field(default_factory=ViewConfig)
     view2: ViewConfig = field(default_factory=ViewConfig)
+    small_views: int = 0
+    """Further views of an image that are smaller and cost less (multi-crop), matched with both
+    targets. For method=byol, where the target weights never see them."""
+    small_size: int = 96
+    """Side of a small view, in pixels."""
+    small_scale: tuple[float, float] = (0.05, 0.14)
+    """Area of a small view's crop as a share of the image; all else is drawn as for view1."""
 
     def __post_init__(self) -> None:
         require_choices("augment.", self)
@@ -146,7 +153,32 @@ class AugmentConfig:
             f"augment.mean={self.mean} and augment.std={self.std}: give finite means and "
             "standard deviations above 0",
         )
+        require(
+            self.small_views >= 0,
+            f"augment.small_views={self.small_views}: give 0 or more views",
+        )
+        require(
+            self.small_size >= 8,
+            f"augment.small_size={self.small_size}: a view has at least 8 pixels a side",
+        )
+        low, high = self.small_scale
+        require(
+            0 < low <= high <= 1,
+            f"augment.small_scale={self.small_scale} is not a range of area shares: "
+            "give two rising numbers in (0, 1]",
+        )
 
     @property
     def channels(self) -> int:
         return len(self.mean)
+
+    @property
+    def views(self) -> tuple[ViewConfig, ...]:
+        """How each view is drawn: both views, then the small ones."""
+        small = replace(self.view1, crop_scale=self.small_scale)
+        return self.view1, self.view2, *[small] * self.small_views
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Side of each of `views`, in pixels."""
+        return self.size, self.size, *[self.small_size] * self.small_views

@@ -55,6 +55,11 @@ class Config:
             "simsiam and byol have predictor=mlp or predictor=spectral "
             "(spectral with filter.sigma=0 filters nothing)",
         )
+        require(
+            self.augment.small_views == 0 or self.method == "byol",
+            f"augment.small_views={self.augment.small_views} with method={self.method}: small "
+            "views need target weights, which method=byol has; give 0",
+        )
         require(self.seed >= 0, f"seed={self.seed}: give 0 or more")
         require(
             not (self.parallel.static_graph and self.optim.accumulate > 1),

@@ -39,7 +39,11 @@ def blur_taps(size: int) -> int:
 
 
 def view_of_image(
-    image: Pixels, parameters: ViewParameters, row: int, augment: AugmentConfig
+    image: Pixels,
+    parameters: ViewParameters,
+    row: int,
+    augment: AugmentConfig,
+    size: int | None = None,
 ) -> Pixels:
     """One view of one image.
 
@@ -47,15 +51,16 @@ def view_of_image(
         image: [H, W, C], C 1 or 3.
         parameters: of some images; `row` is this image's place among them.
         augment: side and interpolation of the view.
+        size: side, if it is not augment's.
 
     Returns:
         [size, size, C], not normalised.
     """
-    p, grey = parameters, image.shape[2] == 1
+    p, grey, size = parameters, image.shape[2] == 1, size or augment.size
     view = vision.resized_crop(
         Image.fromarray(image[:, :, 0] if grey else image),
         *(int(side[row]) for side in (p.top, p.left, p.height, p.width)),
-        [augment.size, augment.size],
+        [size, size],
         interpolation=InterpolationMode(augment.interpolation),
         antialias=True,
     )
@@ -75,7 +80,7 @@ def view_of_image(
         view = vision.solarize(view, SOLARIZE_THRESHOLD)
     if p.flip[row]:
         view = vision.horizontal_flip(view)
-    return np.asarray(view).reshape(augment.size, augment.size, image.shape[2])
+    return np.asarray(view).reshape(size, size, image.shape[2])
 
 
 def _jitter_image(view: Image.Image, operation: int, p: ViewParameters, row: int) -> Image.Image:
@@ -131,7 +136,11 @@ def view_table(parameters: Sequence[ViewParameters], images: NDArray[np.int64]) 
 
 
 def views_of_table(
-    images: Tensor, table: Tensor, augment: AugmentConfig, dtype: torch.dtype = torch.float32
+    images: Tensor,
+    table: Tensor,
+    augment: AugmentConfig,
+    dtype: torch.dtype = torch.float32,
+    size: int | None = None,
 ) -> Tensor:
     """Views of images on a device, ready for the backbone.
 
@@ -140,16 +149,18 @@ def views_of_table(
         table: of n views, from `view_table`, on the same device.
         augment: side, interpolation and normalisation of the view.
         dtype: floating; or uint8, for levels that are not normalised.
+        size: side, if it is not augment's.
 
     Returns:
         [n, C, size, size] in that dtype, channels_last.
     """
+    size = size or augment.size
     return augment_views(
         images,
         table,
-        size=augment.size,
+        size=size,
         interpolation=augment.interpolation,
-        taps=blur_taps(augment.size),
+        taps=blur_taps(size),
         mean=augment.mean,
         std=augment.std,
         dtype=dtype,

@@ -27,6 +27,12 @@ class Batch:
     """int64 [b], on the device; -1 for an image without a label."""
     indices: Tensor
     """int64 [b], of the images in the data set, on the CPU."""
+    small: tuple[Tensor, ...] = ()
+    """Further views, [b, C, s, s] each, with a smaller side s."""
+
+    @property
+    def views(self) -> tuple[Tensor, ...]:
+        return self.view1, self.view2, *self.small
 
 
 class Loader(Protocol):
@@ -40,16 +46,15 @@ class Loader(Protocol):
         ...
 
 
-def draw_pair(
+def draw_all_views(
     config: Config, images: ImageSet, epoch: int, indices: NDArray[np.int64]
-) -> tuple[ViewParameters, ViewParameters]:
-    """The parameters of both views of some images."""
+) -> list[ViewParameters]:
+    """The parameters of some images' views, in the order of `AugmentConfig.views`."""
     heights, widths = images.sizes[indices].T
-    view1, view2 = (
+    return [
         draw_views(view, config.seed, epoch, indices, number, heights, widths)
-        for number, view in enumerate((config.augment.view1, config.augment.view2))
-    )
-    return view1, view2
+        for number, view in enumerate(config.augment.views)
+    ]
 
 
 def labels_of(images: ImageSet, indices: NDArray[np.int64]) -> Tensor:

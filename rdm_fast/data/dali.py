@@ -61,11 +61,12 @@ class DaliLoader:
             indices = fed[1].shown(step)
             self._lost.note(fed[1].asked(step), indices)
             labels = labels_of(self.images, indices).to(self.device, non_blocking=True)
-            yield Batch(*views, labels, torch.from_numpy(indices))
+            view1, view2, *small = views
+            yield Batch(view1, view2, labels, torch.from_numpy(indices), tuple(small))
         fed[0].reset()
         self._idle = fed  # one left in mid-epoch is not used again
 
-    def _run(self, fed: _Fed, step: int) -> tuple[Tensor, Tensor] | None:
+    def _run(self, fed: _Fed, step: int) -> list[Tensor] | None:
         """The views of the next step, [b, C, S, S], channels_last.
 
         None if DALI failed to decode a file, after which it does not go on: with a new pipeline
@@ -90,8 +91,7 @@ class DaliLoader:
                 ) from None
             self._by_pillow |= found
             return None
-        view1, view2 = (from_dlpack(views.as_tensor()) for views in outputs)
-        return view1.permute(0, 3, 1, 2), view2.permute(0, 3, 1, 2)
+        return [from_dlpack(view.as_tensor()).permute(0, 3, 1, 2) for view in outputs]
 
     def _undecodable(self, source: Source, step: int) -> set[int]:
         """Files of this step, or of one that DALI was already at, that it cannot decode."""

@@ -1,4 +1,4 @@
-"""Two augmented views as a DALI graph: the steps of `augment.view_of_image`, on a GPU or the CPU.
+"""Augmented views as a DALI graph: the steps of `augment.view_of_image`, on a GPU or the CPU.
 
 Nothing is drawn here. What was drawn comes in through `fn.external_source`, an array a parameter
 (`dali_input.arrays_of`), and the graph carries it out with Pillow's rounding: to the nearest level
@@ -6,7 +6,7 @@ when resizing and blurring, cut off when blending, hue in 8-bit HSV. DALI's own 
 do: `random_resized_crop` lets pixels outside the window shine through its border, `color_twist`
 turns hue in YIQ, and it and `contrast` take the middle of the range for the mean of the image.
 
-An image is decoded once for both views. Jitter takes four rounds; in each an image undergoes the
+An image is decoded once for all views. Jitter takes four rounds; in each an image undergoes the
 operation that its order has there, so sixteen operations serve all 24 orders.
 
 Importing this module needs DALI.
@@ -19,7 +19,7 @@ import numpy as np
 from nvidia.dali import fn, pipeline_def, types
 from nvidia.dali import math as dali_math
 
-from rdm_fast.config import AugmentConfig
+from rdm_fast.config import AugmentConfig, Interpolation
 from rdm_fast.data.dali_input import Arrays
 from rdm_fast.data.images import Pixels
 from rdm_fast.data.sampler import BRIGHTNESS, CONTRAST, HUE, SATURATION
@@ -29,7 +29,7 @@ Node = Any
 """A batch of tensors that the graph will hold (DALI's DataNode)."""
 Nodes = dict[str, Node]
 Source = Callable[[Any], list[Any]]
-"""From DALI's BatchInfo to images and the arrays of both views; it raises StopIteration."""
+"""From DALI's BatchInfo to images and the arrays of all views; it raises StopIteration."""
 
 INTERPOLATION = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}
 DALI_TYPE = {
@@ -46,7 +46,7 @@ CUT = -0.4995 / 255  # added before rounding to the nearest level, it makes that
 def pipeline_of_views(
     source: Source,
     augment: AugmentConfig,
-    arrays: tuple[Arrays, Arrays],
+    arrays: list[Arrays],
     *,
     batch: int,
     threads: int,
@@ -54,11 +54,11 @@ def pipeline_of_views(
     encoded: bool,
     half: bool,
 ) -> Any:
-    """A pipeline whose outputs are both views, [B, S, S, C], normalised.
+    """A pipeline whose outputs are the views, [B, S, S, C], normalised.
 
     Args:
         source: what feeds it. It has no default arguments: DALI would fill the first.
-        augment: side, interpolation and normalisation.
+        augment: sides, interpolation and normalisation.
         arrays: of each view, for any number of images: names, dtypes and dimensions are read.
         batch: B.
         threads: of the CPU.
@@ -67,6 +67,8 @@ def pipeline_of_views(
         half: views are float16, not float32.
     """
     fed = [array for view in arrays for array in view.values()]
+    firsts = np.cumsum([0, *map(len, arrays)])[:-1].tolist()
+    laid_out = list(zip(firsts, arrays, augment.sizes, strict=True))
     on_gpu = device_id is not None
 
     def graph() -> tuple[Node, ...]:
@@ -83,13 +85,12 @@ def pipeline_of_views(
             image = fn.decoders.image(image, device=decoder, adjust_orientation=False)
         elif on_gpu:
             image = image.gpu()
-        first = len(arrays[0])
-        view1 = {name: nodes[i] for i, name in enumerate(arrays[0])}
-        view2 = {name: nodes[first + i] for i, name in enumerate(arrays[1])}
-        return (
-            normalised(view_of(image, view1, augment), view1, augment, half),
-            normalised(view_of(image, view2, augment), view2, augment, half),
-        )
+        views = []
+        for first, names, size in laid_out:
+            p = {name: nodes[first + i] for i, name in enumerate(names)}
+            x = view_of(image, p, size, augment.interpolation)
+            views.append(normalised(x, p, augment, half))
+        return tuple(views)
 
     build = pipeline_def(
         graph,
@@ -118,11 +119,10 @@ def decode_alone(file: Pixels, device_id: int | None) -> None:
     pipeline_def(graph, batch_size=1, num_threads=1, device_id=device_id)().run()
 
 
-def view_of(image: Node, p: Nodes, augment: AugmentConfig) -> Node:
+def view_of(image: Node, p: Nodes, S: int, interpolation: Interpolation) -> Node:
     """All steps up to the flip: uint8 [H, W, C] to [S, S, C]. `p` holds arrays_of as nodes."""
-    S = augment.size
     x = fn.slice(image, p["corner"], p["sides"], axis_names="HW")  # so that no border is seen
-    x = fn.resize(x, size=(S, S), interp_type=INTERPOLATION[augment.interpolation], antialias=True)
+    x = fn.resize(x, size=(S, S), interp_type=INTERPOLATION[interpolation], antialias=True)
     if p.get("distort"):
         x = distorted(x, p["matrix"])
     if "round0" in p:

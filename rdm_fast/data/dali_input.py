@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from rdm_fast.config import Config, ViewConfig
 from rdm_fast.data.augment import blur_taps
 from rdm_fast.data.bad_files import read_or_next
-from rdm_fast.data.batch import draw_pair
+from rdm_fast.data.batch import draw_all_views
 from rdm_fast.data.images import ImageSet, Pixels
 from rdm_fast.data.sampler import (
     HUE,
@@ -122,18 +122,14 @@ class Source:
     def _fed(self, indices: Indices) -> list[Any]:
         return [array for view in self.arrays(self._epoch, indices) for array in view.values()]
 
-    def arrays(self, epoch: int, indices: Indices) -> tuple[Arrays, Arrays]:
-        """The parameters of both views of some images, as the graph takes them."""
+    def arrays(self, epoch: int, indices: Indices) -> list[Arrays]:
+        """The parameters of each view of some images, as the graph takes them."""
         augment = self._config.augment
-        view1, view2 = (
-            arrays_of(p, view, size=augment.size, channels=augment.channels)
-            for p, view in zip(
-                draw_pair(self._config, self._images, epoch, indices),
-                (augment.view1, augment.view2),
-                strict=True,
-            )
-        )
-        return view1, view2
+        drawn = draw_all_views(self._config, self._images, epoch, indices)
+        return [
+            arrays_of(p, view, size=size, channels=augment.channels)
+            for p, view, size in zip(drawn, augment.views, augment.sizes, strict=True)
+        ]
 
 
 def file_for_dali(images: ImageSet, i: int) -> Pixels:

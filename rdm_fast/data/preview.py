@@ -1,7 +1,7 @@
 """What a recipe shows to the network: `python -m rdm_fast.data.preview RECIPE [--out FILE]`.
 
-A contact sheet: a row an image, first as it is in the data set, then its two views as each loader
-that works here makes them. They are the first images of the recipe's first epoch, drawn as in
+A contact sheet: a row an image, first as it is in the data set, then its views as each loader that
+works here makes them. They are the first images of the recipe's first epoch, drawn as in
 training, so a row's views differ from loader to loader by rounding only.
 """
 
@@ -128,9 +128,9 @@ def preview(asked: tuple[Config, Preview]) -> None:
     images = load(config.data, "train")
     batches = first_batches(config, images, device)
     views = {name: levels_of(batch, config.augment) for name, batch in batches.items()}
-    expected = np.stack(views[LOADERS[0]]).astype(float)
-    for name, pair in list(views.items())[1:]:
-        off = np.abs(np.stack(pair) - expected)
+    expected = np.concatenate([view.ravel() for view in views[LOADERS[0]]]).astype(float)
+    for name, made in list(views.items())[1:]:
+        off = np.abs(np.concatenate([view.ravel() for view in made]) - expected)
         print(f"{name}: {off.mean():.2f} of 255 levels from {LOADERS[0]}, on average")
     chosen = batches[LOADERS[0]].indices.tolist()
     sheet = contact_sheet([images.read(i) for i in chosen], views)
@@ -159,30 +159,27 @@ def first_batches(config: Config, images: ImageSet, device: torch.device) -> dic
     return batches
 
 
-def levels_of(batch: Batch, augment: AugmentConfig) -> tuple[Pixels, Pixels]:
-    """Both views before normalisation, each [b, S, S, C]."""
+def levels_of(batch: Batch, augment: AugmentConfig) -> list[Pixels]:
+    """All views before normalisation, each [b, S, S, C]."""
     mean, std = (torch.tensor(numbers)[:, None, None] for numbers in (augment.mean, augment.std))
-    view1, view2 = (
-        ((view.float().cpu() * std + mean) * 255).round().clamp(0, 255).byte()
-        for view in (batch.view1, batch.view2)
-    )
-    return view1.permute(0, 2, 3, 1).numpy(), view2.permute(0, 2, 3, 1).numpy()
+    levels = [(255 * (view.float().cpu() * std + mean)).round() for view in batch.views]
+    return [view.clamp(0, 255).byte().permute(0, 2, 3, 1).numpy() for view in levels]
 
 
-def contact_sheet(originals: list[Pixels], views: dict[str, tuple[Pixels, Pixels]]) -> Image.Image:
-    """The sheet: a row an image; its original, then two views for each loader.
+def contact_sheet(originals: list[Pixels], views: dict[str, list[Pixels]]) -> Image.Image:
+    """The sheet: a row an image; its original, then all views for each loader.
 
     Args:
         originals: [H, W, C] each, of any size.
-        views: both views [n, S, S, C] by the loader that made them.
+        views: [n, S, S, C] each, by the loader that made them.
     """
     S = next(iter(views.values()))[0].shape[1]
     cell = S * math.ceil(CELL / S)
     columns = [("original", [picture(image, cell) for image in originals])]
-    for name, pair in views.items():
-        columns += [
-            (name if k == 0 else "", [enlarged(view, cell) for view in pair[k]]) for k in (0, 1)
-        ]
+    for name, made in views.items():
+        for k, view in enumerate(made):
+            side = cell * view.shape[1] // S
+            columns.append((name if k == 0 else "", [enlarged(image, side) for image in view]))
     width, height = len(columns) * (cell + GAP) + GAP, len(originals) * (cell + GAP) + GAP + TITLE
     sheet = Image.new("RGB", (width, height), "white")
     pen = ImageDraw.Draw(sheet)

@@ -1,7 +1,7 @@
 """The loader for images that fit on the device: pixels stay there, views are made in batches.
 
-Parameters are drawn on the host and travel in one table; both views of a batch are one call. On a
-GPU nothing here waits for it.
+Parameters are drawn on the host and travel in one table; both views of a batch are one call, and
+so are all small ones. On a GPU nothing here waits for it.
 """
 
 from collections.abc import Iterator
@@ -9,13 +9,14 @@ from typing import ClassVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from rdm_fast.config import Config
 from rdm_fast.data.augment import view_table, views_of_table
-from rdm_fast.data.batch import Batch, draw_pair, labels_of
+from rdm_fast.data.batch import Batch, draw_all_views, labels_of
 from rdm_fast.data.images import ImageSet, Pixels
-from rdm_fast.data.sampler import epoch_order, step_indices
+from rdm_fast.data.sampler import ViewParameters, epoch_order, step_indices
 from rdm_fast.precision import dtype_of_views
 
 
@@ -49,12 +50,21 @@ class ResidentLoader:
             indices = step_indices(
                 order, step, config.optim.global_batch, self.rank, self.world_size
             )
-            parameters = draw_pair(config, self.images, epoch, indices)
-            table = self._to_device(view_table(parameters, indices))
-            views = views_of_table(self._planes, table, config.augment, self._dtype)
-            view1, view2 = views.chunk(2)
+            drawn = draw_all_views(config, self.images, epoch, indices)
+            view1, view2 = self._views(drawn[:2], indices, config.augment.size)
+            small = self._views(drawn[2:], indices, config.augment.small_size)
             labels = self._to_device(labels_of(self.images, indices))
-            yield Batch(view1, view2, labels, torch.from_numpy(indices))
+            yield Batch(view1, view2, labels, torch.from_numpy(indices), small)
+
+    def _views(
+        self, drawn: list[ViewParameters], indices: NDArray[np.int64], size: int
+    ) -> tuple[Tensor, ...]:
+        """Views of one size, each of all these images, [b, C, size, size]."""
+        if not drawn:
+            return ()
+        table = self._to_device(view_table(drawn, indices))
+        views = views_of_table(self._planes, table, self.config.augment, self._dtype, size)
+        return views.chunk(len(drawn))
 
     def _to_device(self, tensor: Tensor) -> Tensor:
         """A copy that nothing waits for, from memory that the device can read by itself."""

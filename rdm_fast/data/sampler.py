@@ -21,7 +21,7 @@ Integers = NDArray[np.int64]
 Coins = NDArray[np.bool_]
 
 ORDER_STREAM = 0
-VIEW_STREAM = 1  # and 2, for the second view
+VIEW_STREAM = 1  # and 2, for the second view, 3 for the first small one
 CROP_TRIES = 10
 SCALAR_BLOCKS = range(4)  # 16 numbers, of which 13 are used
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
@@ -117,7 +117,7 @@ def draw_views(
         seed: of the run.
         epoch: counted from 0.
         indices: of the images in the data set, [n].
-        view_number: 0 or 1; the two views of an image are independent.
+        view_number: from 0 on; the views of an image are independent.
         heights: of the images, in pixels, [n] or one for all.
         widths: likewise.
     """

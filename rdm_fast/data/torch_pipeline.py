@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from rdm_fast.config import Config
 from rdm_fast.data.augment import normalise, view_of_image
 from rdm_fast.data.bad_files import LostImages, read_or_next
-from rdm_fast.data.batch import Batch, draw_pair, labels_of
+from rdm_fast.data.batch import Batch, draw_all_views, labels_of
 from rdm_fast.data.decode import Pixels
 from rdm_fast.data.images import ImageSet
 from rdm_fast.data.sampler import ViewParameters, epoch_order, step_indices
@@ -48,20 +48,17 @@ class TorchLoader:
             step_indices(order, step, config.optim.global_batch, self.rank, self.world_size)
             for step in range(start_step, self.steps_per_epoch)
         ]
-        make = PairOfViews(config, self.images, epoch)
+        make = ViewsOfImages(config, self.images, epoch)
         made = in_workers(make, steps, config.data.workers, device)
-        for asked, (view1, view2, labels, indices) in zip(steps, made, strict=True):
+        for asked, (labels, indices, *views) in zip(steps, made, strict=True):
             self._lost.note(asked, indices.numpy())
-            yield Batch(
-                to_device(view1, config, device),
-                to_device(view2, config, device),
-                labels.to(device, non_blocking=True),
-                indices,
-            )
+            view1, view2, *small = (to_device(view, config, device) for view in views)
+            labels = labels.to(device, non_blocking=True)
+            yield Batch(view1, view2, labels, indices, tuple(small))
 
 
-class PairOfViews:
-    """Makes both views of some images, as uint8 [b, S, S, C], with labels and indices.
+class ViewsOfImages:
+    """Makes labels, indices and all views of some images, these as uint8 [b, S, S, C].
 
     The indices are those asked for, but for images that cannot be read (`read_or_next`).
     """
@@ -72,16 +69,17 @@ class PairOfViews:
     def __call__(self, indices: Indices) -> tuple[Tensor, ...]:
         read = [read_or_next(self.images, i, self.config.data) for i in indices.tolist()]
         indices = np.array([i for i, _ in read])
-        parameters = draw_pair(self.config, self.images, self.epoch, indices)
-        pairs = [self._pair(parameters, row, image) for row, (_, image) in enumerate(read)]
-        view1, view2 = (torch.from_numpy(np.stack(views)) for views in zip(*pairs, strict=True))
-        return view1, view2, labels_of(self.images, indices), torch.from_numpy(indices)
+        drawn = draw_all_views(self.config, self.images, self.epoch, indices)
+        made = [self._views(drawn, row, image) for row, (_, image) in enumerate(read)]
+        views = (torch.from_numpy(np.stack(view)) for view in zip(*made, strict=True))
+        return labels_of(self.images, indices), torch.from_numpy(indices), *views
 
-    def _pair(
-        self, parameters: tuple[ViewParameters, ViewParameters], row: int, image: Pixels
-    ) -> tuple[Pixels, Pixels]:
-        view1, view2 = (view_of_image(image, p, row, self.config.augment) for p in parameters)
-        return view1, view2
+    def _views(self, drawn: list[ViewParameters], row: int, image: Pixels) -> list[Pixels]:
+        augment = self.config.augment
+        return [
+            view_of_image(image, parameters, row, augment, size)
+            for parameters, size in zip(drawn, augment.sizes, strict=True)
+        ]
 
 
 def to_device(view: Tensor, config: Config, device: torch.device) -> Tensor:

@@ -29,7 +29,7 @@ from rdm_fast.config import Config
 from rdm_fast.data import Batch, ImageSet, Loader
 from rdm_fast.data.augment import view_of_image, view_table, views_of_table
 from rdm_fast.data.bad_files import read_or_next
-from rdm_fast.data.batch import draw_pair
+from rdm_fast.data.batch import draw_all_views
 from rdm_fast.data.sampler import ViewParameters
 from rdm_fast.methods import Method, build_method
 from rdm_fast.precision import dtype_of_views
@@ -175,9 +175,9 @@ class Step:
             return next(batches)
 
     @cached_property
-    def drawn(self) -> tuple[ViewParameters, ViewParameters]:
-        """Parameters of both views of the first images."""
-        return draw_pair(self.config, self.images, 0, np.arange(self.rows))
+    def drawn(self) -> list[ViewParameters]:
+        """Parameters of all views of the first images."""
+        return draw_all_views(self.config, self.images, 0, np.arange(self.rows))
 
     def loading(self) -> Stage:
         with closing(self.batches()) as batches:
@@ -197,8 +197,8 @@ class Step:
             return absent("transfer", "inside DALI")
         augment = self.config.augment
         if self.loader.name == "torch":
-            sides = (2, self.rows, augment.size, augment.size, augment.channels)
-            sent = torch.zeros(sides, dtype=torch.uint8)
+            pixels = self.rows * sum(size**2 for size in augment.sizes)
+            sent = torch.zeros(pixels, augment.channels, dtype=torch.uint8)
         else:  # what was drawn; the pixels are there
             sent = view_table(self.drawn, np.arange(self.rows))
         sent = sent.pin_memory()
@@ -224,19 +224,29 @@ class Step:
             assert self.images.pixels is not None
             planes = self.images.pixels[: self.rows].transpose(0, 3, 1, 2)
             pixels = torch.from_numpy(np.ascontiguousarray(planes)).to(self.device)
-            table = view_table(self.drawn, np.arange(self.rows)).to(self.device)
             dtype = dtype_of_views(self.config.precision, self.device)
-            return self.clock.time(
-                "augmentation", lambda: views_of_table(pixels, table, augment, dtype), self.rows
-            )
+            calls = [
+                (view_table(drawn, np.arange(self.rows)).to(self.device), size)
+                for drawn, size in (
+                    (self.drawn[:2], augment.size),
+                    (self.drawn[2:], augment.small_size),
+                )
+                if drawn
+            ]
+
+            def all_views() -> None:
+                for table, size in calls:
+                    views_of_table(pixels, table, augment, dtype, size)
+
+            return self.clock.time("augmentation", all_views, self.rows)
         n = min(SAMPLE, self.rows)
         read = [read_or_next(self.images, i, self.config.data)[1] for i in range(n)]
 
-        def both(i: int) -> None:
-            for parameters in self.drawn:
-                view_of_image(read[i], parameters, i, augment)
+        def all_views_of(i: int) -> None:
+            for parameters, size in zip(self.drawn, augment.sizes, strict=True):
+                view_of_image(read[i], parameters, i, augment, size)
 
-        return self._alone("augmentation", n, both)
+        return self._alone("augmentation", n, all_views_of)
 
     def _alone(self, name: str, n: int, make: Callable[[int], object]) -> Stage:
         """A stage of the torch loader that is done image by image, in one process."""

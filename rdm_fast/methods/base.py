@@ -11,15 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from rdm_fast.config import FilterConfig
+from rdm_fast.spectral import over_pairs
 from rdm_kernels import neg_cosine
 
 
 @dataclass
 class Branches:
-    """What the two branches make of two views, before any spectral filter; all [2, b, D].
+    """What the two branches make of the views, before any spectral filter.
 
-    online[v] is to be matched with target[v], which comes from the other view. projection is the
-    online encoder's output for view v, detached, for telemetry.
+    online: [2 + k, b, D]; target, projection: [2, b, D]. online[v] is to be matched with target[v],
+    which comes from the other view; with k small views (multi-crop), each of these with both
+    targets. projection is the online encoder's output for either view, detached, for telemetry.
     """
 
     online: Tensor
@@ -36,7 +38,7 @@ class StepOutput:
 
 
 class Method(nn.Module, ABC):
-    """From two views of the same images to the loss."""
+    """From two views of the same images, or more, to the loss."""
 
     backbone: nn.Module
     """From views [b, C, H, W] to embeddings [b, d_emb]: what evaluation uses."""
@@ -64,19 +66,17 @@ class Method(nn.Module, ABC):
         return prediction
 
     @abstractmethod
-    def branches(self, view1: Tensor, view2: Tensor) -> Branches:
+    def branches(self, *views: Tensor) -> Branches:
         """Both branches for this rank's views, [b, C, H, W] each; the target carries no gradient
         unless the method says so."""
 
     @abstractmethod
     def criterion(self, online: Tensor, target: Tensor) -> Tensor:
-        """Scalar loss from all of this rank's rows, [2, b, D] each. Has no parameters."""
+        """Scalar loss from all of this rank's rows, as in Branches. Has no parameters."""
 
-    def forward(
-        self, view1: Tensor, view2: Tensor, online_gradient: Tensor | None = None
-    ) -> StepOutput:
+    def forward(self, *views: Tensor, online_gradient: Tensor | None = None) -> StepOutput:
         """The loss; or, given dL/d online, a scalar whose backward continues from there."""
-        branches = self.branches(view1, view2)
+        branches = self.branches(*views)
         if online_gradient is None:
             loss = self.criterion(branches.online, branches.target)
         else:
@@ -88,13 +88,15 @@ class Method(nn.Module, ABC):
 
 
 def mean_negative_cosine(online: Tensor, target: Tensor) -> Tensor:
-    """Mean over views and rows of -cos(online, target), without a filter.
+    """Mean over pairs of views and rows of -cos(online, target), without a filter.
 
     Args:
-        online, target: [2, b, D] of this rank, one dtype; no gradient reaches the target.
+        online, target: [2 + k, b, D] and [2, b, D] of this rank, one dtype; no gradient reaches
+            the target.
 
     Returns:
         Scalar float32.
     """
     with torch.autocast(online.device.type, enabled=False):
-        return neg_cosine(online.flatten(0, 1), target.detach().flatten(0, 1))
+        losses = over_pairs(lambda rows: neg_cosine(online, rows), target.detach(), len(online))
+        return losses.mean()

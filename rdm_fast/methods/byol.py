@@ -2,6 +2,9 @@
 
     L = [2 - 2 cos(p1, z2')] + [2 - 2 cos(p2, z1')],   p = predictor(z), z' from the target weights
 
+With small views (multi-crop, arXiv:2006.09882, section 3.3) each of their predictions is matched
+with both targets, and L is twice the mean over all pairs.
+
 The target weights follow the online ones by an exponential moving average, once an optimizer
 step. Their batch norms use the batch, like the online ones', and keep statistics of their own.
 """
@@ -28,15 +31,12 @@ class Byol(Method):
         self.target_projector = deepcopy(projector).requires_grad_(False)
         self._use(predictor)
 
-    def branches(self, view1: Tensor, view2: Tensor) -> Branches:
-        z1, z2 = self.projector(self.backbone(view1)), self.projector(self.backbone(view2))
+    def branches(self, *views: Tensor) -> Branches:
+        z = [self.projector(self.backbone(view)) for view in views]
         with torch.no_grad():
-            t1 = self.target_projector(self.target_backbone(view1))
-            t2 = self.target_projector(self.target_backbone(view2))
-        projection = torch.stack([z1, z2]).detach()
-        return Branches(
-            torch.stack([self._predict(z1), self._predict(z2)]), torch.stack([t2, t1]), projection
-        )
+            t1, t2 = (self.target_projector(self.target_backbone(view)) for view in views[:2])
+        online = torch.stack([self._predict(projections) for projections in z])
+        return Branches(online, torch.stack([t2, t1]), torch.stack(z[:2]).detach())
 
     def criterion(self, online: Tensor, target: Tensor) -> Tensor:
         if self.filter:

@@ -22,7 +22,8 @@ class SimSiam(Method):
         self.backbone, self.projector = backbone, projector
         self._use(predictor)
 
-    def branches(self, view1: Tensor, view2: Tensor) -> Branches:
+    def branches(self, *views: Tensor) -> Branches:
+        view1, view2 = views
         z1, z2 = self.projector(self.backbone(view1)), self.projector(self.backbone(view2))
         target = torch.stack([z2, z1]).detach()
         return Branches(torch.stack([self._predict(z1), self._predict(z2)]), target, target.flip(0))

@@ -21,8 +21,9 @@ class SymSimSiam(Method):
         super().__init__()
         self.backbone, self.projector = backbone, projector
 
-    def branches(self, view1: Tensor, view2: Tensor) -> Branches:
+    def branches(self, *views: Tensor) -> Branches:
         """Both branches carry gradient, through `online`; target is the same rows, detached."""
+        view1, view2 = views
         z1, z2 = self.projector(self.backbone(view1)), self.projector(self.backbone(view2))
         online = torch.stack([z1, z2])
         return Branches(online, online.detach().flip(0), online.detach())

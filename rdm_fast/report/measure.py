@@ -128,7 +128,7 @@ def _branches(method: Method, config: Config, device: torch.device) -> Iterator[
     method.train()
     for batch in islice(loader.epoch(config.optim.epochs, 0), BATCHES):
         with autocast(config.precision, device):
-            yield method.branches(batch.view1, batch.view2)
+            yield method.branches(*batch.views)
 
 
 def _spectra(method: Method, batches: Iterator[Branches], step: int) -> Spectra:

@@ -84,11 +84,14 @@ def branch_spectra(
     in SimSiam the targets are those of the other view.
 
     Args:
-        online, target: [v, b, D] of this rank, before any spectral filter.
+        online: [v, b, D] of this rank, before any spectral filter; those of small views, which
+            have no projections here, are left out.
+        target: [v, b, D], likewise before a filter.
         projection: [v, b, D], the online encoder's projections.
         config: the spectral filter that one of them still goes through, or None.
         profile: also measure what takes eigenvectors.
     """
+    online = online[: len(projection)]
     P, Z, projection = gather_rows(torch.cat([online, target, projection])).chunk(3)
     axes = OncePerBatch(directions)
 

@@ -34,6 +34,8 @@ from rdm_fast.precision import autocast, float32_products
 from rdm_fast.step.graph import StepGraph
 from rdm_fast.step.parallel import wrap
 
+Views = tuple[Tensor, ...]
+"""This rank's views of a batch, [b, C, S, S] each: both, then any small ones."""
 COMPILE = {"default": "default", "max-autotune": "max-autotune-no-cudagraphs"}  # torch's names
 
 
@@ -119,7 +121,7 @@ class TrainStep:
         momentum = self.momentum(step)
         set_learning_rate(self.optimizer, lr)
         self._momentum.fill_(momentum)
-        done = self._run(batch.view1, batch.view2)
+        done = self._run(*batch.views)
         return StepReport(
             number=step,
             loss=done.loss,
@@ -131,11 +133,11 @@ class TrainStep:
             not_finite=HostCopy(done.not_finite),
         )
 
-    def _step(self, view1: Tensor, view2: Tensor) -> Outputs:
+    def _step(self, *views: Tensor) -> Outputs:
         """All that the device does in a step."""
         torch._foreach_copy_(self._kept, self._statistics)
         with float32_products(self.config.precision, self.device):
-            loss, branches = self._backward(view1, view2)
+            loss, branches = self._backward(views)
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.get_total_norm([p.grad for p in self._parameters])
         not_finite = 1 - torch.stack([norm.isfinite(), loss.isfinite()]).float()
@@ -158,21 +160,21 @@ class TrainStep:
 
     # ---- recording ---------------------------------------------------------------------------
 
-    def _run(self, view1: Tensor, view2: Tensor) -> Outputs:
+    def _run(self, *views: Tensor) -> Outputs:
         """`_step`, recorded if it is to be and as long as the recorded engine is accurate."""
         if self.graph and not self.graph.is_recorded:
             self._leave_graph_with_engine()  # reads what is pending: recording must not wait
         if self.graph is None:
-            return self._step(view1, view2)
+            return self._step(*views)
         try:
-            done = self.graph(view1, view2)
+            done = self.graph(*views)
         except RuntimeError as error:  # of a library, on a device: what, cannot be known before
             if self.config.step.graph == "on" or self.graph.is_recorded:
                 raise
             warnings.warn(f"steps run without a CUDA graph, which failed: {error}", stacklevel=3)
             self.graph = None
             self.optimizer.zero_grad(set_to_none=True)
-            return self._step(view1, view2)
+            return self._step(*views)
         if self.engine and self.graph.is_recorded:
             self._leave_graph_with_engine()  # of the step before, while this one runs
             self.engine.watch_replay()
@@ -210,44 +212,42 @@ class TrainStep:
     # ---- the gradient ------------------------------------------------------------------------
 
     def _forward(
-        self, module: nn.Module, view1: Tensor, view2: Tensor, gradient: Tensor | None = None
+        self, module: nn.Module, views: Views, gradient: Tensor | None = None
     ) -> StepOutput:
         with autocast(self.config.precision, self.device):
-            return module(view1, view2, gradient)
+            return module(*views, online_gradient=gradient)
 
-    def _backward(self, view1: Tensor, view2: Tensor) -> tuple[Tensor, Branches]:
+    def _backward(self, views: Views) -> tuple[Tensor, Branches]:
         """Leave this rank's share of the averaged gradient in `.grad`; loss and branches."""
         parts = self.config.optim.accumulate
         if parts == 1:
-            output = self._forward(self.parallel, view1, view2)
+            output = self._forward(self.parallel, views)
             self.scaler.scale(output.loss).backward()
             return output.loss.detach(), _detached([output.branches])
-        views = list(zip(view1.chunk(parts), view2.chunk(parts), strict=True))
+        split = list(zip(*(view.chunk(parts) for view in views), strict=True))
         if self.method.row_wise:
             outputs = []
-            for i, (view1, view2) in enumerate(views):
+            for i, part in enumerate(split):
                 with self._no_sync(i < parts - 1):
-                    output = self._forward(self.parallel, view1, view2)
+                    output = self._forward(self.parallel, part)
                     self.scaler.scale(output.loss / parts).backward()
                     outputs.append(output)
             loss = torch.stack([output.loss.detach() for output in outputs]).mean()
             return loss, _detached([output.branches for output in outputs])
-        return self._backward_through_whole_batch(views)
+        return self._backward_through_whole_batch(split)
 
-    def _backward_through_whole_batch(
-        self, views: list[tuple[Tensor, Tensor]]
-    ) -> tuple[Tensor, Branches]:
+    def _backward_through_whole_batch(self, parts: list[Views]) -> tuple[Tensor, Branches]:
         """Two passes over the parts, the criterion in between."""
         with torch.no_grad(), frozen_running_statistics(self.method):
-            branches = _detached([self._forward(self.method, *part).branches for part in views])
+            branches = _detached([self._forward(self.method, part).branches for part in parts])
         online = branches.online.requires_grad_()
         loss = self.method.criterion(online, branches.target)
         self.scaler.scale(loss).backward()
         assert online.grad is not None
-        gradients = online.grad.chunk(len(views), dim=1)
-        for i, (part, gradient) in enumerate(zip(views, gradients, strict=True)):
-            with self._no_sync(i < len(views) - 1):
-                self._forward(self.parallel, *part, gradient).loss.backward()
+        gradients = online.grad.chunk(len(parts), dim=1)
+        for i, (part, gradient) in enumerate(zip(parts, gradients, strict=True)):
+            with self._no_sync(i < len(parts) - 1):
+                self._forward(self.parallel, part, gradient).loss.backward()
         return loss.detach(), _detached([branches])
 
     def _no_sync(self, condition: bool) -> contextlib.AbstractContextManager[None]:
@@ -270,10 +270,13 @@ class TrainStep:
         torch._foreach_copy_(self._kept, self._statistics)
         augment, rows = self.config.augment, self.config.optim.local_batch(world_size())
         generator = torch.Generator().manual_seed(0)
-        shape = (rows // self.config.optim.accumulate, augment.channels, augment.size, augment.size)
-        noise = torch.randn(shape, generator=generator).to(self.device)
+        shape = (rows // self.config.optim.accumulate, augment.channels)
+        noise = tuple(
+            torch.randn((*shape, size, size), generator=generator).to(self.device)
+            for size in augment.sizes
+        )
         for _ in range(2):
-            self._forward(self.parallel, noise, noise.flip(0)).loss.backward()
+            self._forward(self.parallel, noise).loss.backward()
         self.optimizer.zero_grad(set_to_none=True)
         torch._foreach_copy_(self._statistics, self._kept)
 

@@ -19,7 +19,7 @@ from PIL import Image
 
 from rdm_fast.config import AugmentConfig, Config, Interpolation, OptimConfig, ViewConfig
 from rdm_fast.data.augment import view_of_image
-from rdm_fast.data.batch import draw_pair
+from rdm_fast.data.batch import draw_all_views
 from rdm_fast.data.dali_input import Arrays, Source, arrays_of, file_for_dali
 from rdm_fast.data.images import EncodedImages, ImageSet, PixelImages
 from rdm_fast.data.sampler import JITTER_ORDERS, ViewParameters
@@ -68,12 +68,12 @@ def photographs_jpeg() -> ImageSet:
 
 
 def with_dali(
-    images: ImageSet, parameters: tuple[ViewParameters, ...], augment: AugmentConfig
+    images: ImageSet, parameters: list[ViewParameters], augment: AugmentConfig
 ) -> list[Pixels]:
-    """Both views of all images, as levels."""
+    """All views of all images, as levels."""
     arrays = [
-        arrays_of(p, view, size=augment.size, channels=images.channels)
-        for p, view in zip(parameters, (augment.view1, augment.view2), strict=True)
+        arrays_of(p, view, size=size, channels=images.channels)
+        for p, view, size in zip(parameters, augment.views, augment.sizes, strict=True)
     ]
     encoded = images.pixels is None
     made = list(images.pixels) if images.pixels is not None else [
@@ -81,13 +81,13 @@ def with_dali(
     ]  # fmt: skip
 
     def source(info: object) -> list[Any]:
-        return [made, *arrays[0].values(), *arrays[1].values()]
+        return [made, *(array for view in arrays for array in view.values())]
 
     C = images.channels
     pipeline = dali_graph.pipeline_of_views(
         source,
         replace(augment, mean=(0.0,) * C, std=(1 / 255,) * C),
-        (arrays[0], arrays[1]),
+        arrays,
         batch=len(images),
         threads=1,
         device_id=None,
@@ -100,17 +100,17 @@ def with_dali(
 
 
 def with_pillow(
-    images: ImageSet, parameters: tuple[ViewParameters, ...], augment: AugmentConfig
+    images: ImageSet, parameters: list[ViewParameters], augment: AugmentConfig
 ) -> list[Pixels]:
     return [
-        np.stack([view_of_image(images.read(i), p, i, augment) for i in range(len(images))])
-        for p in parameters
+        np.stack([view_of_image(images.read(i), p, i, augment, size) for i in range(len(images))])
+        for p, size in zip(parameters, augment.sizes, strict=True)
     ]
 
 
-def draw(images: ImageSet, augment: AugmentConfig) -> tuple[ViewParameters, ...]:
-    config = Config(augment=augment, data=RECIPES["cifar10_byol"]().data)
-    return draw_pair(config, images, 0, np.arange(len(images)))
+def draw(images: ImageSet, augment: AugmentConfig) -> list[ViewParameters]:
+    config = replace(RECIPES["cifar10_byol"](), augment=augment)
+    return draw_all_views(config, images, 0, np.arange(len(images)))
 
 
 def both(view: ViewConfig, size: int = 32, **changes: Any) -> AugmentConfig:
@@ -121,6 +121,15 @@ def distance(a: list[Pixels], b: list[Pixels]) -> NDArray[np.float64]:
     """How far each value is off, [images, values]."""
     x, y = np.concatenate(a).astype(float), np.concatenate(b).astype(float)
     return np.abs(x - y).reshape(len(x), -1)
+
+
+def test_small_views_agree(photographs: Pixels) -> None:
+    images = PixelImages(photographs, None, [])
+    augment = replace(both(FULL), small_views=2, small_size=12)
+    p = draw(images, augment)
+    made, expected = with_dali(images, p, augment), with_pillow(images, p, augment)
+    assert [view.shape[1] for view in made] == [32, 32, 12, 12]
+    assert agree(distance(made[2:], expected[2:]))
 
 
 def agree(off: NDArray[np.float64]) -> bool:

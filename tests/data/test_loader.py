@@ -25,23 +25,26 @@ from rdm_fast.data import (
     resident,
     torch_pipeline,
 )
-from rdm_fast.data.batch import draw_pair
+from rdm_fast.data.batch import draw_all_views
 from rdm_fast.data.dali import install_line
 from rdm_fast.data.folder import load_folder
 from rdm_fast.data.images import EncodedImages, PixelImages
 from rdm_fast.data.sampler import ViewParameters, epoch_order
-from rdm_fast.data.torch_pipeline import PairOfViews
+from rdm_fast.data.torch_pipeline import ViewsOfImages
 from rdm_fast.errors import DataError, Unavailable, UsageError
 from tests.data.dali_here import DECODING, HERE, LOADERS, needs_dali, without_dali
 
 Pixels = NDArray[np.uint8]
 CPU = torch.device("cpu")
 VIEW = ViewConfig(crop_scale=(0.2, 1), jitter=0.8, grey=0.2, blur=0.5, flip=0.5)
-AUGMENT = AugmentConfig(size=16, view1=VIEW, view2=replace(VIEW, solarize=0.2))
+AUGMENT = AugmentConfig(
+    size=16, view1=VIEW, view2=replace(VIEW, solarize=0.2), small_views=2, small_size=10
+)
 
 
 def configure(loader: str = "auto", workers: int = 0, batch: int = 16, **changes: object) -> Config:
     return Config(
+        method="byol",
         data=DataConfig(name="arrays", loader=loader, workers=workers),  # type: ignore[arg-type]
         augment=AUGMENT,
         optim=OptimConfig(global_batch=batch),
@@ -62,7 +65,11 @@ def levels(view: Tensor) -> NDArray[np.float64]:
 
 
 def same(a: Batch, b: Batch) -> bool:
-    return all(torch.equal(getattr(a, name), getattr(b, name)) for name in Batch.__slots__)
+    return all(map(torch.equal, tensors(a), tensors(b)))
+
+
+def tensors(batch: Batch) -> list[Tensor]:
+    return [*batch.views, batch.labels, batch.indices]
 
 
 @pytest.fixture(scope="module")
@@ -120,18 +127,19 @@ def test_loaders_show_the_same_images_over_an_epoch(loader: str, images: ImageSe
     off = []
     for a, b in zip(other, torch_, strict=True):
         assert torch.equal(a.indices, b.indices) and torch.equal(a.labels, b.labels)
-        for x, y in ((a.view1, b.view1), (a.view2, b.view2)):
+        for x, y in zip(a.views, b.views, strict=True):
             off.append(np.abs(levels(x) - levels(y)).reshape(len(x), -1))
-    off_all = np.concatenate(off)
-    assert (off_all > 4).mean() <= 0.01 and off_all.mean(axis=1).max() <= 2.0
-    assert np.abs(levels(a.view1) - levels(a.view2)).mean() > 5  # the two views do differ
+    assert np.concatenate([(each > 4).ravel() for each in off]).mean() <= 0.01
+    assert max(each.mean(axis=1).max() for each in off) <= 2.0
+    for x, y in ((a.view1, a.view2), a.small):
+        assert np.abs(levels(x) - levels(y)).mean() > 5  # views do differ
 
 
 @pytest.mark.parametrize("loader", LOADERS)
 def test_a_batch_is_what_the_trainer_expects(loader: str, images: ImageSet) -> None:
     batch = batches(configure(loader), images)[0]
-    for view in (batch.view1, batch.view2):
-        assert view.shape == (16, 3, 16, 16) and view.dtype == torch.float32
+    for view, side in zip(batch.views, (16, 16, 10, 10), strict=True):
+        assert view.shape == (16, 3, side, side) and view.dtype == torch.float32
         assert view.is_contiguous(memory_format=torch.channels_last)
     assert batch.labels.dtype == batch.indices.dtype == torch.int64
     assert images.labels is not None
@@ -147,9 +155,8 @@ def test_ranks_together_see_what_one_rank_sees(loader: str, world: int, images: 
     for step, whole in enumerate(one):
         parts = [own[step] for own in many]
         assert torch.equal(torch.cat([part.indices for part in parts]), whole.indices)
-        for name in ("view1", "view2"):
-            together = torch.cat([getattr(part, name) for part in parts])
-            off = np.abs(levels(together) - levels(getattr(whole, name)))
+        for views in zip(*(part.views for part in parts), whole.views, strict=True):
+            off = np.abs(levels(torch.cat(views[:-1])) - levels(views[-1]))
             assert off.mean() < 0.01  # a sum taken in another order may round differently
 
 
@@ -190,8 +197,8 @@ def test_every_loader_is_given_the_same_parameters(
 
         def recorded(
             config: Config, images: ImageSet, epoch: int, indices: NDArray[np.int64]
-        ) -> tuple[ViewParameters, ViewParameters]:
-            drawn = draw_pair(config, images, epoch, indices)
+        ) -> list[ViewParameters]:
+            drawn = draw_all_views(config, images, epoch, indices)
             for row, i in enumerate(indices.tolist() if epoch == 1 else ()):
                 rows[i] = b"".join(
                     getattr(p, field.name)[row].tobytes() for p in drawn for field in fields(p)
@@ -199,7 +206,7 @@ def test_every_loader_is_given_the_same_parameters(
             return drawn
 
         for module in (resident, torch_pipeline, dali_input):
-            monkeypatch.setattr(module, "draw_pair", recorded)
+            monkeypatch.setattr(module, "draw_all_views", recorded)
         for rank in range(world):
             made = build_loader(configure(loader), images, rank=rank, world_size=world, device=CPU)
             list(made.epoch(1, start))
@@ -258,9 +265,9 @@ def test_images_of_several_sizes_are_decoded_in_workers(encoded: ImageSet) -> No
     config = configure("torch", workers=1, batch=4)
     batch = batches(config, encoded)[0]
     assert batch.labels.tolist() == [-1] * 4  # none has a label
-    make = pickle.loads(pickle.dumps(PairOfViews(config, encoded, 0)))
-    again = make(batch.indices.numpy())
-    assert torch.equal(again[0].permute(0, 3, 1, 2).double(), torch.from_numpy(levels(batch.view1)))
+    make = pickle.loads(pickle.dumps(ViewsOfImages(config, encoded, 0)))
+    _, _, view1, *_ = make(batch.indices.numpy())
+    assert torch.equal(view1.permute(0, 3, 1, 2).double(), torch.from_numpy(levels(batch.view1)))
 
 
 @pytest.mark.parametrize("loader", DECODING)

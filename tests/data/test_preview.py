@@ -49,6 +49,15 @@ def test_it_shows_what_the_recipe_trains_on() -> None:
         assert torch.equal(batch.indices, made["torch"].indices)
 
 
+def test_small_views_are_shown_small() -> None:
+    large, small = np.full((1, 32, 32, 3), 50, np.uint8), np.full((1, 16, 16, 3), 200, np.uint8)
+    sheet = np.asarray(contact_sheet([large[0]], {"torch": [large, large, small]}))
+    cell = sheet[TITLE + GAP :, GAP + 3 * (CELL + GAP) :][:CELL, :CELL]
+    quarter = CELL // 4
+    assert (cell[quarter:-quarter, quarter:-quarter] == 200).all()
+    assert (cell[:quarter] == 255).all() and (cell[:, -quarter:] == 255).all()
+
+
 def test_levels_are_those_before_normalisation() -> None:
     config, _ = parse(["cifar10_byol"])
     levels = np.random.default_rng(0).integers(0, 256, (2, 2, 8, 8, 3), dtype=np.uint8)
@@ -63,10 +72,10 @@ def test_levels_are_those_before_normalisation() -> None:
 
 def test_each_picture_is_in_its_cell() -> None:
     wide = natural(1, 20, 40)[0]
-    views: tuple[Pixels, Pixels] = (
+    views: list[Pixels] = [
         np.full((1, 32, 32, 1), 50, np.uint8),
         np.full((1, 32, 32, 1), 200, np.uint8),
-    )
+    ]
     sheet = np.asarray(contact_sheet([wide], {"torch": views}))
     cells = [sheet[TITLE + GAP :, GAP + k * (CELL + GAP) :][:CELL, :CELL] for k in range(3)]
     assert (cells[0][: CELL // 4] == 255).all() and (cells[0][CELL // 2] != 255).any()

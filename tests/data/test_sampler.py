@@ -83,7 +83,7 @@ def test_views_do_not_depend_on_who_draws_them(world: int) -> None:
             )
 
 
-@pytest.mark.parametrize("other", [{"seed": 4}, {"epoch": 2}, {"view": 1}])
+@pytest.mark.parametrize("other", [{"seed": 4}, {"epoch": 2}, {"view": 1}, {"view": 2}])
 def test_seeds_epochs_and_views_are_uncorrelated(other: dict[str, int]) -> None:
     a, b = draw(), draw(**other)
     for name in ("angle", "shear", "brightness", "contrast", "saturation", "hue", "sigma"):

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 
 from rdm_fast import cli
 from rdm_fast.command_line import parse_doctor
@@ -24,7 +25,7 @@ from rdm_fast.doctor.diagnosis import diagnose
 from rdm_fast.doctor.stages import LIMIT_S, Clock, Step, without_filter
 from rdm_fast.errors import UsageError
 from rdm_fast.methods import build_method
-from tests.tiny import METHODS, batch, tiny
+from tests.tiny import METHODS, batch, tiny, with_small_views
 
 CPU = torch.device("cpu")
 LARGE = 1500  # pixels a side of a file whose view has 16: 0.1 s to decode, a step takes 0.02 s
@@ -127,21 +128,36 @@ def test_a_stage_takes_so_many_batches_or_so_long(
     assert stage.images_per_s == pytest.approx(32 / seconds)
 
 
+@pytest.mark.parametrize("n_views", [2, 5])
 def test_what_is_done_image_by_image_is_told_for_a_whole_batch(
-    monkeypatch: pytest.MonkeyPatch,
+    n_views: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = tiny(global_batch=64)
+    config = with_small_views("digits_byol", n_views - 2, global_batch=64)
     config = replace(config, data=replace(config.data, loader="torch", workers=0))
     images = load(config.data, "train")
     loader = build_loader(config, images, rank=0, world_size=1, device=CPU)
     step = Step(config, images, loader, CPU, batches=3)
     hands = Hands(monkeypatch)
-    monkeypatch.setattr(
-        stages, "view_of_image", lambda *_: hands.pass_by(0.25)
-    )  # two views an image
+    monkeypatch.setattr(stages, "view_of_image", lambda *_: hands.pass_by(0.25))
     stage = step.augmentation()
-    assert stage.seconds == pytest.approx(64 * 0.5)
-    assert stage.images_per_s == pytest.approx(2.0)
+    assert stage.seconds == pytest.approx(64 * n_views * 0.25)
+    assert stage.images_per_s == pytest.approx(4 / n_views)
+
+
+def test_small_views_are_a_part_of_augmentation(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = with_small_views("digits_byol", 3, global_batch=64)
+    images = load(config.data, "train")
+    loader = build_loader(config, images, rank=0, world_size=1, device=CPU)
+    made: list[int] = []
+    real = stages.views_of_table
+
+    def counted(*given: Any) -> Tensor:
+        made.append(len(views := real(*given)))
+        return views
+
+    monkeypatch.setattr(stages, "views_of_table", counted)
+    Step(config, images, loader, CPU, batches=1).augmentation()
+    assert made == [2 * 64, 3 * 64] * 3  # two to warm up
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -1,6 +1,7 @@
 """Each method against its loss written out, and where its gradient goes."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -8,9 +9,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rdm_fast import spectral_loss
+from rdm_fast import spectral, spectral_loss
 from rdm_fast.config import FilterConfig
 from rdm_fast.methods import Byol, Method, SimSiam, SymSimSiam, build_method
+from rdm_fast.spectral import spectral_cosine
 from tests.ranks import run_ranks
 from tests.tiny import METHODS, tiny
 
@@ -90,6 +92,65 @@ def test_rdm_byol_filters_with_the_spectrum_of_the_branch_it_acts_on(filter: Fil
     assert_same_gradients(method, written_out)
 
 
+def written_out_pairs(method: Byol, shown: list[Tensor], config: FilterConfig | None) -> Tensor:
+    """2 - 2 cos for every view with each target of another one, pair by pair; twice their mean."""
+    z = [method.projector(method.backbone(v)) for v in shown]
+    targets = [method.target_projector(method.target_backbone(v)).detach() for v in shown[:2]]
+    losses = []
+    for v, projections in enumerate(z):
+        for t, target in enumerate(targets):
+            if v == t:
+                continue
+            if config is None:
+                losses.append(2 - 2 * cosine(method.predictor(projections), target))
+            else:
+                paired = spectral_cosine(projections[None], target[None], config)
+                losses.append(2 + 2 * paired[0])
+    assert len(losses) == 2 + 2 * (len(shown) - 2)
+    return 2 * torch.stack(losses).mean()
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        None,
+        FilterConfig(sigma=1.0),
+        FilterConfig(location="target", sigma=-1.0),
+        FilterConfig(location="target", sigma=-1.0, basis="online"),
+        FilterConfig(sigma=1.0, engine="gemm"),
+        FilterConfig(location="target", sigma=-0.5, engine="reference"),
+    ],
+    ids=["mlp", "online", "target", "target by online", "gemm", "reference"],
+)
+@pytest.mark.parametrize("n_small", [1, 3])
+def test_byol_matches_small_views_with_both_targets(
+    config: FilterConfig | None, n_small: int
+) -> None:
+    """Sums of some dozen float32 cosines of order 1."""
+    method = moved_byol(nn.Linear(D, D) if config is None else config)
+    shown = [*views(), *(views(seed)[0] for seed in range(2, 2 + n_small))]
+    loss, expected = method(*shown).loss, written_out_pairs(method, shown, config)
+    torch.testing.assert_close(loss, expected, atol=3e-6, rtol=0)
+    for ours, theirs in zip(gradients(loss, method), gradients(expected, method), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=3e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("config", [FilterConfig(), FilterConfig(location="target", sigma=-1.0)])
+def test_a_filter_is_taken_once_of_each_view(
+    config: FilterConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[int] = []
+    real = spectral.build_filter
+
+    def build(engine: str, X: Tensor, *rest: Any, **options: Any) -> Any:
+        taken.append(len(X))
+        return real(engine, X, *rest, **options)
+
+    monkeypatch.setattr(spectral, "build_filter", build)
+    moved_byol(config)(*views(), views(2)[0], views(3)[0])
+    assert taken == [4 if config.location == "online" else 2]
+
+
 def test_byol_target_starts_as_a_copy_takes_no_gradient_and_follows() -> None:
     method = Byol(*encoder(), FilterConfig())
     assert torch.equal(method.target_backbone.weight, method.backbone.weight)
@@ -127,7 +188,7 @@ def test_continuing_from_the_gradient_of_the_online_branch_is_the_same_backward(
     branches = method(x, x.flip(3)).branches
     online = branches.online.detach().requires_grad_()
     method.criterion(online, branches.target).backward()
-    continued = gradients(method(x, x.flip(3), online.grad).loss, method)
+    continued = gradients(method(x, x.flip(3), online_gradient=online.grad).loss, method)
     for one, other in zip(direct, continued, strict=True):
         torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-4)
 
