@@ -225,7 +225,11 @@ def test_a_value_of_the_wrong_type_is_named_with_its_flag(words: str, expected: 
         ("--augment.mean 0.1 0.2", "augment.mean has 2 and augment.std 1 channels"),
         ("--augment.std 0", "augment.mean=(0.3053,) and augment.std=(0.0,): give finite means"),
         ("--augment.size 4", "augment.size=4: a view has at least 8 pixels"),
-        ("--augment.small-views 2", "augment.small_views=2 with method=simsiam: small views need"),
+        (
+            "--augment.small-views 2 --augment.small-size 8",
+            "augment.small_views=2 with method=simsiam: small views need",
+        ),
+        ("--augment.small-views 2", "augment.small_size=96 is more than augment.size=16"),
         ("--augment.small-views -1", "augment.small_views=-1: give 0 or more views"),
         ("--augment.small-size 7", "augment.small_size=7: a view has at least 8 pixels"),
         ("--augment.small-scale 0.3 0.1", "augment.small_scale=(0.3, 0.1) is not a range"),

@@ -161,6 +161,11 @@ class AugmentConfig:
             self.small_size >= 8,
             f"augment.small_size={self.small_size}: a view has at least 8 pixels a side",
         )
+        require(
+            self.small_views == 0 or self.small_size <= self.size,
+            f"augment.small_size={self.small_size} is more than augment.size={self.size}: small "
+            "views are the smaller ones",
+        )
         low, high = self.small_scale
         require(
             0 < low <= high <= 1,
