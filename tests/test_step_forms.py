@@ -18,7 +18,7 @@ from rdm_fast.host_copy import HostCopy
 from rdm_fast.methods import Method, build_method
 from rdm_fast.step import StepReport, TrainStep
 from rdm_fast.step.graph import WARM_UP
-from tests.tiny import METHODS, batch, tiny
+from tests.tiny import METHODS, batch, tiny, with_small_views
 
 ROWS = 32
 CPU = torch.device("cpu")
@@ -157,8 +157,8 @@ AS_GRAPH = pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 
 
 def on_gpu(of: Batch) -> Batch:
-    views = [view.to(GPU).contiguous(memory_format=torch.channels_last) for view in views_of(of)]
-    return Batch(*views, of.labels.to(GPU), of.indices)
+    views = [view.to(GPU).contiguous(memory_format=torch.channels_last) for view in of.views]
+    return Batch(*views[:2], of.labels.to(GPU), of.indices, tuple(views[2:]))
 
 
 def run(step: TrainStep, numbers: range) -> list[StepReport]:
@@ -185,6 +185,18 @@ def test_a_recorded_step_is_the_eager_step_bit_for_bit(name: str, precision: str
     assert recorded.graph is not None and recorded.graph.is_recorded and eager.graph is None
     for key, tensor in weights(recorded.method).items():
         assert torch.equal(tensor, weights(eager.method)[key]), key
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["digits_byol", "digits_rdm_byol"])
+def test_a_recorded_step_has_small_views_too(name: str) -> None:
+    config = with_small_views(name, global_batch=ROWS)
+    torch.backends.cudnn.deterministic = True
+    eager, recorded = (new_step(with_step(config, graph=form), GPU) for form in ("off", "on"))
+    for i in range(5, 12):
+        shown = on_gpu(batch(ROWS, seed=i, size=16, small=2))
+        assert torch.equal(recorded(shown, i).loss, eager(shown, i).loss), f"step {i}"
+    assert recorded.graph is not None and recorded.graph.is_recorded
 
 
 @pytest.mark.gpu
