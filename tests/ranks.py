@@ -1,5 +1,6 @@
 """Several ranks on one CPU, for tests: gloo processes that meet through a file, not a port."""
 
+import faulthandler
 import os
 import sys
 import tempfile
@@ -34,18 +35,31 @@ def run_ranks(
     Raises:
         torch.multiprocessing.ProcessRaisedException: a rank raised; the message ends with its
             traceback. The other ranks are stopped.
+        RankDied: a signal ended a rank; the message has where each of its threads was.
         TimeoutError: the ranks did not finish in time.
     """
     folder = Path(tempfile.mkdtemp(prefix="ranks-", dir=tmp_path))
     context = mp.spawn(_rank, (world, folder, function, args), nprocs=world, join=False)
     deadline = time.monotonic() + timeout
-    while not context.join(timeout=max(0.0, deadline - time.monotonic())):
+    while not _joined(context, deadline, folder):
         if time.monotonic() >= deadline:
             for process in context.processes:
                 process.kill()
                 process.join()
             raise TimeoutError(f"{function.__name__} on {world} ranks took over {timeout:.0f} s")
     return [torch.load(folder / f"{rank}.pt", weights_only=True) for rank in range(world)]
+
+
+class RankDied(Exception):
+    """A signal ended a rank."""
+
+
+def _joined(context: mp.ProcessContext, deadline: float, folder: Path) -> bool:
+    try:
+        return context.join(timeout=max(0.0, deadline - time.monotonic()))
+    except mp.ProcessExitedException as error:
+        stack = (folder / f"{error.error_index}.stack").read_text()
+        raise RankDied(f"{error}\n{stack}") from None
 
 
 def _rank(
@@ -59,5 +73,20 @@ def _rank(
     dist.init_process_group(
         "gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=TIMEOUT)
     )
-    torch.save(function(*args), folder / f"{rank}.pt")
-    dist.destroy_process_group()  # not after an error: ranks left alone would fail first, of that
+    with (folder / f"{rank}.stack").open("w") as stack:
+        faulthandler.enable(stack)
+        torch.save(function(*args), folder / f"{rank}.pt")
+        _leave(store, world)
+
+
+def _leave(store: dist.Store, world: int) -> None:
+    """End this process once every rank has its result, and skip all teardown.
+
+    Destroying a gloo group, and ending the interpreter under its threads, are races that can
+    abort a process whose work is done. What is asked of the ranks is their results.
+    """
+    store.set(f"done {dist.get_rank()}", "")
+    store.wait([f"done {rank}" for rank in range(world)], timedelta(seconds=TIMEOUT))
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)

@@ -1,5 +1,7 @@
 """tests.ranks: the helper that every test on several ranks stands on."""
 
+import os
+import signal
 import time
 from pathlib import Path
 
@@ -8,7 +10,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from tests.ranks import run_ranks
+from tests.ranks import RankDied, run_ranks
 
 
 def _sum_of_ranks(offset: torch.Tensor) -> dict[str, object]:
@@ -20,6 +22,12 @@ def _sum_of_ranks(offset: torch.Tensor) -> dict[str, object]:
 def _rank_one_fails() -> None:
     if dist.get_rank() == 1:
         raise ValueError("rank one has had enough")
+    dist.barrier()
+
+
+def _rank_one_is_killed() -> None:
+    if dist.get_rank() == 1:
+        os.kill(os.getpid(), signal.SIGABRT)
     dist.barrier()
 
 
@@ -36,6 +44,11 @@ def test_ranks_reduce_together_and_return_in_order(tmp_path: Path) -> None:
 def test_an_error_of_one_rank_is_raised_with_its_message(tmp_path: Path) -> None:
     with pytest.raises(mp.ProcessRaisedException, match="rank one has had enough"):
         run_ranks(2, _rank_one_fails, tmp_path=tmp_path)
+
+
+def test_a_rank_that_dies_of_a_signal_is_told_with_its_stack(tmp_path: Path) -> None:
+    with pytest.raises(RankDied, match=r"(?s)process 1 .*SIGABRT.* in _rank_one_is_killed"):
+        run_ranks(2, _rank_one_is_killed, tmp_path=tmp_path)
 
 
 def test_ranks_that_hang_are_stopped(tmp_path: Path) -> None:
