@@ -11,12 +11,14 @@ Everything else keeps torchvision's module names, so that weights move to and fr
 
 from collections import OrderedDict
 
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torchvision.models import resnet18, resnet34, resnet50
 from torchvision.models.resnet import BasicBlock
 
 from rdm_fast.config import ModelConfig
 
+AVX2_FLOATS = 8  # in a register
 TORCHVISION = {"resnet18": resnet18, "resnet34": resnet34, "resnet50": resnet50}
 
 
@@ -82,10 +84,23 @@ def _resnet8(model: ModelConfig, channels: int) -> nn.Module:
 def _stage(inputs: int, outputs: int, stride: int) -> nn.Module:
     shortcut = None
     if inputs != outputs:
+        convolution = Projection if inputs < AVX2_FLOATS else nn.Conv2d
         shortcut = nn.Sequential(
-            nn.Conv2d(inputs, outputs, 1, stride=stride, bias=False), nn.BatchNorm2d(outputs)
+            convolution(inputs, outputs, 1, stride=stride, bias=False), nn.BatchNorm2d(outputs)
         )
     return nn.Sequential(BasicBlock(inputs, outputs, stride, shortcut))
+
+
+class Projection(nn.Conv2d):
+    """A 1 x 1 convolution that takes its stride before it multiplies.
+
+    Given a stride and fewer than AVX2_FLOATS input channels, oneDNN's own (torch 2.15, processors
+    with AVX2 and no AVX-512) writes beyond the end of its memory.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        down, across = self.stride
+        return F.conv2d(x[:, :, ::down, ::across], self.weight, self.bias)
 
 
 def _initialise_convolutions(module: nn.Module) -> None:

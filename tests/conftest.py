@@ -12,7 +12,10 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-torch.set_num_threads(1)  # small tensors: threads cost more than they give, and vary the rounding
+# Small tensors: threads cost more than they give, and vary the rounding. Processes that a test starts
+# take the variable.
+torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # A shared machine may pause any example, so the time of one says nothing.
 hypothesis.settings.register_profile("rdm", deadline=None, print_blob=True)

@@ -1,13 +1,17 @@
 """rdm_fast.backbone against torchvision's own ResNets and the shapes of the paper's stems."""
 
 import math
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 import torchvision
 from torch import nn
 
-from rdm_fast.backbone import build_backbone
+from rdm_fast.backbone import Projection, build_backbone
 from rdm_fast.config import ModelConfig
 
 
@@ -85,6 +89,44 @@ def test_resnet8_has_one_block_a_stage_at_full_half_and_quarter_size() -> None:
     # stem, two convolutions in each of three blocks; shortcuts are not counted in ResNet names
     named = [n for n, m in backbone.named_modules() if isinstance(m, nn.Conv2d)]
     assert len([n for n in named if "downsample" not in n]) == 7
+
+
+def test_a_narrow_resnet8_is_the_plain_one() -> None:
+    """Its shortcuts take their stride first, and nothing else."""
+    backbone, _ = build_backbone(config("resnet8", "cifar", width=3), channels=1)
+    narrow = [m for m in backbone.modules() if isinstance(m, Projection)]
+    assert [m.in_channels for m in narrow] == [3, 6]
+    x = torch.randn(2, 3, 7, 9, dtype=torch.float64)
+    plain = nn.Conv2d(3, 6, 1, stride=2, bias=False).double()
+    narrow[0].double().load_state_dict(plain.state_dict())
+    torch.testing.assert_close(narrow[0](x), plain(x))
+    wide, _ = build_backbone(config("resnet8", "cifar", width=8), channels=1)
+    assert not any(isinstance(m, Projection) for m in wide.modules())
+
+
+TRAIN_A_NARROW_ONE = """
+import torch
+from rdm_fast.backbone import Projection, build_backbone
+from rdm_fast.config import ModelConfig
+backbone, _ = build_backbone(ModelConfig(backbone="resnet8", stem="cifar", width=4), channels=1)
+backbone = backbone.to(memory_format=torch.channels_last)
+for _ in range(30):
+    views = torch.randn(4, 1, 16, 16).to(memory_format=torch.channels_last)
+    backbone(views).square().sum().backward()
+print("whole")
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs glibc's checks of the heap")
+def test_training_a_narrow_resnet8_writes_where_it_may() -> None:
+    """As on a processor without AVX-512, whatever this one is."""
+    checked = {"MALLOC_CHECK_": "3", "MALLOC_PERTURB_": "17", "ONEDNN_MAX_CPU_ISA": "AVX2"}
+    done = subprocess.run(
+        [sys.executable, "-c", TRAIN_A_NARROW_ONE],
+        env={**os.environ, **checked}, cwd=Path(__file__).parents[1],
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0 and done.stdout == "whole\n", done.stderr
 
 
 @pytest.mark.parametrize(("name", "stem"), [("resnet8", "cifar"), ("resnet18", "cifar_pad2")])
