@@ -12,8 +12,8 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-# Small tensors: threads cost more than they give, and vary the rounding. Processes that a test starts
-# take the variable.
+# Small tensors: threads cost more than they give, and vary the rounding. The variable is for
+# processes that a test starts.
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 NEGLIGIBLE = -30.0  # exponent of a weight: e^-90 would be subnormal, and slow on a CPU
+BLOCK = 32  # pixels that are blurred at a time
 TIE = 1e-4  # levels; more than float32 loses in a weighted mean of pixels
 
 # ---- crop, resize, flip ------------------------------------------------------------------------
@@ -90,12 +91,21 @@ def resampling_taps(
 def resize(x: Tensor, down: Tensor, across: Tensor) -> Tensor:
     """Levels [n, C, H, W], uint8, to [n, C, S, S], float32, by matrices [n, S, H] and [n, S, W]."""
     (n, C, H, _), S = x.shape, down.shape[1]
-    x = x.to(torch.float32, memory_format=torch.contiguous_format)
+    x = as_levels(x)
     x = _round_mean(x.flatten(1, 2) @ across.mT).unflatten(1, (C, H))  # as Pillow did until 13
     resized = x.new_empty(n, C, S, S)
     for channel in range(C):
         torch.bmm(down, x[:, channel], out=resized[:, channel])
     return _round_mean(resized)
+
+
+def as_levels(x: Tensor) -> Tensor:
+    """uint8 to what all steps take, a plane a channel."""
+    return x.to(torch.float32, memory_format=torch.contiguous_format)
+
+
+def mirror(x: Tensor) -> Tensor:
+    return x.flip(-1)
 
 
 def _round_mean(x: Tensor) -> Tensor:
@@ -129,28 +139,43 @@ def distort(x: Tensor, angle: Tensor, shear: Tensor) -> Tensor:
 # ---- blur --------------------------------------------------------------------------------------
 
 
-def blur_matrix(sigma: Tensor, size: int, taps: int) -> Tensor:
-    """Gaussian blur of a line of pixels with reflected ends, as a matrix on it.
+def gaussian(sigma: Tensor, taps: int) -> Tensor:
+    """Weights of a blur along a line.
 
     Args:
-        sigma: standard deviations in pixels, above 0, [..., 1, 1] float32.
-        size: pixels of the line.
-        taps: length of the kernel, odd, under 2 size.
+        sigma: standard deviations in pixels, above 0, [..., 1] float32.
+        taps: length of the kernel, odd.
 
     Returns:
-        [..., size, size] float32; rows sum to 1.
+        [..., taps] float32; they sum to 1.
     """
     offset = torch.arange(taps, device=sigma.device) - taps // 2
-    exponent = -0.5 * (offset / sigma) ** 2  # [..., 1, taps]
-    kernel = torch.softmax(exponent.masked_fill(exponent < NEGLIGIBLE, -math.inf), dim=-1)
-    source = (torch.arange(size, device=sigma.device)[:, None] + offset).abs()
-    source = torch.where(source < size, source, 2 * (size - 1) - source)  # [size, taps]
-    shape = (*sigma.shape[:-2], size, taps)
-    matrix = sigma.new_zeros(*sigma.shape[:-2], size, size)
-    return matrix.scatter_add_(-1, source.expand(shape), kernel.expand(shape))
+    exponent = -0.5 * (offset / sigma) ** 2
+    return torch.softmax(exponent.masked_fill(exponent < NEGLIGIBLE, -math.inf), dim=-1)
+
+
+def banded(kernel: Tensor, rows: int) -> Tensor:
+    """Correlation with kernels [..., taps] as matrices [..., rows, rows + taps - 1]."""
+    taps = kernel.shape[-1]
+    place = torch.arange(rows, device=kernel.device)[:, None] + torch.arange(
+        taps, device=kernel.device
+    )
+    weights = kernel[..., None, :].expand(*kernel.shape[:-1], rows, taps)
+    matrix = kernel.new_zeros(*kernel.shape[:-1], rows, rows + taps - 1)
+    return matrix.scatter_(-1, place.expand_as(weights), weights)
 
 
 def blur(x: Tensor, sigma: Tensor, taps: int) -> Tensor:
-    """Gaussian blur with reflected borders, [n, C, S, S], `sigma` [n, 1, 1, 1]."""
-    matrix = blur_matrix(sigma, x.shape[3], taps)  # [n, 1, S, S]
-    return (matrix @ x @ matrix.mT).round_()
+    """Gaussian blur with reflected borders, [n, C, S, S], `sigma` [n, 1, 1, 1].
+
+    Along either side, BLOCK pixels at a time are a banded matrix on those that they depend on.
+    """
+    S, radius = x.shape[3], taps // 2
+    blocks = math.ceil(S / BLOCK)
+    matrix = banded(gaussian(sigma[..., 0], taps), BLOCK)  # [n, 1, BLOCK, near]
+    near, excess = BLOCK + 2 * radius, blocks * BLOCK - S
+    x = F.pad(F.pad(x, (radius,) * 4, mode="reflect"), (0, excess, 0, excess))
+    lines = x.unfold(3, near, BLOCK).flatten(2, 3)  # [n, C, (S + ...) * blocks, near]
+    x = (lines @ matrix.mT).unflatten(2, (-1, blocks)).flatten(3)  # [n, C, S + ..., S + excess]
+    lines = x.unfold(2, near, BLOCK)  # [n, C, blocks, S + excess, near]
+    return (matrix[:, :, None] @ lines.mT).flatten(2, 3)[..., :S, :S].round_()

@@ -9,6 +9,7 @@ Steps, in this order: crop and resize (antialiased), rotate and shear (black out
 flip, normalise. Images of one channel have no saturation, hue or grey. The steps themselves are in
 view_geometry.py and view_colour.py; here it is settled who undergoes them. The flip comes with the
 resize, where taking pixels in another order costs nothing: every later step commutes with it.
+Where all windows are whole images of a view's size, nothing is resized.
 """
 
 import math
@@ -31,7 +32,14 @@ from rdm_kernels.view_colour import (
     to_grey,
     turn_hue,
 )
-from rdm_kernels.view_geometry import blur, distort, resampling_taps, resize
+from rdm_kernels.view_geometry import (
+    as_levels,
+    blur,
+    distort,
+    mirror,
+    resampling_taps,
+    resize,
+)
 
 INTEGERS = ("image", "top", "left", "height", "width", "order", "grey", "solarize", "flip")
 NUMBERS = ("angle", "shear", "brightness", "contrast", "saturation", "hue", "sigma")
@@ -79,24 +87,33 @@ def make_views(
 
     Which views undergo a step is decided on the host: on a GPU this waits for the table.
     """
-    (n_channels, H, W), device = images.shape[1:], images.device
-    views = images.new_empty(table.shape[1], size, size, n_channels, dtype=dtype)
+    device = images.device
+    views = images.new_empty(table.shape[1], size, size, images.shape[1], dtype=dtype)
     p = _columns(table.cpu().numpy())
-    if len(p["image"]):
-        top, left, height, width, flip = (
-            _tensor(p[name], device) for name in ("top", "left", "height", "width", "flip")
-        )
-        down = resampling_taps(top, height, torch.zeros_like(flip), H, size, interpolation)
-        across = resampling_taps(left, width, flip, W, size, interpolation)
+    resized = _resizing(p, images.shape[2:], size, interpolation, device)
     for part in _parts(p, size):
         few, rows = {name: column[part] for name, column in p.items()}, _tensor(part, device)
-        x = images[_tensor(few["image"], device)]
-        x = resize(x, down.matrices(rows), across.matrices(rows))
+        x = resized(images[_tensor(few["image"], device)], few, rows)
         x = _recolour(_distort(x, few), few, taps)
         made = x if dtype == torch.uint8 else normalise(x, mean, std)
         made = made.to(dtype, memory_format=torch.channels_last)
         views.index_copy_(0, rows, made.permute(0, 2, 3, 1))
     return views.permute(0, 3, 1, 2)
+
+
+def _resizing(
+    p: Columns, sides: torch.Size, size: int, interpolation: str, device: torch.device
+) -> Callable[[Tensor, Columns, Tensor], Tensor]:
+    """How some views' images are cropped, resized and flipped, given their columns and rows."""
+    whole = all((p[name] == size).all() for name in ("height", "width"))
+    if not len(p["image"]) or (whole and sides == (size, size)):
+        return lambda x, few, rows: _some(as_levels(x), few["flip"] != 0, mirror)
+    top, left, height, width, flip = (
+        _tensor(p[name], device) for name in ("top", "left", "height", "width", "flip")
+    )
+    down = resampling_taps(top, height, torch.zeros_like(flip), sides[0], size, interpolation)
+    across = resampling_taps(left, width, flip, sides[1], size, interpolation)
+    return lambda x, few, rows: resize(x, down.matrices(rows), across.matrices(rows))
 
 
 def _columns(table: NDArray[np.int32]) -> Columns:

@@ -22,7 +22,7 @@ from rdm_fast.data.sampler import BRIGHTNESS, CONTRAST, JITTER_ORDERS, SATURATIO
 from rdm_kernels import augment_views, pack_views
 from rdm_kernels.view_colour import IDLE, SOLARIZE_THRESHOLD
 from rdm_kernels.view_colour import normalise as normalise_levels
-from rdm_kernels.view_geometry import blur_matrix
+from rdm_kernels.view_geometry import blur
 
 Pixels = NDArray[np.uint8]
 
@@ -100,10 +100,10 @@ def _blur_image(view: Image.Image, sigma: float) -> Image.Image:
     """torchvision's `gaussian_blur`, one side after the other: its 2-D kernel of 23 x 23 taps takes
     ten times as long on a CPU, and thirty where sigma leaves it subnormal weights."""
     levels = torch.from_numpy(np.array(view, np.float32))  # [S, S] or [S, S, 3]
-    matrix = blur_matrix(torch.full((1, 1), sigma), len(levels), blur_taps(len(levels)))
-    blurred = matrix @ (levels if levels.ndim == 2 else levels.permute(2, 0, 1)) @ matrix.T
-    pixels = blurred.round_().to(torch.uint8)
-    return Image.fromarray((pixels if levels.ndim == 2 else pixels.permute(1, 2, 0)).numpy())
+    planes = levels[None, None] if levels.ndim == 2 else levels.permute(2, 0, 1)[None]
+    blurred = blur(planes, torch.full((1, 1, 1, 1), sigma), blur_taps(len(levels)))
+    pixels = blurred[0].to(torch.uint8)
+    return Image.fromarray((pixels[0] if levels.ndim == 2 else pixels.permute(1, 2, 0)).numpy())
 
 
 # ---- a batch, on any device ------------------------------------------------------------------
@@ -114,7 +114,8 @@ def view_table(parameters: Sequence[ViewParameters], images: NDArray[np.int64]) 
 
     Args:
         parameters: each of n images.
-        images: places of these images among those that the op is given, [n].
+        images: places of these images among those that the op is given, [n]; or of each
+            parameters' own images, [len(parameters), n].
 
     Returns:
         [columns, len(parameters) * n], on the CPU.
@@ -128,7 +129,7 @@ def view_table(parameters: Sequence[ViewParameters], images: NDArray[np.int64]) 
         p
         | jitter
         | {
-            "image": np.tile(images, len(parameters)),
+            "image": np.broadcast_to(images, (len(parameters), images.shape[-1])).ravel(),
             "order": ORDER_CODES[p["order"]],
             "sigma": np.where(p["blur"], p["sigma"], 0),
         }

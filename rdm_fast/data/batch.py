@@ -62,3 +62,10 @@ def labels_of(images: ImageSet, indices: NDArray[np.int64]) -> Tensor:
     if images.labels is None:
         return torch.full((len(indices),), -1)
     return torch.from_numpy(images.labels[indices])
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A copy that nothing waits for, from memory that the device can read by itself."""
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)

@@ -1,12 +1,17 @@
-"""The loader that decodes and augments with NVIDIA DALI: on the GPU, or on a CPU's threads.
+"""The loader that decodes, crops and resizes with NVIDIA DALI: on the GPU, or on a CPU's threads.
 
 DALI carries out what `sampler` drew (`dali_graph`) and nothing else: order, sharding and resuming
 are ours, so no state of DALI goes into a checkpoint. Reading runs some steps ahead of DALI
-(`dali_input`), and DALI two steps ahead of the trainer. DALI stops at a file that it cannot decode;
-it is then started again at the same step, without that file.
+(`dali_input`), and DALI two steps ahead of the trainer. What is left of a view once all crops of a
+batch have one size, distortion and colour, is the op of the resident loader, `augment_views`:
+three launches for both views on a GPU, where a graph of DALI's operators takes hundreds, since
+each image has its own order of them.
+
+DALI stops at a file that it cannot decode; it is then started again at the same step, without that
+file.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import ModuleType
 from typing import Any, ClassVar
 
@@ -15,13 +20,15 @@ import torch
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
-from rdm_fast.config import Config
+from rdm_fast.config import AugmentConfig, Config
+from rdm_fast.data.augment import view_table, views_of_table
 from rdm_fast.data.bad_files import LostImages
-from rdm_fast.data.batch import Batch, labels_of
+from rdm_fast.data.batch import Batch, labels_of, to_device
 from rdm_fast.data.dali_input import Source, file_for_dali
 from rdm_fast.data.images import ImageSet
+from rdm_fast.data.sampler import ViewParameters
 from rdm_fast.errors import DataError, Unavailable
-from rdm_fast.precision import HALVES
+from rdm_fast.precision import dtype_of_views
 
 QUEUE = 2  # steps that DALI works ahead
 SHOWN = 200  # characters of an error of DALI's
@@ -30,7 +37,8 @@ _Fed = tuple[Any, Source]
 
 
 class DaliLoader:
-    """Views made by DALI, with `data.workers` CPU threads a rank; on the GPU if that is the device.
+    """Images decoded by DALI, with `data.workers` CPU threads a rank; on the GPU if that is the
+    device.
 
     Raises:
         Unavailable: DALI is not installed, or cannot work on this device.
@@ -55,19 +63,22 @@ class DaliLoader:
         fed, self._idle = self._idle or self._build(), None
         fed[1].plan(epoch, start_step)
         for step in range(start_step, self.steps_per_epoch):
-            while (views := self._run(fed, step)) is None:
+            while (crops := self._run(fed, step)) is None:
                 fed = self._build()
                 fed[1].plan(epoch, step)
-            indices = fed[1].shown(step)
+            indices, drawn = fed[1].fed(step)
             self._lost.note(fed[1].asked(step), indices)
-            labels = labels_of(self.images, indices).to(self.device, non_blocking=True)
-            view1, view2, *small = views
-            yield Batch(view1, view2, labels, torch.from_numpy(indices), tuple(small))
+            augment = self.config.augment
+            dtype = dtype_of_views(self.config.precision, self.device)
+            view1, view2 = finished(crops[:2], drawn[:2], augment, augment.size, dtype)
+            small = finished(crops[2:], drawn[2:], augment, augment.small_size, dtype)
+            labels = to_device(labels_of(self.images, indices), self.device)
+            yield Batch(view1, view2, labels, torch.from_numpy(indices), small)
         fed[0].reset()
         self._idle = fed  # one left in mid-epoch is not used again
 
     def _run(self, fed: _Fed, step: int) -> list[Tensor] | None:
-        """The views of the next step, [b, C, S, S], channels_last.
+        """The resized windows of all views of the next step, uint8 [b, S, S, C] each.
 
         None if DALI failed to decode a file, after which it does not go on: with a new pipeline
         that file comes as pixels, or the next image in its place.
@@ -91,7 +102,7 @@ class DaliLoader:
                 ) from None
             self._by_pillow |= found
             return None
-        return [from_dlpack(view.as_tensor()).permute(0, 3, 1, 2) for view in outputs]
+        return [from_dlpack(crops.as_tensor()) for crops in outputs]
 
     def _undecodable(self, source: Source, step: int) -> set[int]:
         """Files of this step, or of one that DALI was already at, that it cannot decode."""
@@ -117,15 +128,14 @@ class DaliLoader:
         source = Source(config, self.images, self._rank, self._world_size, self._by_pillow)
         on_gpu = device.type == "cuda"
         try:
-            pipeline = self._graph.pipeline_of_views(
+            pipeline = self._graph.pipeline_of_crops(
                 source,
-                config.augment,
-                source.arrays(0, np.zeros(1, np.int64)),
+                config.augment.sizes,
+                config.augment.interpolation,
                 batch=source.local_batch,
                 threads=max(1, config.data.workers),
                 device_id=_device_id(device) if on_gpu else None,
                 encoded=self.images.pixels is None,
-                half=on_gpu and config.precision in HALVES,
             )
             pipeline.build()
         except RuntimeError as error:
@@ -133,6 +143,32 @@ class DaliLoader:
                 f"DALI cannot work on {device} ({_line(error)}): use --data.loader torch"
             ) from error
         return pipeline, source
+
+
+def finished(
+    crops: Sequence[Tensor],
+    drawn: Sequence[ViewParameters],
+    augment: AugmentConfig,
+    size: int,
+    dtype: torch.dtype,
+) -> tuple[Tensor, ...]:
+    """Views of one size, of which the windows are cut out and resized.
+
+    Args:
+        crops: of each view, uint8 [b, size, size, C].
+        drawn: of each view.
+        augment, dtype: as in `augment.views_of_table`.
+
+    Returns:
+        Of each view, [b, C, size, size] in that dtype, channels_last.
+    """
+    if not crops:
+        return ()
+    images = torch.cat([*crops]).permute(0, 3, 1, 2)
+    places = np.arange(len(images)).reshape(len(crops), -1)
+    table = view_table([p.of_resized_windows(size) for p in drawn], places)
+    table = to_device(table, images.device)
+    return views_of_table(images, table, augment, dtype, size).chunk(len(crops))
 
 
 def import_graph() -> ModuleType:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rdm_fast.config import Config
 from rdm_fast.data.augment import view_table, views_of_table
-from rdm_fast.data.batch import Batch, draw_all_views, labels_of
+from rdm_fast.data.batch import Batch, draw_all_views, labels_of, to_device
 from rdm_fast.data.images import ImageSet, Pixels
 from rdm_fast.data.sampler import ViewParameters, epoch_order, step_indices
 from rdm_fast.precision import dtype_of_views
@@ -53,7 +53,7 @@ class ResidentLoader:
             drawn = draw_all_views(config, self.images, epoch, indices)
             view1, view2 = self._views(drawn[:2], indices, config.augment.size)
             small = self._views(drawn[2:], indices, config.augment.small_size)
-            labels = self._to_device(labels_of(self.images, indices))
+            labels = to_device(labels_of(self.images, indices), self.device)
             yield Batch(view1, view2, labels, torch.from_numpy(indices), small)
 
     def _views(
@@ -62,12 +62,6 @@ class ResidentLoader:
         """Views of one size, each of all these images, [b, C, size, size]."""
         if not drawn:
             return ()
-        table = self._to_device(view_table(drawn, indices))
+        table = to_device(view_table(drawn, indices), self.device)
         views = views_of_table(self._planes, table, self.config.augment, self._dtype, size)
         return views.chunk(len(drawn))
-
-    def _to_device(self, tensor: Tensor) -> Tensor:
-        """A copy that nothing waits for, from memory that the device can read by itself."""
-        if self.device.type == "cuda":
-            tensor = tensor.pin_memory()
-        return tensor.to(self.device, non_blocking=True)

@@ -68,6 +68,11 @@ class ViewParameters:
         fields = (field.name for field in dataclasses.fields(self))
         return ViewParameters(*(getattr(self, name)[rows] for name in fields))
 
+    def of_resized_windows(self, size: int) -> "ViewParameters":
+        """What is left to do with the windows, once resized to `size` pixels a side."""
+        nothing, whole = np.zeros_like(self.top), np.full_like(self.top, size)
+        return dataclasses.replace(self, top=nothing, left=nothing, height=whole, width=whole)
+
 
 def epoch_order(seed: int, epoch: int, n: int) -> Integers:
     """The permutation in which an epoch visits n images: [n] int64.

@@ -30,6 +30,7 @@ from rdm_fast.data import Batch, ImageSet, Loader
 from rdm_fast.data.augment import view_of_image, view_table, views_of_table
 from rdm_fast.data.bad_files import read_or_next
 from rdm_fast.data.batch import draw_all_views
+from rdm_fast.data.dali import finished
 from rdm_fast.data.sampler import ViewParameters
 from rdm_fast.methods import Method, build_method
 from rdm_fast.precision import dtype_of_views
@@ -217,21 +218,29 @@ class Step:
         return self._alone("decode", n, lambda i: read_or_next(self.images, i, self.config.data))
 
     def augmentation(self) -> Stage:
-        augment = self.config.augment
+        augment, device = self.config.augment, self.device
+        dtype = dtype_of_views(self.config.precision, device)
+        views = [(self.drawn[:2], augment.size), (self.drawn[2:], augment.small_size)]
+        views = [(drawn, size) for drawn, size in views if drawn]
         if self.loader.name == "dali":
-            return absent("augmentation", "inside DALI")
+            made = [
+                torch.randint(256, (self.rows, size, size, augment.channels), dtype=torch.uint8)
+                for _, size in views
+            ]
+            crops = [x.to(device) for x in made]
+
+            def after_dali() -> None:
+                for x, (drawn, size) in zip(crops, views, strict=True):
+                    finished([x] * len(drawn), drawn, augment, size, dtype)
+
+            stage = self.clock.time("augmentation", after_dali, self.rows)
+            return replace(stage, note="colours; crops are made in DALI")
         if self.loader.name == "resident":
             assert self.images.pixels is not None
             planes = self.images.pixels[: self.rows].transpose(0, 3, 1, 2)
-            pixels = torch.from_numpy(np.ascontiguousarray(planes)).to(self.device)
-            dtype = dtype_of_views(self.config.precision, self.device)
+            pixels = torch.from_numpy(np.ascontiguousarray(planes)).to(device)
             calls = [
-                (view_table(drawn, np.arange(self.rows)).to(self.device), size)
-                for drawn, size in (
-                    (self.drawn[:2], augment.size),
-                    (self.drawn[2:], augment.small_size),
-                )
-                if drawn
+                (view_table(drawn, np.arange(self.rows)).to(device), size) for drawn, size in views
             ]
 
             def all_views() -> None:

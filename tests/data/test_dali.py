@@ -8,19 +8,21 @@ antialias, a wrong coin.
 """
 
 import io
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 from PIL import Image
 
 from rdm_fast.config import AugmentConfig, Config, Interpolation, OptimConfig, ViewConfig
-from rdm_fast.data.augment import view_of_image
+from rdm_fast.data.augment import view_of_image, view_table
 from rdm_fast.data.batch import draw_all_views
-from rdm_fast.data.dali_input import Arrays, Source, arrays_of, file_for_dali
+from rdm_fast.data.dali import finished
+from rdm_fast.data.dali_input import Source, file_for_dali, window
 from rdm_fast.data.images import EncodedImages, ImageSet, PixelImages
 from rdm_fast.data.sampler import JITTER_ORDERS, ViewParameters
 from rdm_fast.recipes import RECIPES
@@ -35,7 +37,6 @@ if HERE:
 pytestmark = needs_dali
 
 Pixels = NDArray[np.uint8]
-Recolour = Callable[[Any, Any, dict[str, Any]], Any]
 
 STILL = ViewConfig(
     crop_scale=(1, 1), crop_ratio=(1, 1), brightness=0, contrast=0, saturation=0, hue=0
@@ -68,35 +69,35 @@ def photographs_jpeg() -> ImageSet:
 
 
 def with_dali(
-    images: ImageSet, parameters: list[ViewParameters], augment: AugmentConfig
+    images: ImageSet, parameters: Sequence[ViewParameters], augment: AugmentConfig
 ) -> list[Pixels]:
     """All views of all images, as levels."""
-    arrays = [
-        arrays_of(p, view, size=size, channels=images.channels)
-        for p, view, size in zip(parameters, augment.views, augment.sizes, strict=True)
-    ]
     encoded = images.pixels is None
     made = list(images.pixels) if images.pixels is not None else [
         file_for_dali(images, i) for i in range(len(images))
     ]  # fmt: skip
 
     def source(info: object) -> list[Any]:
-        return [made, *(array for view in arrays for array in view.values())]
+        return [made, *(array for p in parameters for array in window(p))]
 
-    C = images.channels
-    pipeline = dali_graph.pipeline_of_views(
+    pipeline = dali_graph.pipeline_of_crops(
         source,
-        replace(augment, mean=(0.0,) * C, std=(1 / 255,) * C),
-        arrays,
+        augment.sizes,
+        augment.interpolation,
         batch=len(images),
         threads=1,
         device_id=None,
         encoded=encoded,
-        half=False,
     )
-    views = [np.asarray(view.as_array()) for view in pipeline.run()]
-    assert all((view == np.rint(view)).all() for view in views)
-    return [view.astype(np.uint8) for view in views]
+    crops = [torch.from_numpy(np.array(crop.as_array())) for crop in pipeline.run()]
+    levels = [
+        finished([crop], [p], augment, size, torch.uint8)[0].permute(0, 2, 3, 1).numpy()
+        for crop, p, size in zip(crops, parameters, augment.sizes, strict=True)
+    ]
+    together = finished(crops[:2], parameters[:2], augment, augment.size, torch.uint8)
+    for one, both_at_once in zip(levels, together, strict=False):
+        np.testing.assert_array_equal(one, both_at_once.permute(0, 2, 3, 1))
+    return levels
 
 
 def with_pillow(
@@ -243,28 +244,32 @@ def test_pixels_outside_the_window_are_not_seen(photographs: Pixels) -> None:
 # ---- controls: the comparison must notice ----------------------------------------------------
 
 
-def twisted(x: Any, operation: Any, p: dict[str, Any]) -> Any:
-    """Jitter as DALI's own operator does it: one matrix, in the round that was to be brightness."""
-    if operation == 0:
-        x = fn.color_twist(
-            x,
-            brightness=p["brightness"],
-            contrast=p["contrast"],
-            saturation=p["saturation"],
-            hue=p["turn"] * (360 / 255),
-        )
-    return x
-
-
 def test_control_color_twist_is_noticed(
     photographs_jpeg: ImageSet, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dali_graph, "jittered", twisted)
-    augment = both(ViewConfig(jitter=0.8))
+    """DALI's own jitter, one matrix for all four steps, where the crop is made."""
+    augment = both(ViewConfig(jitter=1))
     p = draw(photographs_jpeg, augment)
-    off = distance(
-        with_dali(photographs_jpeg, p, augment), with_pillow(photographs_jpeg, p, augment)
-    )
+    expected = with_pillow(photographs_jpeg, p, augment)
+    assert agree(distance(with_dali(photographs_jpeg, p, augment), expected))
+    resized, drawn = dali_graph.resized, [*p]
+
+    def twisted(*of: Any) -> Any:
+        view = drawn.pop(0)
+        factors = fn.external_source(
+            source=lambda: [
+                np.float32([b, c, s, 360 * h])
+                for b, c, s, h in zip(
+                    view.brightness, view.contrast, view.saturation, view.hue, strict=True
+                )
+            ]
+        )
+        b, c, s, h = (factors[i] for i in range(4))
+        return fn.color_twist(resized(*of), brightness=b, contrast=c, saturation=s, hue=h)
+
+    monkeypatch.setattr(dali_graph, "resized", twisted)
+    still = [replace(view, jitter=np.zeros_like(view.jitter)) for view in p]
+    off = distance(with_dali(photographs_jpeg, still, augment), expected)
     assert not agree(off) and (off > 4).mean() > 0.1
 
 
@@ -349,10 +354,16 @@ def tables(world: int, epoch: int, start: int, images: ImageSet) -> dict[int, li
         source = Source(config, images, rank, world, by_pillow=set())
         source.plan(epoch, start)
         for iteration in range(source.steps_per_epoch - start):
-            files, *arrays = source(Asked(iteration))
-            for row, i in enumerate(source.asked(start + iteration).tolist()):
+            files, *windows = source(Asked(iteration))
+            indices, drawn = source.fed(start + iteration)
+            np.testing.assert_array_equal(indices, source.asked(start + iteration))
+            for p, corner, sides in zip(drawn, windows[::2], windows[1::2], strict=True):
+                np.testing.assert_array_equal(corner, np.stack((p.top, p.left), axis=1))
+                np.testing.assert_array_equal(sides, np.stack((p.height, p.width), axis=1))
+            table = view_table(drawn, indices).reshape(-1, len(drawn), len(indices))
+            for row, i in enumerate(indices.tolist()):
                 assert i not in rows
-                rows[i] = [files[row].tobytes(), *(array[row].tobytes() for array in arrays)]
+                rows[i] = [files[row].tobytes(), table[:, :, row].numpy().tobytes()]
         with pytest.raises(StopIteration):
             source(Asked(source.steps_per_epoch - start))
     return rows
@@ -370,11 +381,3 @@ def test_each_image_is_fed_with_the_same_at_any_number_of_ranks(
 def test_each_image_is_fed_with_the_same_after_a_resume(photographs_jpeg: ImageSet) -> None:
     whole, rest = (tables(2, 1, start, photographs_jpeg) for start in (0, 4))
     assert len(rest) == 16 and rest == {i: whole[i] for i in rest}
-
-
-def test_an_array_has_a_row_an_image(photographs_jpeg: ImageSet) -> None:
-    augment = both(replace(FULL, rotate=1))
-    for p in draw(photographs_jpeg, augment):
-        arrays: Arrays = arrays_of(p, augment.view1, size=32, channels=3)
-        assert {len(array) for array in arrays.values()} == {48}
-        assert {array.flags.c_contiguous for array in arrays.values()} == {True}

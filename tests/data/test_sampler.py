@@ -83,6 +83,18 @@ def test_views_do_not_depend_on_who_draws_them(world: int) -> None:
             )
 
 
+def test_of_a_resized_window_the_whole_is_taken_and_the_rest_is_as_drawn() -> None:
+    drawn = draw(n=9)
+    left = drawn.of_resized_windows(32)
+    window = {"top": 0, "left": 0, "height": 32, "width": 32}
+    for field in dataclasses.fields(ViewParameters):
+        expected = np.full(9, window[field.name]) if field.name in window else None
+        np.testing.assert_array_equal(
+            getattr(left, field.name),
+            getattr(drawn, field.name) if expected is None else expected,
+        )
+
+
 @pytest.mark.parametrize("other", [{"seed": 4}, {"epoch": 2}, {"view": 1}, {"view": 2}])
 def test_seeds_epochs_and_views_are_uncorrelated(other: dict[str, int]) -> None:
     a, b = draw(), draw(**other)

@@ -25,6 +25,7 @@ from rdm_fast.doctor.diagnosis import diagnose
 from rdm_fast.doctor.stages import LIMIT_S, Clock, Step, without_filter
 from rdm_fast.errors import UsageError
 from rdm_fast.methods import build_method
+from tests.data.dali_here import needs_dali
 from tests.tiny import METHODS, batch, tiny, with_small_views
 
 CPU = torch.device("cpu")
@@ -74,6 +75,15 @@ def test_a_slow_filter_is_named(tmp_path: Path) -> None:
     found = report(slow, tmp_path)
     assert found["bottleneck"] == "filter"
     assert found["advice"][0].startswith("--filter.engine auto")
+
+
+@needs_dali
+def test_what_is_left_of_a_view_after_dali_is_timed(tmp_path: Path) -> None:
+    config = with_small_views("digits_byol", global_batch=64)
+    found = report(replace(config, data=replace(config.data, loader="dali")), tmp_path)
+    stage = found["stages"]["augmentation"]
+    assert stage["seconds"] > 0 and stage["note"] == "colours; crops are made in DALI"
+    assert found["stages"]["decode"]["note"] == "inside DALI"
 
 
 # ---- what is measured --------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rdm_kernels import augment_views, pack_views
+from rdm_kernels import augment_views, pack_views, views
 from rdm_kernels.augment_views import (
     MAX_SIZE,
     MAX_TAPS,
@@ -91,6 +91,40 @@ def levels_apart(images: Tensor, table: Tensor, **changes: Any) -> Tensor:
 def ties_only(off: Tensor) -> bool:
     """At most 0.1 % of levels, and of few levels one; by 1, but later steps may enlarge that."""
     return int((off > 0).sum()) <= max(1, off.numel() // 1000) and bool((off <= 32).all())
+
+
+# ---- images that have the size of a view ------------------------------------------------------
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+@pytest.mark.parametrize("C", [1, 3])
+def test_whole_images_of_a_view_s_size_are_taken_as_they_are(
+    C: int, interpolation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = photograph(6, C, 16, 16)
+    windows = {"top": 0, "left": 0, "height": 16, "width": 16}
+    flip = np.arange(6) % 2
+    still = {name: np.full(6, value) for name, value in (STILL | windows).items()}
+    table = pack_views(still | {"image": np.arange(6), "flip": flip})
+    recoloured = any_views(6, 6, 16, 16, **windows)
+    chosen = options(C, interpolation=interpolation)
+    larger = torch.nn.functional.pad(images.cpu(), (0, 0, 0, 1))  # of which the windows are a part
+    resized = augment_views(larger, recoloured, **chosen)
+    assert ties_only(levels_apart(images, recoloured, interpolation=interpolation))
+    asked: list[Any] = []
+    monkeypatch.setattr(views, "resampling_taps", lambda *of: asked.append(of))
+    levels = augment_views(images.cpu(), table, **chosen)
+    assert torch.equal(levels[::2], images[::2].cpu())
+    assert torch.equal(levels[1::2], images[1::2].cpu().flip(3))
+    assert torch.equal(augment_views(images.cpu(), recoloured, **chosen), resized)
+    assert not asked
+    assert levels_apart(images, table, interpolation=interpolation).max() == 0
+    for side in ("height", "width"):
+        one_smaller = table.clone()
+        one_smaller[COLUMNS.index(side), 5] = 15
+        with pytest.raises(AttributeError):  # there it is asked how to resize
+            augment_views(images.cpu(), one_smaller, **chosen)
+    assert len(asked) == 4
 
 
 # ---- the kernels are the definition ------------------------------------------------------------
