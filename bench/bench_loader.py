@@ -13,7 +13,7 @@ colours of photographs. A round is an epoch, after one that is not timed.
 
 import io
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -237,9 +237,11 @@ def cpu_seconds() -> float:
 
 
 @pytest.fixture
-def time_epochs(benchmark: BenchmarkFixture) -> Iterator[Callable[[Epoch], None]]:
-    """time_epochs(epoch): rounds after one to warm up. extra_info gets images a second, and CPU
-    time an image, which other programs on the machine disturb less."""
+def time_epochs(
+    benchmark: BenchmarkFixture, record: Callable[[dict[str, Any]], None]
+) -> Callable[[Epoch], None]:
+    """time_epochs(epoch): rounds after one to warm up. Its row has images a second, and CPU time an
+    image, which other programs on the machine disturb less."""
 
     def run(epoch: Epoch) -> None:
         if benchmark.disabled:
@@ -249,12 +251,20 @@ def time_epochs(benchmark: BenchmarkFixture) -> Iterator[Callable[[Epoch], None]
         before = cpu_seconds()
         benchmark.pedantic(epoch, rounds=ROUNDS, iterations=1)
         cpu_ms = 1000 * (cpu_seconds() - before) / (ROUNDS * images)
-        benchmark.extra_info["images"] = images
-        benchmark.extra_info["images_per_s"] = round(images / benchmark.stats.stats.median, 1)
-        benchmark.extra_info["cpu_ms_per_image"] = round(cpu_ms, 2)
-        benchmark.extra_info["load_average"] = os.getloadavg()[0]
+        record(
+            {
+                "median_s": benchmark.stats.stats.median,
+                "iqr_s": benchmark.stats.stats.iqr,
+                "rounds": ROUNDS,
+                "iterations": 1,
+                "images": images,
+                "images_per_s": round(images / benchmark.stats.stats.median, 1),
+                "cpu_ms_per_image": round(cpu_ms, 2),
+                "load_average": os.getloadavg()[0],
+            }
+        )
 
-    yield run
+    return run
 
 
 RIVALS: dict[str, Callable[[str, ImageSet, int, int], Epoch]] = {

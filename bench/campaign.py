@@ -174,6 +174,19 @@ STAGES: dict[str, Stage] = {
         name: Stage([peers("--case", *cases)], [peers("--case", SMALLEST, "--rounds=1")], numbers)
         for name, cases in PEERS.items()
     },
+    "augment": Stage(
+        [benchmarks("bench_augment.py", "--seconds=0.4")],
+        [benchmarks("bench_augment.py", *TINY)],
+        rows,
+    ),
+    "loader": Stage(  # with DALI where it is installed
+        [
+            benchmarks("bench_data_wait.py"),
+            benchmarks("bench_loader.py", "-k", "jpeg or small"),
+        ],
+        [benchmarks("bench_data_wait.py", "--benchmark-disable")],
+        rows,
+    ),
     "learning": Stage(  # of RDM_CIFAR10_NPZ; runs go on where an earlier call left them
         [learning("--data", os.environ.get("RDM_CIFAR10_NPZ", "cifar10_jpeg.npz"), *KEPT)],
         [learning("--smoke", "--epochs=1", "--out={scratch}/runs")],

@@ -113,6 +113,39 @@ def loss(measured: list[Json]) -> list[str]:
     return [f"Median and inter-quartile range; {n}.", table(header, lines)]
 
 
+def loader(measured: list[Json]) -> list[str]:
+    """What images cost a step, and a row for each loader by itself."""
+    waits = [row for row in measured if "data_percent" in row]
+    alone = [row for row in measured if "images_per_s" in row]
+    costs = [
+        [
+            row["case"],
+            f"{row['loader']}, {row['workers']} workers",
+            timing(row),
+            seconds(row["unfed_s"]),
+            f"{row['data_percent']:.1f} %",
+        ]
+        for row in waits
+    ]
+    speeds = [
+        [
+            row["bench"].removeprefix("bench_"),
+            row["loader"],
+            str(row["workers"]),
+            f"{row['images_per_s']:,.0f}",
+            timing(row),
+            f"{row['cpu_ms_per_image']:.2f}",
+        ]
+        for row in alone
+    ]
+    return [
+        f"Median and inter-quartile range; {least(measured, 'rounds')} rounds or more. The cost of "
+        "data is the median of ratios within rounds.",
+        table(["case", "fed by", "step", "with one batch", "cost of data"], costs),
+        table(["images", "loader", "workers", "images/s", "epoch", "CPU ms an image"], speeds),
+    ]
+
+
 SHARES = ("percent_of_roof", "cpu_percent_of_roof")
 
 
@@ -236,5 +269,7 @@ SECTIONS: dict[str, Callable[[Any], list[str]]] = {
     "step-imagenet": step,
     "peers": peers,
     "peers-imagenet": peers,
+    "augment": kernels,
+    "loader": loader,
     "learning": learning,
 }

@@ -31,10 +31,13 @@ ALIASES = {
     "--wd": "--optim.weight-decay",
     "--momentum": "--optim.momentum",
     "--workers": "--data.workers",
+    "--on-bad-image": "--data.on-bad-image",
+    "--max-bad": "--data.max-bad",
     "--guard": "--guard.mode",
     "--init": "--model.init",
 }
-"""The paper's own flags, and names that SimSiam, MoCo and torchvision share. Batch is global.
+"""The paper's own flags, names that SimSiam, MoCo and torchvision share, and what is asked for when
+a file is bad. Batch is global.
 
 A command knows those of its own flags only."""
 

@@ -81,6 +81,8 @@ ALIASED = {
     "--wd": 1e-3,
     "--momentum": 0.8,
     "--workers": 3,
+    "--on-bad-image": "stop",
+    "--max-bad": 0.2,
     "--guard": "stop",
     "--init": "other.pth",
 }

@@ -117,6 +117,17 @@ def test_the_tables_show_results_and_refuse_those_of_a_smoke_run(
         write_table(results, readme)
 
 
+def test_the_table_of_loaders_has_what_data_costs_and_each_by_itself() -> None:
+    time = {"median_s": 0.5, "iqr_s": 0.01, "rounds": 7, "iterations": 8}
+    fed = {"case": "c", "loader": "dali", "workers": 4, "unfed_s": 0.4, "data_percent": 20.0}
+    alone = {"bench": "bench_jpeg", "loader": "torch", "workers": 2}
+    speed = {"images_per_s": 1234.5, "cpu_ms_per_image": 7.891}
+    text = "\n".join(SECTIONS["loader"]([time | fed, time | alone | speed]))
+    assert "| c | dali, 4 workers | 500 ms ± 10 ms | 400 ms | 20.0 % |" in text
+    assert "| jpeg | torch | 2 | 1,234 | 500 ms ± 10 ms | 7.89 |" in text
+    assert SECTIONS["loader"]([])  # of a stage that measured nothing
+
+
 def test_markers_that_are_not_there_are_named(tmp_path: Path) -> None:
     path = tmp_path / "x.md"
     for text in ("", "<!-- t: end --> <!-- t: begin -->", "<!-- t: begin --> only"):

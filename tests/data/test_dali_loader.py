@@ -1,4 +1,4 @@
-"""The DALI loader in use: threads, faults in files, and training as with the torch loader."""
+"""The DALI loader in use: threads, and faults in files."""
 
 import os
 import subprocess
@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 
 from rdm_fast.config import Config
@@ -23,11 +22,9 @@ from tests.data.conftest import natural
 from tests.data.dali_here import needs_dali
 from tests.data.files import png
 from tests.data.test_loader import batches, configure, same
-from tests.runs import metrics, run
-from tests.tiny import command, tiny
+from tests.tiny import command
 
 pytestmark = needs_dali
-Pixels = NDArray[np.uint8]
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[2]
 
@@ -214,26 +211,3 @@ def test_train_py_goes_on_without_a_file_that_cannot_be_decoded(
     assert "the next image takes its place" in done.stdout
     header, row = (out / "bad_files.tsv").read_text().splitlines()
     assert header == "path\treason" and row.startswith(f"{folder / '5.jpg'}\tcannot be read")
-
-
-# ---- training --------------------------------------------------------------------------------
-
-
-def losses(path: Path, loader: str, seed: int = 0) -> NDArray[np.float64]:
-    config = tiny("digits_simsiam")
-    data = replace(config.data, loader=loader, workers=1)  # type: ignore[arg-type]
-    config = replace(config, data=data, seed=seed, log=replace(config.log, every=1))
-    run(path, config)
-    return np.array([line["loss"] for line in metrics(path) if "loss" in line])
-
-
-def test_training_with_dali_follows_training_with_torch(tmp_path: Path) -> None:
-    """Pixels rounded another way move the loss by a twentieth of what another seed does while the
-    weights are equal, and by a quarter after some steps, which enlarge any difference. (Twice with
-    DALI there is none.)"""
-    dali, again = (losses(tmp_path / name, "dali") for name in ("dali", "again"))
-    torch_, other = (losses(tmp_path / str(seed), "torch", seed) for seed in (0, 1))
-    assert len(dali) == 8 and (dali == again).all()
-    off, seeds = np.abs(dali - torch_), np.abs(other - torch_)
-    assert off[:2].max() < seeds[:2].max() / 20  # the first learning rate is 0
-    assert off.max() < seeds.max() / 4
