@@ -157,9 +157,8 @@ def gaussian(sigma: Tensor, taps: int) -> Tensor:
 def banded(kernel: Tensor, rows: int) -> Tensor:
     """Correlation with kernels [..., taps] as matrices [..., rows, rows + taps - 1]."""
     taps = kernel.shape[-1]
-    place = torch.arange(rows, device=kernel.device)[:, None] + torch.arange(
-        taps, device=kernel.device
-    )
+    row, tap = (torch.arange(n, device=kernel.device) for n in (rows, taps))
+    place = row[:, None] + tap
     weights = kernel[..., None, :].expand(*kernel.shape[:-1], rows, taps)
     matrix = kernel.new_zeros(*kernel.shape[:-1], rows, rows + taps - 1)
     return matrix.scatter_(-1, place.expand_as(weights), weights)

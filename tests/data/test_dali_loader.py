@@ -11,13 +11,15 @@ import pytest
 import torch
 from PIL import Image
 
-from rdm_fast.config import Config
+from rdm_fast.config import Config, Precision
 from rdm_fast.data import Batch, ImageSet, build_loader
 from rdm_fast.data.dali import DaliLoader
 from rdm_fast.data.folder import load_folder
 from rdm_fast.data.images import EncodedImages, PixelImages
+from rdm_fast.data.preview import levels_of
 from rdm_fast.data.subset import Subset
 from rdm_fast.errors import DataError, Unavailable
+from rdm_fast.precision import dtype_of_views
 from tests.data.conftest import natural
 from tests.data.dali_here import needs_dali
 from tests.data.files import png
@@ -78,6 +80,24 @@ def test_a_subset_is_read_in_its_own_order(folder: Path) -> None:
     (made,) = epochs(config, chosen)
     assert torch.equal(made.indices, expected[0].indices)
     assert (made.view1 - expected[0].view1).abs().mean() < 0.02  # a level is about 0.017
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_a_gpu_shows_what_pillow_shows(precision: Precision, folder: Path) -> None:
+    """nvJPEG is a level or two from libjpeg, and an edge of 4 levels is sooner crossed."""
+    images, config = load_folder(folder, "train"), configure("dali", batch=4)
+    config = replace(config, precision=precision)
+    made = build_loader(config, images, rank=0, world_size=1, device=torch.device("cuda"))
+    expected = batches(replace(config, data=replace(config.data, loader="torch")), images)
+    for there, here in zip(made.epoch(0), expected, strict=True):
+        assert there.view1.dtype == dtype_of_views(precision, there.view1.device)
+        assert there.view1.is_contiguous(memory_format=torch.channels_last)
+        assert torch.equal(there.indices, here.indices)
+        pairs = zip(levels_of(there, config.augment), levels_of(here, config.augment), strict=True)
+        off = [np.abs(a.astype(float) - b) for a, b in pairs]
+        assert np.mean(np.concatenate([view.ravel() for view in off]) > 4) <= 0.015
+        assert max(view.mean(axis=(1, 2, 3)).max() for view in off) <= 2.5
 
 
 # ---- faults ----------------------------------------------------------------------------------
