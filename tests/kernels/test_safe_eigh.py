@@ -163,7 +163,10 @@ def test_a_solver_that_does_not_converge_flags_its_matrix_and_does_not_raise(
     monkeypatch.setattr(torch.linalg, "eigh", failing)
     found = safe_eigh(batch.reshape(2, 2, 5, 5))
     assert found.finite.tolist() == [[True, True], [False, True]]
-    assert torch.equal(found.eigenvalues[found.finite], clean.eigenvalues[found.finite])
+    # Solved one by one now, which some processors round otherwise than a batch.
+    torch.testing.assert_close(
+        found.eigenvalues[found.finite], clean.eigenvalues[found.finite], atol=1e-13, rtol=0
+    )
     assert torch.equal(found.vectors[1, 0], torch.eye(5, dtype=torch.float64))
 
 
