@@ -7,6 +7,6 @@ if __name__ == "__main__":
     if find_spec("rdm_kernels") is None:
         print("error: rdm-fast is not installed: run `pip install -e .` here", file=sys.stderr)
         sys.exit(69)
-    from rdm_fast.cli import evaluate
+    from rdm_fast.cli.commands import evaluate
 
     evaluate()

@@ -38,8 +38,8 @@ from bench.machine import describe
 from bench.markdown import replace_between, table
 from rdm_fast import FilterConfig
 from rdm_fast.config import Kind
-from rdm_fast.engines import engine_for
 from rdm_fast.errors import Unavailable
+from rdm_fast.filters.engines import engine_for
 from tests.spectra import damped_filter, g, gradients, paper_filter, paper_loss, two_views
 from tests.spectra import with_spectrum as matrix
 

@@ -22,11 +22,11 @@ from torchvision.transforms import v2
 
 from bench.conftest import is_small
 from rdm_fast.config import AugmentConfig, Config, DataConfig, OptimConfig, ViewConfig
-from rdm_fast.data.augment import blur_taps, view_table, views_of_table
-from rdm_fast.data.batch import draw_all_views
-from rdm_fast.data.images import PixelImages
-from rdm_kernels.augment_views import augment_views_op
-from rdm_kernels.views import make_views
+from rdm_fast.data.images.sets import PixelImages
+from rdm_fast.data.loaders.batch import draw_all_views
+from rdm_fast.data.views.augment import blur_taps, view_table, views_of_table
+from rdm_kernels.views.definition import make_views
+from rdm_kernels.views.op import augment_views_op
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")

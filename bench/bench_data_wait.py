@@ -19,7 +19,7 @@ from bench.training import CASES, DEVICE, GPU, SMALLEST, train_step
 from rdm_fast.config import DataConfig
 from rdm_fast.data import Batch, Loader, build_loader
 from rdm_fast.errors import Unavailable
-from rdm_fast.step.graph import WARM_UP
+from rdm_fast.training.cuda_graph import WARM_UP
 
 ON_GPU = [
     ("cifar10 resnet18 32px b512", "resident", 0),

@@ -30,10 +30,10 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
 from rdm_fast.config import Config, DataConfig, ViewConfig
+from rdm_fast.config.recipes import recipe
 from rdm_fast.data import ImageSet, build_loader
-from rdm_fast.data.images import EncodedImages, PixelImages
+from rdm_fast.data.images.sets import EncodedImages, PixelImages
 from rdm_fast.errors import Unavailable
-from rdm_fast.recipes import recipe
 
 Pixels = NDArray[np.uint8]
 Epoch = Callable[[], int]

@@ -21,7 +21,7 @@ from bench.conftest import is_small
 from bench.exact import Definition, exact, spectra, views
 from bench.reference import gram_eigh_loss, svd_loss
 from rdm_fast import FilterConfig, spectral_loss
-from rdm_fast.engines import engine_for
+from rdm_fast.filters.engines import engine_for
 
 pytestmark = pytest.mark.filterwarnings("ignore:filter.location")
 

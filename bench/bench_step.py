@@ -42,7 +42,7 @@ from bench.training import (
     train_step,
     turn,
 )
-from rdm_fast.precision import dtype_of_views
+from rdm_fast.runtime.precision import dtype_of_views
 
 METHODS = [
     "simsiam",

@@ -58,11 +58,11 @@ from bench.training import (
     train_step,
 )
 from rdm_fast import spectral_loss
-from rdm_fast.backbone import build_backbone
 from rdm_fast.config import Config, Precision
 from rdm_fast.config.step import Switch
 from rdm_fast.methods import Method, build_method
-from rdm_fast.precision import autocast
+from rdm_fast.models.backbone import build_backbone
+from rdm_fast.runtime.precision import autocast
 
 REFERENCE = "rdm_simsiam reference"
 NO_LIGHTLY = (

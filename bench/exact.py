@@ -15,7 +15,7 @@ from torch import Tensor
 
 from bench.reference import response
 from rdm_fast import FilterConfig
-from rdm_fast.filters import cutoff, noise_floor
+from rdm_fast.filters.response import cutoff, noise_floor
 
 Definition = Literal["cutoff", "damped"]
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rdm_fast import FilterConfig
-from rdm_fast.filters import cutoff
+from rdm_fast.filters.response import cutoff
 
 
 def response(config: FilterConfig, s: Tensor) -> Tensor:

@@ -17,15 +17,15 @@ import torch.nn.functional as F
 from torch import nn
 
 from bench.conftest import ROUND_S, plan, synced_clock, warmed
-from rdm_fast.backbone import build_backbone
 from rdm_fast.config import Config, ModelConfig, Precision
+from rdm_fast.config.recipes import recipe
 from rdm_fast.data import Batch
-from rdm_fast.doctor.stages import without_filter
 from rdm_fast.methods import build_method
-from rdm_fast.precision import autocast, dtype_of_views
-from rdm_fast.recipes import recipe
-from rdm_fast.step import TrainStep
-from rdm_fast.step.graph import WARM_UP
+from rdm_fast.models.backbone import build_backbone
+from rdm_fast.runtime.precision import autocast, dtype_of_views
+from rdm_fast.tools.doctor.stages import without_filter
+from rdm_fast.training import TrainStep
+from rdm_fast.training.cuda_graph import WARM_UP
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")

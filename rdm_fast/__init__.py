@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rdm_fast.config import FilterConfig
-    from rdm_fast.spectral import SpectralPredictor, spectral_loss
+    from rdm_fast.filters.loss import SpectralPredictor, spectral_loss
     from rdm_fast.spectrum import effective_rank, rank_difference
 
 __version__ = "0.1.0"
@@ -25,8 +25,8 @@ __all__ = [
 
 _ROOM = {
     "FilterConfig": "config",
-    "SpectralPredictor": "spectral",
-    "spectral_loss": "spectral",
+    "SpectralPredictor": "filters.loss",
+    "spectral_loss": "filters.loss",
     "effective_rank": "spectrum",
     "rank_difference": "spectrum",
 }

@@ -1,6 +1,6 @@
 """`python -m rdm_fast`: the same as `rdm`."""
 
-from rdm_fast.cli import main
+from rdm_fast.cli.commands import main
 
 if __name__ == "__main__":
     main()

@@ -1,8 +1,8 @@
 """What can go wrong for a user, and the exit code that tells a scheduler which it was.
 
 A `UserError` carries one sentence: what is wrong, which flag or file it concerns, and the way
-out. `rdm_fast.cli` prints it as a single `error:` line on rank zero and exits with its code;
-no traceback is shown for it. Anything else that escapes is a bug of ours (code 70).
+out. `rdm_fast.cli.commands` prints it as a single `error:` line on rank zero and exits with its
+code; no traceback is shown for it. Anything else that escapes is a bug of ours (code 70).
 """
 
 from typing import ClassVar

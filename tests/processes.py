@@ -9,8 +9,8 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from rdm_fast import checkpoint
-from rdm_fast.run_folder import read_status
+from rdm_fast.run import checkpoint
+from rdm_fast.run.folder import read_status
 from tests.tiny import command
 
 ROOT = Path(__file__).parents[1]

@@ -11,14 +11,14 @@ from typing import Any
 import pytest
 import torch
 
-from rdm_fast import checkpoint
 from rdm_fast.config import Config
 from rdm_fast.data import Batch
-from rdm_fast.distributed import rank
 from rdm_fast.errors import Interrupted
-from rdm_fast.run_folder import RunFolder
-from rdm_fast.step import StepReport, TrainStep
-from rdm_fast.trainer import Trainer
+from rdm_fast.run import checkpoint
+from rdm_fast.run.folder import RunFolder
+from rdm_fast.runtime.distributed import rank
+from rdm_fast.training import StepReport, TrainStep
+from rdm_fast.training.trainer import Trainer
 
 CPU = torch.device("cpu")
 TIMING = ("images_per_s", "data_wait_s")

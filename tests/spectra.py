@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rdm_fast.config import FilterConfig
-from rdm_fast.spectral import spectral_loss
+from rdm_fast.filters.loss import spectral_loss
 
 UNIT_ROUNDOFF = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-24}
 

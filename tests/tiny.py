@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from rdm_fast.config import Config, LogConfig, ModelConfig
+from rdm_fast.config.recipes import RECIPES
 from rdm_fast.data import Batch
-from rdm_fast.recipes import RECIPES
 
 METHODS = [
     "digits_simsiam",

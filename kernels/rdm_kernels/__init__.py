@@ -4,7 +4,6 @@ Each op is defined by a plain PyTorch body, which runs anywhere; Triton register
 op's CUDA kernel where there is one, so callers never choose. kernels/README.md has the contracts.
 """
 
-from rdm_kernels.augment_views import augment_views
 from rdm_kernels.filtered_cosine import filtered_cosine
 from rdm_kernels.gram import gram
 from rdm_kernels.matrix_function import MatrixFunction, matrix_function
@@ -20,7 +19,8 @@ from rdm_kernels.polar import polar
 from rdm_kernels.product import product
 from rdm_kernels.safe_eigh import Eigh, safe_eigh
 from rdm_kernels.sym_matmul import sym_matmul
-from rdm_kernels.views import pack_views
+from rdm_kernels.views.definition import pack_views
+from rdm_kernels.views.op import augment_views
 
 __all__ = [
     "Eigh",

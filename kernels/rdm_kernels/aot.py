@@ -60,8 +60,9 @@ class Row:
 
 def modules() -> list[ModuleType]:
     """The kernel files of the package."""
-    names = sorted(m.name for m in pkgutil.iter_modules(rdm_kernels.__path__) if m.name != "aot")
-    return [importlib.import_module(f"rdm_kernels.{name}") for name in names]
+    found = pkgutil.walk_packages(rdm_kernels.__path__, "rdm_kernels.")
+    names = sorted(m.name for m in found if not m.ispkg and m.name != __name__)
+    return [importlib.import_module(name) for name in names if not name.endswith(".aot")]
 
 
 def launched(module: ModuleType) -> set[str]:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 import yaml
 
-from rdm_fast.command_line import (
+from rdm_fast.cli.parse import (
     TrainCommand,
     check_ranks,
     parse_doctor,
@@ -31,16 +31,16 @@ from rdm_fast.command_line import (
     without_nproc,
 )
 from rdm_fast.config import Config
-from rdm_fast.doctor.options import DoctorCommand
 from rdm_fast.errors import Interrupted, RankLost, UsageError, UserError
 from rdm_fast.evaluation.options import EvaluateCommand
-from rdm_fast.export.options import ExportCommand
-from rdm_fast.report.options import ReportCommand
-from rdm_fast.sweep.options import SweepCommand
-from rdm_fast.sweep.queue import LAUNCHED
+from rdm_fast.tools.doctor.options import DoctorCommand
+from rdm_fast.tools.export.options import ExportCommand
+from rdm_fast.tools.report.options import ReportCommand
+from rdm_fast.tools.sweep.options import SweepCommand
+from rdm_fast.tools.sweep.queue import LAUNCHED
 
 if TYPE_CHECKING:
-    from rdm_fast.run_folder import RunFolder, State
+    from rdm_fast.run.folder import RunFolder, State
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 Command = TypeVar("Command")
@@ -120,8 +120,8 @@ def _run(command: Callable[[], None], *, debug: bool) -> NoReturn:
 
 
 def _train(command: TrainCommand, words: Sequence[str]) -> None:
-    from rdm_fast.run_folder import RunFolder, read_config
-    from rdm_fast.saved_config import config_to_dict
+    from rdm_fast.config.saved import config_to_dict
+    from rdm_fast.run.folder import RunFolder, read_config
 
     config = command.config
     if command.resume is not None:
@@ -146,7 +146,7 @@ def _train(command: TrainCommand, words: Sequence[str]) -> None:
 def _ranks_to_start(nproc: str) -> int:
     if nproc == "1":
         return 1
-    from rdm_fast.launch import ranks_on
+    from rdm_fast.runtime.launch import ranks_on
 
     ranks = ranks_on(nproc)
     if nproc == "auto":
@@ -156,8 +156,8 @@ def _ranks_to_start(nproc: str) -> int:
 
 def _train_on_ranks(ranks: int, words: Sequence[str], folder: "RunFolder") -> NoReturn:
     """Start the ranks, and end as they did; they write and tell what there is to tell."""
-    from rdm_fast.launch import launch
-    from rdm_fast.run_folder import read_status
+    from rdm_fast.run.folder import read_status
+    from rdm_fast.runtime.launch import launch
 
     command = ["-m", "rdm_fast", "train", *without_nproc(words)]
     code, lost = launch(command, ranks, quiet="--debug" not in words)
@@ -172,9 +172,9 @@ def _train_on_ranks(ranks: int, words: Sequence[str], folder: "RunFolder") -> No
 
 
 def _train_in(folder: "RunFolder", config: Config, *, extend: bool) -> None:
-    from rdm_fast import distributed
-    from rdm_fast.run_folder import read_status
-    from rdm_fast.trainer import Trainer
+    from rdm_fast.run.folder import read_status
+    from rdm_fast.runtime import distributed
+    from rdm_fast.training.trainer import Trainer
 
     device = distributed.choose_device(config.device)
     distributed.start(device)
@@ -210,7 +210,7 @@ def _end_unless_failing(number: int, _frame: FrameType | None) -> None:
 @contextlib.contextmanager
 def _reported(folder: "RunFolder") -> Iterator[None]:
     """Leave in the run folder how the run ended, if not well."""
-    from rdm_fast.run_folder import read_status
+    from rdm_fast.run.folder import read_status
 
     try:
         yield
@@ -235,7 +235,7 @@ def _reported(folder: "RunFolder") -> Iterator[None]:
 
 
 def _write_end(folder: "RunFolder", state: "State", error: UserError) -> None:
-    from rdm_fast.run_folder import read_status
+    from rdm_fast.run.folder import read_status
 
     with contextlib.suppress(OSError, UserError):
         status = read_status(folder.path)
@@ -247,7 +247,7 @@ def _write_end(folder: "RunFolder", state: "State", error: UserError) -> None:
 
 def _report_loss(folder: "RunFolder", error: RankLost) -> NoReturn:
     """Tell of a lost rank, unless that rank tells of a reason of its own."""
-    from rdm_fast.run_folder import read_status
+    from rdm_fast.run.folder import read_status
 
     first = read_status(folder.path)["state"] == "running"
     if first:  # at once, since the launcher is about to end this rank too
@@ -263,7 +263,7 @@ def _report_loss(folder: "RunFolder", error: RankLost) -> NoReturn:
 
 def _evaluate(command: EvaluateCommand, words: Sequence[str]) -> None:
     if (ranks := _ranks_to_start(command.nproc)) > 1:
-        from rdm_fast.launch import launch
+        from rdm_fast.runtime.launch import launch
 
         ranked = ["-m", "rdm_fast", "eval", *without_nproc(words)]
         code, lost = launch(ranked, ranks, quiet=not command.debug)
@@ -271,9 +271,9 @@ def _evaluate(command: EvaluateCommand, words: Sequence[str]) -> None:
             raise RankLost(lost)
         raise SystemExit(code)
 
-    from rdm_fast import distributed
     from rdm_fast.evaluation.run import evaluate_subject
     from rdm_fast.evaluation.subject import find_subject
+    from rdm_fast.runtime import distributed
 
     device = distributed.choose_device(command.device)
     distributed.start(device)
@@ -287,8 +287,8 @@ def _evaluate(command: EvaluateCommand, words: Sequence[str]) -> None:
 
 
 def _doctor(command: DoctorCommand) -> None:
-    from rdm_fast.distributed import choose_device
-    from rdm_fast.doctor.diagnosis import diagnose
+    from rdm_fast.runtime.distributed import choose_device
+    from rdm_fast.tools.doctor.diagnosis import diagnose
 
     device = choose_device(command.config.device)
     path = None if command.json is None else Path(command.json)
@@ -300,7 +300,7 @@ def _doctor(command: DoctorCommand) -> None:
 
 def _export(command: ExportCommand) -> None:
     from rdm_fast.evaluation.subject import find_checkpoint
-    from rdm_fast.export.write import export_checkpoint
+    from rdm_fast.tools.export.write import export_checkpoint
 
     path = find_checkpoint(Path(command.checkpoint))
     out = Path(command.out) if command.out is not None else None
@@ -311,13 +311,13 @@ def _export(command: ExportCommand) -> None:
 
 
 def _report(command: ReportCommand) -> None:
-    from rdm_fast.report.make import make_report
+    from rdm_fast.tools.report.make import make_report
 
     print(f"report: {make_report(command)}")
 
 
 def _sweep(command: SweepCommand) -> None:
-    from rdm_fast.sweep.make import make_sweep
+    from rdm_fast.tools.sweep.make import make_sweep
 
     make_sweep(command)
 

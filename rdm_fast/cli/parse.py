@@ -10,19 +10,19 @@ from typing import Annotated
 
 import tyro
 
+from rdm_fast.cli.flags import ALIASES, nearest, normalise, parse
 from rdm_fast.config import Config
 from rdm_fast.config.parallel import check_nproc
-from rdm_fast.doctor.options import DoctorCommand
+from rdm_fast.config.recipes import DEFAULT, RECIPES, recipe
 from rdm_fast.errors import UsageError
 from rdm_fast.evaluation.options import EvaluateCommand
 from rdm_fast.evaluation.protocols import PROTOCOLS
-from rdm_fast.export.options import ExportCommand
-from rdm_fast.export.targets import TARGETS
-from rdm_fast.flags import ALIASES, nearest, normalise, parse
-from rdm_fast.recipes import DEFAULT, RECIPES, recipe
-from rdm_fast.report.options import ReportCommand
-from rdm_fast.sweep.grid import GRID, VARIED
-from rdm_fast.sweep.options import SweepCommand
+from rdm_fast.tools.doctor.options import DoctorCommand
+from rdm_fast.tools.export.options import ExportCommand
+from rdm_fast.tools.export.targets import TARGETS
+from rdm_fast.tools.report.options import ReportCommand
+from rdm_fast.tools.sweep.grid import GRID, VARIED
+from rdm_fast.tools.sweep.options import SweepCommand
 
 Switch = tyro.conf.FlagCreatePairsOff[bool]
 

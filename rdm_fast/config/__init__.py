@@ -1,7 +1,7 @@
 """Every knob of a run, one frozen dataclass a concern.
 
-A recipe (`rdm_fast.recipes`) is a function that returns a whole `Config`; the command line names
-one and changes single fields: `python train.py digits_rdm_simsiam --optim.epochs 20`. The string
+A recipe (`rdm_fast.config.recipes`) is a function that returns a whole `Config`. The command line
+names one and changes single fields: `rdm train digits_rdm_simsiam --optim.epochs 20`. The string
 under a field is its help text. Derived values are properties, so they cannot disagree with their
 sources. Nothing here imports torch: a command line is checked before torch is loaded.
 

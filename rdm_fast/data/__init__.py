@@ -1,9 +1,10 @@
 """From image bytes to normalised views on the device."""
 
-from rdm_fast.data.batch import Batch, Loader
-from rdm_fast.data.images import ImageSet
-from rdm_fast.data.loader import build_loader, evaluation_batches
-from rdm_fast.data.sources import load, require_same_images
+from rdm_fast.data.images.datasets import load, require_same_images
+from rdm_fast.data.images.sets import ImageSet
+from rdm_fast.data.loaders.batch import Batch, Loader
+from rdm_fast.data.loaders.build import build_loader
+from rdm_fast.data.loaders.evaluation import evaluation_batches
 
 __all__ = [
     "Batch",

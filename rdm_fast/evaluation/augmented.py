@@ -14,17 +14,17 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from rdm_fast.batchnorm import synchronise
 from rdm_fast.config import AugmentConfig, Config, ViewConfig
 from rdm_fast.data import ImageSet
-from rdm_fast.data.augment import normalise, view_of_image, views_of_batch
-from rdm_fast.data.sampler import ViewParameters, draw_views, epoch_order, step_indices
-from rdm_fast.data.torch_pipeline import in_workers
-from rdm_fast.distributed import print0, rank, world_size
+from rdm_fast.data.loaders.torch_loader import in_workers
+from rdm_fast.data.views.augment import normalise, view_of_image, views_of_batch
+from rdm_fast.data.views.sampler import ViewParameters, draw_views, epoch_order, step_indices
 from rdm_fast.evaluation.probe import LinearClassifier, initial_weights
 from rdm_fast.evaluation.protocols import Protocol
+from rdm_fast.models.batchnorm import synchronise
 from rdm_fast.optim import Lars
-from rdm_fast.precision import autocast
+from rdm_fast.runtime.distributed import print0, rank, world_size
+from rdm_fast.runtime.precision import autocast
 
 VIEW = ViewConfig(crop_scale=(0.08, 1.0), flip=0.5)
 """torchvision's RandomResizedCrop and RandomHorizontalFlip with their defaults."""

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 
 from rdm_fast.config import Config, Precision
 from rdm_fast.data import ImageSet, evaluation_batches
-from rdm_fast.data.bad_files import LostImages
-from rdm_fast.distributed import all_reduce_max, print0, rank, world_size
+from rdm_fast.data.images.bad_files import LostImages
 from rdm_fast.errors import DataError
-from rdm_fast.precision import autocast, float32_products
+from rdm_fast.runtime.distributed import all_reduce_max, print0, rank, world_size
+from rdm_fast.runtime.precision import autocast, float32_products
 
 ROWS = 16_384
 """Rows that travel in one collective, which bounds its device memory."""
@@ -85,7 +85,7 @@ def extract(
         batches: this rank's share as (images, indices [b] int64), images on the backbone's
             device. All ranks' shares together hold each of 0 .. n - 1 once, in any order.
         n: images in the data set.
-        precision: arithmetic of the backbone, as in `rdm_fast.precision`.
+        precision: arithmetic of the backbone, as in `rdm_fast.runtime.precision`.
         left_out: of this rank's share, images that the batches do not hold; read after them.
 
     Returns:

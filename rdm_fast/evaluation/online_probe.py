@@ -9,6 +9,7 @@ its random state: the run's weights are the same bits with it and without.
 
 from collections import deque
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -16,13 +17,19 @@ from torch import Tensor, nn
 
 from rdm_fast.config import Config
 from rdm_fast.data import ImageSet
-from rdm_fast.distributed import world_size
+from rdm_fast.data.images.sets import Subset
+from rdm_fast.evaluation.accuracy import rank_classes, topk_accuracy
+from rdm_fast.evaluation.features import embed
+from rdm_fast.evaluation.knn import knn_accuracy
 from rdm_fast.evaluation.probe import LinearClassifier
+from rdm_fast.runtime.distributed import world_size
 
 LR, MOMENTUM = 0.1, 0.9
 """The released code's online classifier, at the peak of the run's own schedule."""
 STATE = "probe/"
 VIEWS = 2
+BATCH = 256
+NEIGHBOURS = 20
 
 
 class OnlineProbe:
@@ -105,3 +112,46 @@ class OnlineProbe:
         """Take up what a checkpoint has of it; one without a probe leaves it at its start."""
         found = {n.removeprefix(STATE): t for n, t in tensors.items() if n.startswith(STATE)}
         self._tensors = {n: t.to(self.device) for n, t in found.items()} if self.is_on else {}
+
+
+def online_accuracies(
+    backbone: nn.Module,
+    train: ImageSet,
+    test: ImageSet | None,
+    config: Config,
+    device: torch.device,
+    probe: LinearClassifier | None = None,
+) -> dict[str, float]:
+    """Top-1 accuracies in percent on the test images; every rank embeds its share.
+
+    Returns:
+        `knn_top1`, weighted kNN on a bank of log.knn_bank labelled training images at most, evenly
+        spread, so that memory does not grow with the data set; and `probe_top1`, of the probe if
+        one is given. Images that cannot be read are left out. Empty where training or test images
+        have no labels.
+    """
+    if train.labels is None or test is None or test.labels is None:
+        return {}
+    labelled = np.flatnonzero(train.labels >= 0)
+    keep = min(len(labelled), config.log.knn_bank)
+    if keep < NEIGHBOURS:
+        return {}
+    chosen = labelled[np.linspace(0, len(labelled) - 1, keep).round().astype(np.int64)]
+
+    bank, bank_images = embed(backbone, Subset(train, chosen), config, device, batch=BATCH)
+    queries, test_images = embed(backbone, test, config, device, batch=BATCH)
+    if len(bank) < NEIGHBOURS:
+        return {}
+    labels = torch.from_numpy(test.labels)[test_images]
+    accuracy = knn_accuracy(
+        bank,
+        torch.from_numpy(train.labels[chosen])[bank_images],
+        queries,
+        labels,
+        classes=len(train.classes),
+        k=NEIGHBOURS,
+    )
+    found = {"knn_top1": accuracy["top1"]}
+    if probe is not None:
+        found["probe_top1"] = topk_accuracy(rank_classes(probe.logits(queries), 1), labels, 1)
+    return found

@@ -9,9 +9,9 @@ import tyro
 
 from rdm_fast.config import BackboneName, Precision, Stem
 from rdm_fast.config.parallel import check_nproc
+from rdm_fast.config.recipes import RECIPES
 from rdm_fast.errors import UsageError
 from rdm_fast.evaluation.protocols import FINETUNE, ITERATED, PROTOCOLS, Protocol, find_protocol
-from rdm_fast.recipes import RECIPES
 
 Switch = tyro.conf.FlagCreatePairsOff[bool]
 FEATURE_SUFFIXES = (".npz", ".safetensors")

@@ -10,16 +10,16 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from rdm_fast import durable
 from rdm_fast.data import ImageSet, load
-from rdm_fast.data.subset import Subset
-from rdm_fast.distributed import print0, rank
+from rdm_fast.data.images.sets import Subset
 from rdm_fast.errors import CannotCreate, DataError
 from rdm_fast.evaluation.augmented import train_on_views
 from rdm_fast.evaluation.evaluate import Result, evaluate
 from rdm_fast.evaluation.features import cached_features, embed
 from rdm_fast.evaluation.options import EvaluateCommand
 from rdm_fast.evaluation.subject import Subject
+from rdm_fast.runtime import atomic_files
+from rdm_fast.runtime.distributed import print0, rank
 from rdm_fast.spectrum import effective_rank, eigenvalues
 
 FIT = 4
@@ -174,12 +174,12 @@ def _write_features(file: Path, embedded: Sets) -> None:
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         if file.suffix == ".npz":
-            partial = file.with_name(f"{durable.TEMPORARY}{file.name}")
+            partial = file.with_name(f"{atomic_files.TEMPORARY}{file.name}")
             arrays: dict[str, Any] = {name: tensor.numpy() for name, tensor in tensors.items()}
             np.savez(partial, **arrays)
             partial.replace(file)
         else:
-            durable.replace(file, save(tensors))
+            atomic_files.replace(file, save(tensors))
     except OSError as error:
         raise CannotCreate(
             f"--features-out {file} cannot be written ({error.strerror}): name a file that can"
@@ -201,5 +201,5 @@ def _report(result: Result, spectrum: Tensor | None, subject: Subject) -> None:
         directions = float(effective_rank(spectrum))
         plain |= {"effective_rank": directions, "eigenvalues": spectrum.flip(0).tolist()}
         lines += [f"  effective rank of the projections   {directions:.1f}"]
-    durable.replace(file, json.dumps(plain, indent=1) + "\n")
+    atomic_files.replace(file, json.dumps(plain, indent=1) + "\n")
     print0("\n".join([*lines, f"saved in {file}"]))

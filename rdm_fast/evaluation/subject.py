@@ -6,16 +6,16 @@ from pathlib import Path
 
 from torch import nn
 
-from rdm_fast import checkpoint
-from rdm_fast.backbone import build_backbone
 from rdm_fast.config import Config
-from rdm_fast.distributed import print0
+from rdm_fast.config.recipes import RECIPES
 from rdm_fast.errors import InputMissing, UsageError
 from rdm_fast.evaluation.options import EvaluateCommand
-from rdm_fast.foreign import read_backbone
 from rdm_fast.methods import Method, build_method
-from rdm_fast.recipes import RECIPES
-from rdm_fast.run_folder import read_config
+from rdm_fast.models.backbone import build_backbone
+from rdm_fast.models.pretrained import read_backbone
+from rdm_fast.run import checkpoint
+from rdm_fast.run.folder import read_config
+from rdm_fast.runtime.distributed import print0
 
 FOLDER = "evaluation"
 """Inside the run folder: cached embeddings, and one JSON file of results a protocol and step."""

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from rdm_fast.config import FilterConfig
-from rdm_fast.filters import cutoff, response
-from rdm_fast.inner_products import WIDE, gram_matrix
+from rdm_fast.filters.gram import WIDE, gram_matrix
+from rdm_fast.filters.response import cutoff, response
 from rdm_kernels import Eigh, safe_eigh
 
 

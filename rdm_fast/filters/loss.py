@@ -18,9 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from rdm_fast.config import FilterConfig
-from rdm_fast.distributed import gather_rows, local_rows, world_size
-from rdm_fast.engines import build_filter, engine_for
-from rdm_fast.filters import advice
+from rdm_fast.filters.engines import build_filter, engine_for
+from rdm_fast.filters.response import advice
+from rdm_fast.runtime.distributed import gather_rows, local_rows, world_size
 from rdm_kernels import neg_cosine
 
 

@@ -2,13 +2,13 @@
 
 from torch import nn
 
-from rdm_fast.backbone import build_backbone
 from rdm_fast.config import Config, FilterConfig
-from rdm_fast.heads import mlp_predictor, projector
 from rdm_fast.methods.base import Branches, Method, StepOutput
 from rdm_fast.methods.byol import Byol
 from rdm_fast.methods.simsiam import SimSiam
 from rdm_fast.methods.symsimsiam import SymSimSiam
+from rdm_fast.models.backbone import build_backbone
+from rdm_fast.models.heads import mlp_predictor, projector
 
 __all__ = ["Branches", "Byol", "Method", "SimSiam", "StepOutput", "SymSimSiam", "build_method"]
 

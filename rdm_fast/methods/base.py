@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from rdm_fast.config import FilterConfig
-from rdm_fast.spectral import over_pairs
+from rdm_fast.filters.loss import over_pairs
 from rdm_kernels import neg_cosine
 
 

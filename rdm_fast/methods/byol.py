@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from rdm_fast.config import FilterConfig
-from rdm_fast.ema import update_ema
+from rdm_fast.filters.loss import spectral_cosine
 from rdm_fast.methods.base import Branches, Method, mean_negative_cosine
-from rdm_fast.spectral import spectral_cosine
+from rdm_fast.methods.ema import update_ema
 
 
 class Byol(Method):

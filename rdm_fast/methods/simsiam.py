@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from rdm_fast.config import FilterConfig
+from rdm_fast.filters.loss import spectral_cosine
 from rdm_fast.methods.base import Branches, Method, mean_negative_cosine
-from rdm_fast.spectral import spectral_cosine
 
 
 class SimSiam(Method):

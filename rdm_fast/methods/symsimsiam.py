@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rdm_fast.distributed import gather_rows, local_rows, world_size
 from rdm_fast.methods.base import Branches, Method
+from rdm_fast.runtime.distributed import gather_rows, local_rows, world_size
 
 
 class SymSimSiam(Method):

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from rdm_fast.distributed import gather_rows, world_size
+from rdm_fast.runtime.distributed import gather_rows, world_size
 
 
 def synchronise(module: nn.Module, device: torch.device) -> nn.Module:

@@ -23,14 +23,14 @@ import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from rdm_fast.backbone import build_backbone
-from rdm_fast.checkpoint import load_strict
 from rdm_fast.config import BackboneName, ModelConfig, Stem
-from rdm_fast.distributed import print0, world_size
 from rdm_fast.errors import DataError, InputMissing
+from rdm_fast.models.backbone import build_backbone
+from rdm_fast.run.checkpoint import load_strict
+from rdm_fast.runtime.distributed import print0, world_size
 
 METADATA = "rdm_fast"
-"""Key of a safetensors file's header: what weights cannot tell, as JSON (`rdm_fast.export`)."""
+"""Key of a safetensors file's header: JSON that `rdm_fast.tools.export` writes."""
 CHILDREN = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
 """Places of a torchvision ResNet's children in an nn.Sequential; the others have no weights."""
 BODY = tuple(CHILDREN.values())
@@ -230,7 +230,7 @@ def warm_start(method: nn.Module, model: ModelConfig, channels: int) -> None:
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors by name, and what `rdm_fast.export` noted of them."""
+    """Tensors by name, and what `rdm_fast.tools.export` noted of them."""
     if not path.is_file():
         raise InputMissing(f"there is no file {path}: name a checkpoint")
     if path.suffix == ".safetensors":

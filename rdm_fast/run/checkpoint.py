@@ -28,8 +28,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from rdm_fast import durable
 from rdm_fast.errors import DataError, InputMissing
+from rdm_fast.runtime import atomic_files
 
 FORMAT = 1
 GROUPS = ("model", "optim", "extra")
@@ -77,14 +77,14 @@ def save(folder: Path, snapshot: Snapshot, keep: int) -> Path:
     _require_space(folder, sum(t.nbytes for group in tensors.values() for t in group.values()))
 
     path = folder / f"step-{snapshot.step:08d}"
-    temporary = folder / f"{durable.TEMPORARY}{os.getpid()}-{snapshot.step}"
+    temporary = folder / f"{atomic_files.TEMPORARY}{os.getpid()}-{snapshot.step}"
     try:
         _write(temporary, tensors, state)
         if path.exists():  # a folder cannot be renamed over another: step aside, still loadable
             shutil.rmtree(aside := path.with_name(path.name + ".old"), ignore_errors=True)
             path.rename(aside)
         temporary.rename(path)
-        durable.sync(folder)
+        atomic_files.sync(folder)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -116,10 +116,10 @@ def _write(path: Path, tensors: dict[str, dict[str, Tensor]], state: str) -> Non
             save_file(members, file, metadata={"format": "pt"})
         except SafetensorError as error:  # not an OSError, though it wraps one
             raise OSError(errno.EIO, str(error), str(file)) from error
-        durable.sync(file)
-    durable.write(path / "state.json", state)
-    durable.write(path / MANIFEST, _manifest({name: _entry(path / name) for name in FILES}))
-    durable.sync(path)
+        atomic_files.sync(file)
+    atomic_files.write(path / "state.json", state)
+    atomic_files.write(path / MANIFEST, _manifest({name: _entry(path / name) for name in FILES}))
+    atomic_files.sync(path)
 
 
 def _entry(file: Path) -> dict[str, int | str]:
@@ -142,7 +142,7 @@ def _prune(folder: Path, step: int, keep: int) -> None:
     for at, path in _candidates(folder):
         if at > step or at in kept or len(kept) == keep:
             gone = (
-                folder / f"{durable.TEMPORARY}{os.getpid()}-gone-{path.name}"
+                folder / f"{atomic_files.TEMPORARY}{os.getpid()}-gone-{path.name}"
             )  # never half a step- folder
             with suppress(OSError):
                 path.rename(gone)
@@ -239,7 +239,7 @@ def newest(folder: Path, warn: Callable[[str], None], *, sweep: bool = False) ->
         sweep: delete what killed saves left behind. Only for the process that holds the run.
     """
     if sweep and folder.is_dir():
-        for path in folder.glob(f"{durable.TEMPORARY}*"):
+        for path in folder.glob(f"{atomic_files.TEMPORARY}*"):
             shutil.rmtree(path, ignore_errors=True)
     return next((path for _, path in _candidates(folder) if _is_sound(path, warn)), None)
 

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 
 from rdm_fast.config import Config
-from rdm_fast.run_folder import version
-from rdm_fast.saved_config import config_to_dict
+from rdm_fast.config.saved import config_to_dict
+from rdm_fast.run.folder import version
 
 
 def describe_environment(
@@ -50,7 +50,7 @@ def _installed(name: str) -> str | None:
 
 def _git_commit() -> str | None:
     """Commit of the checkout this file lies in, `-dirty` if changed; None outside a checkout."""
-    root = Path(__file__).resolve().parents[1]
+    root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():  # an installed copy may lie inside another project's checkout
         return None
     command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"]

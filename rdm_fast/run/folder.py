@@ -24,15 +24,15 @@ from typing import Any, Literal, Self
 import yaml
 from filelock import FileLock, Timeout
 
-from rdm_fast import durable
 from rdm_fast.config import Config
-from rdm_fast.errors import CannotCreate, DataError, InputMissing
-from rdm_fast.saved_config import (
+from rdm_fast.config.saved import (
     check_resumable,
     config_digest,
     config_from_dict,
     config_to_dict,
 )
+from rdm_fast.errors import CannotCreate, DataError, InputMissing
+from rdm_fast.runtime import atomic_files
 
 FORMAT = 1
 PROJECT = "rdm-fast"
@@ -128,7 +128,7 @@ class RunFolder:
             _refuse_foreign(path)
             path.mkdir(parents=True, exist_ok=True)
             lock = _lock(path)
-            for stale in path.glob(f"{durable.TEMPORARY}*"):
+            for stale in path.glob(f"{atomic_files.TEMPORARY}*"):
                 stale.unlink()
             is_new = overwrite or not (path / "config.yaml").exists()
             if is_new:
@@ -138,7 +138,7 @@ class RunFolder:
                     "project": PROJECT, "format": FORMAT, "id": secrets.token_hex(4),
                     "created": now, "version": version(), "config_digest": config_digest(config),
                 }  # fmt: skip
-                durable.replace(path / "run.json", json.dumps(mark, indent=1) + "\n")
+                atomic_files.replace(path / "run.json", json.dumps(mark, indent=1) + "\n")
             (path / "logs").mkdir(exist_ok=True)
             (path / "checkpoints").mkdir(exist_ok=True)
             folder = cls(path, rank, is_new=is_new, id=str(_mark(path).get("id")), lock=lock)
@@ -163,7 +163,7 @@ class RunFolder:
     def write_config(self, config: Config) -> None:
         """Replace config.yaml atomically (rank zero)."""
         text: str = yaml.safe_dump(config_to_dict(config), sort_keys=False)
-        durable.replace(self.path / "config.yaml", text)
+        atomic_files.replace(self.path / "config.yaml", text)
 
     def write_status(
         self, state: State, *, step: int, code: int = 0, checkpoint: str = "", message: str = ""
@@ -181,7 +181,7 @@ class RunFolder:
             "state": state, "code": code, "step": step, "checkpoint": checkpoint,
             "rank": self.rank, "message": message,
         }  # fmt: skip
-        durable.replace(self.path / "status.json", json.dumps(status, indent=1) + "\n")
+        atomic_files.replace(self.path / "status.json", json.dumps(status, indent=1) + "\n")
 
     def close(self) -> None:
         """Let another process use the folder. The operating system does so if this one dies."""
@@ -216,7 +216,7 @@ def _refuse_foreign(path: Path) -> None:
     if path.exists() and not path.is_dir():
         raise CannotCreate(f"--out {path} is a file: name a folder")
     names = [entry.name for entry in path.iterdir()] if path.exists() else []
-    if all(name in (LOCK, OWNER) or name.startswith(durable.TEMPORARY) for name in names):
+    if all(name in (LOCK, OWNER) or name.startswith(atomic_files.TEMPORARY) for name in names):
         return  # empty, or left by a start that was killed before it wrote run.json
     try:
         _mark(path)
@@ -241,7 +241,7 @@ def _lock(path: Path) -> FileLock:
             f"{owner.get('host', '?')}: wait for it, stop it, or give another --out"
         ) from error
     owner = {"pid": os.getpid(), "host": socket.gethostname()}
-    durable.replace(path / OWNER, json.dumps(owner) + "\n")
+    atomic_files.replace(path / OWNER, json.dumps(owner) + "\n")
     return lock
 
 

@@ -15,8 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import rdm_kernels
-from rdm_fast.distributed import STORE
 from rdm_fast.errors import Interrupted, RankLost, Unavailable
+from rdm_fast.runtime.distributed import STORE
 
 HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 CONSEQUENCES = {RankLost.code, Interrupted.code}
@@ -114,7 +114,7 @@ def _settings(folder: str, quiet: bool) -> Iterator[None]:
     """
     environment = dict(os.environ)
     handlers = {number: signal.getsignal(number) for number in HANDLED}
-    code = [str(Path(module).parents[1]) for module in (__file__, str(rdm_kernels.__file__))]
+    code = [str(Path(__file__).parents[2]), str(Path(str(rdm_kernels.__file__)).parents[1])]
     given = [os.environ["PYTHONPATH"]] if os.environ.get("PYTHONPATH") else []
     os.environ["PYTHONPATH"] = os.pathsep.join([*code, *given])  # ranks run this very code
     os.environ[STORE] = folder

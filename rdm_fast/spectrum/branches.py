@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rdm_fast.config import FilterConfig
-from rdm_fast.distributed import gather_rows
+from rdm_fast.runtime.distributed import gather_rows
 from rdm_fast.spectrum.directions import Directions, alignment, directions, measured_response
 from rdm_fast.spectrum.measures import (
     attainable_rank,

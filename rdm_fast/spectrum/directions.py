@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rdm_fast.config import FilterConfig
-from rdm_fast.decomposition import decompose, smaller_gram, uses_samples
+from rdm_fast.filters.decomposition import decompose, smaller_gram, uses_samples
 
 ALL_BUT = 1e-4
 """Share of the variance outside the top eigenvectors: the paper's figure 4 shows 99.99 %."""

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rdm_fast.config import FilterConfig
-from rdm_fast.decomposition import right_vectors, smaller_gram
-from rdm_fast.filters import cutoff, response
+from rdm_fast.filters.decomposition import right_vectors, smaller_gram
+from rdm_fast.filters.response import cutoff, response
 
 CENTRED = 1e-3
 """A mean row this small beside the others is rounding, of 16-bit rows too: no direction."""

@@ -13,7 +13,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from rdm_fast.distributed import gather_rows
+from rdm_fast.runtime.distributed import gather_rows
 from rdm_fast.spectrum.directions import directions, measured_response
 from rdm_fast.spectrum.measures import attainable_rank, channel_std, effective_rank, eigenvalues
 

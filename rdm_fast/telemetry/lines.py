@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from rdm_fast import durable
+from rdm_fast.runtime import atomic_files
 
 Record = dict[str, Any]
 
@@ -35,7 +35,7 @@ class Lines:
 
     def __init__(self, path: Path, kept: list[Record]) -> None:
         """kept: the records to begin with, in place of what is in the file."""
-        durable.replace(path, "".join(_line(record) for record in kept))
+        atomic_files.replace(path, "".join(_line(record) for record in kept))
         self._path = path
         self._file = path.open("ab", buffering=0)
         self._size = path.stat().st_size

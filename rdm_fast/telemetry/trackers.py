@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from rdm_fast.errors import Unavailable
-from rdm_fast.run_folder import RunFolder
+from rdm_fast.run.folder import RunFolder
 from rdm_fast.telemetry.keys import Metrics
 
 PROJECT = "rdm-fast"

@@ -6,7 +6,7 @@ from typing import Any, Protocol, Self
 import numpy as np
 
 from rdm_fast.config import Config
-from rdm_fast.run_folder import RunFolder
+from rdm_fast.run.folder import RunFolder
 from rdm_fast.telemetry.console import ConsoleLine, Plan
 from rdm_fast.telemetry.keys import Metrics
 from rdm_fast.telemetry.lines import JsonLines, SpectrumLines
@@ -37,7 +37,7 @@ class Telemetry:
 
         Args:
             folder: where the files go. Lines and events after `plan.resumed_step` are dropped.
-            environment: from `rdm_fast.environment.describe_environment`.
+            environment: from `rdm_fast.run.environment.describe_environment`.
 
         Raises:
             Unavailable: TensorBoard, W&B or trackio is asked for and not installed.

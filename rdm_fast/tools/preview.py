@@ -1,4 +1,4 @@
-"""What a recipe shows to the network: `python -m rdm_fast.data.preview RECIPE [--out FILE]`.
+"""What a recipe shows to the network: `python -m rdm_fast.tools.preview RECIPE [--out FILE]`.
 
 A contact sheet: a row an image, first as it is in the data set, then its views as each loader that
 works here makes them. They are the first images of the recipe's first epoch, drawn as in
@@ -21,13 +21,13 @@ import tyro
 from PIL import Image, ImageDraw
 
 from rdm_fast.config import AugmentConfig, Config, DataConfig
-from rdm_fast.data.batch import Batch
-from rdm_fast.data.images import ImageSet, Pixels
-from rdm_fast.data.loader import build_loader
-from rdm_fast.data.sources import load
-from rdm_fast.distributed import choose_device
+from rdm_fast.config.recipes import DEFAULT, RECIPES, recipe
+from rdm_fast.data.images.datasets import load
+from rdm_fast.data.images.sets import ImageSet, Pixels
+from rdm_fast.data.loaders.batch import Batch
+from rdm_fast.data.loaders.build import build_loader
 from rdm_fast.errors import CannotCreate, Unavailable, UsageError, UserError
-from rdm_fast.recipes import DEFAULT, RECIPES, recipe
+from rdm_fast.runtime.distributed import choose_device
 
 LOADERS: tuple[Literal["torch", "resident", "dali"], ...] = ("torch", "resident", "dali")
 """The first is what the others are compared with."""

@@ -10,7 +10,7 @@ stay above 5 directions, and those that collapse end under 2 (docs/telemetry.md)
 from collections.abc import Mapping
 
 from rdm_fast.config import Config
-from rdm_fast.filters import advice, trend
+from rdm_fast.filters.response import advice, trend
 
 SHARE = 0.1
 """The bound on the effective rank is at most this share of what the batch can show."""
@@ -82,5 +82,5 @@ def remedy(config: Config) -> str:
         return f"the target follows at once; raise --optim.ema-start ({config.optim.ema_start:g})"
     return (
         "lower --optim.base-lr, and look at two views of an image "
-        "(python -m rdm_fast.data.preview): they must show the same thing, differently"
+        "(python -m rdm_fast.tools.preview): they must show the same thing, differently"
     )

@@ -13,8 +13,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from rdm_fast.config import Config
 from rdm_fast.config.parallel import DEFAULT_BUCKET_MB
-from rdm_fast.distributed import world_size
 from rdm_fast.methods import Branches, Method, StepOutput
+from rdm_fast.runtime.distributed import world_size
 
 COMPRESSION = {
     "bf16": default_hooks.bf16_compress_hook,

@@ -7,7 +7,7 @@ import torch
 
 from rdm_fast.config import Config
 from rdm_fast.errors import NonFinite
-from rdm_fast.step.train_step import StepReport
+from rdm_fast.training.train_step import StepReport
 
 
 class SkippedSteps:

@@ -8,7 +8,7 @@ again and differentiated from there.
 
 A step whose loss or gradient is not finite changes nothing: no weight, no running statistic. The
 device decides that by itself. Nothing in a step waits for the device, so the whole of it can be
-recorded as one CUDA graph (`rdm_fast.step.graph`).
+recorded as one CUDA graph (`rdm_fast.training.cuda_graph`).
 """
 
 import contextlib
@@ -20,19 +20,19 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from rdm_fast.batchnorm import frozen_running_statistics, join_buffers, synchronise
 from rdm_fast.config import Config
-from rdm_fast.data.batch import Batch
-from rdm_fast.distributed import world_size
-from rdm_fast.ema import ema_momentum
-from rdm_fast.engines import engine_for
+from rdm_fast.data.loaders.batch import Batch
 from rdm_fast.errors import Unavailable
-from rdm_fast.host_copy import HostCopy
+from rdm_fast.filters.engines import engine_for
 from rdm_fast.methods import Branches, Method, StepOutput
+from rdm_fast.methods.ema import ema_momentum
+from rdm_fast.models.batchnorm import frozen_running_statistics, join_buffers, synchronise
 from rdm_fast.optim import build_optimizer, learning_rate, set_learning_rate
-from rdm_fast.precision import autocast, float32_products
-from rdm_fast.step.graph import StepGraph
-from rdm_fast.step.parallel import wrap
+from rdm_fast.runtime.distributed import world_size
+from rdm_fast.runtime.host_copy import HostCopy
+from rdm_fast.runtime.precision import autocast, float32_products
+from rdm_fast.training.cuda_graph import StepGraph
+from rdm_fast.training.ddp import wrap
 
 Views = tuple[Tensor, ...]
 """This rank's views of a batch, [b, C, S, S] each: both, then any small ones."""

@@ -12,24 +12,23 @@ from functools import cached_property
 import torch
 import torch.distributed as dist
 
-from rdm_fast import checkpoint
-from rdm_fast.checkpoint import Snapshot
 from rdm_fast.config import Config
 from rdm_fast.data import ImageSet, build_loader, load, require_same_images
-from rdm_fast.distributed import all_reduce_max, print0, rank, world_size
-from rdm_fast.environment import describe_environment
 from rdm_fast.errors import Collapsed, DataError, InputMissing, Interrupted, OutputFailed
-from rdm_fast.evaluation.online import online_accuracies
-from rdm_fast.evaluation.online_probe import OnlineProbe
-from rdm_fast.filters import advice
-from rdm_fast.foreign import warm_start
-from rdm_fast.guard import CollapseGuard
+from rdm_fast.evaluation.online_probe import OnlineProbe, online_accuracies
+from rdm_fast.filters.response import advice
 from rdm_fast.methods import build_method
-from rdm_fast.run_folder import RunFolder
-from rdm_fast.signals import SIGNALS, StopOnSignal
+from rdm_fast.models.pretrained import warm_start
+from rdm_fast.run import checkpoint
+from rdm_fast.run.checkpoint import Snapshot
+from rdm_fast.run.environment import describe_environment
+from rdm_fast.run.folder import RunFolder
+from rdm_fast.runtime.distributed import all_reduce_max, print0, rank, world_size
+from rdm_fast.runtime.signals import SIGNALS, StopOnSignal
 from rdm_fast.spectrum import BranchSpectra, branch_spectra
-from rdm_fast.step import SkippedSteps, StepReport, TrainStep
 from rdm_fast.telemetry import Clock, Plan, Telemetry
+from rdm_fast.training import SkippedSteps, StepReport, TrainStep
+from rdm_fast.training.collapse import CollapseGuard
 
 __all__ = ["SIGNALS", "Trainer"]
 

@@ -1,4 +1,4 @@
-"""rdm_fast.command_line against the words a user types, and the messages that answer mistakes."""
+"""rdm_fast.cli.parse against the words a user types, and the messages that answer mistakes."""
 
 import ast
 import inspect
@@ -10,17 +10,17 @@ from typing import get_type_hints
 
 import pytest
 
-from rdm_fast.command_line import TrainCommand, parse_evaluate, parse_train
+from rdm_fast.cli.flags import ALIASES, flags
+from rdm_fast.cli.parse import TrainCommand, parse_evaluate, parse_train
 from rdm_fast.config import Config, FilterConfig
-from rdm_fast.doctor.options import DoctorCommand
+from rdm_fast.config.recipes import DEFAULT, RECIPES, recipe
 from rdm_fast.errors import UsageError
 from rdm_fast.evaluation.options import EvaluateCommand
 from rdm_fast.evaluation.protocols import PROTOCOLS
-from rdm_fast.export.options import ExportCommand
-from rdm_fast.flags import ALIASES, flags
-from rdm_fast.recipes import DEFAULT, RECIPES, recipe
-from rdm_fast.report.options import ReportCommand
-from rdm_fast.sweep.options import SweepCommand
+from rdm_fast.tools.doctor.options import DoctorCommand
+from rdm_fast.tools.export.options import ExportCommand
+from rdm_fast.tools.report.options import ReportCommand
+from rdm_fast.tools.sweep.options import SweepCommand
 
 
 @pytest.fixture(autouse=True)

@@ -1,6 +1,6 @@
 """rdm_fast.config: derived values, and messages that name the flag, the value and the way out.
 
-What the command line makes of each refused setting is tested in tests/test_command_line.py."""
+What the command line makes of each refused setting is tested in tests/cli/test_parse.py."""
 
 import dataclasses
 

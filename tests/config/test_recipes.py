@@ -1,4 +1,4 @@
-"""rdm_fast.recipes against the hyper-parameters of the RDM paper's released code.
+"""rdm_fast.config.recipes against the hyper-parameters of the RDM paper's released code.
 
 The tables are written out here as they stand in that code (PKU-ML/Rank-Differential-Mechanism,
 commit 92d7e8d: bash_files/pretrain and imagenet/), and in solo-learn for the learned predictors.
@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from rdm_fast.config import Config, FilterConfig
-from rdm_fast.filters import advice
+from rdm_fast.config.recipes import DEFAULT, RECIPES, recipe
+from rdm_fast.config.saved import config_from_dict, config_to_dict
+from rdm_fast.filters.response import advice
 from rdm_fast.methods import build_method
-from rdm_fast.recipes import DEFAULT, RECIPES, recipe
-from rdm_fast.saved_config import config_from_dict, config_to_dict
 
 FAMILIES = ["cifar10", "cifar100", "imagenet100", "imagenet"]
 METHODS = ["rdm_simsiam", "rdm_byol", "simsiam", "byol", "symsimsiam"]

@@ -1,4 +1,4 @@
-"""rdm_fast.saved_config: every recipe through text and back, and what a resume may change."""
+"""rdm_fast.config.saved: every recipe through text and back, and what a resume may change."""
 
 import dataclasses
 import json
@@ -9,15 +9,15 @@ import pytest
 import yaml
 
 from rdm_fast.config import Config, DataConfig, OptimConfig
-from rdm_fast.errors import ConfigMismatch, DataError, UsageError
-from rdm_fast.recipes import RECIPES
-from rdm_fast.saved_config import (
+from rdm_fast.config.recipes import RECIPES
+from rdm_fast.config.saved import (
     check_resumable,
     config_digest,
     config_from_dict,
     config_to_dict,
     rule,
 )
+from rdm_fast.errors import ConfigMismatch, DataError, UsageError
 
 CONFIG = RECIPES["digits_rdm_simsiam"]()
 

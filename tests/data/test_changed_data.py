@@ -9,9 +9,9 @@ import pytest
 from PIL import Image
 
 from rdm_fast.config import AugmentConfig, Config, DataConfig
-from rdm_fast.data.sources import load
+from rdm_fast.data.images.datasets import load
 from rdm_fast.errors import ConfigMismatch, Interrupted
-from rdm_fast.trainer import Trainer
+from rdm_fast.training.trainer import Trainer
 from tests.data.conftest import natural
 from tests.runs import Hooked, final_state, run
 from tests.tiny import tiny

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from rdm_fast.config import Config, DataConfig
 from rdm_fast.config.data import DataName
-from tests.data.dali_here import needs_dali
+from tests.data.loaders.dali_here import needs_dali
 from tests.runs import losses, run
 from tests.tiny import tiny
 

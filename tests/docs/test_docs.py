@@ -1,7 +1,7 @@
 """README and docs/: a site without warnings or other hosts, commands and messages that exist.
 
 What a page says of its own subject is tested beside that subject: tests/evaluation/test_docs.py,
-tests/sweep/test_docs.py, tests/test_scaling_docs.py, tests/test_integrations.py.
+tests/tools/sweep/test_docs.py, tests/docs/test_scaling.py, tests/docs/test_integrations.py.
 """
 
 import ast
@@ -20,8 +20,9 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from rdm_fast.cli import COMMANDS
-from rdm_fast.command_line import (
+from rdm_fast.cli.commands import COMMANDS
+from rdm_fast.cli.flags import ALIASES, flags
+from rdm_fast.cli.parse import (
     TrainCommand,
     parse_doctor,
     parse_evaluate,
@@ -30,17 +31,16 @@ from rdm_fast.command_line import (
     parse_sweep,
     parse_train,
 )
-from rdm_fast.doctor.options import DoctorCommand
+from rdm_fast.config.recipes import RECIPES
 from rdm_fast.evaluation.options import EvaluateCommand
-from rdm_fast.export.options import ExportCommand
-from rdm_fast.flags import ALIASES, flags
-from rdm_fast.recipes import RECIPES
-from rdm_fast.report.options import ReportCommand
-from rdm_fast.sweep.options import SweepCommand
-from tests.test_command_line import COMMANDS as SETTINGS
-from tests.test_command_line import sentences
+from rdm_fast.tools.doctor.options import DoctorCommand
+from rdm_fast.tools.export.options import ExportCommand
+from rdm_fast.tools.report.options import ReportCommand
+from rdm_fast.tools.sweep.options import SweepCommand
+from tests.cli.test_parse import COMMANDS as SETTINGS
+from tests.cli.test_parse import sentences
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md"))]
 

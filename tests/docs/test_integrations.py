@@ -10,7 +10,7 @@ from rdm_fast import FilterConfig, SpectralPredictor
 from rdm_fast.spectrum import measured_response, watch
 from tests.tiny import batch
 
-PAGE = Path(__file__).parents[1] / "docs" / "integrations.md"
+PAGE = Path(__file__).parents[2] / "docs" / "integrations.md"
 FENCE = re.compile(r"(<!-- not run: needs ([\w-]+) -->\n)?^```python\n(.*?)^```", re.M | re.S)
 BLOCKS = [(match[2], match[3]) for match in FENCE.finditer(PAGE.read_text(encoding="utf-8"))]
 

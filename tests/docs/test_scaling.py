@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 import yaml
 
-from rdm_fast.command_line import parse_evaluate, parse_train
+from rdm_fast.cli.parse import parse_evaluate, parse_train
 from rdm_fast.errors import Interrupted, RankLost
 
-DOCS = Path(__file__).parents[1] / "docs"
+DOCS = Path(__file__).parents[2] / "docs"
 FILES = sorted((DOCS / "scaling").iterdir())
 SHELL = [file for file in FILES if file.suffix in (".sh", ".sbatch")]
 YAML = [file for file in FILES if file.suffix == ".yaml"]

@@ -18,9 +18,9 @@ import pytest
 import yaml
 from PIL import Image
 
-from rdm_fast import cli
-from rdm_fast.data.dali import install_line
-from tests.data.dali_here import without_dali
+from rdm_fast.cli import commands as cli
+from rdm_fast.data.loaders.dali_loader import install_line
+from tests.data.loaders.dali_here import without_dali
 from tests.tiny import command
 
 Call = Callable[..., subprocess.CompletedProcess[str]]
@@ -159,8 +159,8 @@ def test_the_check_for_torch_can_fail(tmp_path: Path) -> None:
 
 
 def test_print_config_is_a_configuration_that_can_be_read(tmp_path: Path) -> None:
-    from rdm_fast.recipes import recipe
-    from rdm_fast.saved_config import config_from_dict
+    from rdm_fast.config.recipes import recipe
+    from rdm_fast.config.saved import config_from_dict
 
     done = start("train.py", "cifar10_rdm_byol", "--print-config", cwd=tmp_path)
     assert config_from_dict(yaml.safe_load(done.stdout)) == recipe("cifar10_rdm_byol")

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from rdm_fast.run_folder import read_status
+from rdm_fast.run.folder import read_status
 from tests.processes import PATIENCE, ROOT, Run, children, environment, final_bytes
 from tests.tiny import command
 

@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 
 from rdm_fast.config import LogConfig
-from rdm_fast.run_folder import RunFolder
-from rdm_fast.step import StepReport
-from rdm_fast.trainer import Trainer
+from rdm_fast.run.folder import RunFolder
+from rdm_fast.training import StepReport
+from rdm_fast.training.trainer import Trainer
 from tests.runs import Hooked
 from tests.tiny import tiny
 

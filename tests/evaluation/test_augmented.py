@@ -9,17 +9,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rdm_fast.backbone import build_backbone
 from rdm_fast.config import Config, ViewConfig
 from rdm_fast.data import ImageSet
-from rdm_fast.data.augment import view_of_image
-from rdm_fast.data.images import PixelImages
-from rdm_fast.data.sampler import draw_views, epoch_order
-from rdm_fast.data.sources import load_digits
-from rdm_fast.data.subset import Subset
-from rdm_fast.distributed import rank
+from rdm_fast.data.images.datasets import load_digits
+from rdm_fast.data.images.sets import PixelImages, Subset
+from rdm_fast.data.views.augment import view_of_image
+from rdm_fast.data.views.sampler import draw_views, epoch_order
 from rdm_fast.evaluation.augmented import VIEW, train_on_views, view_batches
 from rdm_fast.evaluation.protocols import PROTOCOLS, Protocol
+from rdm_fast.models.backbone import build_backbone
+from rdm_fast.runtime.distributed import rank
 from tests.ranks import run_ranks
 from tests.tiny import tiny
 

@@ -1,10 +1,10 @@
-"""docs/evaluation.md: its tables are complete. (tests/test_docs.py reads its commands.)"""
+"""docs/evaluation.md: its tables are complete. (tests/docs/test_docs.py reads its commands.)"""
 
 from pathlib import Path
 
 from rdm_fast.evaluation.protocols import PROTOCOLS
-from rdm_fast.export.targets import TARGETS
-from rdm_fast.foreign import LAYOUTS
+from rdm_fast.models.pretrained import LAYOUTS
+from rdm_fast.tools.export.targets import TARGETS
 
 PAGE = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text(encoding="utf-8")
 

@@ -9,11 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from rdm_fast.config import Config
-from rdm_fast.data.sources import load_digits
-from rdm_fast.distributed import rank, world_size
+from rdm_fast.data.images.datasets import load_digits
 from rdm_fast.errors import Interrupted
 from rdm_fast.evaluation.online_probe import OnlineProbe
-from rdm_fast.trainer import Trainer
+from rdm_fast.runtime.distributed import rank, world_size
+from rdm_fast.training.trainer import Trainer
 from tests.ranks import run_ranks
 from tests.runs import Hooked, final_state, metrics, run, run_with_stops, with_log
 from tests.tiny import tiny

@@ -11,17 +11,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from rdm_fast import checkpoint
-from rdm_fast.checkpoint import Snapshot
+from rdm_fast.config.recipes import RECIPES
 from rdm_fast.errors import CannotCreate, DataError, InputMissing, UsageError
 from rdm_fast.evaluation.evaluate import Result
 from rdm_fast.evaluation.options import EvaluateCommand
 from rdm_fast.evaluation.run import evaluate_subject
 from rdm_fast.evaluation.subject import find_subject
-from rdm_fast.export.write import export_checkpoint
 from rdm_fast.methods import build_method
-from rdm_fast.recipes import RECIPES
-from rdm_fast.run_folder import RunFolder
+from rdm_fast.run import checkpoint
+from rdm_fast.run.checkpoint import Snapshot
+from rdm_fast.run.folder import RunFolder
+from rdm_fast.tools.export.write import export_checkpoint
 
 CPU = torch.device("cpu")
 

@@ -19,9 +19,9 @@ import pytest
 import torch
 from safetensors.torch import save as safetensors_bytes
 
-from rdm_fast import checkpoint
-from rdm_fast.checkpoint import FILES, MANIFEST, Snapshot
 from rdm_fast.errors import DataError
+from rdm_fast.run import checkpoint
+from rdm_fast.run.checkpoint import FILES, MANIFEST, Snapshot
 
 ROOT = Path(__file__).parents[2]
 
@@ -30,8 +30,8 @@ SAVER = """
 import os, sys, time
 from pathlib import Path
 import torch
-from rdm_fast.checkpoint import Snapshot, save
-from rdm_fast import checkpoint
+from rdm_fast.run.checkpoint import Snapshot, save
+from rdm_fast.run import checkpoint
 
 folder = Path(sys.argv[1])
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from rdm_fast.run_folder import read_status
+from rdm_fast.run.folder import read_status
 from tests.processes import Run, environment, final_bytes
 from tests.runs import metrics
 from tests.tiny import command
@@ -130,9 +130,10 @@ def test_a_lost_rank_a_lost_launcher_and_a_signal_one_after_the_other_change_not
 
 TERMINATED_WHILE_FAILING = """
 import os, signal, sys
-from rdm_fast import cli, distributed
+from rdm_fast.cli import commands as cli
+from rdm_fast.runtime import distributed
 from rdm_fast.errors import RankLost
-from rdm_fast.trainer import Trainer
+from rdm_fast.training.trainer import Trainer
 
 def fit(trainer):
     with trainer._signals():

@@ -8,11 +8,11 @@ from torch import Tensor
 
 from rdm_fast import FilterConfig, SpectralPredictor, spectral_loss
 from rdm_fast.config import Config
-from rdm_fast.engines import engine_for
+from rdm_fast.config.recipes import RECIPES
+from rdm_fast.config.saved import config_from_dict, config_to_dict
 from rdm_fast.errors import DataError, UsageError
-from rdm_fast.filters import advice
-from rdm_fast.recipes import RECIPES
-from rdm_fast.saved_config import config_from_dict, config_to_dict
+from rdm_fast.filters.engines import engine_for
+from rdm_fast.filters.response import advice
 from rdm_fast.spectrum import directions, measured_response
 from tests.spectra import SHAPES, gradients, two_views
 

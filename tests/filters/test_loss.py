@@ -1,4 +1,4 @@
-"""rdm_fast.spectral against the paper's formulas in float64 and autograd (tests/spectra.py)."""
+"""rdm_fast.filters.loss against the paper's formulas in float64 and autograd (tests/spectra.py)."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -10,9 +10,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from rdm_fast.config import FilterConfig
-from rdm_fast.decomposition import centre_samples, smaller_gram
-from rdm_fast.engines import eigh
-from rdm_fast.spectral import SpectralPredictor, spectral_cosine, spectral_loss
+from rdm_fast.filters.decomposition import centre_samples, smaller_gram
+from rdm_fast.filters.engines import eigh
+from rdm_fast.filters.loss import SpectralPredictor, spectral_cosine, spectral_loss
 from tests.ranks import run_ranks
 from tests.spectra import (
     ONLINE,

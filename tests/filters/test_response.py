@@ -1,4 +1,4 @@
-"""rdm_fast.filters against the formulas g(s) in Python floats, and what RDM says of them."""
+"""response against the formulas g(s) in Python floats, and what RDM says of them."""
 
 import math
 from dataclasses import replace
@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rdm_fast.config import FilterConfig
-from rdm_fast.filters import advice, cutoff, response, trend, unit_roundoff
+from rdm_fast.filters.response import advice, cutoff, response, trend, unit_roundoff
 from rdm_fast.spectrum import effective_rank
 
 KINDS = [FilterConfig(kind=kind) for kind in ("log", "log_1", "log_2")]

@@ -1,12 +1,12 @@
-"""rdm_fast.spectral on degenerate batches, and the traps of the paper's released code."""
+"""rdm_fast.filters.loss on degenerate batches, and the traps of the paper's released code."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from rdm_fast.config import FilterConfig
-from rdm_fast.decomposition import right_vectors
-from rdm_fast.spectral import spectral_loss
+from rdm_fast.filters.decomposition import right_vectors
+from rdm_fast.filters.loss import spectral_loss
 from tests.spectra import (
     ONLINE,
     SHAPES,

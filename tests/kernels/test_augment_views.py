@@ -1,4 +1,4 @@
-"""rdm_kernels.augment_views: the kernels against their definition, and what both promise.
+"""rdm_kernels.views.op: the kernels against their definition, and what both promise.
 
 The definition itself is compared with torchvision and Pillow in tests/data, the kernels too. Here
 levels must be equal but for rounding ties: at most 0.1 % of them may differ.
@@ -14,15 +14,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rdm_kernels import augment_views, pack_views, views
-from rdm_kernels.augment_views import (
+from rdm_kernels import augment_views, pack_views
+from rdm_kernels.views import definition as views
+from rdm_kernels.views.colour import OPERATIONS
+from rdm_kernels.views.definition import COLUMNS, PIXELS
+from rdm_kernels.views.op import (
     MAX_SIZE,
     MAX_TAPS,
     augment_views_op,
     augment_views_triton,
 )
-from rdm_kernels.view_colour import OPERATIONS
-from rdm_kernels.views import COLUMNS, PIXELS
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 STILL: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""rdm_fast.ema against the formulas of BYOL in Python floats and float64."""
+"""rdm_fast.methods.ema against the formulas of BYOL in Python floats and float64."""
 
 import copy
 import math
@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from rdm_fast.ema import ema_momentum, update_ema
+from rdm_fast.methods.ema import ema_momentum, update_ema
 
 
 def network(seed: int) -> nn.Sequential:

@@ -9,10 +9,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rdm_fast import spectral, spectral_loss
+from rdm_fast import spectral_loss
 from rdm_fast.config import FilterConfig
+from rdm_fast.filters import loss as spectral
+from rdm_fast.filters.loss import spectral_cosine
 from rdm_fast.methods import Byol, Method, SimSiam, SymSimSiam, build_method
-from rdm_fast.spectral import spectral_cosine
 from tests.ranks import run_ranks
 from tests.tiny import METHODS, tiny
 

@@ -1,4 +1,4 @@
-"""rdm_fast.backbone against torchvision's own ResNets and the shapes of the paper's stems."""
+"""backbone against torchvision's own ResNets and the shapes of the paper's stems."""
 
 import math
 import os
@@ -11,8 +11,8 @@ import torch
 import torchvision
 from torch import nn
 
-from rdm_fast.backbone import Projection, build_backbone
 from rdm_fast.config import ModelConfig
+from rdm_fast.models.backbone import Projection, build_backbone
 
 
 def config(backbone: str, stem: str, **fields: object) -> ModelConfig:
@@ -106,7 +106,7 @@ def test_a_narrow_resnet8_is_the_plain_one() -> None:
 
 TRAIN_A_NARROW_ONE = """
 import torch
-from rdm_fast.backbone import Projection, build_backbone
+from rdm_fast.models.backbone import Projection, build_backbone
 from rdm_fast.config import ModelConfig
 backbone, _ = build_backbone(ModelConfig(backbone="resnet8", stem="cifar", width=4), channels=1)
 backbone = backbone.to(memory_format=torch.channels_last)
@@ -123,7 +123,7 @@ def test_training_a_narrow_resnet8_writes_where_it_may() -> None:
     checked = {"MALLOC_CHECK_": "3", "MALLOC_PERTURB_": "17", "ONEDNN_MAX_CPU_ISA": "AVX2"}
     done = subprocess.run(
         [sys.executable, "-c", TRAIN_A_NARROW_ONE],
-        env={**os.environ, **checked}, cwd=Path(__file__).parents[1],
+        env={**os.environ, **checked}, cwd=Path(__file__).parents[2],
         capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0 and done.stdout == "whole\n", done.stderr

@@ -1,4 +1,4 @@
-"""rdm_fast.batchnorm on several ranks, against nn.BatchNorm in float64 on the whole batch."""
+"""batchnorm on several ranks, against nn.BatchNorm in float64 on the whole batch."""
 
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from rdm_fast.batchnorm import CpuSyncBatchNorm, frozen_running_statistics, synchronise
+from rdm_fast.models.batchnorm import CpuSyncBatchNorm, frozen_running_statistics, synchronise
 from tests.ranks import run_ranks
 
 CPU = torch.device("cpu")

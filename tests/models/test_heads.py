@@ -1,11 +1,11 @@
-"""rdm_fast.heads against the layer lists of SimSiam and BYOL (table of the module's docstring)."""
+"""heads against the layer lists of SimSiam and BYOL (table of the module's docstring)."""
 
 import pytest
 import torch
 from torch import nn
 
 from rdm_fast.config import ModelConfig
-from rdm_fast.heads import mlp_predictor, projector
+from rdm_fast.models.heads import mlp_predictor, projector
 
 Layer = tuple[object, ...]
 

@@ -1,4 +1,4 @@
-"""rdm_fast.foreign: files in other trainers' layouts, by their documented key names."""
+"""rdm_fast.models.pretrained: files in other trainers' layouts, by their documented key names."""
 
 import os
 import re
@@ -13,14 +13,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torchvision.models import resnet18, resnet34, resnet50, resnet101
 
-from rdm_fast import checkpoint
-from rdm_fast.backbone import build_backbone
 from rdm_fast.config import ModelConfig
 from rdm_fast.errors import DataError, InputMissing, Interrupted
-from rdm_fast.foreign import LAYOUTS, load_backbone, read_backbone, warm_start
 from rdm_fast.methods import build_method
-from rdm_fast.run_folder import read_config
-from rdm_fast.trainer import Trainer
+from rdm_fast.models.backbone import build_backbone
+from rdm_fast.models.pretrained import LAYOUTS, load_backbone, read_backbone, warm_start
+from rdm_fast.run import checkpoint
+from rdm_fast.run.folder import read_config
+from rdm_fast.training.trainer import Trainer
 from tests.runs import Hooked, final_state, newest, run
 from tests.tiny import tiny
 

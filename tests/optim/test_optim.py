@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rdm_fast.config import OptimConfig
-from rdm_fast.ema import update_ema
+from rdm_fast.methods.ema import update_ema
 from rdm_fast.optim import (
     Lars,
     build_optimizer,

@@ -1,4 +1,4 @@
-"""rdm_fast.checkpoint against bytes on the disk, and against optimizers that were never stopped."""
+"""checkpoint against bytes on the disk, and against optimizers that were never stopped."""
 
 import json
 import os
@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from rdm_fast import checkpoint
-from rdm_fast.checkpoint import FILES, MANIFEST, Snapshot
 from rdm_fast.config import OptimConfig
 from rdm_fast.errors import DataError, InputMissing
 from rdm_fast.optim import build_optimizer
+from rdm_fast.run import checkpoint
+from rdm_fast.run.checkpoint import FILES, MANIFEST, Snapshot
 
 CPU = torch.device("cpu")
 

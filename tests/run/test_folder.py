@@ -1,4 +1,4 @@
-"""rdm_fast.run_folder: whose folder it is, who holds it, and what is never touched."""
+"""rdm_fast.run.folder: whose folder it is, who holds it, and what is never touched."""
 
 import json
 import os
@@ -13,12 +13,12 @@ from typing import Any
 import pytest
 import yaml
 
+from rdm_fast.config.recipes import RECIPES
+from rdm_fast.config.saved import config_digest, config_to_dict
 from rdm_fast.errors import CannotCreate, ConfigMismatch, DataError, InputMissing
-from rdm_fast.recipes import RECIPES
-from rdm_fast.run_folder import RunFolder, read_config, read_status
-from rdm_fast.saved_config import config_digest, config_to_dict
+from rdm_fast.run.folder import RunFolder, read_config, read_status
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CONFIG = RECIPES["digits_rdm_simsiam"]()
 
 
@@ -173,8 +173,8 @@ def test_an_overwrite_gives_the_run_a_new_id(tmp_path: Path) -> None:
 
 HOLDER = """
 import os, sys, time
-from rdm_fast.recipes import RECIPES
-from rdm_fast.run_folder import RunFolder
+from rdm_fast.config.recipes import RECIPES
+from rdm_fast.run.folder import RunFolder
 folder = RunFolder.open(
     sys.argv[1], RECIPES["digits_rdm_simsiam"](), overwrite=False, rank=0
 )
@@ -220,7 +220,7 @@ def test_a_closed_folder_can_be_opened_again_and_an_open_one_cannot(tmp_path: Pa
 
 
 def test_a_refusal_comes_without_loading_torch() -> None:
-    program = "import sys, rdm_fast.run_folder; print('torch' in sys.modules)"
+    program = "import sys, rdm_fast.run.folder; print('torch' in sys.modules)"
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
     )

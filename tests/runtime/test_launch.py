@@ -1,4 +1,4 @@
-"""rdm_fast.launch and --nproc: ranks that end in every way, and the code that comes of it."""
+"""launch and --nproc: ranks that end in every way, and the code that comes of it."""
 
 import os
 import signal
@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from rdm_fast import cli, launch
-from rdm_fast.command_line import parse_evaluate, parse_train, without_nproc
+from rdm_fast.cli import commands as cli
+from rdm_fast.cli.parse import parse_evaluate, parse_train, without_nproc
 from rdm_fast.config import Config
-from rdm_fast.distributed import STORE
 from rdm_fast.errors import Unavailable, UsageError
-from rdm_fast.run_folder import RunFolder, read_status
+from rdm_fast.run.folder import RunFolder, read_status
+from rdm_fast.runtime import launch
+from rdm_fast.runtime.distributed import STORE
 
 RANK = "import os, signal, sys, time\nrank = int(os.environ['RANK'])\n"
 

@@ -17,12 +17,12 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from rdm_fast import environment as environment_module
-from rdm_fast.environment import describe_environment
+from rdm_fast.config.recipes import RECIPES
+from rdm_fast.config.saved import config_from_dict
 from rdm_fast.errors import Unavailable
-from rdm_fast.recipes import RECIPES
-from rdm_fast.run_folder import RunFolder
-from rdm_fast.saved_config import config_from_dict
+from rdm_fast.run import environment as environment_module
+from rdm_fast.run.environment import describe_environment
+from rdm_fast.run.folder import RunFolder
 from rdm_fast.telemetry import (
     KEYS,
     SPECTRUM_KEYS,
@@ -35,7 +35,7 @@ from rdm_fast.telemetry import (
     read_spectra,
 )
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 CONFIG = RECIPES["digits_rdm_simsiam"]()
 ENVIRONMENT = {"torch": "2.15.0", "config": {"optim": {"lr": 0.1}}}
 PLAN = Plan(total_steps=420, steps_per_epoch=7, global_batch=200)

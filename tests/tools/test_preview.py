@@ -9,8 +9,10 @@ import pytest
 import torch
 from PIL import Image
 
-from rdm_fast.data.batch import Batch
-from rdm_fast.data.preview import (
+from rdm_fast.data.images.datasets import load
+from rdm_fast.data.loaders.batch import Batch
+from rdm_fast.errors import CannotCreate, UsageError
+from rdm_fast.tools.preview import (
     CELL,
     GAP,
     TITLE,
@@ -21,10 +23,8 @@ from rdm_fast.data.preview import (
     parse,
     preview,
 )
-from rdm_fast.data.sources import load
-from rdm_fast.errors import CannotCreate, UsageError
 from tests.data.conftest import Pixels, natural
-from tests.data.dali_here import HERE
+from tests.data.loaders.dali_here import HERE
 
 
 def test_a_sheet_of_digits_has_a_row_an_image_and_two_columns_a_loader(
@@ -111,7 +111,7 @@ def test_the_command_ends_with_an_exit_code(capsys: pytest.CaptureFixture[str]) 
 
 def test_it_is_a_command() -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "rdm_fast.data.preview", "--help"], capture_output=True, text=True
+        [sys.executable, "-m", "rdm_fast.tools.preview", "--help"], capture_output=True, text=True
     )
     assert done.returncode == 0 and "--data.root" in done.stdout and "--out" in done.stdout
 

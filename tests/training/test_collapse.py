@@ -1,4 +1,4 @@
-"""rdm_fast.guard: what it says of which metrics, and what becomes of a run that collapses."""
+"""collapse: what it says of which metrics, and what becomes of a run that collapses."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 
-from rdm_fast import checkpoint
 from rdm_fast.config import Config, FilterConfig, GuardConfig
+from rdm_fast.config.recipes import RECIPES
 from rdm_fast.errors import Collapsed
-from rdm_fast.guard import CollapseGuard, remedy
-from rdm_fast.recipes import RECIPES
-from rdm_fast.trainer import Trainer
+from rdm_fast.run import checkpoint
+from rdm_fast.training.collapse import CollapseGuard, remedy
+from rdm_fast.training.trainer import Trainer
 from tests.runs import final_state, metrics, newest, run, with_log
 from tests.tiny import tiny
 

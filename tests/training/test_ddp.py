@@ -1,4 +1,4 @@
-"""rdm_fast.step.parallel: what ranks average, how often, and that settings do what they say."""
+"""rdm_fast.training.ddp: what ranks average, how often, and that settings do what they say."""
 
 from dataclasses import replace
 
@@ -10,12 +10,12 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.nn.parallel import DistributedDataParallel
 
 from rdm_fast.config import Config, OptimConfig, ParallelConfig
+from rdm_fast.config.recipes import RECIPES
+from rdm_fast.config.saved import rule
 from rdm_fast.data import Batch
 from rdm_fast.methods import build_method
-from rdm_fast.recipes import RECIPES
-from rdm_fast.saved_config import rule
-from rdm_fast.step import TrainStep
-from rdm_fast.step.parallel import wrap
+from rdm_fast.training import TrainStep
+from rdm_fast.training.ddp import wrap
 from tests.ranks import run_ranks
 from tests.tiny import batch, rows_of, tiny
 

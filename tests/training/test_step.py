@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rdm_fast.config import Config
 from rdm_fast.methods import build_method
-from rdm_fast.step import TrainStep
+from rdm_fast.training import TrainStep
 from tests.ranks import run_ranks
 from tests.tiny import METHODS, batch, rows_of, tiny, with_small_views
 

@@ -12,12 +12,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from rdm_fast.config import Config, StepConfig
 from rdm_fast.data import Batch
-from rdm_fast.engines import engine_for
 from rdm_fast.errors import Unavailable
-from rdm_fast.host_copy import HostCopy
+from rdm_fast.filters.engines import engine_for
 from rdm_fast.methods import Method, build_method
-from rdm_fast.step import StepReport, TrainStep
-from rdm_fast.step.graph import WARM_UP
+from rdm_fast.runtime.host_copy import HostCopy
+from rdm_fast.training import StepReport, TrainStep
+from rdm_fast.training.cuda_graph import WARM_UP
 from tests.tiny import METHODS, batch, tiny, with_small_views
 
 ROWS = 32

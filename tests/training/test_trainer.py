@@ -15,17 +15,17 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from rdm_fast import checkpoint
-from rdm_fast import trainer as trainer_module
 from rdm_fast.config import Config
 from rdm_fast.data import Batch
-from rdm_fast.distributed import rank, world_size
-from rdm_fast.engines import choice
 from rdm_fast.errors import DataError, Interrupted, NonFinite, OutputFailed
-from rdm_fast.evaluation import online
-from rdm_fast.run_folder import RunFolder, read_status
-from rdm_fast.step import StepReport, TrainStep
-from rdm_fast.trainer import SIGNALS, Trainer
+from rdm_fast.evaluation import online_probe as online
+from rdm_fast.filters.engines import choice
+from rdm_fast.run import checkpoint
+from rdm_fast.run.folder import RunFolder, read_status
+from rdm_fast.runtime.distributed import rank, world_size
+from rdm_fast.training import StepReport, TrainStep
+from rdm_fast.training import trainer as trainer_module
+from rdm_fast.training.trainer import SIGNALS, Trainer
 from rdm_kernels.matrix_function import INACCURATE
 from tests import runs
 from tests.ranks import run_ranks

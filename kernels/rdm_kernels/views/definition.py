@@ -22,7 +22,7 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from rdm_kernels.view_colour import (
+from rdm_kernels.views.colour import (
     HUE,
     IDLE,
     OPERATIONS,
@@ -32,7 +32,7 @@ from rdm_kernels.view_colour import (
     to_grey,
     turn_hue,
 )
-from rdm_kernels.view_geometry import (
+from rdm_kernels.views.geometry import (
     as_levels,
     blur,
     distort,

@@ -10,9 +10,9 @@ import math
 import triton
 import triton.language as tl
 
-from rdm_kernels.view_colour import LUMA, LUMA_SHIFT, OPERATIONS, SOLARIZE_THRESHOLD
-from rdm_kernels.view_geometry import TIE
-from rdm_kernels.views import COLUMNS
+from rdm_kernels.views.colour import LUMA, LUMA_SHIFT, OPERATIONS, SOLARIZE_THRESHOLD
+from rdm_kernels.views.definition import COLUMNS
+from rdm_kernels.views.geometry import TIE
 
 # ---- a row of the table ------------------------------------------------------------------------
 

@@ -19,9 +19,9 @@ import triton
 from torch import Tensor
 
 from rdm_kernels.variant import Variant
-from rdm_kernels.view_geometry import FILTERS
-from rdm_kernels.view_kernels import _blur_view_kernel, _colour_view_kernel, _resize_view_kernel
-from rdm_kernels.views import COLUMNS, make_views
+from rdm_kernels.views.definition import COLUMNS, make_views
+from rdm_kernels.views.geometry import FILTERS
+from rdm_kernels.views.kernels import _blur_view_kernel, _colour_view_kernel, _resize_view_kernel
 
 DTYPES = {
     torch.float32: "*fp32",

@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rdm_fast.data.folder import listing
-from rdm_fast.data.images import EncodedImages, ImageSet, PixelImages
+from rdm_fast.data.images.folder import listing
+from rdm_fast.data.images.sets import EncodedImages, ImageSet, PixelImages
 from rdm_fast.errors import DataError, InputMissing
 
 Array = NDArray[Any]

@@ -12,13 +12,13 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from rdm_fast import durable
 from rdm_fast.config import DataConfig
-from rdm_fast.data.decode import Pixels, one_line
-from rdm_fast.data.images import ImageSet
-from rdm_fast.data.index import BadFile
-from rdm_fast.distributed import print0, rank
+from rdm_fast.data.images.decode import Pixels, one_line
+from rdm_fast.data.images.index import BadFile
+from rdm_fast.data.images.sets import ImageSet
 from rdm_fast.errors import CannotCreate, DataError
+from rdm_fast.runtime import atomic_files
+from rdm_fast.runtime.distributed import print0, rank
 
 HEADER = "path\treason\n"
 NEIGHBOURS = 16
@@ -46,7 +46,7 @@ def leave_out(
         try:
             listing.unlink(missing_ok=True)  # of an earlier start
             if bad:
-                durable.replace(listing, HEADER + "".join(map(_row, bad)))
+                atomic_files.replace(listing, HEADER + "".join(map(_row, bad)))
         except OSError as error:
             raise CannotCreate(f"{listing} cannot be written ({error.strerror})") from error
     if not bad:

@@ -10,12 +10,12 @@ import torch
 from PIL import Image
 
 from rdm_fast.config import DataConfig, DataName
-from rdm_fast.data.arrays import load_arrays
-from rdm_fast.data.folder import listing, load_folder, require_folder
-from rdm_fast.data.images import ImageSet, PixelImages, Pixels
-from rdm_fast.data.shards import load_shards
-from rdm_fast.distributed import all_reduce_max, rank, world_size
+from rdm_fast.data.images.arrays import load_arrays
+from rdm_fast.data.images.folder import listing, load_folder, require_folder
+from rdm_fast.data.images.sets import ImageSet, PixelImages, Pixels
+from rdm_fast.data.images.shards import load_shards
 from rdm_fast.errors import DataError, InputMissing, Unavailable
+from rdm_fast.runtime.distributed import all_reduce_max, rank, world_size
 
 Split = Literal["train", "test"]
 

@@ -4,7 +4,7 @@ Rules: files are taken by their suffix, at any depth under a class; names that s
 are ignored; links are followed, but no folder or file is visited twice, so a loop of links ends
 and a file with two names counts once. A class folder without images gets no label. Classes are
 numbered in the order of their names in train, for every split, whether or not their files turn out
-to be usable (`rdm_fast.data.index`).
+to be usable (`rdm_fast.data.images.index`).
 """
 
 import hashlib
@@ -14,11 +14,11 @@ from pathlib import Path
 import numpy as np
 
 from rdm_fast.config import DataConfig
-from rdm_fast.data import index
-from rdm_fast.data.bad_files import leave_out
-from rdm_fast.data.decode import one_line
-from rdm_fast.data.images import FileImages
-from rdm_fast.data.index import Found
+from rdm_fast.data.images import index
+from rdm_fast.data.images.bad_files import leave_out
+from rdm_fast.data.images.decode import one_line
+from rdm_fast.data.images.index import Found
+from rdm_fast.data.images.sets import FileImages
 from rdm_fast.errors import DataError, InputMissing
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm")

@@ -27,9 +27,9 @@ from filelock import FileLock
 from numpy.typing import NDArray
 from PIL import Image
 
-from rdm_fast import durable
-from rdm_fast.data.decode import MAX_PIXELS, Header, look, one_line, reason
-from rdm_fast.distributed import print0
+from rdm_fast.data.images.decode import MAX_PIXELS, Header, look, one_line, reason
+from rdm_fast.runtime import atomic_files
+from rdm_fast.runtime.distributed import print0
 
 NAME = ".rdm_fast_index"
 FORMAT = 1
@@ -252,7 +252,7 @@ def save_arrays(folder: Path, part: str, arrays: Arrays) -> None:
     for place in _places(folder, part):
         try:
             place.parent.mkdir(parents=True, exist_ok=True)
-            durable.replace(place, buffer.getvalue())
+            atomic_files.replace(place, buffer.getvalue())
             return
         except OSError as error:
             why = f"{place}: {error.strerror}"

@@ -1,6 +1,6 @@
 """A set of images, wherever its pixels are: in memory, encoded in memory, or in files.
 
-Every way of reading gives the same pixels, those of `rdm_fast.data.decode`.
+Every way of reading gives the same pixels, those of `rdm_fast.data.images.decode`.
 """
 
 import hashlib
@@ -14,10 +14,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from rdm_fast.data.decode import Pixels as Pixels
-from rdm_fast.data.decode import decode, look, one_line, read_file
-from rdm_fast.data.index import Index
-from rdm_fast.errors import ConfigMismatch, DataError
+from rdm_fast.config import AugmentConfig
+from rdm_fast.data.images.decode import Pixels as Pixels
+from rdm_fast.data.images.decode import decode, look, one_line, read_file
+from rdm_fast.data.images.index import Index
+from rdm_fast.errors import ConfigMismatch, DataError, UsageError
 
 Labels = NDArray[np.int64]
 
@@ -236,3 +237,35 @@ class FileImages(StoredImages):
 
     def _bytes(self, i: int) -> bytes:
         return read_file(self.path(i), self.name(i))
+
+
+class Subset(ImageSet):
+    """Image i is image `indices[i]` of another set; nothing is decoded before it is read."""
+
+    def __init__(self, images: ImageSet, indices: NDArray[np.int64]) -> None:
+        labels = None if images.labels is None else images.labels[indices]
+        super().__init__(labels, images.classes, images.sizes[indices])
+        self.images, self.indices, self.channels = images, indices, images.channels
+        self.bad_files = images.bad_files
+        self.pixels = None if images.pixels is None else images.pixels[indices]
+
+    def read(self, i: int) -> Pixels:
+        return self.images.read(int(self.indices[i]))
+
+    def file(self, i: int) -> Pixels:
+        return self.images.file(int(self.indices[i]))
+
+    def name(self, i: int) -> str:
+        return self.images.name(int(self.indices[i]))
+
+    def _content(self, digest: "hashlib._Hash") -> None:
+        digest.update(self.images.digest.encode())
+        digest.update(np.ascontiguousarray(self.indices).data)
+
+
+def require_channels(images: ImageSet, augment: AugmentConfig, name: str) -> None:
+    if images.channels != augment.channels:
+        raise UsageError(
+            f"--augment.mean and --augment.std have {augment.channels} channel(s), the images of "
+            f"{name} have {images.channels}: give {images.channels} number(s) to both"
+        )

@@ -1,7 +1,7 @@
 """Image files packed in tar files, as WebDataset has them: read at random, not as a stream.
 
-What the shards hold is listed once (`rdm_fast.data.tar_members`), and each image is then read from
-its place. So the order is the sampler's, and a run resumes exactly, as with image files.
+What the shards hold is listed once (`rdm_fast.data.images.tar_members`), and each image is then
+read from its place. So the order is the sampler's, and a run resumes exactly, as with image files.
 """
 
 import hashlib
@@ -15,13 +15,13 @@ from pathlib import Path
 import numpy as np
 
 from rdm_fast.config import DataConfig
-from rdm_fast.data import index
-from rdm_fast.data.bad_files import leave_out
-from rdm_fast.data.decode import one_line, read_file
-from rdm_fast.data.folder import SUFFIXES, TEST_NAMES, listing, require_folder
-from rdm_fast.data.images import Labels, StoredImages
-from rdm_fast.data.index import Found, Index
-from rdm_fast.data.tar_members import NO_LABEL, Members, Slice, list_members
+from rdm_fast.data.images import index
+from rdm_fast.data.images.bad_files import leave_out
+from rdm_fast.data.images.decode import one_line, read_file
+from rdm_fast.data.images.folder import SUFFIXES, TEST_NAMES, listing, require_folder
+from rdm_fast.data.images.index import Found, Index
+from rdm_fast.data.images.sets import Labels, StoredImages
+from rdm_fast.data.images.tar_members import NO_LABEL, Members, Slice, list_members
 from rdm_fast.errors import DataError, InputMissing
 
 RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*,[^{}]*)\}")

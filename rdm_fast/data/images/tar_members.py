@@ -18,10 +18,10 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from rdm_fast.data import index
-from rdm_fast.data.decode import one_line
-from rdm_fast.data.folder import SUFFIXES
-from rdm_fast.data.index import Arrays
+from rdm_fast.data.images import index
+from rdm_fast.data.images.decode import one_line
+from rdm_fast.data.images.folder import SUFFIXES
+from rdm_fast.data.images.index import Arrays
 from rdm_fast.errors import DataError
 
 FORMAT = 1

@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rdm_fast.config import Config
-from rdm_fast.data.images import ImageSet
-from rdm_fast.data.sampler import ViewParameters, draw_views
+from rdm_fast.data.images.sets import ImageSet
+from rdm_fast.data.views.sampler import ViewParameters, draw_views
 
 
 @dataclass(frozen=True, slots=True)

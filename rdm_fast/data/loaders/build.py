@@ -1,29 +1,17 @@
-"""From a data set to batches: two augmented views to train on, or plain images to evaluate."""
+"""Choose and build the loader that a configuration names."""
 
 import contextlib
-from collections.abc import Iterator
 from typing import TypedDict
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from PIL import Image
-from torch import Tensor
 
-from rdm_fast.config import AugmentConfig, Config
-from rdm_fast.data.augment import normalise
-from rdm_fast.data.bad_files import LostImages
-from rdm_fast.data.batch import Loader
-from rdm_fast.data.dali import DaliLoader
-from rdm_fast.data.images import ImageSet, Pixels
-from rdm_fast.data.resident import ResidentLoader
-from rdm_fast.data.torch_pipeline import TorchLoader, in_workers
-from rdm_fast.errors import DataError, Unavailable, UsageError
-
-RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
-MARGIN = (256, 224)
-"""The usual evaluation shows the middle 224 of 256 pixels."""
-NO_MARGIN_BELOW = 64
+from rdm_fast.config import Config
+from rdm_fast.data.images.sets import ImageSet, require_channels
+from rdm_fast.data.loaders.batch import Loader
+from rdm_fast.data.loaders.dali_loader import DaliLoader
+from rdm_fast.data.loaders.resident import ResidentLoader
+from rdm_fast.data.loaders.torch_loader import TorchLoader
+from rdm_fast.errors import Unavailable, UsageError
 
 
 def build_loader(
@@ -40,7 +28,7 @@ def build_loader(
         Unavailable: data.loader says dali, and DALI is not installed or does not work here.
     """
     name, batch = config.data.name, config.optim.global_batch
-    _require_channels(images, config.augment, f"--data.name {name}")
+    require_channels(images, config.augment, f"--data.name {name}")
     if len(images) < batch:
         raise UsageError(
             f"--optim.global-batch {batch} is more than the {len(images)} training images of "
@@ -73,106 +61,3 @@ class _Place(TypedDict):
     rank: int
     world_size: int
     device: torch.device
-
-
-def evaluation_batches(
-    images: ImageSet,
-    augment: AugmentConfig,
-    *,
-    batch: int,
-    device: torch.device,
-    rank: int = 0,
-    world_size: int = 1,
-    workers: int = 0,
-    lost: LostImages | None = None,
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Every image once over all ranks, without augmentation.
-
-    Rank r has images r, r + world_size, ...; the last batch of a rank may be smaller.
-    Images that cannot be read are left out and added to `lost`.
-
-    Args:
-        images: to be shown.
-        augment: side, interpolation and normalisation.
-        batch: images of a rank at a time.
-        device: where they go.
-        workers: processes that decode; decoded images need none.
-        lost: told of images that cannot be read; None if there must be none.
-
-    Yields:
-        Images, float32 [b, C, S, S], channels_last, on the device; and their indices, int64 [b],
-        on the CPU.
-
-    Raises:
-        UsageError: the number of channels differs.
-        DataError: an image cannot be decoded, and `lost` does not allow that.
-    """
-    _require_channels(images, augment, "the data set")
-    own = np.arange(rank, len(images), world_size)
-    parts = [own[start : start + batch] for start in range(0, len(own), batch)]
-    make = _CentreViews(images, augment, skip=lost is not None)
-    for asked, made in zip(parts, in_workers(make, parts, workers, device), strict=True):
-        pixels, indices = made
-        if lost is not None:
-            for i in np.setdiff1d(asked, indices.numpy()).tolist():
-                lost.add(i)
-        if not len(indices):
-            continue
-        levels = pixels.to(device, non_blocking=True).permute(0, 3, 1, 2)
-        yield normalise(levels, augment), indices
-
-
-class _CentreViews:
-    """Makes the views of some images, uint8 [b, S, S, C], and says of which.
-
-    With `skip`, those that cannot be read are left out.
-    """
-
-    def __init__(self, images: ImageSet, augment: AugmentConfig, skip: bool) -> None:
-        self.images, self.augment, self.skip = images, augment, skip
-
-    def __call__(self, indices: NDArray[np.int64]) -> tuple[Tensor, ...]:
-        images, S = self.images, self.augment.size
-        if images.pixels is not None and images.pixels.shape[1:3] == (S, S):
-            return torch.from_numpy(images.pixels[indices]), torch.from_numpy(indices)
-        views: list[Pixels] = []
-        shown: list[int] = []
-        for i in indices.tolist():
-            with contextlib.suppress(*([DataError] if self.skip else [])):
-                views.append(centre_view(images.read(i), self.augment))
-                shown.append(i)
-        pixels = np.stack(views) if views else np.empty((0, S, S, images.channels), np.uint8)
-        return torch.from_numpy(pixels), torch.tensor(shown, dtype=torch.int64)
-
-
-def centre_view(image: Pixels, augment: AugmentConfig) -> Pixels:
-    """An image as evaluation sees it: resized (antialiased) and cropped to its middle.
-
-    The shorter side becomes 256 / 224 of the view (the view itself under 64 pixels); sides and
-    corner are rounded as torchvision's Resize and CenterCrop do.
-
-    Args:
-        image: [H, W, C].
-        augment: side S and interpolation.
-
-    Returns:
-        [S, S, C]; an image that has this size already is returned as it is.
-    """
-    S = augment.size
-    H, W, C = image.shape
-    if (H, W) == (S, S):
-        return image
-    short = round(S * MARGIN[0] / MARGIN[1]) if S >= NO_MARGIN_BELOW else S
-    height, width = (short, int(short * W / H)) if H <= W else (int(short * H / W), short)
-    whole = Image.fromarray(image[:, :, 0] if C == 1 else image)
-    resized = whole.resize((width, height), RESAMPLING[augment.interpolation])
-    top, left = round((height - S) / 2), round((width - S) / 2)
-    return np.asarray(resized.crop((left, top, left + S, top + S))).reshape(S, S, C)
-
-
-def _require_channels(images: ImageSet, augment: AugmentConfig, name: str) -> None:
-    if images.channels != augment.channels:
-        raise UsageError(
-            f"--augment.mean and --augment.std have {augment.channels} channel(s), the images of "
-            f"{name} have {images.channels}: give {images.channels} number(s) to both"
-        )

@@ -13,7 +13,7 @@ from typing import Any
 from nvidia.dali import fn, pipeline_def, types
 
 from rdm_fast.config import Interpolation
-from rdm_fast.data.images import Pixels
+from rdm_fast.data.images.sets import Pixels
 
 Node = Any
 """A batch of tensors that the graph will hold (DALI's DataNode)."""

@@ -15,10 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rdm_fast.config import Config
-from rdm_fast.data.bad_files import read_or_next
-from rdm_fast.data.batch import draw_all_views
-from rdm_fast.data.images import ImageSet, Pixels
-from rdm_fast.data.sampler import ViewParameters, epoch_order, step_indices
+from rdm_fast.data.images.bad_files import read_or_next
+from rdm_fast.data.images.sets import ImageSet, Pixels
+from rdm_fast.data.loaders.batch import draw_all_views
+from rdm_fast.data.views.sampler import ViewParameters, epoch_order, step_indices
 from rdm_fast.errors import DataError, UserError
 
 Indices = NDArray[np.int64]

@@ -21,14 +21,14 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from rdm_fast.config import AugmentConfig, Config
-from rdm_fast.data.augment import view_table, views_of_table
-from rdm_fast.data.bad_files import LostImages
-from rdm_fast.data.batch import Batch, labels_of, to_device
-from rdm_fast.data.dali_input import Source, file_for_dali
-from rdm_fast.data.images import ImageSet
-from rdm_fast.data.sampler import ViewParameters
+from rdm_fast.data.images.bad_files import LostImages
+from rdm_fast.data.images.sets import ImageSet
+from rdm_fast.data.loaders.batch import Batch, labels_of, to_device
+from rdm_fast.data.loaders.dali_input import Source, file_for_dali
+from rdm_fast.data.views.augment import view_table, views_of_table
+from rdm_fast.data.views.sampler import ViewParameters
 from rdm_fast.errors import DataError, Unavailable
-from rdm_fast.precision import dtype_of_views
+from rdm_fast.runtime.precision import dtype_of_views
 
 QUEUE = 2  # steps that DALI works ahead
 SHOWN = 200  # characters of an error of DALI's
@@ -178,7 +178,7 @@ def import_graph() -> ModuleType:
         Unavailable: it is not installed, or cannot be loaded; the message has the line to install.
     """
     try:
-        from rdm_fast.data import dali_graph
+        from rdm_fast.data.loaders import dali_graph
     except (ImportError, OSError) as error:
         raise Unavailable(
             f"--data.loader dali needs NVIDIA DALI ({_line(error)}): {install_line()}, or use "

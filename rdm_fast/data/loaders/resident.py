@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from rdm_fast.config import Config
-from rdm_fast.data.augment import view_table, views_of_table
-from rdm_fast.data.batch import Batch, draw_all_views, labels_of, to_device
-from rdm_fast.data.images import ImageSet, Pixels
-from rdm_fast.data.sampler import ViewParameters, epoch_order, step_indices
-from rdm_fast.precision import dtype_of_views
+from rdm_fast.data.images.sets import ImageSet, Pixels
+from rdm_fast.data.loaders.batch import Batch, draw_all_views, labels_of, to_device
+from rdm_fast.data.views.augment import view_table, views_of_table
+from rdm_fast.data.views.sampler import ViewParameters, epoch_order, step_indices
+from rdm_fast.runtime.precision import dtype_of_views
 
 
 class ResidentLoader:

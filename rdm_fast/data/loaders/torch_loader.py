@@ -14,12 +14,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from rdm_fast.config import Config
-from rdm_fast.data.augment import normalise, view_of_image
-from rdm_fast.data.bad_files import LostImages, read_or_next
-from rdm_fast.data.batch import Batch, draw_all_views, labels_of
-from rdm_fast.data.decode import Pixels
-from rdm_fast.data.images import ImageSet
-from rdm_fast.data.sampler import ViewParameters, epoch_order, step_indices
+from rdm_fast.data.images.bad_files import LostImages, read_or_next
+from rdm_fast.data.images.decode import Pixels
+from rdm_fast.data.images.sets import ImageSet
+from rdm_fast.data.loaders.batch import Batch, draw_all_views, labels_of
+from rdm_fast.data.views.augment import normalise, view_of_image
+from rdm_fast.data.views.sampler import ViewParameters, epoch_order, step_indices
 from rdm_fast.errors import UserError
 
 Indices = NDArray[np.int64]

@@ -3,7 +3,8 @@
 Two ways to the same view. `view_of_image` takes one image through torchvision and Pillow: the
 definition. The others take a batch of equal-sized images through the op `augment_views`: tensor
 operations, Triton kernels on a GPU. Both hold pixels as whole levels 0..255 after every step and
-round as Pillow does; `rdm_kernels.views` lists the steps. Then `normalise`, the same for both.
+round as Pillow does; `rdm_kernels.views.definition` lists the steps. Then
+`normalise`, the same for both.
 """
 
 import dataclasses
@@ -18,11 +19,17 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as vision
 
 from rdm_fast.config import AugmentConfig
-from rdm_fast.data.sampler import BRIGHTNESS, CONTRAST, JITTER_ORDERS, SATURATION, ViewParameters
+from rdm_fast.data.views.sampler import (
+    BRIGHTNESS,
+    CONTRAST,
+    JITTER_ORDERS,
+    SATURATION,
+    ViewParameters,
+)
 from rdm_kernels import augment_views, pack_views
-from rdm_kernels.view_colour import IDLE, SOLARIZE_THRESHOLD
-from rdm_kernels.view_colour import normalise as normalise_levels
-from rdm_kernels.view_geometry import blur
+from rdm_kernels.views.colour import IDLE, SOLARIZE_THRESHOLD
+from rdm_kernels.views.colour import normalise as normalise_levels
+from rdm_kernels.views.geometry import blur
 
 Pixels = NDArray[np.uint8]
 

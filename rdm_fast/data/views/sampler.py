@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from rdm_fast.config import ViewConfig
-from rdm_fast.data.philox import HIGH, uniforms, words
+from rdm_fast.data.views.philox import HIGH, uniforms, words
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]

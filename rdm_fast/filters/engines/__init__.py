@@ -8,11 +8,11 @@ reference   the SVD of the paper's code, to compare with
 from torch import Tensor
 
 from rdm_fast.config import FilterConfig
-from rdm_fast.engines.base import SpectralFilter
-from rdm_fast.engines.choice import Engine, engine_for
-from rdm_fast.engines.eigh import EighFilter
-from rdm_fast.engines.gemm import GemmFilter
-from rdm_fast.engines.reference import ReferenceFilter
+from rdm_fast.filters.engines.base import SpectralFilter
+from rdm_fast.filters.engines.choice import Engine, engine_for
+from rdm_fast.filters.engines.eigh import EighFilter
+from rdm_fast.filters.engines.gemm import GemmFilter
+from rdm_fast.filters.engines.reference import ReferenceFilter
 
 __all__ = ["Engine", "SpectralFilter", "build_filter", "engine_for"]
 

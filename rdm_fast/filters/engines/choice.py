@@ -25,9 +25,9 @@ import torch
 from torch import Tensor
 
 from rdm_fast.config import FilterConfig
-from rdm_fast.engines.gemm import needs_float64
 from rdm_fast.errors import Unavailable
-from rdm_fast.host_copy import HostCopy
+from rdm_fast.filters.engines.gemm import needs_float64
+from rdm_fast.runtime.host_copy import HostCopy
 from rdm_kernels.matrix_function import CHOLESKY_FAILED, INACCURATE
 from rdm_kernels.safe_eigh import has_fast_float64
 

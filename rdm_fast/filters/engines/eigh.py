@@ -10,10 +10,10 @@ for that last product, which amplifies rounding only by s_max / s.
 from torch import Tensor
 
 from rdm_fast.config import FilterConfig
-from rdm_fast.decomposition import centre_samples, eigen_of_gram, respond, uses_samples
-from rdm_fast.engines.base import SpectralFilter, combine, lengths
-from rdm_fast.engines.exchange import by_view
-from rdm_fast.inner_products import WIDE, gram_and_swapped, gram_matrix, inner_products
+from rdm_fast.filters.decomposition import centre_samples, eigen_of_gram, respond, uses_samples
+from rdm_fast.filters.engines.base import SpectralFilter, combine, lengths
+from rdm_fast.filters.engines.exchange import by_view
+from rdm_fast.filters.gram import WIDE, gram_and_swapped, gram_matrix, inner_products
 from rdm_kernels import filtered_cosine
 
 

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rdm_fast.distributed import rank, world_size
+from rdm_fast.runtime.distributed import rank, world_size
 
 SMALLEST = 1024
 """Side n of the matrices from which on views are computed on different ranks."""

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from rdm_fast.config import FilterConfig
-from rdm_fast.decomposition import uses_samples
-from rdm_fast.engines.base import SpectralFilter, combine, lengths
-from rdm_fast.engines.exchange import by_view
-from rdm_fast.filters import g, noise_floor
-from rdm_fast.inner_products import WIDE, gram_and_swapped, gram_matrix, inner_products
+from rdm_fast.filters.decomposition import uses_samples
+from rdm_fast.filters.engines.base import SpectralFilter, combine, lengths
+from rdm_fast.filters.engines.exchange import by_view
+from rdm_fast.filters.gram import WIDE, gram_and_swapped, gram_matrix, inner_products
+from rdm_fast.filters.response import g, noise_floor
 from rdm_kernels import MatrixFunction, filtered_cosine, matrix_function, product
 
 FALLING_DEGREE = 200  # of the Chebyshev series: s^-1 to 1e-7 of its maximum, at a cutoff of 1e-3

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rdm_fast.config import FilterConfig
-from rdm_fast.engines.base import SpectralFilter
-from rdm_fast.filters import response
+from rdm_fast.filters.engines.base import SpectralFilter
+from rdm_fast.filters.response import response
 
 
 class ReferenceFilter(SpectralFilter):

@@ -13,14 +13,14 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from rdm_fast import durable
 from rdm_fast.config import Config
 from rdm_fast.data import build_loader, load
-from rdm_fast.doctor.machine import Finding, has_fast_bf16, look_at_machine, usable_cpus
-from rdm_fast.doctor.stages import Stage, Step
-from rdm_fast.doctor.verdict import Situation, Verdict, verdict
-from rdm_fast.engines import engine_for
 from rdm_fast.errors import CannotCreate, OutputFailed, UsageError
+from rdm_fast.filters.engines import engine_for
+from rdm_fast.runtime import atomic_files
+from rdm_fast.tools.doctor.machine import Finding, has_fast_bf16, look_at_machine, usable_cpus
+from rdm_fast.tools.doctor.stages import Stage, Step
+from rdm_fast.tools.doctor.verdict import Situation, Verdict, verdict
 
 WIDTH = 120  # of a table where there is no terminal
 
@@ -144,6 +144,6 @@ def as_json(
 
 def _write(path: Path, report: dict[str, Any]) -> None:
     try:
-        durable.replace(path, json.dumps(report, indent=1) + "\n")
+        atomic_files.replace(path, json.dumps(report, indent=1) + "\n")
     except OSError as error:
         raise OutputFailed(f"--json {path} could not be written: {error.strerror}") from error

@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 
-from rdm_fast.data.dali import import_graph, install_line
+from rdm_fast.data.loaders.dali_loader import import_graph, install_line
 from rdm_fast.errors import Unavailable
 
 EXTRAS = {  # extra of this distribution: library that it brings

@@ -27,14 +27,15 @@ from torch import Tensor, nn
 
 from rdm_fast.config import Config
 from rdm_fast.data import Batch, ImageSet, Loader
-from rdm_fast.data.augment import view_of_image, view_table, views_of_table
-from rdm_fast.data.bad_files import read_or_next
-from rdm_fast.data.batch import draw_all_views
-from rdm_fast.data.dali import finished
-from rdm_fast.data.sampler import ViewParameters
+from rdm_fast.data.images.bad_files import read_or_next
+from rdm_fast.data.loaders.batch import draw_all_views
+from rdm_fast.data.loaders.dali_loader import finished
+from rdm_fast.data.views.augment import view_of_image, view_table, views_of_table
+from rdm_fast.data.views.sampler import ViewParameters
 from rdm_fast.methods import Method, build_method
-from rdm_fast.precision import dtype_of_views
-from rdm_fast.step import TrainStep, graph
+from rdm_fast.runtime.precision import dtype_of_views
+from rdm_fast.training import TrainStep
+from rdm_fast.training import cuda_graph as graph
 
 LIMIT_S = 15.0  # of the measured batches of one stage; the one under way is finished
 WARM_UP = 2

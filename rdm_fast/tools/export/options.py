@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import tyro
 
-from rdm_fast.export.targets import Target
+from rdm_fast.tools.export.targets import Target
 
 Switch = tyro.conf.FlagCreatePairsOff[bool]
 

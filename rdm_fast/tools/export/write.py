@@ -16,14 +16,14 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from rdm_fast import durable
 from rdm_fast.config import Config
 from rdm_fast.errors import CannotCreate, UsageError
 from rdm_fast.evaluation.subject import load_method
-from rdm_fast.export.targets import Target
-from rdm_fast.foreign import LAYOUTS, METADATA
 from rdm_fast.methods import Method
-from rdm_fast.run_folder import read_config, version
+from rdm_fast.models.pretrained import LAYOUTS, METADATA
+from rdm_fast.run.folder import read_config, version
+from rdm_fast.runtime import atomic_files
+from rdm_fast.tools.export.targets import Target
 
 FOLDER = "export"
 SUFFIXES: dict[Target, tuple[str, ...]] = {
@@ -79,7 +79,7 @@ def _require_target(target: Target, config: Config) -> None:
     if target != "safetensors" and model.backbone == "resnet8":
         raise UsageError(
             f"--to {target} has no resnet8, a backbone that exists only here: "
-            "use --to safetensors, which rdm_fast.foreign.load_backbone reads"
+            "use --to safetensors, which rdm_fast.models.pretrained.load_backbone reads"
         )
     if target == "hf" and model.stem != "imagenet":
         raise UsageError(
@@ -95,7 +95,7 @@ def _write(files: dict[Path, bytes], overwrite: bool) -> None:
     for path, content in files.items():
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            durable.replace(path, content)
+            atomic_files.replace(path, content)
         except OSError as error:
             raise CannotCreate(f"{path} cannot be written ({error.strerror}): --out") from error
 
@@ -269,7 +269,7 @@ def _prefixed(file: _File) -> list[str]:
 def _ours(file: _File) -> list[str]:
     return [
         "from pathlib import Path",
-        "from rdm_fast.foreign import load_backbone",
+        "from rdm_fast.models.pretrained import load_backbone",
         "",
         f'model = load_backbone(Path("{file.out.name}"))',
     ]

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from rdm_fast.report.read import Run
-from rdm_fast.report.style import (
+from rdm_fast.tools.report.read import Run
+from rdm_fast.tools.report.style import (
     BRANCHES,
     TARGET,
     Picture,

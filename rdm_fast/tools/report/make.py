@@ -7,16 +7,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from rdm_fast import durable
-from rdm_fast.distributed import choose_device, print0
 from rdm_fast.errors import CannotCreate, UserError
-from rdm_fast.report import curves, snapshots, style
-from rdm_fast.report.layout import FEWEST, flatten, require_umap
-from rdm_fast.report.measure import Embeddings, Spectra, measure, recorded
-from rdm_fast.report.options import ReportCommand
-from rdm_fast.report.page import Section, render
-from rdm_fast.report.read import Run, find_runs, read_runs, sentence
-from rdm_fast.report.style import Picture
+from rdm_fast.runtime import atomic_files
+from rdm_fast.runtime.distributed import choose_device, print0
+from rdm_fast.tools.report import curves, snapshots, style
+from rdm_fast.tools.report.layout import FEWEST, flatten, require_umap
+from rdm_fast.tools.report.measure import Embeddings, Spectra, measure, recorded
+from rdm_fast.tools.report.options import ReportCommand
+from rdm_fast.tools.report.page import Section, render
+from rdm_fast.tools.report.read import Run, find_runs, read_runs, sentence
+from rdm_fast.tools.report.style import Picture
 
 FIGURES = "figures"
 """Folder beside the page."""
@@ -139,8 +139,8 @@ def _write(page: Path, html: str, sections: Sequence[Section]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         for section in sections:
             if isinstance(section.figure, Picture):
-                durable.replace(folder / f"{page.stem}-{section.name}.png", section.figure.png)
-        durable.replace(page, html)
+                atomic_files.replace(folder / f"{page.stem}-{section.name}.png", section.figure.png)
+        atomic_files.replace(page, html)
     except OSError as error:
         raise CannotCreate(
             f"{page} cannot be written ({error.strerror}): give --out a name in a folder that can"

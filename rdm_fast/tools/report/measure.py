@@ -14,18 +14,18 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from rdm_fast import checkpoint
 from rdm_fast.config import Config
 from rdm_fast.data import ImageSet, build_loader, evaluation_batches, load
-from rdm_fast.data.subset import Subset
+from rdm_fast.data.images.sets import Subset
 from rdm_fast.errors import DataError, InputMissing
 from rdm_fast.evaluation.features import extract
 from rdm_fast.evaluation.subject import find_checkpoint
 from rdm_fast.methods import Branches, Method, build_method
-from rdm_fast.precision import autocast
-from rdm_fast.report.read import Run
+from rdm_fast.run import checkpoint
+from rdm_fast.runtime.precision import autocast
 from rdm_fast.spectrum import branch_spectra
 from rdm_fast.telemetry import read_spectra
+from rdm_fast.tools.report.read import Run
 
 BATCHES = 4
 """Global batches over which spectra of a checkpoint are averaged."""

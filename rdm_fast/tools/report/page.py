@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rdm_fast.report.read import Run, differences
-from rdm_fast.report.style import Picture
-from rdm_fast.run_folder import version
+from rdm_fast.run.folder import version
+from rdm_fast.tools.report.read import Run, differences
+from rdm_fast.tools.report.style import Picture
 
 TEMPLATE = Path(__file__).with_name("page.html")
 NONE = "–"  # noqa: RUF001  a value that is not there

@@ -13,9 +13,9 @@ from statistics import median
 from typing import Any
 
 from rdm_fast.config import Config, FilterConfig
+from rdm_fast.config.saved import config_from_dict, config_to_dict, flat
 from rdm_fast.errors import InputMissing, UserError
-from rdm_fast.run_folder import read_config, read_status
-from rdm_fast.saved_config import config_from_dict, config_to_dict, flat
+from rdm_fast.run.folder import read_config, read_status
 
 METHODS = {"simsiam": "SimSiam", "byol": "BYOL", "symsimsiam": "SymSimSiam"}
 

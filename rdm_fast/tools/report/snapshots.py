@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from rdm_fast.report.measure import Array, Embeddings, Spectra
-from rdm_fast.report.read import Run
-from rdm_fast.report.style import (
+from rdm_fast.tools.report.measure import Array, Embeddings, Spectra
+from rdm_fast.tools.report.read import Run
+from rdm_fast.tools.report.style import (
     BRANCHES,
     CLASSES,
     PROJECTION,

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from rdm_fast import durable
 from rdm_fast.config import Config
+from rdm_fast.config.saved import config_to_dict, flat, rule
 from rdm_fast.errors import (
     CannotCreate,
     ConfigMismatch,
@@ -19,13 +19,13 @@ from rdm_fast.errors import (
     UsageError,
     UserError,
 )
-from rdm_fast.report import style
-from rdm_fast.report.read import Run, read_run
-from rdm_fast.run_folder import LOCK, PROJECT, RunFolder, read_config
-from rdm_fast.saved_config import config_to_dict, flat, rule
-from rdm_fast.sweep import results
-from rdm_fast.sweep.options import SweepCommand
-from rdm_fast.sweep.queue import Failure, run_all
+from rdm_fast.run.folder import LOCK, PROJECT, RunFolder, read_config
+from rdm_fast.runtime import atomic_files
+from rdm_fast.tools.report import style
+from rdm_fast.tools.report.read import Run, read_run
+from rdm_fast.tools.sweep import results
+from rdm_fast.tools.sweep.options import SweepCommand
+from rdm_fast.tools.sweep.queue import Failure, run_all
 
 MARK = "sweep.json"
 """Marks a folder as a sweep's, and holds its results."""
@@ -87,7 +87,7 @@ def _claim(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / MARK).exists():
-            durable.replace(folder / MARK, json.dumps({"project": PROJECT, "rows": []}) + "\n")
+            atomic_files.replace(folder / MARK, json.dumps({"project": PROJECT, "rows": []}) + "\n")
     except OSError as error:
         raise CannotCreate(
             f"--out {folder} cannot be written ({error.strerror}): give a folder that can"
@@ -149,9 +149,9 @@ def _write(
         picture = results.figure(rows, runs)
     try:
         if picture:
-            durable.replace(folder / "sweep.png", picture.png)
-        durable.replace(folder / "sweep.md", table)
-        durable.replace(folder / MARK, json.dumps(plain, indent=1) + "\n")
+            atomic_files.replace(folder / "sweep.png", picture.png)
+        atomic_files.replace(folder / "sweep.md", table)
+        atomic_files.replace(folder / MARK, json.dumps(plain, indent=1) + "\n")
     except OSError as error:
         raise OutputFailed(f"{folder} cannot be written ({error.strerror})") from error
     return table

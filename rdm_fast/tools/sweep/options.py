@@ -7,7 +7,7 @@ import tyro
 
 from rdm_fast.config import Config
 from rdm_fast.config.checks import require
-from rdm_fast.sweep.grid import GRID, configure, require_name
+from rdm_fast.tools.sweep.grid import GRID, configure, require_name
 
 Switch = tyro.conf.FlagCreatePairsOff[bool]
 

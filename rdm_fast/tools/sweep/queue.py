@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from rdm_fast.errors import Interrupted, RankLost, UserError
-from rdm_fast.run_folder import read_status
-from rdm_fast.signals import StopOnSignal
+from rdm_fast.run.folder import read_status
+from rdm_fast.runtime.signals import StopOnSignal
 
-PROGRAM = "from rdm_fast.cli import main; main()"
+PROGRAM = "from rdm_fast.cli.commands import main; main()"
 LAUNCHED = "RDM_LAUNCHED"
 """Process id of the one that started this one, which is to save and stop when that is gone."""
 POLL = 0.1  # seconds between two looks at the processes

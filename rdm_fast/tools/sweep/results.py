@@ -5,11 +5,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from rdm_fast.report.page import number
-from rdm_fast.report.read import Run, describe_filter
-from rdm_fast.report.style import ONLINE, TARGET, Picture, canvas, legend_above, png
-from rdm_fast.sweep.grid import CONTROL, prediction
-from rdm_fast.sweep.queue import Failure
+from rdm_fast.tools.report.page import number
+from rdm_fast.tools.report.read import Run, describe_filter
+from rdm_fast.tools.report.style import ONLINE, TARGET, Picture, canvas, legend_above, png
+from rdm_fast.tools.sweep.grid import CONTROL, prediction
+from rdm_fast.tools.sweep.queue import Failure
 
 RANKS = ("online", "target", "projection")
 BLUES = ("#08306B", "#2171B5", "#4CA3DD", "#1B9E9E", "#74C4A8")

@@ -1,4 +1,4 @@
-"""rdm_fast.data.arrays: the packed format, written here by hand, and its refusals."""
+"""rdm_fast.data.images.arrays: the packed format, written here by hand, and its refusals."""
 
 import io
 from pathlib import Path
@@ -9,8 +9,8 @@ import pytest
 from PIL import Image
 
 from rdm_fast.config import DataConfig
-from rdm_fast.data.arrays import load_arrays
-from rdm_fast.data.sources import load
+from rdm_fast.data.images.arrays import load_arrays
+from rdm_fast.data.images.datasets import load
 from rdm_fast.errors import DataError, InputMissing
 
 DECODED = {

@@ -29,18 +29,17 @@ from PIL import Image
 
 from rdm_fast.config import AugmentConfig, Config, DataConfig, OptimConfig, ViewConfig
 from rdm_fast.data import Batch, ImageSet, build_loader, load
-from rdm_fast.data.decode import MAX_PIXELS, Header, decode, look
-from rdm_fast.data.folder import load_folder
-from rdm_fast.data.images import FileImages, PixelImages
-from rdm_fast.data.subset import Subset
-from rdm_fast.distributed import rank
+from rdm_fast.data.images.decode import MAX_PIXELS, Header, decode, look
+from rdm_fast.data.images.folder import load_folder
+from rdm_fast.data.images.sets import FileImages, PixelImages, Subset
 from rdm_fast.errors import DataError
 from rdm_fast.evaluation.features import embed
-from rdm_fast.run_folder import RunFolder
-from rdm_fast.trainer import Trainer
+from rdm_fast.run.folder import RunFolder
+from rdm_fast.runtime.distributed import rank
+from rdm_fast.training.trainer import Trainer
 from tests.data.conftest import natural
-from tests.data.dali_here import DECODING, HERE, needs_dali
 from tests.data.files import bomb, encode, png
+from tests.data.loaders.dali_here import DECODING, HERE, needs_dali
 from tests.ranks import run_ranks
 from tests.tiny import tiny
 
@@ -561,7 +560,7 @@ MEASURE = """
 import resource, sys
 from pathlib import Path
 from rdm_fast.config import DataConfig
-from rdm_fast.data.folder import load_folder
+from rdm_fast.data.images.folder import load_folder
 def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 config = DataConfig(name="folder", verify="full", max_bad=0.5)
 load_folder(Path(sys.argv[1]), "train", config)
@@ -583,7 +582,7 @@ def test_refusing_bombs_takes_little_memory(root: Path, tmp_path: Path) -> None:
         capture_output=True,
         text=True,
         check=True,
-        cwd=Path(__file__).parents[2],
+        cwd=Path(__file__).parents[3],
     )
     number, kibibytes = measured.stdout.splitlines()[-1].split()
     assert int(number) == 8 and int(kibibytes) < 100 * 1024

@@ -1,4 +1,4 @@
-"""rdm_fast.data.sources against scikit-learn and against files in torchvision's layouts."""
+"""rdm_fast.data.images.datasets against scikit-learn and against files in torchvision's layouts."""
 
 import gzip
 import pickle
@@ -13,7 +13,7 @@ import torchvision.datasets
 from PIL import Image
 
 from rdm_fast.config import DataConfig
-from rdm_fast.data.sources import load, load_digits
+from rdm_fast.data.images.datasets import load, load_digits
 from rdm_fast.errors import DataError, InputMissing, Unavailable
 
 

@@ -1,4 +1,4 @@
-"""rdm_fast.data.folder: which files count, which label they have, and what is refused."""
+"""rdm_fast.data.images.folder: which files count, which label they have, and what is refused."""
 
 import os
 from dataclasses import replace
@@ -9,9 +9,9 @@ import pytest
 from PIL import Image
 
 from rdm_fast.config import DataConfig
-from rdm_fast.data.folder import load_folder
-from rdm_fast.data.images import FileImages, ImageSet
-from rdm_fast.data.sources import load
+from rdm_fast.data.images.datasets import load
+from rdm_fast.data.images.folder import load_folder
+from rdm_fast.data.images.sets import FileImages, ImageSet
 from rdm_fast.errors import DataError, InputMissing
 
 

@@ -1,4 +1,4 @@
-"""rdm_fast.data.index: what is looked at again, what is believed, and where it is kept."""
+"""rdm_fast.data.images.index: what is looked at again, what is believed, and where it is kept."""
 
 import os
 import pickle
@@ -14,13 +14,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from rdm_fast import durable
 from rdm_fast.config import DataConfig
-from rdm_fast.data import index
-from rdm_fast.data.decode import Header
-from rdm_fast.data.folder import load_folder
-from rdm_fast.data.images import FileImages
-from rdm_fast.data.index import NAME, Found, Index, build
+from rdm_fast.data.images import index
+from rdm_fast.data.images.decode import Header
+from rdm_fast.data.images.folder import load_folder
+from rdm_fast.data.images.index import NAME, Found, Index, build
+from rdm_fast.data.images.sets import FileImages
+from rdm_fast.runtime import atomic_files
 
 NAMES = ["a/0.png", "a/ü\n.png", "b/\udcff.png", "b/1.png", "c.gif"]
 SAVED = f"{NAME}.npz"
@@ -155,7 +155,7 @@ def test_where_nothing_can_be_written_every_start_looks_again_and_says_so(
     def refuse(path: Path, content: str | bytes) -> None:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(durable, "replace", refuse)
+    monkeypatch.setattr(atomic_files, "replace", refuse)
     monkeypatch.setattr(index.tempfile, "gettempdir", lambda: "/proc/nowhere")
     for _ in range(2):
         assert build(folder, found(folder), full=False).usable.all()

@@ -1,4 +1,4 @@
-"""rdm_fast.data.images: what Pillow makes of odd files, and one clear sentence for bad ones."""
+"""sets: what Pillow makes of odd files, and one clear sentence for bad ones."""
 
 import io
 import pickle
@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rdm_fast.data.decode import Header, decode, look
-from rdm_fast.data.images import EncodedImages, FileImages, ImageSet, PixelImages
-from rdm_fast.data.index import Found, build
+from rdm_fast.data.images.decode import Header, decode, look
+from rdm_fast.data.images.index import Found, build
+from rdm_fast.data.images.sets import EncodedImages, FileImages, ImageSet, PixelImages
 from rdm_fast.errors import DataError
 
 

@@ -13,16 +13,16 @@ import torch
 from PIL import Image
 
 from rdm_fast.config import AugmentConfig, Config, DataConfig
-from rdm_fast.data import tar_members
-from rdm_fast.data.decode import look
-from rdm_fast.data.folder import load_folder
-from rdm_fast.data.shards import ShardImages, expand
-from rdm_fast.data.sources import Split, load
+from rdm_fast.data.images import tar_members
+from rdm_fast.data.images.datasets import Split, load
+from rdm_fast.data.images.decode import look
+from rdm_fast.data.images.folder import load_folder
+from rdm_fast.data.images.shards import ShardImages, expand
 from rdm_fast.errors import DataError, InputMissing, UserError
 from tests.data.conftest import natural
-from tests.data.dali_here import DECODING
 from tests.data.files import encode
-from tests.data.test_loader import batches, configure, same
+from tests.data.loaders.dali_here import DECODING
+from tests.data.loaders.test_build import batches, configure, same
 from tests.runs import final_state, run, run_with_stops
 from tests.tiny import tiny
 
@@ -114,10 +114,12 @@ def test_shards_are_listed_once(root: Path, monkeypatch: pytest.MonkeyPatch) -> 
     opened: list[str] = []
     scan = tar_members.scan
     monkeypatch.setattr(tar_members, "scan", lambda path: (opened.append(path.name), scan(path))[1])
-    monkeypatch.setattr("rdm_fast.data.index.look", lambda *_, **__: pytest.fail("looked again"))
+    monkeypatch.setattr(
+        "rdm_fast.data.images.index.look", lambda *_, **__: pytest.fail("looked again")
+    )
     again = read_in(root)
     assert not opened and again.digest == before.digest
-    monkeypatch.setattr("rdm_fast.data.index.look", look)
+    monkeypatch.setattr("rdm_fast.data.images.index.look", look)
     pack(root / "train/001.tar", samples(range(6, 8)))
     changed = read_in(root)
     assert opened == ["000.tar", "001.tar"] and len(changed) == 7

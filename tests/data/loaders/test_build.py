@@ -19,20 +19,18 @@ from rdm_fast.data import (
     Batch,
     ImageSet,
     build_loader,
-    dali_input,
     evaluation_batches,
     load,
-    resident,
-    torch_pipeline,
 )
-from rdm_fast.data.batch import draw_all_views
-from rdm_fast.data.dali import install_line
-from rdm_fast.data.folder import load_folder
-from rdm_fast.data.images import EncodedImages, PixelImages
-from rdm_fast.data.sampler import ViewParameters, epoch_order
-from rdm_fast.data.torch_pipeline import ViewsOfImages
+from rdm_fast.data.images.folder import load_folder
+from rdm_fast.data.images.sets import EncodedImages, PixelImages
+from rdm_fast.data.loaders import dali_input, resident, torch_loader
+from rdm_fast.data.loaders.batch import draw_all_views
+from rdm_fast.data.loaders.dali_loader import install_line
+from rdm_fast.data.loaders.torch_loader import ViewsOfImages
+from rdm_fast.data.views.sampler import ViewParameters, epoch_order
 from rdm_fast.errors import DataError, Unavailable, UsageError
-from tests.data.dali_here import DECODING, HERE, LOADERS, needs_dali, without_dali
+from tests.data.loaders.dali_here import DECODING, HERE, LOADERS, needs_dali, without_dali
 
 Pixels = NDArray[np.uint8]
 CPU = torch.device("cpu")
@@ -113,7 +111,7 @@ def test_dali_asked_for_and_absent_is_refused_with_the_line_that_installs_it(
 
 
 def test_the_line_that_installs_dali_is_that_of_the_extras(monkeypatch: pytest.MonkeyPatch) -> None:
-    pyproject = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text("utf-8"))
+    pyproject = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text("utf-8"))
     extras = pyproject["project"]["optional-dependencies"]
     for cuda, extra in (("12.9", "dali-cuda12"), ("13.2", "dali"), (None, "dali")):
         monkeypatch.setattr(torch.version, "cuda", cuda)
@@ -205,7 +203,7 @@ def test_every_loader_is_given_the_same_parameters(
                 )
             return drawn
 
-        for module in (resident, torch_pipeline, dali_input):
+        for module in (resident, torch_loader, dali_input):
             monkeypatch.setattr(module, "draw_all_views", recorded)
         for rank in range(world):
             made = build_loader(configure(loader), images, rank=rank, world_size=world, device=CPU)

@@ -13,22 +13,21 @@ from PIL import Image
 
 from rdm_fast.config import Config, Precision
 from rdm_fast.data import Batch, ImageSet, build_loader
-from rdm_fast.data.dali import DaliLoader
-from rdm_fast.data.folder import load_folder
-from rdm_fast.data.images import EncodedImages, PixelImages
-from rdm_fast.data.preview import levels_of
-from rdm_fast.data.subset import Subset
+from rdm_fast.data.images.folder import load_folder
+from rdm_fast.data.images.sets import EncodedImages, PixelImages, Subset
+from rdm_fast.data.loaders.dali_loader import DaliLoader
 from rdm_fast.errors import DataError, Unavailable
-from rdm_fast.precision import dtype_of_views
+from rdm_fast.runtime.precision import dtype_of_views
+from rdm_fast.tools.preview import levels_of
 from tests.data.conftest import natural
-from tests.data.dali_here import needs_dali
 from tests.data.files import png
-from tests.data.test_loader import batches, configure, same
+from tests.data.loaders.dali_here import needs_dali
+from tests.data.loaders.test_build import batches, configure, same
 from tests.tiny import command
 
 pytestmark = needs_dali
 CPU = torch.device("cpu")
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture

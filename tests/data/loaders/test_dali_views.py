@@ -19,20 +19,20 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from rdm_fast.config import AugmentConfig, Config, Interpolation, OptimConfig, ViewConfig
-from rdm_fast.data.augment import view_of_image, view_table
-from rdm_fast.data.batch import draw_all_views
-from rdm_fast.data.dali import finished
-from rdm_fast.data.dali_input import Source, file_for_dali, window
-from rdm_fast.data.images import EncodedImages, ImageSet, PixelImages
-from rdm_fast.data.sampler import JITTER_ORDERS, ViewParameters
-from rdm_fast.recipes import RECIPES
+from rdm_fast.config.recipes import RECIPES
+from rdm_fast.data.images.sets import EncodedImages, ImageSet, PixelImages
+from rdm_fast.data.loaders.batch import draw_all_views
+from rdm_fast.data.loaders.dali_input import Source, file_for_dali, window
+from rdm_fast.data.loaders.dali_loader import finished
+from rdm_fast.data.views.augment import view_of_image, view_table
+from rdm_fast.data.views.sampler import JITTER_ORDERS, ViewParameters
 from tests.data.conftest import natural
-from tests.data.dali_here import HERE, needs_dali
+from tests.data.loaders.dali_here import HERE, needs_dali
 
 if HERE:
     from nvidia.dali import fn
 
-    from rdm_fast.data import dali_graph
+    from rdm_fast.data.loaders import dali_graph
 
 pytestmark = needs_dali
 

@@ -25,10 +25,10 @@ from rdm_fast.config import (
     ViewConfig,
 )
 from rdm_fast.data import build_loader
-from rdm_fast.data.augment import blur_taps, view_of_image, view_table
-from rdm_fast.data.images import PixelImages
-from rdm_fast.data.sampler import ViewParameters, draw_views
-from rdm_kernels.augment_views import augment_views_triton
+from rdm_fast.data.images.sets import PixelImages
+from rdm_fast.data.views.augment import blur_taps, view_of_image, view_table
+from rdm_fast.data.views.sampler import ViewParameters, draw_views
+from rdm_kernels.views.op import augment_views_triton
 
 Pixels = NDArray[np.uint8]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

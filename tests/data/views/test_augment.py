@@ -1,4 +1,4 @@
-"""rdm_fast.data.augment: the batch against torchvision and Pillow, with the same parameters.
+"""rdm_fast.data.views.augment: the batch against torchvision and Pillow, with the same parameters.
 
 The two ways may differ by a rounding here and there, which later steps can enlarge: at most 1 %
 of values may be off by more than 4 levels, and no image by more than 2 on average. The controls
@@ -17,15 +17,15 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as vision
 
 from rdm_fast.config import AugmentConfig, Interpolation, ViewConfig
-from rdm_fast.data.augment import (
+from rdm_fast.data.views.augment import (
     blur_taps,
     levels_of_batch,
     normalise,
     view_of_image,
     views_of_batch,
 )
-from rdm_fast.data.sampler import ViewParameters, draw_views
-from rdm_kernels.view_geometry import resampling_taps
+from rdm_fast.data.views.sampler import ViewParameters, draw_views
+from rdm_kernels.views.geometry import resampling_taps
 from tests.data.conftest import natural
 
 Pixels = NDArray[np.uint8]

@@ -1,4 +1,4 @@
-"""rdm_fast.data.philox against Random123's published vectors and Triton's own Philox."""
+"""rdm_fast.data.views.philox against Random123's published vectors and Triton's own Philox."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from numpy.typing import NDArray
 
-from rdm_fast.data.philox import philox4x32, uniforms, words
+from rdm_fast.data.views.philox import philox4x32, uniforms, words
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 

@@ -1,4 +1,4 @@
-"""rdm_fast.data.sampler against torchvision's get_params, and against itself at other shardings."""
+"""sampler against torchvision's get_params, and against itself at other shardings."""
 
 import dataclasses
 
@@ -12,8 +12,9 @@ from scipy.stats import chisquare, ks_2samp, kstest
 from torchvision.transforms import ColorJitter, GaussianBlur, RandomAffine, RandomResizedCrop
 
 from rdm_fast.config import ViewConfig
-from rdm_fast.data.philox import uniforms
-from rdm_fast.data.sampler import (
+from rdm_fast.config.recipes import RECIPES
+from rdm_fast.data.views.philox import uniforms
+from rdm_fast.data.views.sampler import (
     CROP_TRIES,
     JITTER_ORDERS,
     SCALAR_BLOCKS,
@@ -23,7 +24,6 @@ from rdm_fast.data.sampler import (
     epoch_order,
     step_indices,
 )
-from rdm_fast.recipes import RECIPES
 
 N = 4000
 P = 0.001  # of a false alarm in one comparison; the seeds are fixed, so it cannot flicker

@@ -1,14 +1,14 @@
-"""rdm_fast.engines.choice: which engine `auto` is, and what becomes of one that failed."""
+"""rdm_fast.filters.engines.choice: which engine `auto` is, and what becomes of one that failed."""
 
 import pytest
 import torch
 from torch import Tensor
 
 from rdm_fast.config import FilterConfig
-from rdm_fast.engines import Engine, engine_for
-from rdm_fast.engines import choice as choice_module
 from rdm_fast.errors import Unavailable
-from rdm_fast.spectral import spectral_loss
+from rdm_fast.filters.engines import Engine, engine_for
+from rdm_fast.filters.engines import choice as choice_module
+from rdm_fast.filters.loss import spectral_loss
 from rdm_kernels.matrix_function import CHOLESKY_FAILED, INACCURATE, NOT_FINITE
 from tests.spectra import gradients, two_views
 
@@ -116,7 +116,7 @@ def test_all_users_of_equal_filters_share_an_engine() -> None:
 
 
 def test_a_name_that_was_taken_is_the_engine_that_ran(monkeypatch: pytest.MonkeyPatch) -> None:
-    from rdm_fast import engines
+    from rdm_fast.filters import engines
 
     built: list[str] = []
     for name, engine in list(engines.ENGINES.items()):

@@ -1,4 +1,4 @@
-"""rdm_fast.engines.exchange: each view's matrix function on one rank, and what the others get."""
+"""exchange: each view's matrix function on one rank, and what the others get."""
 
 from pathlib import Path
 
@@ -8,9 +8,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rdm_fast.config import FilterConfig
-from rdm_fast.engines import eigh as eigh_module
-from rdm_fast.engines import engine_for, exchange, gemm
-from rdm_fast.spectral import SpectralPredictor, spectral_loss
+from rdm_fast.filters.engines import eigh as eigh_module
+from rdm_fast.filters.engines import engine_for, exchange, gemm
+from rdm_fast.filters.loss import SpectralPredictor, spectral_loss
 from rdm_kernels.matrix_function import CHOLESKY_FAILED
 from tests.ranks import run_ranks
 from tests.spectra import gradients, two_views

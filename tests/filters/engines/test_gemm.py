@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from rdm_fast.config import FilterConfig
-from rdm_fast.engines.gemm import GemmFilter
+from rdm_fast.filters.engines.gemm import GemmFilter
 from tests.spectra import (
     ONLINE,
     SHAPES,

@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 
 from rdm_fast.config import FilterConfig
-from rdm_fast.engines import choice
-from rdm_fast.spectral import spectral_loss
+from rdm_fast.filters.engines import choice
+from rdm_fast.filters.loss import spectral_loss
 from tests.spectra import ONLINE, TARGET, name, two_views
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:filter.location")]

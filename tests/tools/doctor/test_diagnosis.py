@@ -16,16 +16,16 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from rdm_fast import cli
-from rdm_fast.command_line import parse_doctor
+from rdm_fast.cli import commands as cli
+from rdm_fast.cli.parse import parse_doctor
 from rdm_fast.config import Config
 from rdm_fast.data import build_loader, load
-from rdm_fast.doctor import stages
-from rdm_fast.doctor.diagnosis import diagnose
-from rdm_fast.doctor.stages import LIMIT_S, Clock, Step, without_filter
 from rdm_fast.errors import UsageError
 from rdm_fast.methods import build_method
-from tests.data.dali_here import needs_dali
+from rdm_fast.tools.doctor import stages
+from rdm_fast.tools.doctor.diagnosis import diagnose
+from rdm_fast.tools.doctor.stages import LIMIT_S, Clock, Step, without_filter
+from tests.data.loaders.dali_here import needs_dali
 from tests.tiny import METHODS, batch, tiny, with_small_views
 
 CPU = torch.device("cpu")

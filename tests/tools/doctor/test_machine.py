@@ -1,4 +1,4 @@
-"""rdm_fast.doctor.machine: what is here, and the line for what is not, in staged environments."""
+"""machine: what is here, and the line for what is not, in staged environments."""
 
 import os
 import subprocess
@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from rdm_fast.doctor import machine
-from rdm_fast.doctor.machine import (
+from rdm_fast.tools.doctor import machine
+from rdm_fast.tools.doctor.machine import (
     Finding,
     apex_here,
     cpu_flags,
@@ -20,7 +20,7 @@ from rdm_fast.doctor.machine import (
     usable_cpus,
 )
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 
 
 def finding(name: str) -> Finding:

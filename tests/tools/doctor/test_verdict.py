@@ -5,8 +5,8 @@ from dataclasses import replace
 import pytest
 
 from rdm_fast.config import Config
-from rdm_fast.doctor.verdict import Situation, Verdict, verdict
-from rdm_fast.recipes import recipe
+from rdm_fast.config.recipes import recipe
+from rdm_fast.tools.doctor.verdict import Situation, Verdict, verdict
 
 
 def judge(

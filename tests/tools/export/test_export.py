@@ -1,4 +1,4 @@
-"""rdm_fast.export: what is written loads strictly into the real programs and embeds the same."""
+"""export: what is written loads strictly into the real programs and embeds the same."""
 
 import functools
 import json
@@ -13,16 +13,17 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from rdm_fast import checkpoint, cli
-from rdm_fast.checkpoint import Snapshot
+from rdm_fast.cli import commands as cli
 from rdm_fast.config import Config
+from rdm_fast.config.recipes import RECIPES
 from rdm_fast.errors import CannotCreate, UsageError
-from rdm_fast.export.targets import TARGETS, Target
-from rdm_fast.export.write import SUFFIXES, export_checkpoint
-from rdm_fast.foreign import METADATA, load_backbone, read_backbone
 from rdm_fast.methods import Method, build_method
-from rdm_fast.recipes import RECIPES
-from rdm_fast.run_folder import RunFolder
+from rdm_fast.models.pretrained import METADATA, load_backbone, read_backbone
+from rdm_fast.run import checkpoint
+from rdm_fast.run.checkpoint import Snapshot
+from rdm_fast.run.folder import RunFolder
+from rdm_fast.tools.export.targets import TARGETS, Target
+from rdm_fast.tools.export.write import SUFFIXES, export_checkpoint
 
 STEP = 7
 

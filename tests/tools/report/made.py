@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from rdm_fast.config import Config
-from rdm_fast.run_folder import RunFolder, State
-from rdm_fast.saved_config import config_to_dict
+from rdm_fast.config.saved import config_to_dict
+from rdm_fast.run.folder import RunFolder, State
 from tests.tiny import tiny
 
 STEPS_PER_EPOCH = 4

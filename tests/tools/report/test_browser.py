@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rdm_fast.report import style
-from tests.report.made import make_run
-from tests.report.test_page import Page, report
+from rdm_fast.tools.report import style
+from tests.tools.report.made import make_run
+from tests.tools.report.test_page import Page, report
 
 __all__ = ["report"]  # a fixture
 

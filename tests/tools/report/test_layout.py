@@ -1,4 +1,4 @@
-"""rdm_fast.report.layout: clusters stay clusters, and the same rows give the same map."""
+"""rdm_fast.tools.report.layout: clusters stay clusters, and the same rows give the same map."""
 
 import importlib.util
 
@@ -8,8 +8,8 @@ from numpy.typing import NDArray
 from sklearn.neighbors import KNeighborsClassifier
 
 from rdm_fast.errors import Unavailable
-from rdm_fast.report import layout
-from rdm_fast.report.layout import FEWEST, flatten, require_umap
+from rdm_fast.tools.report import layout
+from rdm_fast.tools.report.layout import FEWEST, flatten, require_umap
 
 
 def clusters(each: int, seed: int = 0) -> tuple[NDArray[np.float32], NDArray[np.int64]]:

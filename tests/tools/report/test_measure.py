@@ -1,4 +1,4 @@
-"""rdm_fast.report.measure against numpy's singular value decomposition."""
+"""rdm_fast.tools.report.measure against numpy's singular value decomposition."""
 
 from dataclasses import fields, replace
 from pathlib import Path
@@ -12,13 +12,20 @@ from rdm_fast.config import FilterConfig
 from rdm_fast.data import load
 from rdm_fast.errors import DataError, UserError
 from rdm_fast.methods import Branches, build_method
-from rdm_fast.report.measure import Measurement, Spectra, _branches, _spectra, measure, recorded
-from rdm_fast.report.read import read_run
 from rdm_fast.spectrum import effective_rank
 from rdm_fast.telemetry import SPECTRUM_KEYS
-from tests.report.made import make_run, spectrum_line
+from rdm_fast.tools.report.measure import (
+    Measurement,
+    Spectra,
+    _branches,
+    _spectra,
+    measure,
+    recorded,
+)
+from rdm_fast.tools.report.read import read_run
 from tests.runs import CPU, run, with_log
 from tests.tiny import tiny
+from tests.tools.report.made import make_run, spectrum_line
 
 B, D = 12, 7
 

@@ -11,15 +11,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rdm_fast import cli
-from rdm_fast.command_line import parse_report
+from rdm_fast.cli import commands as cli
+from rdm_fast.cli.parse import parse_report
 from rdm_fast.errors import CannotCreate, Unavailable, UsageError
-from rdm_fast.report import make, style
-from rdm_fast.report.make import make_report
-from rdm_fast.report.measure import Embeddings, Measurement, Spectra
-from rdm_fast.report.page import NONE, clock, number
-from tests.report.made import evaluate, line, make_run, spectrum_line
+from rdm_fast.tools.report import make, style
+from rdm_fast.tools.report.make import make_report
+from rdm_fast.tools.report.measure import Embeddings, Measurement, Spectra
+from rdm_fast.tools.report.page import NONE, clock, number
 from tests.tiny import tiny
+from tests.tools.report.made import evaluate, line, make_run, spectrum_line
 
 FETCHING = {"src", "href", "srcset", "data", "poster", "action", "formaction", "background", "ping"}
 VOID = {"meta", "img", "link", "br", "hr", "input"}

@@ -1,4 +1,4 @@
-"""rdm_fast.report.read: what a run folder says, also when much of it is gone."""
+"""rdm_fast.tools.report.read: what a run folder says, also when much of it is gone."""
 
 import json
 import math
@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 
 from rdm_fast.config import FilterConfig
+from rdm_fast.config.recipes import RECIPES
 from rdm_fast.errors import InputMissing
-from rdm_fast.recipes import RECIPES
-from rdm_fast.report.read import (
+from rdm_fast.telemetry import KEYS
+from rdm_fast.tools.report.read import (
     describe,
     describe_filter,
     differences,
@@ -20,9 +21,8 @@ from rdm_fast.report.read import (
     read_run,
     read_runs,
 )
-from rdm_fast.telemetry import KEYS
-from tests.report.made import evaluate, line, make_run
 from tests.tiny import tiny
+from tests.tools.report.made import evaluate, line, make_run
 
 
 def test_a_sound_run_has_no_notes(tmp_path: Path) -> None:

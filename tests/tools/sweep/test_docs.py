@@ -1,9 +1,9 @@
-"""docs/sweep.md: a sweep's results find their place. (tests/test_docs.py reads its commands.)"""
+"""docs/sweep.md: a sweep's results find their place. (tests/docs reads its commands.)"""
 
 import runpy
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 PAGE = ROOT / "docs" / "sweep.md"
 
 

@@ -5,12 +5,12 @@ from dataclasses import replace
 
 import pytest
 
-from rdm_fast.command_line import parse_sweep
+from rdm_fast.cli.parse import parse_sweep
 from rdm_fast.config import Config, FilterConfig
+from rdm_fast.config.recipes import RECIPES, recipe
 from rdm_fast.errors import UsageError
-from rdm_fast.filters import advice
-from rdm_fast.recipes import RECIPES, recipe
-from rdm_fast.sweep.grid import GRID, configure, prediction
+from rdm_fast.filters.response import advice
+from rdm_fast.tools.sweep.grid import GRID, configure, prediction
 from tests.tiny import tiny
 
 PAPER = {

@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from rdm_fast import cli
-from rdm_fast.command_line import parse_sweep
+from rdm_fast.cli import commands as cli
+from rdm_fast.cli.parse import parse_sweep
 from rdm_fast.errors import (
     CannotCreate,
     ConfigMismatch,
@@ -23,15 +23,15 @@ from rdm_fast.errors import (
     UsageError,
     UserError,
 )
-from rdm_fast.report import style
-from rdm_fast.run_folder import RunFolder, read_config, read_status
-from rdm_fast.sweep import make
-from rdm_fast.sweep.make import make_sweep, visible_gpus
-from rdm_fast.sweep.queue import LAUNCHED, PROGRAM, Failure
+from rdm_fast.run.folder import RunFolder, read_config, read_status
+from rdm_fast.tools.report import style
+from rdm_fast.tools.sweep import make
+from rdm_fast.tools.sweep.make import make_sweep, visible_gpus
+from rdm_fast.tools.sweep.queue import LAUNCHED, PROGRAM, Failure
 from tests.processes import PATIENCE, alive, children, environment, final_bytes
-from tests.report.made import make_run
 from tests.runs import run
 from tests.tiny import command
+from tests.tools.report.made import make_run
 
 Sweep = Callable[..., None]
 

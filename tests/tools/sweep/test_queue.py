@@ -1,4 +1,4 @@
-"""rdm_fast.sweep.queue with a program in the place of `rdm`, so that a run takes no time.
+"""rdm_fast.tools.sweep.queue with a program in the place of `rdm`, so that a run takes no time.
 
 The program does what its run folder's `plan` says: it completes the run, fails, is killed, or waits
 for a signal. What it was asked for stands in `asked`, a line a start.
@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from rdm_fast.errors import Interrupted
-from rdm_fast.sweep import queue
-from rdm_fast.sweep.queue import Failure, next_command, run_all
-from tests.report.made import evaluate, make_run
+from rdm_fast.tools.sweep import queue
+from rdm_fast.tools.sweep.queue import Failure, next_command, run_all
+from tests.tools.report.made import evaluate, make_run
 
 PROGRAM = """
 import json, os, pathlib, signal, sys, time

@@ -1,15 +1,15 @@
-"""rdm_fast.sweep.results: every number of the table comes from the run it is named after."""
+"""rdm_fast.tools.sweep.results: every number of the table comes from the run it is named after."""
 
 import struct
 from pathlib import Path
 
-from rdm_fast.report import style
-from rdm_fast.report.read import Run, read_run
-from rdm_fast.sweep.grid import GRID, configure
-from rdm_fast.sweep.queue import Failure
-from rdm_fast.sweep.results import Row, conditions, figure, markdown, row
-from tests.report.made import evaluate, line, make_run
+from rdm_fast.tools.report import style
+from rdm_fast.tools.report.read import Run, read_run
+from rdm_fast.tools.sweep.grid import GRID, configure
+from rdm_fast.tools.sweep.queue import Failure
+from rdm_fast.tools.sweep.results import Row, conditions, figure, markdown, row
 from tests.tiny import tiny
+from tests.tools.report.made import evaluate, line, make_run
 
 
 def swept(tmp_path: Path) -> dict[str, Run]:

@@ -1,0 +1,1 @@
+"""The command lines: parsing, settings as flags, and the commands themselves."""

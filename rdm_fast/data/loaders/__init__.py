@@ -1,0 +1,1 @@
+"""How views get to the device: from memory, with torch workers, or with DALI."""

@@ -1,0 +1,1 @@
+"""The process a run lives in: ranks, precision, signals, atomic files, copies to the host."""

@@ -1,0 +1,1 @@
+"""Commands around a run: doctor, export, report, sweep, preview."""
