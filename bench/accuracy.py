@@ -52,7 +52,7 @@ SPECTRA = [
     "k^-1",
     "k^-2",
     "clusters",
-    "centred",
+    "centered",
     "duplicates",
     "1e-4 x",
     "1e4 x",
@@ -115,7 +115,7 @@ def batch(spectrum: str, B: int, D: int, dtype: torch.dtype) -> tuple[Tensor, Te
             views = first, 0.8 * first + 0.6 * matrix(B, D, s, seed=1)
         case "zero":
             views = (torch.zeros(B, D, dtype=torch.float64),) * 2
-        case "centred":
+        case "centered":
             views = tuple(z - z.mean(dim=0) for z in two_views(B, D, "k^-1/2", torch.float64))
         case "duplicates":
             half = two_views((B + 1) // 2, D, "k^-1/2", torch.float64)
@@ -160,7 +160,7 @@ def measure(config: FilterConfig, spectrum: str, z1: Tensor, z2: Tensor, device:
     found = [grad.cpu().double() for grad in grads]
     finite = bool(loss.isfinite()) and all(bool(grad.isfinite().all()) for grad in found)
 
-    filter_of = partial(normalised, damped_filter if used == "gemm" else paper_filter)
+    filter_of = partial(normalized, damped_filter if used == "gemm" else paper_filter)
     if spectrum == "zero":  # the definitions divide by 0
         exact_loss, *exact = torch.zeros(()), *(torch.zeros_like(grad) for grad in found)
     else:
@@ -186,7 +186,7 @@ def measure(config: FilterConfig, spectrum: str, z1: Tensor, z2: Tensor, device:
     return Cell(error, 2 * exact_size + allowed, loss_error, finite, flagged)
 
 
-def normalised(filter_of: FilterOf, X: Tensor, config: FilterConfig) -> Tensor:
+def normalized(filter_of: FilterOf, X: Tensor, config: FilterConfig) -> Tensor:
     """W, but |W| = 1 for a power of s: its factor is not to matter, not even for tiny rows."""
     W = filter_of(X, config)
     return W / torch.linalg.matrix_norm(W, 2) if config.kind == "poly" else W

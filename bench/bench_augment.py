@@ -46,7 +46,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def photographs(n: int, side: int) -> np.ndarray:
-    """[n, side, side, 3] uint8: smooth colours with some grain."""
+    """[n, side, side, 3] uint8: smooth colors with some grain."""
     soft = torch.nn.functional.interpolate(255 * torch.rand(n, 3, 5, 5), side, mode="bicubic")
     grain = 6 * torch.randn(n, 3, side, side)
     return (soft + grain).clamp(0, 255).byte().permute(0, 2, 3, 1).contiguous().numpy()

@@ -8,7 +8,7 @@
 
 All with the same augmentations: SimSiam's for ImageNet at 224 pixels, for CIFAR at 32. The images
 are made: 500 x 375 JPEG files, and 32 x 32 decoded ones, with the 1/f spectrum and the correlated
-colours of photographs. A round is an epoch, after one that is not timed.
+colors of photographs. A round is an epoch, after one that is not timed.
 """
 
 import io
@@ -42,8 +42,8 @@ Epoch = Callable[[], int]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 WORKERS = sorted({1, 2, min(8, os.cpu_count() or 1)})
 INTERPOLATION = {"bilinear": v2.InterpolationMode.BILINEAR, "bicubic": v2.InterpolationMode.BICUBIC}
-COLOURS = np.array([[1, 0.25, 0.1], [1, 0, -0.2], [1, -0.25, 0.1]])
-"""Red, green and blue of three independent fields: one of lightness, two of colour."""
+COLORS = np.array([[1, 0.25, 0.1], [1, 0, -0.2], [1, -0.25, 0.1]])
+"""Red, green and blue of three independent fields: one of lightness, two of color."""
 ROUNDS = 3
 BATCHES = 2000
 CREEP_MB = 64.0
@@ -56,7 +56,7 @@ def natural(rng: np.random.Generator, height: int, width: int) -> Pixels:
     phase = rng.random((3, *amplitude.shape))
     fields = np.fft.irfft2(amplitude * np.exp(2j * np.pi * phase), s=(height, width))
     fields /= fields.std(axis=(1, 2), keepdims=True)
-    levels = 118 + 58 * np.moveaxis(fields, 0, -1) @ COLOURS.T
+    levels = 118 + 58 * np.moveaxis(fields, 0, -1) @ COLORS.T
     return np.clip(np.rint(levels), 0, 255).astype(np.uint8)
 
 

@@ -109,7 +109,7 @@ def check(name: str, loss: Loss, z1: Tensor, z2: Tensor, config: FilterConfig) -
 def without_cutoff(config: FilterConfig, n: int) -> float:
     """What the paper's gradient can agree with one that leaves out directions of rounding error.
 
-    Features are centred, so one of n is always such a direction, sometimes more: most of the
+    Features are centered, so one of n is always such a direction, sometimes more: most of the
     gradient under a falling online filter, of which nothing can be asked then; a share 1 / n each
     of that from targets of sigma -1.
     """

@@ -21,13 +21,13 @@ def peak_mib() -> float:
 
 
 def made(n: int, d: int, classes: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Embeddings [n, d] around one centre a class, and labels [n]."""
+    """Embeddings [n, d] around one center a class, and labels [n]."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(n) % classes
-    centres = torch.randn(classes, d, generator=torch.Generator().manual_seed(0))
+    centers = torch.randn(classes, d, generator=torch.Generator().manual_seed(0))
     features = torch.randn(n, d, generator=generator)
     for rows in torch.arange(n).split(4096):
-        features[rows] += 0.15 * centres[labels[rows]]
+        features[rows] += 0.15 * centers[labels[rows]]
     return features, labels
 
 

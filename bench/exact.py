@@ -31,7 +31,7 @@ class Spectrum(NamedTuple):
 def views(B: int, D: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Projections of two views as a projector's final batch norm leaves them, [B, D].
 
-    Features are centred and of unit variance; the spectrum falls as k^-1 in energy; the two
+    Features are centered and of unit variance; the spectrum falls as k^-1 in energy; the two
     views share nine tenths of their energy.
     """
     generator = torch.Generator().manual_seed(0)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import matplotlib.pyplot as plt
 
-COLOURS = ("#1b6ca8", "#c8553d")
+COLORS = ("#1b6ca8", "#c8553d")
 
 
 def evaluation(run: Path) -> dict:
@@ -30,23 +30,23 @@ def draw(with_filter: Path, without: Path, file: Path) -> None:
     """Left, eigenvalues of the test images' projections; right, effective rank while training."""
     plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False})
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
-    for run, label, colour in zip(
-        (with_filter, without), ("with spectral filter", "without"), COLOURS, strict=True
+    for run, label, color in zip(
+        (with_filter, without), ("with spectral filter", "without"), COLORS, strict=True
     ):
         result = evaluation(run)
         values = result["eigenvalues"]
         share = [value / sum(values) for value in values]
         name = f"{label}: {result['top1']:.1f} % linear top-1"
-        left.semilogy(range(1, len(share) + 1), share, color=colour, label=name, linewidth=2)
+        left.semilogy(range(1, len(share) + 1), share, color=color, label=name, linewidth=2)
         epochs, rank = history(run, "effective_rank/projection")
-        right.plot(epochs, rank, color=colour, linewidth=2)
+        right.plot(epochs, rank, color=color, linewidth=2)
         right.annotate(
             f"{label}: {rank[-1]:.1f}",
             (epochs[-1], rank[-1]),
             xytext=(0, 14),
             textcoords="offset points",
             ha="right",
-            color=colour,
+            color=color,
         )
     left.set(xlabel="direction", ylabel="share of variance", ylim=(1e-8, 1), xlim=(0, None))
     left.set_title("Spectrum of the projections of test images", fontsize=11)

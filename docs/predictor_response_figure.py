@@ -16,7 +16,7 @@ from scipy.stats import spearmanr
 
 from rdm_fast.telemetry import read_spectra
 
-COLOURS = ("#1b6ca8", "#c8553d")
+COLORS = ("#1b6ca8", "#c8553d")
 LAST = 3  # records, by when the learning rate has all but stopped the weights
 
 
@@ -42,11 +42,11 @@ def draw(runs: list[Path], file: Path) -> None:
     figure, axes = plt.subplots(
         1, len(runs), figsize=(5 * len(runs), 3.8), layout="constrained", squeeze=False
     )
-    for axis, run, colour in zip(axes[0], runs, COLOURS, strict=False):
+    for axis, run, color in zip(axes[0], runs, COLORS, strict=False):
         s, g = measured(run)
         axis.axhline(0, color="0.8", linewidth=1)
-        axis.semilogx(s / s[0], g, ".", color=colour, alpha=0.5, label="one direction")
-        axis.semilogx(s / s[0], smooth(g), color=colour, linewidth=2, label="running median")
+        axis.semilogx(s / s[0], g, ".", color=color, alpha=0.5, label="one direction")
+        axis.semilogx(s / s[0], smooth(g), color=color, linewidth=2, label="running median")
         rho = spearmanr(s, g).statistic
         axis.set(xlabel="strength of the direction, s / s_max", ylabel="measured response g(s)")
         axis.set_title(f"{run.name}: rank correlation {rho:.2f}, n = {len(s)}", fontsize=11)

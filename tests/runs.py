@@ -114,7 +114,7 @@ def losses(path: Path) -> list[float]:
 
 
 def nudge(trainer: Trainer, seed: int) -> None:
-    """Move every weight to one of its two neighbours in float32, before every step."""
+    """Move every weight to one of its two neighbors in float32, before every step."""
     generator = torch.Generator().manual_seed(seed)
 
     @torch.no_grad()

@@ -4,7 +4,7 @@
     stacked    G = [X1; X2] [X1; X2]^T [2B, 2B]: X1 X1^T, X2 X2^T and X2 X1^T at once
 
 Products of 16-bit values are exact in float32, so a Gram matrix of a 16-bit batch has the accuracy
-of float32 sums, provided it is not stored in 16 bits. With `centre`, the mean row of each view is
+of float32 sums, provided it is not stored in 16 bits. With `center`, the mean row of each view is
 subtracted while rows are read. Only tiles at or under the diagonal are computed. With each matrix
 come its diagonal, trace, Frobenius norm and a flag, all on the device, that would else cost
 another pass each.
@@ -15,7 +15,7 @@ summed, u = 2^-24:
     16 bits, or precision="ieee"    (K + 2) u
     float32, precision="tf32x3"     (K + 2) u + 12 u    each product a sum of three of 10-bit
                                                         significands, all but 3 * 2^-22 of it
-    centred                         + (B / 16 + 16) u   the mean is rounded: x stands for
+    centered                         + (B / 16 + 16) u   the mean is rounded: x stands for
                                                         |x| + mean |x| in the unit
 
 The op `rdm::gram` is *defined* by its PyTorch body below, which also runs on CPU. Triton registers
@@ -53,7 +53,7 @@ def gram(
     X: Tensor,
     *,
     side: Literal["samples", "features"],
-    centre: bool = False,
+    center: bool = False,
     stacked: bool = False,
     precision: Literal["tf32x3", "ieee"] = "tf32x3",
 ) -> Symmetric:
@@ -62,9 +62,9 @@ def gram(
     Args:
         X: [v, B, D], float16, bfloat16 or float32, none of the sizes 0. Takes no gradient.
         side: X X^T ("samples") or X^T X ("features").
-        centre: subtract the mean row of each view first.
+        center: subtract the mean row of each view first.
         stacked: treat the v views as one batch of v B rows; samples only. Means stay per view.
-        precision: how products of float32 values (or of centred ones) are formed on CUDA: as
+        precision: how products of float32 values (or of centered ones) are formed on CUDA: as
             three products on tensor cores, or as they are.
 
     Returns:
@@ -88,7 +88,7 @@ def gram(
     if stacked and side == "features":
         raise ValueError('stacked=True stacks rows: use side="samples", or add X^T X of the views')
     with torch.autocast(X.device.type, enabled=False):
-        return Symmetric(*gram_op(X.detach(), side == "features", centre, stacked, precision))
+        return Symmetric(*gram_op(X.detach(), side == "features", center, stacked, precision))
 
 
 # ---- the op, defined by its body -------------------------------------------------------------
@@ -96,18 +96,18 @@ def gram(
 
 @torch.library.custom_op("rdm::gram", mutates_args=())
 def gram_op(
-    X: Tensor, features: bool, centre: bool, stacked: bool, precision: str
+    X: Tensor, features: bool, center: bool, stacked: bool, precision: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The fields of `Symmetric`."""
     X = X.float()
-    X = X - X.mean(dim=1, keepdim=True) if centre else X
+    X = X - X.mean(dim=1, keepdim=True) if center else X
     X = X.flatten(0, 1)[None] if stacked else X
     return defined(X.mT @ X if features else X @ X.mT)
 
 
 @gram_op.register_fake
 def _(
-    X: Tensor, features: bool, centre: bool, stacked: bool, precision: str
+    X: Tensor, features: bool, center: bool, stacked: bool, precision: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     v, B, D = X.shape
     v, rows = (1, v * B) if stacked else (v, B)
@@ -135,37 +135,37 @@ def _mean_kernel(X_ptr, mean_ptr, rows, W, BLOCK_B: tl.constexpr, BLOCK_W: tl.co
 MEANS = {"BLOCK_B": 32, "BLOCK_W": 64, "num_warps": 4}
 
 
-def dot_precision(dtype: torch.dtype, centre: bool, precision: str) -> str:
+def dot_precision(dtype: torch.dtype, center: bool, precision: str) -> str:
     """How tiles are multiplied: of 16-bit values as they are, products being exact anyway."""
-    return precision if dtype == torch.float32 or centre else "ieee"
+    return precision if dtype == torch.float32 or center else "ieee"
 
 
-def blocks(dtype: torch.dtype, centre: bool, precision: str, n: int) -> Blocks:
+def blocks(dtype: torch.dtype, center: bool, precision: str, n: int) -> Blocks:
     """Block sizes for an n x n Gram matrix."""
-    if dtype != torch.float32 and not centre:  # 16-bit products
+    if dtype != torch.float32 and not center:  # 16-bit products
         return Blocks(128, 64, 8, 3) if n >= LARGE else Blocks(64, 32, 4, 4)
     if precision == "ieee":
-        return Blocks(64, 16, 8, 1) if centre else Blocks(64, 16, 4, 2)
-    if centre:
+        return Blocks(64, 16, 8, 1) if center else Blocks(64, 16, 4, 2)
+    if center:
         return Blocks(64, 16, 8, 3)
     return Blocks(128, 16, 8, 3) if n >= LARGE else Blocks(64, 32, 8, 3)
 
 
 @gram_op.register_kernel("cuda")
 def gram_triton(
-    X: Tensor, features: bool, centre: bool, stacked: bool, precision: str
+    X: Tensor, features: bool, center: bool, stacked: bool, precision: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     v, B, D = X.shape
     v, rows = (1, v * B) if stacked else (v, B)
     n, K = (D, rows) if features else (rows, D)
-    block = blocks(X.dtype, centre, precision, n)
-    return launch(X, features, centre, stacked, precision, block, parts(v, n, K, block))
+    block = blocks(X.dtype, center, precision, n)
+    return launch(X, features, center, stacked, precision, block, parts(v, n, K, block))
 
 
 def launch(
     X: Tensor,
     features: bool,
-    centre: bool,
+    center: bool,
     stacked: bool,
     precision: str,
     block: Blocks,
@@ -176,7 +176,7 @@ def launch(
     X = padded(X)
     W = X.shape[2]
     mean = None
-    if centre:
+    if center:
         mean = X.new_empty(v, W, dtype=torch.float32)
         _mean_kernel[(triton.cdiv(W, MEANS["BLOCK_W"]), v)](X, mean, B, W, **MEANS)
     X = X.view(1, v * B, W) if stacked else X
@@ -184,7 +184,7 @@ def launch(
         X,
         X,
         D if features else X.shape[1],
-        precision=dot_precision(X.dtype, centre, precision),
+        precision=dot_precision(X.dtype, center, precision),
         block=block,
         parts=parts,
         features=features,
@@ -201,11 +201,11 @@ def variants() -> list[Variant]:
         constants = {key: value for key, value in MEANS.items() if key != "num_warps"}
         found.append(Variant(_mean_kernel, types, constants, MEANS["num_warps"]))
         dtype = getattr(torch, name)
-        for features, centre, precision, n in product(
+        for features, center, precision, n in product(
             (False, True), (False, True), PRECISIONS, (LARGE - 1, LARGE)
         ):
-            block = blocks(dtype, centre, precision, n)
-            dot = dot_precision(dtype, centre, precision)
-            found.append(product_variant(pointer, dot, block, features, centre))
+            block = blocks(dtype, center, precision, n)
+            dot = dot_precision(dtype, center, precision)
+            found.append(product_variant(pointer, dot, block, features, center))
             found.append(finish_variant(block, affine=False))
     return found

@@ -13,7 +13,7 @@ Safety. Every p_k but the last is taken of s / 1.02 and designed for [l / 1.02, 
 that rounding lifts over u are then still inside. Without it p_k, which falls steeply past u, turns
 rounding into overflow within a few iterations, in 16 bits and in tf32.
 
-Normaliser. G = X X^T has lambda_max <= c = |G^2|_F^(1/2) <= n^(1/4) lambda_max, the first nearly
+Normalizer. G = X X^T has lambda_max <= c = |G^2|_F^(1/2) <= n^(1/4) lambda_max, the first nearly
 tight for a decaying spectrum. sqrt(c) is the bound: one product, no iteration, no wait.
 
 All products are `sym_matmul`'s, `gram`'s and `product`'s, so on CUDA float32 and float16 are

@@ -158,7 +158,7 @@ def _solve(A: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _refine(A: Tensor, eigenvalues: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
-    """Rayleigh quotients in float64 of float32 vectors, ascending, and the vectors normalised."""
+    """Rayleigh quotients in float64 of float32 vectors, ascending, and the vectors normalized."""
     vectors = vectors.to(WIDE)
     vectors = vectors / vectors.norm(dim=-2, keepdim=True)
     quotients = (vectors * (A @ vectors)).sum(dim=-2)

@@ -183,6 +183,6 @@ def variants() -> list[Variant]:
     found = []
     for block in (blocks(LARGE - 1), blocks(LARGE)):
         for precision in PRECISIONS:
-            found.append(product_variant(FP32, precision, block, features=False, centre=False))
+            found.append(product_variant(FP32, precision, block, features=False, center=False))
         found += [finish_variant(block, affine) for affine in (False, True)]
     return found

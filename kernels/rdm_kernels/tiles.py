@@ -124,9 +124,9 @@ def _lower_tile(t):
 @triton.jit
 def _terms(
     X_ptr, mean_ptr, z, line, k, stop, rows, W, group,
-    COLUMNS: tl.constexpr, CENTRE: tl.constexpr, WIDE: tl.constexpr,
+    COLUMNS: tl.constexpr, CENTER: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Terms k, before stop, of these lines of matrix z [rows, W], centred if asked; 0 outside."""
+    """Terms k, before stop, of these lines of matrix z [rows, W], centered if asked; 0 outside."""
     if COLUMNS:  # a line is a column, its terms go along the rows
         lines, terms = W, rows
         at, mean_at = z * rows * W + k * W + line, z * W + line + 0 * k
@@ -137,7 +137,7 @@ def _terms(
     x = tl.load(X_ptr + at, mask=mask, other=0.0)
     if WIDE:
         x = x.to(tl.float32)
-    if CENTRE:
+    if CENTER:
         x = tl.where(mask, x - tl.load(mean_ptr + mean_at, mask=mask, other=0.0), 0.0)
     return x
 
@@ -146,7 +146,7 @@ def _terms(
 def multiplied(
     X_ptr, Y_ptr, mean_ptr, z, i, j, start, stop,
     x_rows, x_width, y_rows, y_width, group,
-    X_COLUMNS: tl.constexpr, Y_COLUMNS: tl.constexpr, CENTRE: tl.constexpr, WIDE: tl.constexpr,
+    X_COLUMNS: tl.constexpr, Y_COLUMNS: tl.constexpr, CENTER: tl.constexpr, WIDE: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Tile (i, j) of X Y^T in matrix z, of the terms from start to stop: [BLOCK, BLOCK].
@@ -158,8 +158,8 @@ def multiplied(
     k = start + tl.arange(0, BLOCK_K)[None, :]
     acc = tl.zeros((BLOCK, BLOCK), tl.float32)
     for _ in range(start, stop, BLOCK_K):
-        x = _terms(X_ptr, mean_ptr, z, a, k, stop, x_rows, x_width, group, X_COLUMNS, CENTRE, WIDE)
-        y = _terms(Y_ptr, mean_ptr, z, b, k, stop, y_rows, y_width, group, Y_COLUMNS, CENTRE, WIDE)
+        x = _terms(X_ptr, mean_ptr, z, a, k, stop, x_rows, x_width, group, X_COLUMNS, CENTER, WIDE)
+        y = _terms(Y_ptr, mean_ptr, z, b, k, stop, y_rows, y_width, group, Y_COLUMNS, CENTER, WIDE)
         acc = tl.dot(x, tl.trans(y), acc, input_precision=PRECISION)
         k += BLOCK_K
     return acc
@@ -169,7 +169,7 @@ def multiplied(
 def _product_kernel(
     X_ptr, Y_ptr, mean_ptr, work_ptr,
     rows, W, group, chunk,
-    FEATURES: tl.constexpr, CENTRE: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
+    FEATURES: tl.constexpr, CENTER: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Lower tile t of matrix z, of the terms in chunk s of the sum."""
@@ -179,7 +179,7 @@ def _product_kernel(
     stop = tl.minimum(start + chunk, rows if FEATURES else W)
     acc = multiplied(
         X_ptr, Y_ptr, mean_ptr, z, i, j, start, stop, rows, W, rows, W, group,
-        FEATURES, FEATURES, CENTRE, WIDE, PRECISION, BLOCK, BLOCK_K,
+        FEATURES, FEATURES, CENTER, WIDE, PRECISION, BLOCK, BLOCK_K,
     )  # fmt: skip
     at = ((z * tl.num_programs(1) + s) * tl.num_programs(0) + t) * BLOCK * BLOCK
     inside = tl.arange(0, BLOCK)
@@ -302,7 +302,7 @@ def symmetric_product(
     wide = mean is not None or (triton.knobs.runtime.interpret and X.dtype == torch.bfloat16)
     _product_kernel[(tiles, parts, v)](
         X, Y, X if mean is None else mean, work, rows, W, group, chunk,
-        FEATURES=features, CENTRE=mean is not None, WIDE=wide, PRECISION=precision,
+        FEATURES=features, CENTER=mean is not None, WIDE=wide, PRECISION=precision,
         **block._asdict(),
     )  # fmt: skip
     sub = min(FINISH["SUB"], block.BLOCK)
@@ -317,15 +317,15 @@ def symmetric_product(
     return out
 
 
-def product_variant(X: str, precision: str, block: Blocks, features: bool, centre: bool) -> Variant:
+def product_variant(X: str, precision: str, block: Blocks, features: bool, center: bool) -> Variant:
     """The product of values of Triton type X (a pointer)."""
-    types = {"X_ptr": X, "Y_ptr": X, "mean_ptr": FP32 if centre else X, "work_ptr": FP32}
+    types = {"X_ptr": X, "Y_ptr": X, "mean_ptr": FP32 if center else X, "work_ptr": FP32}
     types |= {"rows": "i32", "W": "i32:16", "group": "i32", "chunk": "i32:16"}
     constants = {
-        "FEATURES": features, "CENTRE": centre, "WIDE": centre, "PRECISION": precision,
+        "FEATURES": features, "CENTER": center, "WIDE": center, "PRECISION": precision,
         "BLOCK": block.BLOCK, "BLOCK_K": block.BLOCK_K,
     }  # fmt: skip
-    tensor_cores = precision != "ieee" or (X != FP32 and not centre)
+    tensor_cores = precision != "ieee" or (X != FP32 and not center)
     options = (block.num_warps, block.num_stages)
     return Variant(_product_kernel, types, constants, *options, tensor_cores=tensor_cores)
 

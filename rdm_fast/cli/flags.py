@@ -66,7 +66,7 @@ def flags(command: type, prefix: str = "--") -> list[str]:
     return names
 
 
-def normalise(argv: Sequence[str], command: type) -> list[str]:
+def normalize(argv: Sequence[str], command: type) -> list[str]:
     """Aliases replaced, `_` and `-` alike, unknown flags told with the nearest name.
 
     Raises:

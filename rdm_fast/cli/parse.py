@@ -10,7 +10,7 @@ from typing import Annotated
 
 import tyro
 
-from rdm_fast.cli.flags import ALIASES, nearest, normalise, parse
+from rdm_fast.cli.flags import ALIASES, nearest, normalize, parse
 from rdm_fast.config import Config
 from rdm_fast.config.parallel import check_nproc
 from rdm_fast.config.recipes import DEFAULT, RECIPES, recipe
@@ -60,12 +60,12 @@ def without_nproc(words: Sequence[str]) -> list[str]:
 
 
 def _split(argv: Sequence[str], command: type) -> tuple[list[str], list[str]]:
-    """The recipe's name, if the first word is one, and the normalised rest.
+    """The recipe's name, if the first word is one, and the normalized rest.
 
     Raises:
         UsageError: an unknown recipe or flag.
     """
-    words = normalise(argv, command)
+    words = normalize(argv, command)
     named = [words.pop(0)] if words and not words[0].startswith("-") else []
     for name in named:
         if name not in RECIPES:
@@ -155,7 +155,7 @@ def parse_evaluate(argv: Sequence[str], prog: str = "eval_linear.py") -> Evaluat
     Raises:
         UsageError: as for `parse_train`.
     """
-    words = normalise(argv, EvaluateCommand)
+    words = normalize(argv, EvaluateCommand)
     return parse(
         EvaluateCommand,
         words,
@@ -171,7 +171,7 @@ def parse_export(argv: Sequence[str], prog: str = "rdm export") -> ExportCommand
     Raises:
         UsageError: as for `parse_train`.
     """
-    words = normalise(argv, ExportCommand)
+    words = normalize(argv, ExportCommand)
     targets = "\n".join(f"  {name}: {what}" for name, what in TARGETS.items())
     return parse(
         ExportCommand,
@@ -190,7 +190,7 @@ def parse_report(argv: Sequence[str], prog: str = "rdm report") -> ReportCommand
     """
     return parse(
         ReportCommand,
-        normalise(argv, ReportCommand),
+        normalize(argv, ReportCommand),
         prog,
         description="One HTML page that shows runs: curves, spectra, filter response, embeddings.",
     )

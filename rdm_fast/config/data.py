@@ -65,7 +65,7 @@ class ViewConfig:
     shear: float = 0.0
     """Largest horizontal shear, in degrees, either way."""
     jitter: float = 0.0
-    """Probability of colour jitter: brightness, contrast, saturation and hue in random order."""
+    """Probability of color jitter: brightness, contrast, saturation and hue in random order."""
     brightness: float = 0.4
     """Brightness factor is drawn from [1 - this, 1 + this]."""
     contrast: float = 0.4
@@ -73,9 +73,9 @@ class ViewConfig:
     saturation: float = 0.4
     """Saturation factor is drawn from [1 - this, 1 + this]."""
     hue: float = 0.1
-    """Hue is shifted by a share of the colour circle from [-this, this]."""
+    """Hue is shifted by a share of the color circle from [-this, this]."""
     grey: float = 0.0
-    """Probability of dropping the colour."""
+    """Probability of dropping the color."""
     blur: float = 0.0
     """Probability of Gaussian blur."""
     blur_sigma: tuple[float, float] = (0.1, 2.0)
@@ -114,7 +114,7 @@ class ViewConfig:
             )
         require(
             0 <= self.hue <= 0.5,
-            f"augment.view.hue={self.hue}: give a share of the colour circle from 0 to 0.5",
+            f"augment.view.hue={self.hue}: give a share of the color circle from 0 to 0.5",
         )
 
 

@@ -29,7 +29,7 @@ class FilterConfig:
     cutoff: float = 1e-3
     """Singular values up to this share of the largest are cut off, and those of rounding noise."""
     center: bool = False
-    """Take the spectrum of the centred projections (covariance) instead of the raw correlation."""
+    """Take the spectrum of the centered projections (covariance) instead of the raw correlation."""
     engine: Engine = "auto"
     """How the filter is computed: auto chooses, reference is the paper's literal SVD."""
     response: Callable[[Any], Any] | None = field(default=None, metadata={"flag": False})
@@ -61,7 +61,7 @@ class FilterConfig:
         )
         require(
             not (self.center and self.engine == "reference"),
-            "filter.engine=reference is the paper's formulation, which never centres: "
+            "filter.engine=reference is the paper's formulation, which never centers: "
             "leave out filter.center, or use filter.engine=eigh",
         )
         require(

@@ -17,7 +17,7 @@ class GuardConfig:
     """Effective rank of the projections, in directions, under which they have collapsed; never more
     than a tenth of the directions that the batch can show."""
     min_std: float = 0.1
-    """Standard deviation of the normalised projections (1 is spread out) under which all are
+    """Standard deviation of the normalized projections (1 is spread out) under which all are
     alike."""
     warmup: float = 0.05
     """Share of the run's steps, from the first, in which nothing is said."""

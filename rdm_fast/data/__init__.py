@@ -1,4 +1,4 @@
-"""From image bytes to normalised views on the device."""
+"""From image bytes to normalized views on the device."""
 
 from rdm_fast.data.images.datasets import load, require_same_images
 from rdm_fast.data.images.sets import ImageSet

@@ -17,11 +17,11 @@ from torch.nn.parallel import DistributedDataParallel
 from rdm_fast.config import AugmentConfig, Config, ViewConfig
 from rdm_fast.data import ImageSet
 from rdm_fast.data.loaders.torch_loader import in_workers
-from rdm_fast.data.views.augment import normalise, view_of_image, views_of_batch
+from rdm_fast.data.views.augment import normalize, view_of_image, views_of_batch
 from rdm_fast.data.views.sampler import ViewParameters, draw_views, epoch_order, step_indices
 from rdm_fast.evaluation.probe import LinearClassifier, initial_weights
 from rdm_fast.evaluation.protocols import Protocol
-from rdm_fast.models.batchnorm import synchronise
+from rdm_fast.models.batchnorm import synchronize
 from rdm_fast.optim import Lars
 from rdm_fast.runtime.distributed import print0, rank, world_size
 from rdm_fast.runtime.precision import autocast
@@ -49,7 +49,7 @@ def train_on_views(
     Args:
         backbone: on the device, in evaluation mode. Frozen and left as it is, or trained.
         images: every one with a label.
-        config: side and normalisation of the views, precision of the backbone, worker processes.
+        config: side and normalization of the views, precision of the backbone, worker processes.
         protocol: solver sgd or lars.
         classes: number of classes K.
         seed: of initial weights, order and views.
@@ -73,7 +73,7 @@ def train_on_views(
     if finetune:  # laid out as its views are
         model = nn.Sequential(backbone, head).to(memory_format=torch.channels_last)
     if finetune and world_size() > 1:
-        model = synchronise(model, device)
+        model = synchronize(model, device)
     parallel = model
     if world_size() > 1:
         devices = [device] if device.type == "cuda" else None
@@ -142,7 +142,7 @@ def view_batches(
 
     Args:
         images: to be shown; those that fill no batch are dropped.
-        config: side, interpolation and normalisation of a view, and worker processes.
+        config: side, interpolation and normalization of a view, and worker processes.
         view: how a view is drawn.
         seed, epoch: decide, with an image's index, how it is shown.
         batch: images over all ranks.
@@ -167,7 +167,7 @@ def view_batches(
     for levels, indices in in_workers(make, parts, config.data.workers, device):
         planes = levels.to(device, non_blocking=True).permute(0, 3, 1, 2)
         labels = torch.from_numpy(images.labels[indices.numpy()])
-        yield normalise(planes, config.augment), labels.to(device, non_blocking=True)
+        yield normalize(planes, config.augment), labels.to(device, non_blocking=True)
 
 
 class _OneView:

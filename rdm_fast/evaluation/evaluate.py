@@ -95,7 +95,7 @@ def evaluate(
 
     Raises:
         ValueError: features and labels do not fit together, or there are fewer training images
-            than voting neighbours.
+            than voting neighbors.
         NonFinite: an embedding is NaN or infinite.
     """
     check_labels(train_features, train_labels, classes, "training")

@@ -41,7 +41,7 @@ def embed(
     Args:
         backbone: on the device, as for `extract`.
         images: to be embedded, as evaluation shows them.
-        config: augment's normalisation, precision, and data.max_bad, the share of the images that
+        config: augment's normalization, precision, and data.max_bad, the share of the images that
             may turn out to be unreadable; they are left out, with a warning.
         device: where the backbone is.
         batch: images of a rank at a time.

@@ -1,4 +1,4 @@
-"""Weighted nearest neighbours in the space of embeddings.
+"""Weighted nearest neighbors in the space of embeddings.
 
 The k training images most similar to a query vote for their class with weight exp(cosine / T)
 (Wu et al., arXiv:1805.01978, section 3.4), which needs no training and no tuning.
@@ -29,19 +29,19 @@ def knn_predict(
     chunk: int | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """The classes that each query's neighbours vote for, best first.
+    """The classes that each query's neighbors vote for, best first.
 
     Args:
-        bank: embeddings of labelled images, [N, d].
+        bank: embeddings of labeled images, [N, d].
         bank_labels: [N] int64 class ids.
         queries: embeddings to classify, [M, d], on the bank's device.
         classes: number of classes K, the largest label of bank and queries + 1.
-        k: neighbours that vote.
+        k: neighbors that vote.
         temperature: T > 0; the smaller, the more the nearest ones count.
         chunk: queries compared with the bank at a time. By default as many as keep the chunk's
             similarities within MAX_SIMILARITIES, and at least one.
         dtype: of the cosines: float32, or float16, which a GPU multiplies many times faster; by
-            default float16 on a GPU. Rounding them to 11 bits swaps neighbours whose cosines
+            default float16 on a GPU. Rounding them to 11 bits swaps neighbors whose cosines
             differ by less than 5e-4.
 
     Returns:
@@ -81,12 +81,12 @@ def knn_predict(
     rankings = []
     for part in queries.split(chunk):
         cosine = F.normalize(part.float(), dim=1).to(dtype) @ bank.mT  # [chunk, N]
-        nearest, neighbours = cosine.mul_(inverse_norms).topk(k, dim=1)  # [chunk, k]
+        nearest, neighbors = cosine.mul_(inverse_norms).topk(k, dim=1)  # [chunk, k]
         nearest = nearest.float()
         # Relative to the nearest one, which changes no ranking and cannot overflow.
         votes = ((nearest - nearest[:, :1]) / temperature).exp()
         totals = votes.new_zeros(len(part), classes)
-        totals.scatter_add_(1, bank_labels[neighbours], votes)
+        totals.scatter_add_(1, bank_labels[neighbors], votes)
         rankings.append(rank_classes(totals))
     return torch.cat(rankings)
 

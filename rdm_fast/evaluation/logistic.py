@@ -1,6 +1,6 @@
 """Logistic regression to convergence: the strongest linear probe where images are few.
 
-scikit-learn's, on standardised embeddings, with the strength of the penalty by cross-validation.
+scikit-learn's, on standardized embeddings, with the strength of the penalty by cross-validation.
 """
 
 import numpy as np
@@ -15,7 +15,7 @@ from rdm_fast.evaluation.accuracy import check_labels
 from rdm_fast.evaluation.probe import LinearClassifier
 
 STRENGTHS = (0.01, 0.1, 1.0, 10.0)
-"""Candidates for C, the inverse of the penalty on the weights of standardised embeddings."""
+"""Candidates for C, the inverse of the penalty on the weights of standardized embeddings."""
 FOLDS = 5
 
 

@@ -4,7 +4,7 @@ It reads the backbone's outputs as they pass, detached, and is trained on them b
 gradient in closed form, so nothing of it is in the run's autograd graph, in its parameters or in
 its random state: the run's weights are the same bits with it and without.
 
-    dL/dW = (softmax(e W^T + b) - onehot(y))^T e / n,    over the labelled rows e of all ranks
+    dL/dW = (softmax(e W^T + b) - onehot(y))^T e / n,    over the labeled rows e of all ranks
 """
 
 from collections import deque
@@ -29,7 +29,7 @@ LR, MOMENTUM = 0.1, 0.9
 STATE = "probe/"
 VIEWS = 2
 BATCH = 256
-NEIGHBOURS = 20
+NEIGHBORS = 20
 
 
 class OnlineProbe:
@@ -125,22 +125,22 @@ def online_accuracies(
     """Top-1 accuracies in percent on the test images; every rank embeds its share.
 
     Returns:
-        `knn_top1`, weighted kNN on a bank of log.knn_bank labelled training images at most, evenly
+        `knn_top1`, weighted kNN on a bank of log.knn_bank labeled training images at most, evenly
         spread, so that memory does not grow with the data set; and `probe_top1`, of the probe if
         one is given. Images that cannot be read are left out. Empty where training or test images
         have no labels.
     """
     if train.labels is None or test is None or test.labels is None:
         return {}
-    labelled = np.flatnonzero(train.labels >= 0)
-    keep = min(len(labelled), config.log.knn_bank)
-    if keep < NEIGHBOURS:
+    labeled = np.flatnonzero(train.labels >= 0)
+    keep = min(len(labeled), config.log.knn_bank)
+    if keep < NEIGHBORS:
         return {}
-    chosen = labelled[np.linspace(0, len(labelled) - 1, keep).round().astype(np.int64)]
+    chosen = labeled[np.linspace(0, len(labeled) - 1, keep).round().astype(np.int64)]
 
     bank, bank_images = embed(backbone, Subset(train, chosen), config, device, batch=BATCH)
     queries, test_images = embed(backbone, test, config, device, batch=BATCH)
-    if len(bank) < NEIGHBOURS:
+    if len(bank) < NEIGHBORS:
         return {}
     labels = torch.from_numpy(test.labels)[test_images]
     accuracy = knn_accuracy(
@@ -149,7 +149,7 @@ def online_accuracies(
         queries,
         labels,
         classes=len(train.classes),
-        k=NEIGHBOURS,
+        k=NEIGHBORS,
     )
     found = {"knn_top1": accuracy["top1"]}
     if probe is not None:

@@ -1,6 +1,6 @@
 """Linear classifiers on frozen embeddings, by SGD, by LARS and in closed form.
 
-All three return weights for the embeddings as they are: a standardisation, where a protocol
+All three return weights for the embeddings as they are: a standardization, where a protocol
 asks for one, is folded into weight and bias. Each is a function of its arguments alone; the
 global random state is neither read nor moved.
 """
@@ -99,7 +99,7 @@ def _descend(
 ) -> LinearClassifier:
     check_labels(features, labels, classes, "training")
     generator = torch.Generator().manual_seed(seed)  # on the CPU, so any device sees one order
-    features, mean, scale = standardisation(features.float(), protocol)
+    features, mean, scale = standardization(features.float(), protocol)
     n, batch = len(features), protocol.batch_for(len(features))
     weight, bias = (
         parameter.to(features.device).requires_grad_()
@@ -121,7 +121,7 @@ def _descend(
     return fold(weight.detach(), bias.detach(), mean, scale)
 
 
-def standardisation(features: Tensor, protocol: Protocol) -> tuple[Tensor, Tensor, Tensor]:
+def standardization(features: Tensor, protocol: Protocol) -> tuple[Tensor, Tensor, Tensor]:
     """Embeddings [N, d] as the protocol fits to them, their mean [d], and their scale [d].
 
     What is fitted is (x - mean) * scale; without `protocol.standardize`, x itself.
@@ -155,7 +155,7 @@ def _reciprocal_deviation(mean: Tensor, variance: Tensor) -> Tensor:
 
 
 def fold(weight: Tensor, bias: Tensor, mean: Tensor, scale: Tensor) -> LinearClassifier:
-    """The same classifier for embeddings that are not standardised."""
+    """The same classifier for embeddings that are not standardized."""
     weight = weight * scale
     return LinearClassifier(weight.float(), (bias - weight @ mean.to(weight.dtype)).float())
 
@@ -168,7 +168,7 @@ def fit_closed_form(
 ) -> LinearClassifier:
     """Ridge regression of one-hot labels with an intercept that is not penalised, in float64.
 
-    Minimises sum_n |W x_n + b - onehot(y_n)|^2 + lambda |W|^2: with centred X and Y,
+    Minimizes sum_n |W x_n + b - onehot(y_n)|^2 + lambda |W|^2: with centered X and Y,
     W^T = (X^T X + lambda I)^-1 X^T Y.
 
     Args:
@@ -240,7 +240,7 @@ def _ridge(multiple: float, scatter: Tensor) -> float:
 
 @dataclass(frozen=True, slots=True)
 class _Moments:
-    """What ridge regression needs of some images, in float64: X is centred and scaled."""
+    """What ridge regression needs of some images, in float64: X is centered and scaled."""
 
     scatter: Tensor  # X^T X, [d, d]
     cross: Tensor  # X^T Y, [d, K]
@@ -267,7 +267,7 @@ def _moments(
     for part in rows.split(ROWS):
         X = features[part].double() - mean
         scatter += X.mT @ X
-        cross += X.mT @ F.one_hot(labels[part], classes).double()  # X is centred: Y need not be
+        cross += X.mT @ F.one_hot(labels[part], classes).double()  # X is centered: Y need not be
     scale = torch.ones_like(mean)
     if standardize:
         scale = _reciprocal_deviation(mean, scatter.diagonal() / len(rows))

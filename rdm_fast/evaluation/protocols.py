@@ -21,7 +21,7 @@ Init = Literal["default", "normal"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Protocol:
-    """How a linear classifier is fitted to frozen embeddings, and how neighbours vote.
+    """How a linear classifier is fitted to frozen embeddings, and how neighbors vote.
 
     The closed form uses `standardize` and the kNN fields only, the logistic probe only the latter.
     """
@@ -56,7 +56,7 @@ class Protocol:
     trust_coefficient: float = 0.001
     """Trust coefficient of LARS, whose learning rate is not clipped (apex's LARC, clip=False)."""
     knn_k: int = 20
-    """Neighbours that vote."""
+    """Neighbors that vote."""
     knn_temperature: float = 0.07
     """Temperature T of a vote exp(cosine / T)."""
 

@@ -31,7 +31,7 @@ Sets = tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]
 def evaluate_subject(
     subject: Subject, command: EvaluateCommand, device: torch.device
 ) -> Result | None:
-    """Embed all labelled images once, probe the embeddings, print and save the result.
+    """Embed all labeled images once, probe the embeddings, print and save the result.
 
     Args:
         subject: what is evaluated; fine-tuning changes its backbone.
@@ -49,7 +49,7 @@ def evaluate_subject(
         raise CannotCreate(f"--features-out {command.features_out} exists: name a new file")
     _require_writable(subject.folder, command)
     data = subject.config.data
-    train, test = _labelled(load(data, "train")), _labelled(load(data, "test"))
+    train, test = _labeled(load(data, "train")), _labeled(load(data, "test"))
     subject.backbone.to(device)
     classifier = None
     if command.augment or command.finetune:
@@ -92,7 +92,7 @@ def _require_writable(folder: Path, command: EvaluateCommand) -> None:
         ) from error
 
 
-def _labelled(images: ImageSet) -> ImageSet:
+def _labeled(images: ImageSet) -> ImageSet:
     """The images with a label, which a probe needs."""
     if images.labels is None or not (images.labels >= 0).any():
         raise DataError(

@@ -17,7 +17,7 @@ from rdm_fast.evaluation.probe import (
     fit_sgd,
     fold,
     initial_weights,
-    standardisation,
+    standardization,
 )
 from rdm_fast.evaluation.protocols import Protocol
 
@@ -84,7 +84,7 @@ def fit_settings(
     batch. Arguments as in `fit_sweep`.
     """
     generator = torch.Generator().manual_seed(seed)
-    features, mean, scale = standardisation(features.float(), protocol)
+    features, mean, scale = standardization(features.float(), protocol)
     n, batch, k = len(features), protocol.batch_for(len(features)), len(settings)
     parameters = [
         start.to(features.device).expand(k, *start.shape).clone().requires_grad_()

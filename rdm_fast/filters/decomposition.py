@@ -42,8 +42,8 @@ def smaller_gram(X: Tensor) -> Tensor:
     return gram_matrix(X, samples=uses_samples(*X.shape[1:]), wide=True)
 
 
-def centre_samples(G: Tensor) -> Tensor:
-    """Gram matrix of the centred rows, from that of the rows: H G H, H = I - 11^T / B."""
+def center_samples(G: Tensor) -> Tensor:
+    """Gram matrix of the centered rows, from that of the rows: H G H, H = I - 11^T / B."""
     mean = G.mean(dim=-1, keepdim=True)
     return G - mean - mean.mT + mean.mean(dim=-2, keepdim=True)
 
@@ -52,7 +52,7 @@ def decompose(G: Tensor, X: Tensor, config: FilterConfig) -> Decomposition:
     """Eigendecomposition of a Gram matrix, and the response.
 
     Args:
-        G: Gram matrix of X (of the centred X if config.center), [v, n, n] float64.
+        G: Gram matrix of X (of the centered X if config.center), [v, n, n] float64.
         X: [v, B, D]; gives the sizes and the dtype whose noise is cut off.
         config: the filter.
     """

@@ -14,7 +14,7 @@ RDM (arXiv:2303.02387): training raises the effective rank while the target bran
 a higher one than the online branch's. A rising g lowers the effective rank of what it filters,
 a falling one raises it; so the online branch wants a rising g, the target a falling one.
 
-s are the singular values of the global batch of un-normalised projections, as in the paper's
+s are the singular values of the global batch of un-normalized projections, as in the paper's
 code: they grow with the square root of the batch, and the log kinds therefore depend on it.
 """
 

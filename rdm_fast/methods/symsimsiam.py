@@ -3,7 +3,7 @@
     L = -mean_b cos(z1_b - mean(z1), z2_b - mean(z2))
 
 No predictor and no stop-gradient: both branches are alike, so there is no rank difference.
-Centring alone keeps it from collapsing completely; its effective rank stays low.
+Centering alone keeps it from collapsing completely; its effective rank stays low.
 """
 
 import torch

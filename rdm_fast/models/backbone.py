@@ -23,7 +23,7 @@ TORCHVISION = {"resnet18": resnet18, "resnet34": resnet34, "resnet50": resnet50}
 
 
 def build_backbone(model: ModelConfig, channels: int) -> tuple[nn.Module, int]:
-    """A randomly initialised backbone.
+    """A randomly initialized backbone.
 
     Args:
         model: which backbone and stem.
@@ -47,7 +47,7 @@ def build_backbone(model: ModelConfig, channels: int) -> tuple[nn.Module, int]:
         backbone.maxpool = nn.Identity()
     elif channels != 3:
         backbone.conv1 = nn.Conv2d(channels, width, 7, stride=2, padding=3, bias=False)
-    _initialise_convolutions(backbone.conv1)  # a replaced one would keep nn.Conv2d's default
+    _initialize_convolutions(backbone.conv1)  # a replaced one would keep nn.Conv2d's default
     d_emb = backbone.fc.in_features
     backbone.fc = nn.Identity()
     return backbone, d_emb
@@ -73,7 +73,7 @@ def _resnet8(model: ModelConfig, channels: int) -> nn.Module:
             flatten=nn.Flatten(),
         )
     )
-    _initialise_convolutions(backbone)
+    _initialize_convolutions(backbone)
     if model.zero_init_residual:
         for module in backbone.modules():
             if isinstance(module, BasicBlock):
@@ -103,7 +103,7 @@ class Projection(nn.Conv2d):
         return F.conv2d(x[:, :, ::down, ::across], self.weight, self.bias)
 
 
-def _initialise_convolutions(module: nn.Module) -> None:
+def _initialize_convolutions(module: nn.Module) -> None:
     """Kaiming-normal by fan-out (He et al., arXiv:1502.01852), as torchvision's ResNets have it."""
     for part in module.modules():
         if isinstance(part, nn.Conv2d):

@@ -24,7 +24,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from rdm_fast.runtime.distributed import gather_rows, world_size
 
 
-def synchronise(module: nn.Module, device: torch.device) -> nn.Module:
+def synchronize(module: nn.Module, device: torch.device) -> nn.Module:
     """Let every batch norm in a module take its statistics over the global batch.
 
     Args:
@@ -39,7 +39,7 @@ def synchronise(module: nn.Module, device: torch.device) -> nn.Module:
     if isinstance(module, _BatchNorm):
         return CpuSyncBatchNorm.take_over(module)
     for name, child in module.named_children():
-        setattr(module, name, synchronise(child, device))
+        setattr(module, name, synchronize(child, device))
     return module
 
 
@@ -94,7 +94,7 @@ class CpuSyncBatchNorm(_BatchNorm):
 
     @classmethod
     def take_over(cls, norm: _BatchNorm) -> "CpuSyncBatchNorm":
-        """A synchronised twin that owns the very parameters and buffers of `norm`."""
+        """A synchronized twin that owns the very parameters and buffers of `norm`."""
         twin = cls(
             norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats
         )
@@ -116,7 +116,7 @@ class CpuSyncBatchNorm(_BatchNorm):
         mean, var, count = _global_statistics(input)
         if self.training:
             self._remember(mean, var * (count / (count - 1)))
-        y: Tensor = _Normalise.apply(input, self.weight, self.bias, mean, var, count, self.eps)
+        y: Tensor = _Normalize.apply(input, self.weight, self.bias, mean, var, count, self.eps)
         return y
 
     @torch.no_grad()
@@ -151,7 +151,7 @@ def _global_statistics(x: Tensor) -> tuple[Tensor, Tensor, float]:
     return mean, var, float(total)
 
 
-class _Normalise(torch.autograd.Function):
+class _Normalize(torch.autograd.Function):
     """y from x and the global statistics; backward counts their dependence on every rank's x."""
 
     @staticmethod

@@ -81,7 +81,7 @@ def build_optimizer(method: nn.Module, optim: OptimConfig, device: torch.device)
         sgd = SGD(groups, momentum=optim.momentum, fused=True)
         if optim.momentum:
             for parameter in (p for group in groups for p in group["params"]):
-                # torch would leave it uninitialised if the first step is one that changes nothing
+                # torch would leave it uninitialized if the first step is one that changes nothing
                 sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         return sgd
     return AdamW(groups, fused=True)

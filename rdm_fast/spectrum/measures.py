@@ -1,6 +1,6 @@
 """What is measured on the rows of one batch: eigenvalues, effective rank, standard deviation.
 
-Correlation here is the uncentred second moment, C = mean_b z_b z_b^T, as the paper's code computes
+Correlation here is the uncentered second moment, C = mean_b z_b z_b^T, as the paper's code computes
 it (arXiv:2303.02387). It is not the covariance, which subtracts the mean, nor Barlow Twins'
 cross-correlation. Its eigenvalues are s^2 / B for the singular values s of the batch.
 
@@ -17,7 +17,7 @@ from rdm_fast.config import FilterConfig
 from rdm_fast.filters.decomposition import right_vectors, smaller_gram
 from rdm_fast.filters.response import cutoff, response
 
-CENTRED = 1e-3
+CENTERED = 1e-3
 """A mean row this small beside the others is rounding, of 16-bit rows too: no direction."""
 
 
@@ -75,8 +75,8 @@ def attainable_rank(z: Tensor) -> Tensor:
     """
     B, d = z.shape
     wide = z.to(torch.float64)
-    centred = wide.mean(dim=0).norm() <= CENTRED * wide.norm() / B**0.5
-    return torch.tensor(min(B, d), device=z.device).where(~centred, min(B - 1, d))
+    centered = wide.mean(dim=0).norm() <= CENTERED * wide.norm() / B**0.5
+    return torch.tensor(min(B, d), device=z.device).where(~centered, min(B - 1, d))
 
 
 def rank_difference(online: Tensor, target: Tensor) -> Tensor:
@@ -99,7 +99,7 @@ def filtered_eigenvalues(
     Args:
         z: [B, d], any floating dtype.
         config: the filter.
-        basis: the batch [B, d] whose filter W is; z itself if left out. Then, without centring,
+        basis: the batch [B, d] whose filter W is; z itself if left out. Then, without centering,
             the answer is (s g(s))^2 / B, and neither vectors nor z W are needed.
         own: `eigenvalues(z)`, if they are known.
 

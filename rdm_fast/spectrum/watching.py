@@ -30,7 +30,7 @@ class WatchedBatch:
     eigenvalues: Tensor  # of the correlation matrix, [n] float64, largest first, on the CPU
     effective_rank: float
     share: float  # of the largest effective rank that the batch can show
-    std: float  # of the normalised rows, times sqrt(d): 1 is spread out, 0 is collapse
+    std: float  # of the normalized rows, times sqrt(d): 1 is spread out, 0 is collapse
     s: Tensor | None = None  # [n], of the module's input, if it has the shape of the output
     response: Tensor | None = None  # [n], by what the module scales these directions
 

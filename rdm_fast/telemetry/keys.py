@@ -16,7 +16,7 @@ KEYS = {
     "effective_rank/projection": "directions the projections use before any filter",
     "effective_rank/share": "of the projections, as a share of what the batch can show at most",
     "rank_difference": "effective rank of the target minus that of the online branch",
-    "std": "of the normalised projections times sqrt(D): 1 is spread out, 0 is collapse",
+    "std": "of the normalized projections times sqrt(D): 1 is spread out, 0 is collapse",
     "alignment": "of the two branches' eigenvectors, 0 to 1, at steps of --log.spectrum-every",
     "knn_top1": "accuracy of a kNN classifier on embeddings, in percent",
     "probe_top1": "accuracy of a linear probe on embeddings, in percent",

@@ -160,7 +160,7 @@ def first_batches(config: Config, images: ImageSet, device: torch.device) -> dic
 
 
 def levels_of(batch: Batch, augment: AugmentConfig) -> list[Pixels]:
-    """All views before normalisation, each [b, S, S, C]."""
+    """All views before normalization, each [b, S, S, C]."""
     mean, std = (torch.tensor(numbers)[:, None, None] for numbers in (augment.mean, augment.std))
     levels = [(255 * (view.float().cpu() * std + mean)).round() for view in batch.views]
     return [view.clamp(0, 255).byte().permute(0, 2, 3, 1).numpy() for view in levels]

@@ -26,7 +26,7 @@ from rdm_fast.errors import Unavailable
 from rdm_fast.filters.engines import engine_for
 from rdm_fast.methods import Branches, Method, StepOutput
 from rdm_fast.methods.ema import ema_momentum
-from rdm_fast.models.batchnorm import frozen_running_statistics, join_buffers, synchronise
+from rdm_fast.models.batchnorm import frozen_running_statistics, join_buffers, synchronize
 from rdm_fast.optim import build_optimizer, learning_rate, set_learning_rate
 from rdm_fast.runtime.distributed import world_size
 from rdm_fast.runtime.host_copy import HostCopy
@@ -90,7 +90,7 @@ class TrainStep:
         self, method: Method, config: Config, device: torch.device, steps_per_epoch: int
     ) -> None:
         if config.sync_bn and world_size() > 1:
-            method = synchronise(method, device)  # type: ignore[assignment]
+            method = synchronize(method, device)  # type: ignore[assignment]
         self.method = method.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.config, self.device = config, device
         self.steps_per_epoch = steps_per_epoch

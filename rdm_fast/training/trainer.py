@@ -206,7 +206,7 @@ class Trainer:
         return metrics
 
     def _evaluate(self, telemetry: Telemetry) -> None:
-        """Log kNN on the backbone's embeddings, if there are labelled test images."""
+        """Log kNN on the backbone's embeddings, if there are labeled test images."""
         if self._test_images is None:
             return
         backbone = self.train_step.method.backbone

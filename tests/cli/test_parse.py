@@ -222,7 +222,7 @@ def test_a_value_of_the_wrong_type_is_named_with_its_flag(words: str, expected: 
         ("--augment.view1.blur-sigma 2 1", "augment.view1.blur_sigma=(2.0, 1.0): give two"),
         ("--augment.view1.rotate 181", "augment.view1.rotate=181.0: give 0 to 180 degrees"),
         ("--augment.view1.shear 90", "augment.view1.shear=90.0: give 0 to less than 90"),
-        ("--augment.view1.hue 0.6", "augment.view1.hue=0.6: give a share of the colour circle"),
+        ("--augment.view1.hue 0.6", "augment.view1.hue=0.6: give a share of the color circle"),
         ("--augment.view1.contrast 2", "augment.view1.contrast=2.0: give a number from 0"),
         ("--augment.mean 0.1 0.2", "augment.mean has 2 and augment.std 1 channels"),
         ("--augment.std 0", "augment.mean=(0.3053,) and augment.std=(0.0,): give finite means"),

@@ -100,7 +100,7 @@ AUGMENTATION: dict[str, list[dict[str, Any]]] = {
     ],
 }  # fmt: skip
 
-NORMALISATION = {
+NORMALIZATION = {
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
     "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
     "imagenet100": ((0.485, 0.456, 0.406), (0.228, 0.224, 0.225)),
@@ -182,7 +182,7 @@ def test_augmentations_are_the_reference_s(name: str) -> None:
         } == expected
         assert view.crop_ratio == (3 / 4, 4 / 3) and view.blur_sigma == (0.1, 2.0)
         assert (view.rotate, view.shear) == (0, 0)
-    assert (augment.mean, augment.std) == NORMALISATION[name.partition("_")[0]]
+    assert (augment.mean, augment.std) == NORMALIZATION[name.partition("_")[0]]
 
 
 @pytest.mark.parametrize("name", RECIPES)

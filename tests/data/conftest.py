@@ -11,7 +11,7 @@ Pixels = NDArray[np.uint8]
 
 
 def natural(n: int, height: int, width: int, seed: int = 0) -> Pixels:
-    """[n, height, width, 3]: soft colours, a few hard-edged boxes, a little grain."""
+    """[n, height, width, 3]: soft colors, a few hard-edged boxes, a little grain."""
     rng = np.random.default_rng(seed)
     images = []
     for _ in range(n):

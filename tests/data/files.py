@@ -16,9 +16,9 @@ def encode(image: Image.Image, form: str = "PNG", **options: object) -> bytes:
     return buffer.getvalue()
 
 
-def png(width: int, height: int, depth: int, colour: int, data: bytes) -> bytes:
-    """A PNG of any header and any compressed data (colour 0 is grey, 2 is RGB)."""
-    header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
+def png(width: int, height: int, depth: int, color: int, data: bytes) -> bytes:
+    """A PNG of any header and any compressed data (color 0 is grey, 2 is RGB)."""
+    header = struct.pack(">IIBBBBB", width, height, depth, color, 0, 0, 0)
     chunks = [b"IHDR" + header, b"IDAT" + data, b"IEND"]
     return b"\x89PNG\r\n\x1a\n" + b"".join(
         struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk))

@@ -264,8 +264,8 @@ def test_every_flag_is_in_its_commands_help_with_a_default_unless_it_is_required
 
 UNIT = re.compile(
     r"pixel|degree|epoch|step|batch|image|share|probab|rank|worker|process|thread|channel|layer"
-    r"|width|MiB|second|lines|direction|neighbour|checkpoint|run|number|seed|passes|area|ratio"
-    r"|learning rate|momentum|factor|coefficient|exponent|deviation|mean\b|colour circle|decay",
+    r"|width|MiB|second|lines|direction|neighbor|checkpoint|run|number|seed|passes|area|ratio"
+    r"|learning rate|momentum|factor|coefficient|exponent|deviation|mean\b|color circle|decay",
     re.IGNORECASE,
 )
 """Units, what is counted, and quantities of the field whose name says that they have none."""

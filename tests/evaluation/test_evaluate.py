@@ -122,7 +122,7 @@ def test_sets_that_do_not_fit_are_named(where: str, change: Any, message: str) -
         run("closed-form", **{where: change(digits()[where])})
 
 
-def test_fewer_images_than_neighbours_are_refused() -> None:
+def test_fewer_images_than_neighbors_are_refused() -> None:
     data = digits()
     few = {name: data[name][:19] for name in ("train_features", "train_labels")}
     with pytest.raises(ValueError, match=r"k=20 needs a bank of at least 20 images.*has 19"):
@@ -137,6 +137,6 @@ def test_fewer_images_than_neighbours_are_refused() -> None:
 def test_a_gpu_gives_what_a_cpu_gives(name: str) -> None:
     on_gpu = {key: tensor.cuda() for key, tensor in digits().items()}
     found, expected = run(name, **on_gpu), run(name)
-    # two test images for rounding; half-precision cosines may swap neighbours of equal weight
+    # two test images for rounding; half-precision cosines may swap neighbors of equal weight
     assert found.top1 == pytest.approx(expected.top1, abs=0.5)
     assert found.knn_top1 == pytest.approx(expected.knn_top1, abs=1.0)

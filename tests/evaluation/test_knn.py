@@ -1,4 +1,4 @@
-"""rdm_fast.evaluation.knn against scikit-learn's brute-force neighbours in float64."""
+"""rdm_fast.evaluation.knn against scikit-learn's brute-force neighbors in float64."""
 
 from typing import Any
 
@@ -25,9 +25,9 @@ def data(seed: int = 0, N: int = 300, M: int = 80, d: int = 6) -> tuple[Tensor, 
     return rows[:N], torch.randint(CLASSES, (N,), generator=generator), rows[N:]
 
 
-def test_neighbours_are_scikit_learns() -> None:
+def test_neighbors_are_scikit_learns() -> None:
     bank, _, queries = data()
-    own_class = torch.arange(len(bank))  # so a ranking of classes is one of neighbours
+    own_class = torch.arange(len(bank))  # so a ranking of classes is one of neighbors
     ranking = knn_predict(bank, own_class, queries, classes=len(bank), k=5)
     brute = NearestNeighbors(n_neighbors=5, metric="cosine", algorithm="brute")
     expected = brute.fit(bank.double().numpy()).kneighbors(
@@ -66,7 +66,7 @@ def test_the_chunk_changes_no_prediction(chunk: int, seed: int) -> None:
     assert (whole[:, 0] == parts[:, 0]).float().mean() >= 32 / 33
 
 
-def test_a_vanishing_temperature_is_the_nearest_neighbour_alone() -> None:
+def test_a_vanishing_temperature_is_the_nearest_neighbor_alone() -> None:
     bank, labels, queries = data()
     nearest = knn_predict(bank, labels, queries, classes=CLASSES, k=1)
     cold = knn_predict(bank, labels, queries, classes=CLASSES, k=20, temperature=1e-6)
@@ -144,7 +144,7 @@ def test_half_precision_changes_only_votes_that_are_nearly_equal() -> None:
     assert torch.equal(default, found[torch.float32])  # on a CPU
 
 
-def test_half_precision_finds_the_neighbours_that_stand_apart() -> None:
+def test_half_precision_finds_the_neighbors_that_stand_apart() -> None:
     corners = torch.eye(8)
     bank, labels = corners.repeat(3, 1) * 1e15, torch.arange(8).repeat(3)
     ranking = knn_predict(bank, labels, corners * 1e-6, classes=8, k=3, dtype=torch.float16)

@@ -45,8 +45,8 @@ def relu_features(d: int = 512) -> tuple[Tensor, Tensor]:
 def blobs(n: int = 120, d: int = 5, classes: int = 3) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(1)
     labels = torch.arange(n) % classes
-    centres = torch.randn(classes, d, generator=generator)
-    return centres[labels] + torch.randn(n, d, generator=generator), labels
+    centers = torch.randn(classes, d, generator=generator)
+    return centers[labels] + torch.randn(n, d, generator=generator), labels
 
 
 def accuracy(classifier: LinearClassifier, features: Tensor, labels: Tensor) -> float:
@@ -67,7 +67,7 @@ def closed_form(features: Tensor, labels: Tensor, *, seed: int = 0) -> LinearCla
 @pytest.mark.parametrize("n", [40, TRAIN], ids=["N < d", "N > d"])
 def test_closed_form_equals_scikit_learns_ridge(n: int, ridge: float, standardize: bool) -> None:
     features, labels = digits()
-    features, labels = features[:n] + 3, labels[:n]  # off centre, so that the intercept counts
+    features, labels = features[:n] + 3, labels[:n]  # off center, so that the intercept counts
     found = fit_closed_form(features, labels, classes=10, ridge=ridge, standardize=standardize)
     model = Ridge(alpha=ridge)
     model = make_pipeline(StandardScaler(), model) if standardize else model
@@ -246,7 +246,7 @@ def test_the_rest_of_an_epoch_that_fills_no_batch_is_dropped() -> None:
     assert True in poisoned and False in poisoned  # used in 6 of 10 orders, dropped in 4
 
 
-def test_standardised_sgd_does_not_depend_on_scale_and_offset_of_a_dimension() -> None:
+def test_standardized_sgd_does_not_depend_on_scale_and_offset_of_a_dimension() -> None:
     features, labels = blobs()
     features = torch.cat([features, torch.full((len(features), 1), 0.7)], dim=1)  # and a constant
     protocol = replace(SGD, epochs=10, standardize=True)

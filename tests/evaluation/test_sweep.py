@@ -16,8 +16,8 @@ SWEEP = replace(PROTOCOLS["sgd-sweep"], epochs=4, batch=32)
 def blobs(n: int = 150, d: int = 5, classes: int = 3) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(1)
     labels = torch.arange(n) % classes
-    centres = 2 * torch.randn(classes, d, generator=generator)
-    return centres[labels] + torch.randn(n, d, generator=generator) * torch.arange(
+    centers = 2 * torch.randn(classes, d, generator=generator)
+    return centers[labels] + torch.randn(n, d, generator=generator) * torch.arange(
         1.0, d + 1
     ), labels
 

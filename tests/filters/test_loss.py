@@ -10,7 +10,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 from rdm_fast.config import FilterConfig
-from rdm_fast.filters.decomposition import centre_samples, smaller_gram
+from rdm_fast.filters.decomposition import center_samples, smaller_gram
 from rdm_fast.filters.engines import eigh
 from rdm_fast.filters.loss import SpectralPredictor, spectral_cosine, spectral_loss
 from tests.ranks import run_ranks
@@ -249,7 +249,7 @@ def test_a_value_that_is_not_finite_on_one_rank_makes_every_rank_s_loss_nan(
 
 
 @pytest.mark.parametrize("shape", [(24, 64), (64, 64)], ids=str)
-def test_centring_a_gram_matrix_is_that_of_centred_samples(shape: tuple[int, int]) -> None:
+def test_centering_a_gram_matrix_is_that_of_centered_samples(shape: tuple[int, int]) -> None:
     X = two_views(*shape, "k^-1/2", torch.float64)[0][None] + 3.0
-    centred = smaller_gram(X - X.mean(dim=1, keepdim=True))
-    torch.testing.assert_close(centre_samples(smaller_gram(X)), centred, rtol=0, atol=1e-9)
+    centered = smaller_gram(X - X.mean(dim=1, keepdim=True))
+    torch.testing.assert_close(center_samples(smaller_gram(X)), centered, rtol=0, atol=1e-9)

@@ -28,7 +28,7 @@ HARD = {
     "zero": lambda z: torch.zeros_like(z),
     "duplicated rows": lambda z: z[:1].expand_as(z).clone(),
     "one zero row": lambda z: z.index_fill(0, torch.tensor(0), 0.0),
-    "centred": lambda z: z - z.mean(dim=0),
+    "centered": lambda z: z - z.mean(dim=0),
     "scale 1e4": lambda z: z * 1e4,
     "scale 1e-4": lambda z: z * 1e-4,
 }
@@ -107,7 +107,7 @@ def test_an_unknown_name_is_refused(wrong: dict[str, str]) -> None:
         FilterConfig(**wrong)  # type: ignore[arg-type]
 
 
-def test_centring_takes_a_common_offset_out_of_the_filter() -> None:
+def test_centering_takes_a_common_offset_out_of_the_filter() -> None:
     """Trap 22: without a final batch norm the first direction is the mean, and s^1 amplifies it."""
     z, _ = two_views(24, 64, "k^-1/2")
     offset = 100 * torch.ones(64)
@@ -139,7 +139,7 @@ def test_negative_eigenvalues_of_a_collapsed_gram_matrix_do_no_harm(config: Filt
     assert loss.isfinite() and all(grad.isfinite().all() for grad in grads)
 
 
-def test_the_null_direction_of_centred_features_takes_no_part() -> None:
+def test_the_null_direction_of_centered_features_takes_no_part() -> None:
     """Traps 20 and 21: log of a rounding error, and 0^0 = 1, let the all-ones sample in."""
     z1, z2 = (z - z.mean(dim=0) for z in two_views(24, 64, "flat"))
     for config in (FilterConfig(kind="log"), FilterConfig(location="target", sigma=-1.0)):

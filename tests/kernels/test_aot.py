@@ -100,7 +100,7 @@ def test_every_block_of_the_launchers_is_listed() -> None:
     }
     pointers = {torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float32: "*fp32"}
     for dtype, pointer in pointers.items():
-        for centre in (False, True):
+        for center in (False, True):
             for precision in ("tf32x3", "ieee"):
                 for n in (1, 63, 64, 512, LARGE - 1, LARGE, LARGE + 1, 8192):
-                    assert (pointer, *blocks(dtype, centre, precision, n)) in listed
+                    assert (pointer, *blocks(dtype, center, precision, n)) in listed

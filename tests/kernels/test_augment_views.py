@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rdm_kernels import augment_views, pack_views
 from rdm_kernels.views import definition as views
-from rdm_kernels.views.colour import OPERATIONS
+from rdm_kernels.views.color import OPERATIONS
 from rdm_kernels.views.definition import COLUMNS, PIXELS
 from rdm_kernels.views.op import (
     MAX_SIZE,
@@ -33,7 +33,7 @@ STILL: dict[str, Any] = {
 
 
 def photograph(N: int, C: int, H: int, W: int, seed: int = 0) -> Tensor:
-    """Smooth colours with some grain, uint8 [N, C, H, W]."""
+    """Smooth colors with some grain, uint8 [N, C, H, W]."""
     generator = torch.Generator().manual_seed(seed)
     soft = torch.randint(0, 256, (N, C, 4, 4), generator=generator).float()
     image = torch.nn.functional.interpolate(soft, (H, W), mode="bilinear")
@@ -107,17 +107,17 @@ def test_whole_images_of_a_view_s_size_are_taken_as_they_are(
     flip = np.arange(6) % 2
     still = {name: np.full(6, value) for name, value in (STILL | windows).items()}
     table = pack_views(still | {"image": np.arange(6), "flip": flip})
-    recoloured = any_views(6, 6, 16, 16, **windows)
+    recolored = any_views(6, 6, 16, 16, **windows)
     chosen = options(C, interpolation=interpolation)
     larger = torch.nn.functional.pad(images.cpu(), (0, 0, 0, 1))  # of which the windows are a part
-    resized = augment_views(larger, recoloured, **chosen)
-    assert ties_only(levels_apart(images, recoloured, interpolation=interpolation))
+    resized = augment_views(larger, recolored, **chosen)
+    assert ties_only(levels_apart(images, recolored, interpolation=interpolation))
     asked: list[Any] = []
     monkeypatch.setattr(views, "resampling_taps", lambda *of: asked.append(of))
     levels = augment_views(images.cpu(), table, **chosen)
     assert torch.equal(levels[::2], images[::2].cpu())
     assert torch.equal(levels[1::2], images[1::2].cpu().flip(3))
-    assert torch.equal(augment_views(images.cpu(), recoloured, **chosen), resized)
+    assert torch.equal(augment_views(images.cpu(), recolored, **chosen), resized)
     assert not asked
     assert levels_apart(images, table, interpolation=interpolation).max() == 0
     for side in ("height", "width"):
@@ -184,7 +184,7 @@ def test_the_mean_of_contrast_is_over_all_tiles() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("C", [1, 3])
-def test_views_are_levels_normalised_in_every_dtype(C: int, dtype: torch.dtype) -> None:
+def test_views_are_levels_normalized_in_every_dtype(C: int, dtype: torch.dtype) -> None:
     images, table = photograph(2, C, 20, 18), any_views(2, 2, 20, 18).to(DEVICE)
     chosen = options(C)
     levels = augment_views_triton(images, table, *chosen.values())

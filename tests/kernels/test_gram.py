@@ -22,12 +22,12 @@ SMALL = Blocks(16, 16, 4, 2)  # several tiles even of matrices that are quick to
 @dataclass(frozen=True)
 class Options:
     features: bool
-    centre: bool = False
+    center: bool = False
     stacked: bool = False
 
     @property
     def op(self) -> tuple[bool, bool, bool, str]:
-        return self.features, self.centre, self.stacked, "tf32x3"
+        return self.features, self.center, self.stacked, "tf32x3"
 
 
 def kernel(X: Tensor, *options: Any, parts: int = 1) -> tuple[Tensor, ...]:
@@ -49,9 +49,9 @@ shapes = st.tuples(st.integers(1, 2), sizes, sizes)
 dtypes = st.sampled_from(DTYPES)
 options = st.sampled_from(
     [
-        Options(features, centre, stacked)
+        Options(features, center, stacked)
         for features in (False, True)
-        for centre in (False, True)
+        for center in (False, True)
         for stacked in (False, True)
         if not (features and stacked)
     ]
@@ -70,9 +70,9 @@ def batch(shape: tuple[int, int, int], dtype: torch.dtype = torch.float32, seed:
 def exact(X: Tensor, how: Options) -> tuple[Tensor, Tensor]:
     """The Gram matrix in float64, and the unit of an element's error that gram.py states."""
     wide = X.double()
-    lines = wide.abs() + wide.abs().mean(dim=1, keepdim=True) if how.centre else wide
+    lines = wide.abs() + wide.abs().mean(dim=1, keepdim=True) if how.center else wide
     lines = lines.flatten(0, 1)[None] if how.stacked else lines
-    wide = wide - wide.mean(dim=1, keepdim=True) if how.centre else wide
+    wide = wide - wide.mean(dim=1, keepdim=True) if how.center else wide
     wide = wide.flatten(0, 1)[None] if how.stacked else wide
     wide, lines = (wide.mT, lines.mT) if how.features else (wide, lines)
     length = lines.norm(dim=-1)
@@ -83,8 +83,8 @@ def bound(X: Tensor, how: Options) -> float:
     """The bound that gram.py states. The interpreter's products are exact; a GPU's may be three."""
     _, B, D = X.shape
     terms = B if how.features else D
-    split = 12 if dot_precision(X.dtype, how.centre, "tf32x3") == "tf32x3" else 0
-    return (terms + 2 + split + (B / 16 + 16 if how.centre else 0)) * U
+    split = 12 if dot_precision(X.dtype, how.center, "tf32x3") == "tf32x3" else 0
+    return (terms + 2 + split + (B / 16 + 16 if how.center else 0)) * U
 
 
 @BODIES
@@ -156,7 +156,7 @@ def test_a_long_sum_is_split_and_no_term_is_lost() -> None:
 
 def test_stacked_views_give_the_blocks_of_each_and_of_both() -> None:
     X = batch((2, 5, 7))
-    K = gram(X, side="samples", stacked=True, centre=True).matrix[0].double()
+    K = gram(X, side="samples", stacked=True, center=True).matrix[0].double()
     x, y = X.double() - X.double().mean(dim=1, keepdim=True)
     expected = torch.cat([torch.cat([x @ x.mT, x @ y.mT], 1), torch.cat([y @ x.mT, y @ y.mT], 1)])
     torch.testing.assert_close(K, expected, atol=1e-5, rtol=0)
@@ -165,14 +165,14 @@ def test_stacked_views_give_the_blocks_of_each_and_of_both() -> None:
 @BODIES
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("at", [(0, 0), (16, 30), (19, 32)])
-@pytest.mark.parametrize("centre", [False, True], ids=["plain", "centred"])
+@pytest.mark.parametrize("center", [False, True], ids=["plain", "centered"])
 def test_one_value_that_is_not_finite_flags_its_view_only(
-    value: float, at: tuple[int, int], centre: bool, body: Body
+    value: float, at: tuple[int, int], center: bool, body: Body
 ) -> None:
     X = batch((2, 20, 33))
     X[1, at[0], at[1]] = value
     for features in (False, True):
-        found = Symmetric(*body(X, *Options(features, centre).op))
+        found = Symmetric(*body(X, *Options(features, center).op))
         assert found.nonfinite.tolist() == [0, 1]
         assert found.matrix[0].isfinite().all() and found.norm[0].isfinite()
         assert not found.diagonal[1].isfinite().all() and not found.norm[1].isfinite()
@@ -197,7 +197,7 @@ def test_what_overflows_is_flagged_and_zeros_are_not(body: Body) -> None:
 
 
 @BODIES
-def test_centring_of_a_mean_far_from_zero(body: Body) -> None:
+def test_centering_of_a_mean_far_from_zero(body: Body) -> None:
     X = batch((2, 40, 24)) + 1000
     for how in (Options(False, True), Options(True, True), Options(False, True, True)):
         G, unit = exact(X, how)
@@ -244,7 +244,7 @@ def test_no_gradient_is_taken() -> None:
 
 
 def test_op_is_registered_correctly() -> None:
-    for how in (Options(False), Options(True, centre=True), Options(False, stacked=True)):
+    for how in (Options(False), Options(True, center=True), Options(False, stacked=True)):
         torch.library.opcheck(gram_op, (batch((2, 5, 9)), *how.op))
 
 

@@ -164,15 +164,15 @@ def test_byol_target_starts_as_a_copy_takes_no_gradient_and_follows() -> None:
     torch.testing.assert_close(method.target_backbone.weight, before + 0.25)
 
 
-def test_symsimsiam_is_symmetric_centred_and_differentiates_both_branches() -> None:
+def test_symsimsiam_is_symmetric_centered_and_differentiates_both_branches() -> None:
     method = SymSimSiam(*encoder())
     z1, z2 = (method.projector(method.backbone(v)) for v in views())
-    centred = cosine(z1 - z1.mean(0), z2 - z2.mean(0))
-    assert_same_gradients(method, -centred)
+    centered = cosine(z1 - z1.mean(0), z2 - z2.mean(0))
+    assert_same_gradients(method, -centered)
 
 
 def test_symsimsiam_ignores_a_common_offset() -> None:
-    """Centring is what keeps the symmetric loss from being won by one large constant."""
+    """Centering is what keeps the symmetric loss from being won by one large constant."""
     method = SymSimSiam(*encoder())
     before = method(*views()).loss
     with torch.no_grad():

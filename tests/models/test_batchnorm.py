@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from rdm_fast.models.batchnorm import CpuSyncBatchNorm, frozen_running_statistics, synchronise
+from rdm_fast.models.batchnorm import CpuSyncBatchNorm, frozen_running_statistics, synchronize
 from tests.ranks import run_ranks
 
 CPU = torch.device("cpu")
@@ -80,7 +80,7 @@ def _on_one_rank() -> dict[str, dict[str, Tensor]]:
                 (x.to(memory_format=torch.channels_last), dy.to(memory_format=torch.channels_last))
                 for x, dy in parts
             ]
-        results[name] = train_two_steps(synchronise(build(name), CPU), parts)
+        results[name] = train_two_steps(synchronize(build(name), CPU), parts)
         if name == "channels last":
             results[name]["format"] = torch.tensor(
                 [
@@ -153,7 +153,7 @@ def _count_and_cast() -> dict[str, Any]:
             return original(*args, **kwargs)
 
         setattr(dist, name, counted)
-    norm = synchronise(nn.BatchNorm1d(3), CPU)
+    norm = synchronize(nn.BatchNorm1d(3), CPU)
     y = norm(_half(_shifted()).requires_grad_())
     forward = list(calls)
     y.sum().backward()
@@ -161,7 +161,7 @@ def _count_and_cast() -> dict[str, Any]:
     calls.clear()
     norm.eval()(_half(_shifted()))
     evaluation = list(calls)
-    cast = synchronise(nn.BatchNorm1d(3, momentum=1.0), CPU)
+    cast = synchronize(nn.BatchNorm1d(3, momentum=1.0), CPU)
     x = _half(_shifted() - 1000).bfloat16().requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
         z = cast(x)
@@ -236,7 +236,7 @@ def _ddp_network() -> tuple[nn.Module, Tensor]:
 
 def _ddp_gradients() -> dict[str, Tensor]:
     network, views = _ddp_network()
-    ddp = nn.parallel.DistributedDataParallel(synchronise(network, CPU))
+    ddp = nn.parallel.DistributedDataParallel(synchronize(network, CPU))
     for _ in range(2):  # the second step runs with rebuilt buckets
         ddp.zero_grad()
         _two_views(ddp, views.chunk(dist.get_world_size(), dim=1)[dist.get_rank()]).backward()
@@ -271,12 +271,12 @@ def _network() -> nn.Sequential:
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_synchronising_keeps_every_parameter_buffer_and_name(device: str) -> None:
+def test_synchronizing_keeps_every_parameter_buffer_and_name(device: str) -> None:
     network = _network()
     network(torch.randn(4, 1, 8, 8))
     network.eval()
     before = dict(network.state_dict(keep_vars=True))
-    after = synchronise(network, torch.device(device)).state_dict(keep_vars=True)
+    after = synchronize(network, torch.device(device)).state_dict(keep_vars=True)
     assert list(before) == list(after)
     assert all(before[name] is after[name] for name in before)
     kind = nn.SyncBatchNorm if device == "cuda" else CpuSyncBatchNorm
@@ -284,17 +284,17 @@ def test_synchronising_keeps_every_parameter_buffer_and_name(device: str) -> Non
     assert len(norms) == 2 and all(type(m) is kind and not m.training for m in norms)
 
 
-def test_alone_a_synchronised_network_is_bitwise_the_plain_one() -> None:
+def test_alone_a_synchronized_network_is_bitwise_the_plain_one() -> None:
     plain = _network()
     x = torch.randn(4, 1, 8, 8)
     plain(x)
-    synchronised = _network()
-    synchronised(x)
-    synchronised.load_state_dict(plain.state_dict())
-    synchronise(synchronised, CPU)
-    assert torch.equal(plain(x), synchronised(x))
+    synchronized = _network()
+    synchronized(x)
+    synchronized.load_state_dict(plain.state_dict())
+    synchronize(synchronized, CPU)
+    assert torch.equal(plain(x), synchronized(x))
     for name, buffer in plain.named_buffers():
-        assert torch.equal(buffer, synchronised.get_buffer(name)), name
+        assert torch.equal(buffer, synchronized.get_buffer(name)), name
 
 
 # ---- frozen running statistics -----------------------------------------------------------------
@@ -305,7 +305,7 @@ def test_frozen_statistics_have_their_old_bits_afterwards(kind: str) -> None:
     network = _network()
     network(torch.randn(4, 1, 8, 8))
     if kind != "plain":
-        synchronise(network, torch.device("cpu" if kind == "ours" else "cuda"))
+        synchronize(network, torch.device("cpu" if kind == "ours" else "cuda"))
     before = {name: buffer.clone() for name, buffer in network.named_buffers()}
     with frozen_running_statistics(network):
         if kind == "torch's":  # runs on GPUs only; its buffers move the same way
@@ -352,5 +352,5 @@ def test_eval_mode_waits_for_no_other_rank(tmp_path: Path) -> None:
 
 
 def _eval_on_rank_zero_only() -> list[int]:
-    norm = synchronise(nn.BatchNorm1d(3), CPU).eval()
+    norm = synchronize(nn.BatchNorm1d(3), CPU).eval()
     return list(norm(torch.zeros(3, 3)).shape) if dist.get_rank() == 0 else []

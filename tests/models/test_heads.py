@@ -61,7 +61,7 @@ def test_predictor_has_the_papers_layers(bias: bool) -> None:
 
 
 @pytest.mark.parametrize("depth", [2, 3])
-def test_final_batch_norm_standardises_every_direction(depth: int) -> None:
+def test_final_batch_norm_standardizes_every_direction(depth: int) -> None:
     z = projector(model(depth, True), 3)(torch.randn(64, 3))
     # the 1e-5 that batch norm adds to a variance keeps the result's below 1
     torch.testing.assert_close(z.mean(0), torch.zeros(5), atol=1e-6, rtol=0)

@@ -110,7 +110,7 @@ def test_no_apex_at_all(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "uninstall" not in message
 
 
-def test_the_other_project_of_that_name_is_recognised_without_being_imported(
+def test_the_other_project_of_that_name_is_recognized_without_being_imported(
     install: Install,
 ) -> None:
     install(PYRAMIDS, None)

@@ -143,7 +143,7 @@ def test_rows_that_sum_to_zero_show_one_direction_less_if_there_are_few(
     assert int(attainable_rank(norm(z).to(dtype))) == min(B - 1, d)
 
 
-def test_two_opposite_points_are_as_spread_out_as_two_centred_points_can_be() -> None:
+def test_two_opposite_points_are_as_spread_out_as_two_centered_points_can_be() -> None:
     z = torch.zeros(2, 768)
     z[0, 0], z[1, 0] = 1.0, -1.0
     assert float(effective_rank(eigenvalues(z))) / int(attainable_rank(z)) == 1.0

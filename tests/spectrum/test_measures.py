@@ -44,7 +44,7 @@ def name(config: FilterConfig) -> str:
 
 
 def definition(values: list[float]) -> float:
-    """exp of the entropy of the normalised eigenvalues (Roy & Vetterli), literally."""
+    """exp of the entropy of the normalized eigenvalues (Roy & Vetterli), literally."""
     shares = [value / sum(values) for value in values if value > 0]
     return math.exp(-sum(share * math.log(share) for share in shares))
 
@@ -131,7 +131,7 @@ def test_eigenvalues_are_squared_singular_values_over_the_batch(
     torch.testing.assert_close(eigenvalues(z), expected, rtol=0, atol=1e-13 * float(expected[-1]))
 
 
-def test_the_correlation_is_not_centred() -> None:
+def test_the_correlation_is_not_centered() -> None:
     z = torch.randn(20, 6) + 10
     assert float(eigenvalues(z)[-1]) > 500
     assert float(eigenvalues(z - z.mean(dim=0))[-1]) < 5
@@ -160,7 +160,7 @@ def filtered_rows(z: Tensor, config: FilterConfig, basis: Tensor | None = None) 
     return z.double() @ W
 
 
-@pytest.mark.parametrize("center", [False, True], ids=["raw", "centred"])
+@pytest.mark.parametrize("center", [False, True], ids=["raw", "centered"])
 @pytest.mark.parametrize("config", CONFIGS, ids=name)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("kind", ["flat", "k^-1/2", "k^-1", "rank 8", "straddling"])
@@ -176,7 +176,7 @@ def test_filtered_eigenvalues_are_those_of_the_filtered_rows(
     np.testing.assert_allclose(found.numpy(), expected, rtol=0, atol=ROUNDED * expected[-1])
 
 
-@pytest.mark.parametrize("center", [False, True], ids=["raw", "centred"])
+@pytest.mark.parametrize("center", [False, True], ids=["raw", "centered"])
 @pytest.mark.parametrize("config", [c for c in CONFIGS if c.location == "target"], ids=name)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_a_target_may_be_filtered_in_the_basis_of_the_online_branch(

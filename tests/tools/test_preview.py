@@ -58,7 +58,7 @@ def test_small_views_are_shown_small() -> None:
     assert (cell[:quarter] == 255).all() and (cell[:, -quarter:] == 255).all()
 
 
-def test_levels_are_those_before_normalisation() -> None:
+def test_levels_are_those_before_normalization() -> None:
     config, _ = parse(["cifar10_byol"])
     levels = np.random.default_rng(0).integers(0, 256, (2, 2, 8, 8, 3), dtype=np.uint8)
     views = torch.from_numpy(levels).permute(0, 1, 4, 2, 3) / 255

@@ -116,7 +116,7 @@ def _rank_steps(names: list[str], accumulate: int) -> list[list[Tensor]]:
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_ranks_take_the_step_that_one_rank_takes(world: int, tmp_path: Path) -> None:
-    """Batch norm is synchronised; sums over rows associate differently, in float32."""
+    """Batch norm is synchronized; sums over rows associate differently, in float32."""
     ranks = run_ranks(world, _rank_steps, METHODS, 1, tmp_path=tmp_path)
     for m, name in enumerate(METHODS):
         step = new_step(tiny(name, global_batch=ROWS))

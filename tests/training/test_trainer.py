@@ -613,7 +613,7 @@ def test_ranks_see_the_images_of_one_rank_in_its_order_and_have_its_losses(
     assert runs.outside(runs.losses(ranks.folders[world] / "undisturbed"), band) == []
 
 
-def test_the_band_of_rounding_shuts_out_batch_norms_that_are_not_synchronised(
+def test_the_band_of_rounding_shuts_out_batch_norms_that_are_not_synchronized(
     ranks: RankRuns, band: list[tuple[float, float]]
 ) -> None:
     assert len(runs.outside(runs.losses(ranks.folders[2] / "local-norm"), band)) >= 4

@@ -1,4 +1,4 @@
-"""What becomes of a pixel's colour: jitter, grey, solarize, normalise; in PyTorch.
+"""What becomes of a pixel's color: jitter, grey, solarize, normalize; in PyTorch.
 
 Every step takes whole levels 0..255, float32 [n, C, H, W] with C 1 or 3, and all but the last
 give such: cut off where they blend, and rounded where they turn hue in 8-bit HSV, as Pillow does.
@@ -58,7 +58,7 @@ def blend(x: Tensor, operation: Tensor, factor: Tensor) -> Tensor:
 
 
 TRAPEZOIDS = ((3.0, 2.0, 4.0), (-2.0, 1.0, 1.0), (1.0, -1.0, -1.0))
-"""What a pure colour has of red, green and blue, less 1, round a circle of 6: centre, height there
+"""What a pure color has of red, green and blue, less 1, round a circle of 6: center, height there
 and slope from it."""
 
 
@@ -78,12 +78,12 @@ def turn_hue(x: Tensor, share: Tensor) -> Tensor:
     hue.add_((share[:, 0] * 255).trunc())
     hue = hue.sub_((hue / 256).floor_(), alpha=256).mul_(6 / 255)
     depth = saturation.mul_(value).div_(255)
-    centre, height, slope = x.new_tensor(TRAPEZOIDS)[..., None, None]
-    below = (hue[:, None] - centre).abs_().mul_(slope).add_(height).clamp_(-1, 0)
+    center, height, slope = x.new_tensor(TRAPEZOIDS)[..., None, None]
+    below = (hue[:, None] - center).abs_().mul_(slope).add_(height).clamp_(-1, 0)
     return below.mul_(depth[:, None]).add_(value.add_(0.5)[:, None]).floor_()
 
 
-def normalise(levels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+def normalize(levels: Tensor, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """(levels / 255 - mean) / std.
 
     Args:

@@ -1,4 +1,4 @@
-"""What a random view of an image is: crop, resize, distort, recolour, blur, normalise.
+"""What a random view of an image is: crop, resize, distort, recolor, blur, normalize.
 
 This is the definition of the op `augment_views`, in PyTorch. A view is a row of numbers; nothing
 is drawn here. Pixels are whole levels 0..255 after every step, rounded as Pillow does: it rounds
@@ -6,8 +6,8 @@ when it resizes, cuts off when it distorts or blends, and turns hue in 8-bit HSV
 
 Steps, in this order: crop and resize (antialiased), rotate and shear (black outside), jitter
 (brightness, contrast, saturation and hue in any order), grey, Gaussian blur, solarize at 128,
-flip, normalise. Images of one channel have no saturation, hue or grey. The steps themselves are in
-view_geometry.py and view_colour.py; here it is settled who undergoes them. The flip comes with the
+flip, normalize. Images of one channel have no saturation, hue or grey. The steps themselves are in
+view_geometry.py and view_color.py; here it is settled who undergoes them. The flip comes with the
 resize, where taking pixels in another order costs nothing: every later step commutes with it.
 Where all windows are whole images of a view's size, nothing is resized.
 """
@@ -22,12 +22,12 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from rdm_kernels.views.colour import (
+from rdm_kernels.views.color import (
     HUE,
     IDLE,
     OPERATIONS,
     blend,
-    normalise,
+    normalize,
     solarize,
     to_grey,
     turn_hue,
@@ -61,7 +61,7 @@ def pack_views(columns: Mapping[str, ArrayLike]) -> Tensor:
             image: place of its image among all; top, left, height, width: window, in pixels.
             angle: rotation, in degrees, clockwise; shear: in degrees, horizontal; 0 for none.
             order: of the jitter, see OPERATIONS. brightness, contrast, saturation: factors, 1
-            for none. hue: share of the colour circle, 0 for none.
+            for none. hue: share of the color circle, 0 for none.
             grey, solarize, flip: whether to. sigma: of the blur, in pixels of the view, 0 for none.
 
     Returns:
@@ -94,8 +94,8 @@ def make_views(
     for part in _parts(p, size):
         few, rows = {name: column[part] for name, column in p.items()}, _tensor(part, device)
         x = resized(images[_tensor(few["image"], device)], few, rows)
-        x = _recolour(_distort(x, few), few, taps)
-        made = x if dtype == torch.uint8 else normalise(x, mean, std)
+        x = _recolor(_distort(x, few), few, taps)
+        made = x if dtype == torch.uint8 else normalize(x, mean, std)
         made = made.to(dtype, memory_format=torch.channels_last)
         views.index_copy_(0, rows, made.permute(0, 2, 3, 1))
     return views.permute(0, 3, 1, 2)
@@ -155,15 +155,15 @@ def _distort(x: Tensor, p: Columns) -> Tensor:
     return _some(x, (angle != 0) | (shear != 0), distort, angle, shear)
 
 
-def _recolour(x: Tensor, p: Columns, taps: int) -> Tensor:
-    colour = x.shape[1] == 3
+def _recolor(x: Tensor, p: Columns, taps: int) -> Tensor:
+    color = x.shape[1] == 3
     for place in range(len(OPERATIONS)):
         operation = _operation(p, place)
         factor = np.choose(operation, [p[name] for name in OPERATIONS])
         turned = (operation == HUE) & (factor != 0)  # by 0 would still round, in 8-bit HSV
-        x = _some(x, turned & colour, turn_hue, factor)
+        x = _some(x, turned & color, turn_hue, factor)
         x = _some(x, (operation != HUE) & (factor != 1), blend, operation, factor)
-    x = _some(x, (p["grey"] != 0) & colour, to_grey)
+    x = _some(x, (p["grey"] != 0) & color, to_grey)
     x = _some(x, p["sigma"] != 0, partial(blur, taps=taps), p["sigma"])
     return _some(x, p["solarize"] != 0, solarize)
 

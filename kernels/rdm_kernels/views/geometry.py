@@ -117,7 +117,7 @@ def _round_mean(x: Tensor) -> Tensor:
 
 
 def distort(x: Tensor, angle: Tensor, shear: Tensor) -> Tensor:
-    """Rotate and shear about the centre; black outside. The matrix is torchvision's, inverted.
+    """Rotate and shear about the center; black outside. The matrix is torchvision's, inverted.
 
     Args:
         x: [n, C, S, S].
@@ -126,8 +126,8 @@ def distort(x: Tensor, angle: Tensor, shear: Tensor) -> Tensor:
     S = x.shape[3]
     angle, tangent = angle.deg2rad()[:, 0], shear.deg2rad().tan()[:, 0]
     cos, sin = angle.cos(), angle.sin()
-    centred = torch.arange(S, device=x.device) + (1 - S) / 2
-    down, across = centred[:, None], centred[None, :]
+    centered = torch.arange(S, device=x.device) + (1 - S) / 2
+    down, across = centered[:, None], centered[None, :]
     from_x = (cos - sin * tangent) * across + (cos * tangent + sin) * down  # [n, S, S]
     from_y = cos * down - sin * across
     grid = torch.stack((from_x, from_y), dim=-1) * (2 / S)

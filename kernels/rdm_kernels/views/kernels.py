@@ -1,4 +1,4 @@
-"""The Triton kernels of `augment_views`: crop, resize, distort; then colour, blur, normalise.
+"""The Triton kernels of `augment_views`: crop, resize, distort; then color, blur, normalize.
 
 The definition is views.py; arithmetic here follows it operation by operation, so that levels come
 out the same. A program makes a tile of a view, all channels at once. An image of one channel is
@@ -10,7 +10,7 @@ import math
 import triton
 import triton.language as tl
 
-from rdm_kernels.views.colour import LUMA, LUMA_SHIFT, OPERATIONS, SOLARIZE_THRESHOLD
+from rdm_kernels.views.color import LUMA, LUMA_SHIFT, OPERATIONS, SOLARIZE_THRESHOLD
 from rdm_kernels.views.definition import COLUMNS
 from rdm_kernels.views.geometry import TIE
 
@@ -53,9 +53,9 @@ def _cut(x):
 
 
 @triton.jit
-def _weight(pixel, centre, stretch, length, CUBIC: tl.constexpr):
-    """Of a pixel of the window in the output around `centre`, before division by their sum."""
-    x = tl.abs(tl.div_rn(pixel + 0.5 - centre, stretch))
+def _weight(pixel, center, stretch, length, CUBIC: tl.constexpr):
+    """Of a pixel of the window in the output around `center`, before division by their sum."""
+    x = tl.abs(tl.div_rn(pixel + 0.5 - center, stretch))
     if CUBIC:
         near = (1.5 * x - 2.5) * x * x + 1.0
         far = (((x - 5.0) * x + 8.0) * x - 4.0) * -0.5
@@ -67,13 +67,13 @@ def _weight(pixel, centre, stretch, length, CUBIC: tl.constexpr):
 
 @triton.jit
 def _support(place, length, S, CUBIC: tl.constexpr):
-    """Centre, stretch, first pixel and number of pixels of outputs at `place` in a line of S."""
+    """Center, stretch, first pixel and number of pixels of outputs at `place` in a line of S."""
     radius: tl.constexpr = 2.0 if CUBIC else 1.0
     scale = tl.div_rn(length, S.to(tl.float32))
     stretch = tl.maximum(scale, 1.0)
-    centre = (place.to(tl.float32) + 0.5) * scale
-    first = tl.floor(centre - radius * stretch + 0.5)
-    return centre, stretch, first, tl.ceil(2.0 * radius * stretch).to(tl.int32)
+    center = (place.to(tl.float32) + 0.5) * scale
+    first = tl.floor(center - radius * stretch + 0.5)
+    return center, stretch, first, tl.ceil(2.0 * radius * stretch).to(tl.int32)
 
 
 @triton.jit
@@ -83,23 +83,23 @@ def _resized(at, plane, W, height, width, row, column, S, CUBIC: tl.constexpr):
     Across first and rounded, then down, like Pillow; what is needed across is computed anew for
     each row of the result: a few products more, and no scratch memory.
     """
-    centre_y, stretch_y, first_y, taps_y = _support(row, height, S, CUBIC)
-    centre_x, stretch_x, first_x, taps_x = _support(column, width, S, CUBIC)
+    center_y, stretch_y, first_y, taps_y = _support(row, height, S, CUBIC)
+    center_x, stretch_x, first_x, taps_x = _support(column, width, S, CUBIC)
     total_x = first_x * 0.0
     for tap in range(taps_x):
-        total_x += _weight(first_x + tap, centre_x, stretch_x, width, CUBIC)
+        total_x += _weight(first_x + tap, center_x, stretch_x, width, CUBIC)
     total_y = first_y * 0.0
     for tap in range(taps_y):
-        total_y += _weight(first_y + tap, centre_y, stretch_y, height, CUBIC)
+        total_y += _weight(first_y + tap, center_y, stretch_y, height, CUBIC)
     zero = total_y * total_x * 0.0
     r, g, b = zero, zero, zero
     for tap_y in range(taps_y):
         y = first_y + tap_y
-        weight_y = tl.div_rn(_weight(y, centre_y, stretch_y, height, CUBIC), total_y)
+        weight_y = tl.div_rn(_weight(y, center_y, stretch_y, height, CUBIC), total_y)
         across_r, across_g, across_b = zero, zero, zero
         for tap_x in range(taps_x):
             x = first_x + tap_x
-            weight_x = tl.div_rn(_weight(x, centre_x, stretch_x, width, CUBIC), total_x)
+            weight_x = tl.div_rn(_weight(x, center_x, stretch_x, width, CUBIC), total_x)
             inside = (y >= 0.0) & (y < height) & (x >= 0.0) & (x < width)
             pixel = at + y.to(tl.int32) * W + x.to(tl.int32)
             across_r += weight_x * tl.load(pixel, mask=inside, other=0).to(tl.float32)
@@ -113,7 +113,7 @@ def _resized(at, plane, W, height, width, row, column, S, CUBIC: tl.constexpr):
 
 @triton.jit
 def _distorted(at, plane, W, height, width, row, column, angle, shear, S, CUBIC: tl.constexpr):
-    """As `_resized`, rotated and sheared about the centre: bilinear, black outside."""
+    """As `_resized`, rotated and sheared about the center: bilinear, black outside."""
     tangent = tl.sin(shear * RADIANS) / tl.cos(shear * RADIANS)
     cos, sin = tl.cos(angle * RADIANS), tl.sin(angle * RADIANS)
     half = (S - 1).to(tl.float32) * 0.5
@@ -142,7 +142,7 @@ def _distorted(at, plane, W, height, width, row, column, angle, shear, S, CUBIC:
     return tl.where(inside, r, 0.0), tl.where(inside, g, 0.0), tl.where(inside, b, 0.0)
 
 
-# ---- colour ----------------------------------------------------------------------------------
+# ---- color ----------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -157,7 +157,7 @@ def _blend(plain, x, factor):
 
 @triton.jit
 def _primary(part, depth, value):
-    """A primary's level, from the share of it that a pure colour holds."""
+    """A primary's level, from the share of it that a pure color holds."""
     return _round((tl.minimum(tl.maximum(part, 0.0), 1.0) - 1.0) * depth + value)
 
 
@@ -274,7 +274,7 @@ def _resize_view_kernel(
 
 @triton.jit
 def _store(out_ptr, x, table_ptr, n, view, row, column, channel, C, S, mean, std):
-    """Solarize, flip and normalise a channel of a tile."""
+    """Solarize, flip and normalize a channel of a tile."""
     solarize = _integer(table_ptr, SOLARIZE, n, view) != 0
     flip = _integer(table_ptr, FLIP, n, view) != 0
     x = tl.where(solarize & (x >= THRESHOLD), 255.0 - x, x)
@@ -286,7 +286,7 @@ def _store(out_ptr, x, table_ptr, n, view, row, column, channel, C, S, mean, std
 
 
 @triton.jit(do_not_specialize=["n", "C", "S"])
-def _colour_view_kernel(
+def _color_view_kernel(
     levels_ptr, sums_ptr, table_ptr, out_ptr, n, C, S,
     mean_r, mean_g, mean_b, std_r, std_g, std_b,
     BLOCK: tl.constexpr, MAX_TILES: tl.constexpr,

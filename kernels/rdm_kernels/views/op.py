@@ -1,6 +1,6 @@
 """Random views of images that already lie on the device, in two passes, and a third where it blurs.
 
-    view = normalise(flip(solarize(blur(grey(jitter(distort(resize(crop(image)))))))))
+    view = normalize(flip(solarize(blur(grey(jitter(distort(resize(crop(image)))))))))
 
 What each step is, views.py says; which steps a view undergoes, and how, is a row of a table
 (`pack_views`). Views of any images in any number, both views of a batch for instance, are made
@@ -21,7 +21,7 @@ from torch import Tensor
 from rdm_kernels.variant import Variant
 from rdm_kernels.views.definition import COLUMNS, make_views
 from rdm_kernels.views.geometry import FILTERS
-from rdm_kernels.views.kernels import _blur_view_kernel, _colour_view_kernel, _resize_view_kernel
+from rdm_kernels.views.kernels import _blur_view_kernel, _color_view_kernel, _resize_view_kernel
 
 DTYPES = {
     torch.float32: "*fp32",
@@ -52,7 +52,7 @@ def augment_views(
         interpolation: "bilinear" or "bicubic", both antialiased.
         taps: length of the blur's kernel, odd, under 2 size; on CUDA at most MAX_TAPS.
         mean, std: of each channel, from 0 to 1.
-        dtype: float32, bfloat16 or float16; or uint8, for levels that are not normalised.
+        dtype: float32, bfloat16 or float16; or uint8, for levels that are not normalized.
 
     Returns:
         [n, C, size, size] in that dtype, channels_last.
@@ -162,7 +162,7 @@ def augment_views_triton(
         BLOCK=BLOCK, CUBIC=interpolation == "bicubic", num_warps=WARPS,
     )  # fmt: skip
     of_channels = [values[c % C] for values in (mean, std) for c in range(3)]
-    _colour_view_kernel[grid](
+    _color_view_kernel[grid](
         levels, sums, table, views, n, C, size, *of_channels,
         BLOCK=BLOCK, MAX_TILES=MAX_TILES, num_warps=WARPS,
     )  # fmt: skip
@@ -186,7 +186,7 @@ def variants() -> list[Variant]:
     for pointer in DTYPES.values():
         types = levels | {"out_ptr": pointer} | sizes | numbers
         constants = {"BLOCK": BLOCK, "MAX_TILES": MAX_TILES}
-        found.append(Variant(_colour_view_kernel, types, constants, WARPS))
+        found.append(Variant(_color_view_kernel, types, constants, WARPS))
         constants = {"BLOCK": BLOCK, "PATCH": PATCH}
         found.append(Variant(_blur_view_kernel, types, constants, WARPS, tensor_cores=True))
     return found

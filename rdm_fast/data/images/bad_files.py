@@ -21,7 +21,7 @@ from rdm_fast.runtime import atomic_files
 from rdm_fast.runtime.distributed import print0, rank
 
 HEADER = "path\treason\n"
-NEIGHBOURS = 16
+NEIGHBORS = 16
 """Images that are tried in the place of one; if none can be read, it is not the files."""
 
 
@@ -70,19 +70,19 @@ def read_or_next(images: ImageSet, i: int, config: DataConfig) -> tuple[int, Pix
     """Image i, or the first after it that can be read, with its index.
 
     Raises:
-        DataError: image i cannot be read and data.on_bad_image is stop, or none of NEIGHBOURS
+        DataError: image i cannot be read and data.on_bad_image is stop, or none of NEIGHBORS
             images can be; the first is named.
     """
     if config.on_bad_image == "stop":
         return i, images.read(i)
     first: DataError | None = None
-    for candidate in range(i, i + min(NEIGHBOURS, len(images))):
+    for candidate in range(i, i + min(NEIGHBORS, len(images))):
         try:
             return candidate % len(images), images.read(candidate % len(images))
         except DataError as error:
             first = first or error
     assert first is not None
-    raise DataError(f"{first}, nor can any of the {NEIGHBOURS - 1} images after it") from first
+    raise DataError(f"{first}, nor can any of the {NEIGHBORS - 1} images after it") from first
 
 
 class LostImages:

@@ -99,7 +99,7 @@ TORCHVISION: dict[DataName, _Torchvision] = {
 def load_torchvision(name: DataName, root: Path, split: Split, download: bool) -> PixelImages:
     """A data set in torchvision's layout under `root`, fetched first if `download`.
 
-    STL-10's training images include its 100,000 unlabelled ones, with label -1.
+    STL-10's training images include its 100,000 unlabeled ones, with label -1.
     """
     from torchvision import datasets  # imports torch: not before it is needed
 

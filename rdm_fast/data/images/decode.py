@@ -3,7 +3,7 @@
 Whatever the file holds becomes 8-bit RGB in one way, for every loader:
 
     grey, 1 bit, palette, CMYK, YCbCr    as Pillow converts them
-    transparency                         dropped: the colours beneath it are kept, on no background
+    transparency                         dropped: the colors beneath it are kept, on no background
     16 bits a channel                    the high byte, of grey (Pillow cuts it off) as of RGB
     animations                           the first frame
     EXIF orientation                     not applied

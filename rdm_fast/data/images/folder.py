@@ -41,7 +41,7 @@ def load_folder(
 
     Raises:
         InputMissing: the folder has no such split, or not every class of data.classes.
-        DataError: the split holds no images, mixes labelled and unlabelled ones, or too many files
+        DataError: the split holds no images, mixes labeled and unlabeled ones, or too many files
             cannot be used; the first is named.
     """
     chosen = read_classes(Path(config.classes).expanduser()) if config.classes else None

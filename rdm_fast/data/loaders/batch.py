@@ -19,7 +19,7 @@ class Batch:
     """This rank's images of one step."""
 
     view1: Tensor
-    """[b, C, S, S], normalised, channels_last, on the device; float32, or the 16-bit dtype to which
+    """[b, C, S, S], normalized, channels_last, on the device; float32, or the 16-bit dtype to which
     the backbone's autocast would round it."""
     view2: Tensor
     """The second view of the same images."""

@@ -3,7 +3,7 @@
 DALI carries out what `sampler` drew (`dali_graph`) and nothing else: order, sharding and resuming
 are ours, so no state of DALI goes into a checkpoint. Reading runs some steps ahead of DALI
 (`dali_input`), and DALI two steps ahead of the trainer. What is left of a view once all crops of a
-batch have one size, distortion and colour, is the op of the resident loader, `augment_views`:
+batch have one size, distortion and color, is the op of the resident loader, `augment_views`:
 three launches for both views on a GPU, where a graph of DALI's operators takes hundreds, since
 each image has its own order of them.
 

@@ -13,7 +13,7 @@ from rdm_fast.config import AugmentConfig
 from rdm_fast.data.images.bad_files import LostImages
 from rdm_fast.data.images.sets import ImageSet, Pixels, require_channels
 from rdm_fast.data.loaders.torch_loader import in_workers
-from rdm_fast.data.views.augment import normalise
+from rdm_fast.data.views.augment import normalize
 from rdm_fast.errors import DataError
 
 RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
@@ -40,7 +40,7 @@ def evaluation_batches(
 
     Args:
         images: to be shown.
-        augment: side, interpolation and normalisation.
+        augment: side, interpolation and normalization.
         batch: images of a rank at a time.
         device: where they go.
         workers: processes that decode; decoded images need none.
@@ -57,7 +57,7 @@ def evaluation_batches(
     require_channels(images, augment, "the data set")
     own = np.arange(rank, len(images), world_size)
     parts = [own[start : start + batch] for start in range(0, len(own), batch)]
-    make = _CentreViews(images, augment, skip=lost is not None)
+    make = _CenterViews(images, augment, skip=lost is not None)
     for asked, made in zip(parts, in_workers(make, parts, workers, device), strict=True):
         pixels, indices = made
         if lost is not None:
@@ -66,10 +66,10 @@ def evaluation_batches(
         if not len(indices):
             continue
         levels = pixels.to(device, non_blocking=True).permute(0, 3, 1, 2)
-        yield normalise(levels, augment), indices
+        yield normalize(levels, augment), indices
 
 
-class _CentreViews:
+class _CenterViews:
     """Makes the views of some images, uint8 [b, S, S, C], and says of which.
 
     With `skip`, those that cannot be read are left out.
@@ -86,13 +86,13 @@ class _CentreViews:
         shown: list[int] = []
         for i in indices.tolist():
             with contextlib.suppress(*([DataError] if self.skip else [])):
-                views.append(centre_view(images.read(i), self.augment))
+                views.append(center_view(images.read(i), self.augment))
                 shown.append(i)
         pixels = np.stack(views) if views else np.empty((0, S, S, images.channels), np.uint8)
         return torch.from_numpy(pixels), torch.tensor(shown, dtype=torch.int64)
 
 
-def centre_view(image: Pixels, augment: AugmentConfig) -> Pixels:
+def center_view(image: Pixels, augment: AugmentConfig) -> Pixels:
     """An image as evaluation sees it: resized (antialiased) and cropped to its middle.
 
     The shorter side becomes 256 / 224 of the view (the view itself under 64 pixels); sides and

@@ -1,6 +1,6 @@
 """The loader for images that are decoded when needed: torch's worker processes, image by image.
 
-A worker makes whole batches, as uint8; the device normalises. Nothing is drawn in a worker: what
+A worker makes whole batches, as uint8; the device normalizes. Nothing is drawn in a worker: what
 it does follows from the images' indices alone, so the number of workers changes nothing.
 """
 
@@ -18,7 +18,7 @@ from rdm_fast.data.images.bad_files import LostImages, read_or_next
 from rdm_fast.data.images.decode import Pixels
 from rdm_fast.data.images.sets import ImageSet
 from rdm_fast.data.loaders.batch import Batch, draw_all_views, labels_of
-from rdm_fast.data.views.augment import normalise, view_of_image
+from rdm_fast.data.views.augment import normalize, view_of_image
 from rdm_fast.data.views.sampler import ViewParameters, epoch_order, step_indices
 from rdm_fast.errors import UserError
 
@@ -83,8 +83,8 @@ class ViewsOfImages:
 
 
 def to_device(view: Tensor, config: Config, device: torch.device) -> Tensor:
-    """uint8 [b, S, S, C] to the normalised view, float32 [b, C, S, S] on the device."""
-    return normalise(view.to(device, non_blocking=True).permute(0, 3, 1, 2), config.augment)
+    """uint8 [b, S, S, C] to the normalized view, float32 [b, C, S, S] on the device."""
+    return normalize(view.to(device, non_blocking=True).permute(0, 3, 1, 2), config.augment)
 
 
 def in_workers(

@@ -1,10 +1,10 @@
-"""Carry out what `sampler.draw_views` drew: crop, resize, distort, recolour, blur, normalise.
+"""Carry out what `sampler.draw_views` drew: crop, resize, distort, recolor, blur, normalize.
 
 Two ways to the same view. `view_of_image` takes one image through torchvision and Pillow: the
 definition. The others take a batch of equal-sized images through the op `augment_views`: tensor
 operations, Triton kernels on a GPU. Both hold pixels as whole levels 0..255 after every step and
 round as Pillow does; `rdm_kernels.views.definition` lists the steps. Then
-`normalise`, the same for both.
+`normalize`, the same for both.
 """
 
 import dataclasses
@@ -27,8 +27,8 @@ from rdm_fast.data.views.sampler import (
     ViewParameters,
 )
 from rdm_kernels import augment_views, pack_views
-from rdm_kernels.views.colour import IDLE, SOLARIZE_THRESHOLD
-from rdm_kernels.views.colour import normalise as normalise_levels
+from rdm_kernels.views.color import IDLE, SOLARIZE_THRESHOLD
+from rdm_kernels.views.color import normalize as normalize_levels
 from rdm_kernels.views.geometry import blur
 
 Pixels = NDArray[np.uint8]
@@ -61,7 +61,7 @@ def view_of_image(
         size: side, if it is not augment's.
 
     Returns:
-        [size, size, C], not normalised.
+        [size, size, C], not normalized.
     """
     p, grey, size = parameters, image.shape[2] == 1, size or augment.size
     view = vision.resized_crop(
@@ -155,8 +155,8 @@ def views_of_table(
     Args:
         images: uint8 [N, C, H, W].
         table: of n views, from `view_table`, on the same device.
-        augment: side, interpolation and normalisation of the view.
-        dtype: floating; or uint8, for levels that are not normalised.
+        augment: side, interpolation and normalization of the view.
+        dtype: floating; or uint8, for levels that are not normalized.
         size: side, if it is not augment's.
 
     Returns:
@@ -196,11 +196,11 @@ def views_of_batch(
 
 
 def levels_of_batch(pixels: Tensor, parameters: ViewParameters, augment: AugmentConfig) -> Tensor:
-    """`views_of_batch` without its normalisation: uint8 [B, C, size, size]."""
+    """`views_of_batch` without its normalization: uint8 [B, C, size, size]."""
     return views_of_batch(pixels, parameters, augment, torch.uint8)
 
 
-def normalise(levels: Tensor, augment: AugmentConfig) -> Tensor:
+def normalize(levels: Tensor, augment: AugmentConfig) -> Tensor:
     """(levels / 255 - mean) / std.
 
     Args:
@@ -209,5 +209,5 @@ def normalise(levels: Tensor, augment: AugmentConfig) -> Tensor:
     Returns:
         float32, the same shape, channels_last.
     """
-    views = normalise_levels(levels, augment.mean, augment.std)
+    views = normalize_levels(levels, augment.mean, augment.std)
     return views.contiguous(memory_format=torch.channels_last)

@@ -50,7 +50,7 @@ class ViewParameters:
     saturation: Floats
     """Factors; 1 leaves the image as it is."""
     hue: Floats
-    """Share of the colour circle; 0 leaves the image as it is."""
+    """Share of the color circle; 0 leaves the image as it is."""
     order: Integers
     """Row of JITTER_ORDERS."""
     grey: Coins
@@ -149,8 +149,8 @@ def draw_views(
     )
 
 
-def _around(centre: float, reach: float, u: Floats) -> Floats:
-    return centre + reach * (2 * u - 1)
+def _around(center: float, reach: float, u: Floats) -> Floats:
+    return center + reach * (2 * u - 1)
 
 
 def _draw_windows(
@@ -165,10 +165,10 @@ def _draw_windows(
     """Crop windows (top, left, height, width) by the law of torchvision's RandomResizedCrop.
 
     Up to ten tries of an area uniform in crop_scale and a ratio log-uniform in crop_ratio, with
-    rounded sides, taken at a uniform corner if they fit; else a centred window of the nearest
+    rounded sides, taken at a uniform corner if they fit; else a centered window of the nearest
     allowed ratio.
     """
-    top, left, height, width = _centred_windows(view.crop_ratio, heights, widths)
+    top, left, height, width = _centered_windows(view.crop_ratio, heights, widths)
     (low, high), (narrow, wide) = view.crop_scale, map(math.log, view.crop_ratio)
     pending = np.arange(len(indices))
     for attempt in range(CROP_TRIES):
@@ -190,7 +190,7 @@ def _draw_windows(
     return top, left, height, width
 
 
-def _centred_windows(
+def _centered_windows(
     ratios: tuple[float, float], heights: Integers, widths: Integers
 ) -> tuple[Integers, Integers, Integers, Integers]:
     narrow, wide = ratios

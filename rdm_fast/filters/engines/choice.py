@@ -31,7 +31,7 @@ from rdm_fast.runtime.host_copy import HostCopy
 from rdm_kernels.matrix_function import CHOLESKY_FAILED, INACCURATE
 from rdm_kernels.safe_eigh import has_fast_float64
 
-REASONS = {CHOLESKY_FAILED: "its Cholesky factorisation failed", INACCURATE: "residuals are large"}
+REASONS = {CHOLESKY_FAILED: "its Cholesky factorization failed", INACCURATE: "residuals are large"}
 
 
 def choose(config: FilterConfig, device: torch.device) -> str:

@@ -10,7 +10,7 @@ for that last product, which amplifies rounding only by s_max / s.
 from torch import Tensor
 
 from rdm_fast.config import FilterConfig
-from rdm_fast.filters.decomposition import centre_samples, eigen_of_gram, respond, uses_samples
+from rdm_fast.filters.decomposition import center_samples, eigen_of_gram, respond, uses_samples
 from rdm_fast.filters.engines.base import SpectralFilter, combine, lengths
 from rdm_fast.filters.engines.exchange import by_view
 from rdm_fast.filters.gram import WIDE, gram_and_swapped, gram_matrix, inner_products
@@ -32,8 +32,8 @@ class EighFilter(SpectralFilter):
             wide = X.to(WIDE)
             wide = wide - wide.mean(dim=1, keepdim=True)
             self.G = gram_matrix(wide, samples=False, wide=True)
-        centred = centre_samples(self.G) if self.samples and config.center else self.G
-        self.spectrum = respond(by_view(eigen_of_gram, centred), X, config)
+        centered = center_samples(self.G) if self.samples and config.center else self.G
+        self.spectrum = respond(by_view(eigen_of_gram, centered), X, config)
         self.g = self.spectrum.g[:, None, :]
         if self.samples:
             self.U_over_S = self.spectrum.U_over_S
@@ -55,7 +55,7 @@ class EighFilter(SpectralFilter):
         """X V, this rank's rows, [v, b, n]."""
         if not self.samples:
             return self.X[:, self.rows].to(WIDE) @ self.spectrum.vectors
-        if self.config.center:  # the basis is of centred rows, the rows in it are not
+        if self.config.center:  # the basis is of centered rows, the rows in it are not
             return self.G[:, self.rows] @ self.U_over_S
         return self.spectrum.vectors[:, self.rows] * self.spectrum.s[:, None, :]
 

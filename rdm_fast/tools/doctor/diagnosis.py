@@ -87,7 +87,7 @@ def diagnose(config: Config, device: torch.device, *, batches: int, path: Path |
 
 
 def make_console() -> Console:
-    """Tables with lines and colours on a terminal; plain elsewhere, and where that is asked for."""
+    """Tables with lines and colors on a terminal; plain elsewhere, and where that is asked for."""
     plain = bool(os.environ.get("NO_COLOR")) or os.environ.get("TERM", "dumb") == "dumb"
     console = Console(highlight=False, force_terminal=False if plain else None)
     if not console.is_terminal:

@@ -235,7 +235,7 @@ class Step:
                     finished([x] * len(drawn), drawn, augment, size, dtype)
 
             stage = self.clock.time("augmentation", after_dali, self.rows)
-            return replace(stage, note="colours; crops are made in DALI")
+            return replace(stage, note="colors; crops are made in DALI")
         if self.loader.name == "resident":
             assert self.images.pixels is not None
             planes = self.images.pixels[: self.rows].transpose(0, 3, 1, 2)

@@ -92,7 +92,7 @@ def _loader_advice(now: Situation) -> list[str]:
         first = f"first {now.dali}; then " if now.dali else ""
         advice.insert(0, f"{first}--data.loader dali: decodes on the GPU")
     if now.loader == "dali" and not now.on_gpu:
-        advice.insert(0, "--data.loader torch: its processes make colours, too, beside the step")
+        advice.insert(0, "--data.loader torch: its processes make colors, too, beside the step")
     return advice or ["smaller image files: this machine decodes these no faster"]
 
 

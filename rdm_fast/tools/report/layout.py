@@ -12,7 +12,7 @@ from rdm_fast.errors import Unavailable
 
 FEWEST = 10
 """Images under which a map says nothing."""
-NEIGHBOURS = 15
+NEIGHBORS = 15
 PERPLEXITY = 30.0
 DIMENSIONS = 50
 """Principal components that t-SNE and UMAP start from."""
@@ -41,7 +41,7 @@ def flatten(
     Args:
         rows: embeddings, [n, d_emb] with n >= FEWEST, finite.
         how: t-SNE (van der Maaten & Hinton, JMLR 2008; perplexity 30, or a third of the rows) or
-            UMAP (arXiv:1802.03426; 15 neighbours).
+            UMAP (arXiv:1802.03426; 15 neighbors).
         seed: of the method's random numbers.
 
     Returns:
@@ -61,6 +61,6 @@ def flatten(
         umap: Any = importlib.import_module("umap")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # that a seed costs it its threads
-            neighbours = min(NEIGHBOURS, len(points) - 1)
-            mapped = umap.UMAP(n_neighbors=neighbours, random_state=seed).fit_transform(points)
+            neighbors = min(NEIGHBORS, len(points) - 1)
+            mapped = umap.UMAP(n_neighbors=neighbors, random_state=seed).fit_transform(points)
     return np.asarray(mapped, dtype=np.float64)

@@ -40,7 +40,7 @@ def render(runs: Sequence[Run], sections: Sequence[Section]) -> str:
     """The page as HTML text.
 
     Args:
-        runs: in the order of the figures' colours.
+        runs: in the order of the figures' colors.
         sections: what to show below the summary.
     """
     import jinja2

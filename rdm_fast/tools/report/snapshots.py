@@ -116,7 +116,7 @@ def embedding_map(maps: Sequence[tuple[Run, Array, Embeddings]], method: str) ->
     return Picture(
         "map",
         "Map of embeddings",
-        f"Embeddings of {counts} test images in two dimensions by {method}, coloured by class; "
+        f"Embeddings of {counts} test images in two dimensions by {method}, colored by class; "
         "labels were not used. Axes have no unit, and distances between groups no meaning.",
         "Points in groups; how far they are of one class each is what kNN accuracy measures",
         png(figure),
@@ -124,7 +124,7 @@ def embedding_map(maps: Sequence[tuple[Run, Array, Embeddings]], method: str) ->
 
 
 def _scatter(axes: Any, points: Any, labels: Any, classes: Sequence[str]) -> None:
-    """Up to ten classes have colours of their own and their names at their medians."""
+    """Up to ten classes have colors of their own and their names at their medians."""
     dots = {"s": 60_000 / (len(points) + 2000), "linewidths": 0, "alpha": 0.85}
     if labels is None or (labels < 0).all():
         axes.scatter(*points.T, color=PROJECTION, **dots)

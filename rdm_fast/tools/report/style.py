@@ -1,6 +1,6 @@
-"""How every figure looks: colours that colour-blind readers tell apart, sizes, file format.
+"""How every figure looks: colors that color-blind readers tell apart, sizes, file format.
 
-Colours are never the only sign: runs differ in line style too once colours repeat, branches in line
+Colors are never the only sign: runs differ in line style too once colors repeat, branches in line
 style, classes in their names on the map.
 """
 
@@ -115,7 +115,7 @@ def png(figure: Any) -> bytes:
 
 
 def line_style(number: int) -> dict[str, Any]:
-    """Colour and dashes of the run of that number, from 0."""
+    """Color and dashes of the run of that number, from 0."""
     dashes = DASHES[number // len(RUNS) % len(DASHES)]
     return {"color": RUNS[number % len(RUNS)], "linestyle": dashes}
 

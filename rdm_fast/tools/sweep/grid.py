@@ -6,7 +6,7 @@
 
 That is the grid of the RDM paper (arXiv:2303.02387, CIFAR-10). Any other exponent can be named in
 the same way. The control is poly with sigma 0: it differs from the other runs in the filter alone,
-where the paper's SymSimSiam also centres and has no stop-gradient; `symsimsiam` names that one.
+where the paper's SymSimSiam also centers and has no stop-gradient; `symsimsiam` names that one.
 """
 
 import re

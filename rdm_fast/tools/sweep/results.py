@@ -149,7 +149,7 @@ def figure(rows: Sequence[Row], runs: Mapping[str, Run]) -> Picture | None:
     )
 
 
-def _colours(rows: Sequence[Row]) -> dict[str, str]:
+def _colors(rows: Sequence[Row]) -> dict[str, str]:
     """Blues for the online branch, reds for the target, grey for what filters nothing."""
     counts = {"online": 0, "target": 0}
     found = {}
@@ -192,11 +192,11 @@ def _accuracy(axes: Any, rows: Sequence[Row]) -> None:
         ("knn_top1", "kNN top-1", "s", "#009E73"),
         ("probe_top1", "linear top-1", "^", "#4D4D4D"),
     )
-    for key, label, marker, colour in kinds:
+    for key, label, marker, color in kinds:
         points = [(getattr(each, key), y) for y, each in enumerate(rows)]
         known = [point for point in points if point[0] is not None]
         if known:
-            axes.plot(*zip(*known, strict=True), marker, color=colour, label=label, markersize=6)
+            axes.plot(*zip(*known, strict=True), marker, color=color, label=label, markersize=6)
     axes.set_yticks(range(len(rows)), [])
     axes.set(xlabel="top-1 accuracy (%)", ylim=(len(rows) - 0.4, -0.6))
 
@@ -205,10 +205,10 @@ def _over_time(axes: Any, rows: Sequence[Row], runs: Mapping[str, Run]) -> None:
     from matplotlib.ticker import StrMethodFormatter
 
     axes.axhline(0, color="#333333", linewidth=0.8)
-    for i, (name, colour) in enumerate(_colours(rows).items()):
+    for i, (name, color) in enumerate(_colors(rows).items()):
         series = runs[name].series("rank_difference")
         label = next(each.filter for each in rows if each.name == name)
-        style = {"color": colour, "linestyle": DASHES[i % len(DASHES)], "label": label}
+        style = {"color": color, "linestyle": DASHES[i % len(DASHES)], "label": label}
         axes.plot(
             series.epochs, series.values, marker="o" if len(series.epochs) < 3 else None, **style
         )

@@ -77,7 +77,7 @@ def test_cifar_is_read_from_torchvisions_layout(
     assert test.labels.tolist() == [0, 1, 2] and test.classes == ["c0", "c1", "c2"]
 
 
-def test_stl10_trains_on_labelled_and_unlabelled_images(
+def test_stl10_trains_on_labeled_and_unlabeled_images(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torchvision.datasets.STL10, "_check_integrity", lambda _: True)

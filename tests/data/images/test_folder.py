@@ -112,7 +112,7 @@ def test_no_images_is_a_data_error_that_shows_what_is_there(tmp_path: Path) -> N
         load_folder(tmp_path, "train")
 
 
-def test_labelled_and_unlabelled_images_do_not_mix(tmp_path: Path) -> None:
+def test_labeled_and_unlabeled_images_do_not_mix(tmp_path: Path) -> None:
     put(tmp_path, "train/a/1.png", "train/2.png")
     with pytest.raises(DataError, match=r"beside class folders, such as 2\.png"):
         load_folder(tmp_path, "train")

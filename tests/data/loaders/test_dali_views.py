@@ -185,7 +185,7 @@ def test_grey_images_agree(photographs: Pixels) -> None:
         ({"jitter": 1, "brightness": 0.4}, 0.1, 1),
         ({"jitter": 1, "contrast": 0.4}, 0.1, 1),
         ({"jitter": 1, "saturation": 0.4}, 0.1, 1),
-        ({"jitter": 1, "hue": 0.1}, 0.05, 7),  # an 8-bit hue off by one turns colour by 6 levels
+        ({"jitter": 1, "hue": 0.1}, 0.05, 7),  # an 8-bit hue off by one turns color by 6 levels
         ({"jitter": 1, "hue": 0.5}, 0.05, 7),
         ({"grey": 1}, 0.02, 1),
         ({"blur": 1}, 0.02, 1),

@@ -109,7 +109,7 @@ def test_kernels_and_pillow_agree_on_one_channel(images: Pixels, view: ViewConfi
         ({"jitter": 1, "brightness": 0.4}, 0.5, 1),
         ({"jitter": 1, "contrast": 0.4}, 0.5, 1),
         ({"jitter": 1, "saturation": 0.4}, 0.5, 1),
-        ({"jitter": 1, "hue": 0.1}, 0.5, 7),  # an 8-bit hue off by one turns colour by 6 levels
+        ({"jitter": 1, "hue": 0.1}, 0.5, 7),  # an 8-bit hue off by one turns color by 6 levels
         ({"jitter": 1, "hue": 0.5}, 0.5, 7),
         ({"grey": 1}, 0.05, 1),
         ({"blur": 1}, 0.05, 1),

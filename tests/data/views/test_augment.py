@@ -20,7 +20,7 @@ from rdm_fast.config import AugmentConfig, Interpolation, ViewConfig
 from rdm_fast.data.views.augment import (
     blur_taps,
     levels_of_batch,
-    normalise,
+    normalize,
     view_of_image,
     views_of_batch,
 )
@@ -95,7 +95,7 @@ def test_batch_and_images_agree_on_one_channel(images: Pixels, view: ViewConfig)
         ({"jitter": 1, "brightness": 0.4}, 0.5, 1),
         ({"jitter": 1, "contrast": 0.4}, 0.5, 1),
         ({"jitter": 1, "saturation": 0.4}, 0.5, 1),
-        ({"jitter": 1, "hue": 0.1}, 0.5, 7),  # an 8-bit hue off by one turns colour by 6 levels
+        ({"jitter": 1, "hue": 0.1}, 0.5, 7),  # an 8-bit hue off by one turns color by 6 levels
         ({"jitter": 1, "hue": 0.5}, 0.5, 7),
         ({"grey": 1}, 0.05, 1),
         ({"blur": 1}, 0.05, 1),
@@ -195,7 +195,7 @@ def test_pixels_outside_the_window_are_not_seen(photographs: Pixels) -> None:
     np.testing.assert_array_equal(as_batch(changed, p, augment), as_batch(photographs, p, augment))
 
 
-def test_a_view_does_not_depend_on_its_neighbours(photographs: Pixels) -> None:
+def test_a_view_does_not_depend_on_its_neighbors(photographs: Pixels) -> None:
     augment, p = AugmentConfig(size=32), draw(photographs, RECIPES["distorted"])
     whole = as_batch(photographs, p, augment)
     rows = np.array([7, 50, 3])
@@ -203,7 +203,7 @@ def test_a_view_does_not_depend_on_its_neighbours(photographs: Pixels) -> None:
     assert distance(part, whole[rows]).mean() < 0.01  # sums may be taken in another order
 
 
-def test_views_are_normalised_last_in_float32_channels_last(photographs: Pixels) -> None:
+def test_views_are_normalized_last_in_float32_channels_last(photographs: Pixels) -> None:
     augment, p = AugmentConfig(size=24), draw(photographs, FULL)
     pixels = torch.from_numpy(photographs)
     with torch.autocast("cpu", dtype=torch.bfloat16):  # a trainer's autocast must not reach here
@@ -215,7 +215,7 @@ def test_views_are_normalised_last_in_float32_channels_last(photographs: Pixels)
     np.testing.assert_allclose(views.numpy(), expected, atol=2e-6)  # of order 4, in float32
     assert views.dtype == torch.float32
     assert views.is_contiguous(memory_format=torch.channels_last)
-    from_bytes = normalise(torch.from_numpy(levels.astype(np.uint8)), augment)
+    from_bytes = normalize(torch.from_numpy(levels.astype(np.uint8)), augment)
     torch.testing.assert_close(from_bytes, views, rtol=0, atol=0)
 
 
@@ -236,8 +236,8 @@ def test_an_image_is_blurred_as_by_torchvision(sigma: float, channels: int, size
     """Both round a sum of float32: at most one level apart, where that sum is near a half."""
     square = np.ascontiguousarray(natural(1, size, size)[..., :channels])
     p = replace(draw(square, replace(STILL, blur=1)), sigma=np.array([sigma]))
-    colours = {"mean": (0.5,) * channels, "std": (0.5,) * channels}
-    got = one_by_one(square, p, AugmentConfig(size=size, **colours))
+    colors = {"mean": (0.5,) * channels, "std": (0.5,) * channels}
+    got = one_by_one(square, p, AugmentConfig(size=size, **colors))
     planes = torch.from_numpy(square).permute(0, 3, 1, 2)
     expected = vision.gaussian_blur(planes, blur_taps(size), [sigma, sigma]).permute(0, 2, 3, 1)
     off = distance(got, expected.numpy())

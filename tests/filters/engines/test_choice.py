@@ -17,7 +17,7 @@ SQUARE = FilterConfig(sigma=2.0)
 RISING = FilterConfig(kind="log_1")
 WEAK = FilterConfig(kind="log")
 TARGET = FilterConfig(location="target", sigma=-1.0)
-CENTRED = FilterConfig(sigma=2.0, center=True)
+CENTERED = FilterConfig(sigma=2.0, center=True)
 
 
 @pytest.mark.parametrize(
@@ -32,7 +32,7 @@ def test_auto_takes_products_where_they_are_faster_and_accurate(
     device: str, fast_float64: bool, gemm: list[FilterConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(choice_module, "has_fast_float64", lambda device: fast_float64)
-    for config in (SQUARE, RISING, WEAK, FilterConfig(sigma=-0.5), TARGET, CENTRED):
+    for config in (SQUARE, RISING, WEAK, FilterConfig(sigma=-0.5), TARGET, CENTERED):
         expected = "gemm" if config in gemm else "eigh"
         assert choice_module.choose(config, torch.device(device)) == expected
 
@@ -72,7 +72,7 @@ def test_a_batch_that_is_not_finite_is_no_reason_to_change_the_engine() -> None:
 def test_gemm_by_name_ends_loudly() -> None:
     engine = Engine(FilterConfig(engine="gemm"), CPU)
     engine.watch(status(CHOLESKY_FAILED | INACCURATE))
-    with pytest.raises(Unavailable, match=r"Cholesky factorisation failed and residuals.*auto"):
+    with pytest.raises(Unavailable, match=r"Cholesky factorization failed and residuals.*auto"):
         engine.current()
 
 
@@ -89,7 +89,7 @@ def test_a_checkpoint_keeps_a_failure_that_was_not_yet_looked_at() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:filter.engine=gemm was not accurate")
-def test_a_failed_factorisation_costs_one_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_factorization_costs_one_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     """That batch has a filter of zero, so a loss and a gradient of zero; the next one is right."""
     config = FilterConfig(sigma=0.5)
     engine = engine_for(config, CPU)

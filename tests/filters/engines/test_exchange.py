@@ -20,7 +20,7 @@ N = 24
 FILTERS = {
     "eigh": FilterConfig(kind="log_1", engine="eigh"),
     "eigh, target": FilterConfig(sigma=-1.0, location="target", engine="eigh"),
-    "eigh, centred": FilterConfig(sigma=0.5, center=True, engine="eigh"),
+    "eigh, centered": FilterConfig(sigma=0.5, center=True, engine="eigh"),
     "gemm": FilterConfig(kind="log_1", engine="gemm"),
     "gemm in float64": FilterConfig(kind="log", engine="gemm"),
     "gemm, target": FilterConfig(sigma=-1.0, location="target", engine="gemm"),
@@ -69,7 +69,7 @@ def test_each_rank_computes_one_view_and_has_the_bits_of_computing_both(tmp_path
 
 
 def _rank_failures() -> list[Tensor]:
-    """Losses of a view that is not finite; then one whose factorisation fails, on rank one only."""
+    """Losses of a view that is not finite; then one whose factorization fails, on rank one only."""
     exchange.SMALLEST = N
     z1, z2 = (z.chunk(2)[dist.get_rank()] for z in two_views(N, 66, "k^-1/2"))
     bad = z2.clone()

@@ -82,7 +82,7 @@ def test_what_is_left_of_a_view_after_dali_is_timed(tmp_path: Path) -> None:
     config = with_small_views("digits_byol", global_batch=64)
     found = report(replace(config, data=replace(config.data, loader="dali")), tmp_path)
     stage = found["stages"]["augmentation"]
-    assert stage["seconds"] > 0 and stage["note"] == "colours; crops are made in DALI"
+    assert stage["seconds"] > 0 and stage["note"] == "colors; crops are made in DALI"
     assert found["stages"]["decode"]["note"] == "inside DALI"
 
 

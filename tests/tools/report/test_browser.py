@@ -49,7 +49,7 @@ def screenshot(browser: str, page: Path, folder: Path) -> np.ndarray:
 def test_chromium_shows_the_page_and_its_figures(
     browser: str, tmp_path: Path, report: Callable[..., Page], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Text and lines cover some of the paper, in the colours of figures as well as of text."""
+    """Text and lines cover some of the paper, in the colors of figures as well as of text."""
     monkeypatch.setattr(style, "DPI", 144)
     report(make_run(tmp_path / "a"), make_run(tmp_path / "b"), "--out", "page.html")
     pixels = screenshot(browser, tmp_path / "page.html", tmp_path)
@@ -59,6 +59,6 @@ def test_chromium_shows_the_page_and_its_figures(
     assert 0.01 < inked.mean() < 0.5
     blank = np.flatnonzero(inked > 0)
     assert np.diff(blank).max() < 200, "a part of the page is blank"
-    colours = {tuple(colour) for colour in pixels.reshape(-1, 3)[::7].tolist()}
-    for colour in ((0, 0x72, 0xB2), (0xD5, 0x5E, 0)):  # the first two runs' lines
-        assert min(max(abs(a - b) for a, b in zip(colour, c, strict=True)) for c in colours) < 12
+    colors = {tuple(color) for color in pixels.reshape(-1, 3)[::7].tolist()}
+    for color in ((0, 0x72, 0xB2), (0xD5, 0x5E, 0)):  # the first two runs' lines
+        assert min(max(abs(a - b) for a, b in zip(color, c, strict=True)) for c in colors) < 12
