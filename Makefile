@@ -14,10 +14,13 @@ PYTHONS := $(or $(PYTHON),python3 python3.14 python3.13 python3.12 python3.11)
 RUN := runs/digits_rdm_simsiam
 ONE_EPOCH := rdm train digits_rdm_simsiam --optim.epochs 1 --optim.warmup-epochs 0 --log.knn-every 0
 
+# A file's tests share fixtures and ranks, so one process runs them all; long files start first.
+TWO_FILES := -n 2 --dist loadfile --no-loadscope-reorder -p no:benchmark
+
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help train test lint format types bench bench-check accuracy aot docs package check clean
+.PHONY: help train test test-all lint format types bench bench-check accuracy aot docs package check clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -26,8 +29,11 @@ train: $(VENV)/.base ## train the embedded default on a CPU or GPU, then evaluat
 	$(BIN)/python train.py
 	$(BIN)/python eval_linear.py $(RUN)
 
-test: $(VENV)/.dev ## run all tests
-	$(BIN)/python -m pytest
+test: $(VENV)/.dev ## run the tests, two files at a time
+	$(BIN)/python -m pytest $(TWO_FILES) -m 'not slow'
+
+test-all: $(VENV)/.dev ## the same, and the tests that are slow by nature
+	$(BIN)/python -m pytest $(TWO_FILES)
 
 lint: $(VENV)/.dev ## check style and formatting
 	$(BIN)/ruff check .
