@@ -11,8 +11,8 @@ import time
 
 import torch
 
-from rdm_fast.evaluation.evaluate import evaluate
 from rdm_fast.evaluation.protocols import PROTOCOLS
+from rdm_fast.evaluation.score import evaluate
 
 
 def peak_mib() -> float:

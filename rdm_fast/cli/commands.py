@@ -271,8 +271,8 @@ def _evaluate(command: EvaluateCommand, words: Sequence[str]) -> None:
             raise RankLost(lost)
         raise SystemExit(code)
 
+    from rdm_fast.evaluation.loaded_backbone import find_subject
     from rdm_fast.evaluation.run import evaluate_subject
-    from rdm_fast.evaluation.subject import find_subject
     from rdm_fast.runtime import distributed
 
     device = distributed.choose_device(command.device)
@@ -299,7 +299,7 @@ def _doctor(command: DoctorCommand) -> None:
 
 
 def _export(command: ExportCommand) -> None:
-    from rdm_fast.evaluation.subject import find_checkpoint
+    from rdm_fast.evaluation.loaded_backbone import find_checkpoint
     from rdm_fast.tools.export.write import export_checkpoint
 
     path = find_checkpoint(Path(command.checkpoint))

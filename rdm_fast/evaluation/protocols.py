@@ -3,7 +3,7 @@
 The reference protocols are those of the RDM paper's released code (arXiv:2303.02387;
 PKU-ML/Rank-Differential-Mechanism), with one difference: embeddings are computed once, from the
 evaluation view of each image, and cached. With --augment the training images are cropped and
-flipped anew in every epoch, as the reference does (`rdm_fast.evaluation.augmented`).
+flipped anew in every epoch, as the reference does (`rdm_fast.evaluation.train_on_views`).
 """
 
 import math

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from rdm_fast.data import ImageSet, load
 from rdm_fast.data.images.sets import Subset
 from rdm_fast.errors import CannotCreate, DataError
-from rdm_fast.evaluation.augmented import train_on_views
-from rdm_fast.evaluation.evaluate import Result, evaluate
 from rdm_fast.evaluation.features import cached_features, embed
+from rdm_fast.evaluation.loaded_backbone import Subject
 from rdm_fast.evaluation.options import EvaluateCommand
-from rdm_fast.evaluation.subject import Subject
+from rdm_fast.evaluation.score import Result, evaluate
+from rdm_fast.evaluation.train_on_views import train_on_views
 from rdm_fast.runtime import atomic_files
 from rdm_fast.runtime.distributed import print0, rank
 from rdm_fast.spectrum import effective_rank, eigenvalues

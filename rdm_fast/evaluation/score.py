@@ -7,6 +7,7 @@ from torch import Tensor
 
 from rdm_fast.errors import NonFinite
 from rdm_fast.evaluation.accuracy import TOP, check_labels, rank_classes, topk_accuracy
+from rdm_fast.evaluation.batched_sgd import fit_sweep
 from rdm_fast.evaluation.knn import knn_accuracy
 from rdm_fast.evaluation.logistic import fit_logistic
 from rdm_fast.evaluation.probe import (
@@ -17,7 +18,6 @@ from rdm_fast.evaluation.probe import (
     fit_sgd,
 )
 from rdm_fast.evaluation.protocols import FINETUNE, Protocol
-from rdm_fast.evaluation.sweep import fit_sweep
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

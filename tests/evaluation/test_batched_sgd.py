@@ -1,4 +1,4 @@
-"""rdm_fast.evaluation.sweep: one batched pass gives what separate fits give, and chooses."""
+"""rdm_fast.evaluation.batched_sgd: one batched pass gives what separate fits give, and chooses."""
 
 from dataclasses import replace
 
@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from rdm_fast.evaluation.batched_sgd import fit_settings, fit_sweep
 from rdm_fast.evaluation.probe import fit_sgd
 from rdm_fast.evaluation.protocols import PROTOCOLS, Protocol
-from rdm_fast.evaluation.sweep import fit_settings, fit_sweep
 
 SWEEP = replace(PROTOCOLS["sgd-sweep"], epochs=4, batch=32)
 
@@ -74,7 +74,7 @@ def test_candidates_never_see_the_images_that_choose_among_them(
         seen.append(rows[:, 0])
         return fit_settings(rows, *args, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("rdm_fast.evaluation.sweep.fit_settings", spy)
+    monkeypatch.setattr("rdm_fast.evaluation.batched_sgd.fit_settings", spy)
     fit_sweep(features, labels, classes=3, protocol=replace(SWEEP, epochs=1), seed=0)
     (kept,) = seen
     assert len(kept) == len(kept.unique()) == 95 - 9

@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 
 from rdm_fast.config.recipes import RECIPES
 from rdm_fast.errors import CannotCreate, DataError, InputMissing, UsageError
-from rdm_fast.evaluation.evaluate import Result
+from rdm_fast.evaluation.loaded_backbone import find_subject
 from rdm_fast.evaluation.options import EvaluateCommand
 from rdm_fast.evaluation.run import evaluate_subject
-from rdm_fast.evaluation.subject import find_subject
+from rdm_fast.evaluation.score import Result
 from rdm_fast.methods import build_method
 from rdm_fast.run import checkpoint
 from rdm_fast.run.checkpoint import Snapshot

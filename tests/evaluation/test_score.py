@@ -1,4 +1,4 @@
-"""rdm_fast.evaluation.evaluate: the reported numbers are those of its parts, and are refusable."""
+"""rdm_fast.evaluation.score: the reported numbers are those of its parts, and are refusable."""
 
 import json
 from collections.abc import Callable
@@ -11,10 +11,10 @@ from sklearn.datasets import load_digits
 
 from rdm_fast.errors import NonFinite
 from rdm_fast.evaluation.accuracy import rank_classes, topk_accuracy
-from rdm_fast.evaluation.evaluate import Result, evaluate
 from rdm_fast.evaluation.knn import knn_accuracy
 from rdm_fast.evaluation.probe import LinearClassifier, fit_closed_form, fit_lars, fit_sgd
 from rdm_fast.evaluation.protocols import PROTOCOLS, Solver
+from rdm_fast.evaluation.score import Result, evaluate
 
 
 def digits(classes: int = 10) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""rdm_fast.evaluation.augmented: each epoch other views, the same on any number of ranks."""
+"""rdm_fast.evaluation.train_on_views: each epoch other views, the same on any number of ranks."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -15,8 +15,8 @@ from rdm_fast.data.images.datasets import load_digits
 from rdm_fast.data.images.sets import PixelImages, Subset
 from rdm_fast.data.views.augment import view_of_image
 from rdm_fast.data.views.sampler import draw_views, epoch_order
-from rdm_fast.evaluation.augmented import VIEW, train_on_views, view_batches
 from rdm_fast.evaluation.protocols import PROTOCOLS, Protocol
+from rdm_fast.evaluation.train_on_views import VIEW, train_on_views, view_batches
 from rdm_fast.models.backbone import build_backbone
 from rdm_fast.runtime.distributed import rank
 from tests.ranks import run_ranks

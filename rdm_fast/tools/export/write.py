@@ -18,7 +18,7 @@ from torch import Tensor
 
 from rdm_fast.config import Config
 from rdm_fast.errors import CannotCreate, UsageError
-from rdm_fast.evaluation.subject import load_method
+from rdm_fast.evaluation.loaded_backbone import load_method
 from rdm_fast.methods import Method
 from rdm_fast.models.pretrained import LAYOUTS, METADATA
 from rdm_fast.run.folder import read_config, version

@@ -19,7 +19,7 @@ from rdm_fast.data import ImageSet, build_loader, evaluation_batches, load
 from rdm_fast.data.images.sets import Subset
 from rdm_fast.errors import DataError, InputMissing
 from rdm_fast.evaluation.features import extract
-from rdm_fast.evaluation.subject import find_checkpoint
+from rdm_fast.evaluation.loaded_backbone import find_checkpoint
 from rdm_fast.methods import Branches, Method, build_method
 from rdm_fast.run import checkpoint
 from rdm_fast.runtime.precision import autocast
