@@ -5,6 +5,8 @@ file and then the folder that holds its name have been flushed to the disk (fsyn
 """
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 TEMPORARY = ".tmp-"  # begins every name whose content is not complete yet
@@ -25,17 +27,29 @@ def write(path: Path, content: str | bytes) -> None:
     sync(path)
 
 
-def replace(path: Path, content: str | bytes) -> None:
-    """Write a file (text as UTF-8) that appears under its name complete or not at all.
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary file to write in the block; it then takes the name `path`, complete and flushed.
 
     Raises:
-        OSError: it cannot be written; what was there before is untouched.
+        OSError: it cannot be written; the old content is untouched.
     """
     temporary = path.with_name(f"{TEMPORARY}{os.getpid()}-{path.name}")
     try:
-        write(temporary, content)
+        yield temporary
+        sync(temporary)
         temporary.replace(path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
     sync(path.parent)
+
+
+def replace(path: Path, content: str | bytes) -> None:
+    """Write a file (text as UTF-8) that appears under its name complete or not at all.
+
+    Raises:
+        OSError: it cannot be written; the old content is untouched.
+    """
+    with replacing(path) as temporary:
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
