@@ -39,7 +39,7 @@ from bench.markdown import replace_between, table
 from rdm_fast import FilterConfig
 from rdm_fast.config import Kind
 from rdm_fast.errors import Unavailable
-from rdm_fast.filters.engines import engine_for
+from rdm_fast.filters.loss import SpectralCosine
 from tests.spectra import damped_filter, g, gradients, paper_filter, paper_loss, two_views
 from tests.spectra import with_spectrum as matrix
 
@@ -148,15 +148,15 @@ def fault(config: FilterConfig, spectrum: str, cell: Cell) -> str:
 
 def measure(config: FilterConfig, spectrum: str, z1: Tensor, z2: Tensor, device: str) -> Cell:
     """The filter's loss and gradient on this device, compared with float64 on the CPU."""
-    engine_for.cache_clear()
-    loss, *grads = gradients(z1.to(device), z2.to(device), config)
-    engine = engine_for(config, torch.device(device))
+    criterion = SpectralCosine(config)
+    loss, *grads = gradients(z1.to(device), z2.to(device), config, criterion=criterion)
+    selector = criterion.selector
     try:
-        used, flagged = engine.current(), engine.failures > 0
+        used, flagged = selector.current(torch.device(device)), selector.failures > 0
     except Unavailable:
         used, flagged = "gemm", True
     if used == "eigh" and flagged:
-        loss, *grads = gradients(z1.to(device), z2.to(device), config)
+        loss, *grads = gradients(z1.to(device), z2.to(device), config, criterion=criterion)
     found = [grad.cpu().double() for grad in grads]
     finite = bool(loss.isfinite()) and all(bool(grad.isfinite().all()) for grad in found)
 
@@ -204,7 +204,6 @@ def is_told_of(
     config: FilterConfig, bad: float, shape: tuple[int, int], dtype: torch.dtype, device: str
 ) -> bool:
     """Whether one value that is not finite makes the loss NaN, and no gradient NaN."""
-    engine_for.cache_clear()
     z1, z2 = (z.to(device).clone() for z in batch("k^-1/2", *shape, dtype))
     z1[1, 2] = bad
     loss, *grads = gradients(z1, z2, config)

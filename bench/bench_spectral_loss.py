@@ -21,7 +21,7 @@ from bench.conftest import is_small
 from bench.exact import Definition, exact, spectra, views
 from bench.reference import gram_eigh_loss, svd_loss
 from rdm_fast import FilterConfig, spectral_loss
-from rdm_fast.filters.engines import engine_for
+from rdm_fast.filters.engines.choice import choose
 
 pytestmark = pytest.mark.filterwarnings("ignore:filter.location")
 
@@ -94,7 +94,7 @@ def gradient(loss: Loss, z1: Tensor, z2: Tensor, config: FilterConfig) -> tuple[
 
 def check(name: str, loss: Loss, z1: Tensor, z2: Tensor, config: FilterConfig) -> None:
     """That it computes what it is timed for."""
-    engine = engine_for(config, z1.device).name if name == "auto" else name
+    engine = choose(config, z1.device) if name == "auto" else name
     definition: Definition = "damped" if engine == "gemm" else "cutoff"
     value, found = gradient(loss, z1, z2, config)
     both = spectra(*z1.shape, z1.device, z1.dtype)
@@ -121,7 +121,6 @@ def bench_forward_backward(measure: Callable[..., None], name: str, case: str) -
     size, filtered = case.split()
     B, D = map(int, size.split("x"))
     z1, z2 = views(B, D, DEVICE, DTYPE)
-    engine_for.cache_clear()
     loss: Loss = spectral_loss
     config = FILTERS[filtered]
     if name in ENGINES:
@@ -140,5 +139,5 @@ def bench_forward_backward(measure: Callable[..., None], name: str, case: str) -
         lambda: torch.autograd.grad(loss(z1, z2, config), (z1, z2)),
         bytes_moved=2 * 2 * B * D * z1.element_size(),
         flops={"bf16" if GPU else "fp32": flops},
-        capturable=name in ENGINES and engine_for(config, z1.device).name == "gemm",
+        capturable=name in ENGINES and choose(config, z1.device) == "gemm",
     )

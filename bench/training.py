@@ -211,7 +211,7 @@ def _phases_once(step: TrainStep, batch: Batch) -> dict[str, float]:
         branches = method.branches(*batch.views)
         mark()
         online = branches.online.detach().requires_grad_()
-        gradient = torch.autograd.grad(method.criterion(online, branches.target), online)
+        gradient = torch.autograd.grad(method.loss(online, branches.target), online)
     mark()
     branches.online.backward(gradient)
     mark()

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rdm_fast.config import FilterConfig
-from rdm_fast.filters.loss import spectral_loss
+from rdm_fast.filters.loss import SpectralCosine
 
 UNIT_ROUNDOFF = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-24}
 
@@ -161,10 +161,17 @@ def name(config: FilterConfig) -> str:
 
 
 def gradients(
-    z1: torch.Tensor, z2: torch.Tensor, config: FilterConfig
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    z1: Tensor,
+    z2: Tensor,
+    config: FilterConfig,
+    targets: tuple[Tensor, Tensor] | None = None,
+    criterion: SpectralCosine | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The symmetric loss and its gradients for z1 and z2, by a new criterion or the given one."""
     a, b = z1.clone().requires_grad_(), z2.clone().requires_grad_()
-    loss = spectral_loss(a, b, config)
+    target = None if targets is None else torch.stack([targets[1], targets[0]])
+    criterion = SpectralCosine(config) if criterion is None else criterion
+    loss = criterion(torch.stack([a, b]), target).mean()
     loss.backward()
     assert a.grad is not None and b.grad is not None
     return loss.detach(), a.grad, b.grad

@@ -2,7 +2,8 @@
 
 from torch import nn
 
-from rdm_fast.config import Config, FilterConfig
+from rdm_fast.config import Config
+from rdm_fast.filters.loss import Criterion, NegativeCosine, SpectralCosine
 from rdm_fast.methods.base import Branches, Method, StepOutput
 from rdm_fast.methods.byol import Byol
 from rdm_fast.methods.simsiam import SimSiam
@@ -15,15 +16,14 @@ __all__ = ["Branches", "Byol", "Method", "SimSiam", "StepOutput", "SymSimSiam", 
 
 def build_method(config: Config) -> Method:
     """Backbone, heads and method of a run, on the CPU, drawn from torch's global generator."""
-    backbone, d_embedding = build_backbone(config.model, config.augment.channels)
-    head = projector(config.model, d_embedding)
+    model, is_byol = config.model, config.method == "byol"
+    backbone, d_embedding = build_backbone(model, config.augment.channels)
+    head = projector(model, d_embedding)
     if config.method == "symsimsiam":
         return SymSimSiam(backbone, head)
-    predictor: nn.Module | FilterConfig = config.filter
+    predictor: nn.Module = nn.Identity()
+    criterion: Criterion = SpectralCosine(config.filter)
     if config.predictor == "mlp":
-        predictor = mlp_predictor(
-            config.model.projector_dim,
-            config.model.predictor_hidden,
-            bias=config.method == "byol",
-        )
-    return (Byol if config.method == "byol" else SimSiam)(backbone, head, predictor)
+        predictor = mlp_predictor(model.projector_dim, model.predictor_hidden, bias=is_byol)
+        criterion = NegativeCosine()
+    return (Byol if is_byol else SimSiam)(backbone, head, predictor, criterion)

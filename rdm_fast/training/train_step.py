@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 from rdm_fast.config import Config
 from rdm_fast.data.loaders.batch import Batch
 from rdm_fast.errors import Unavailable
-from rdm_fast.filters.engines import engine_for
+from rdm_fast.filters.loss import Criterion
 from rdm_fast.methods import Branches, Method, StepOutput
 from rdm_fast.methods.ema import ema_momentum
 from rdm_fast.models.batchnorm import frozen_running_statistics, join_buffers, synchronize
@@ -99,7 +99,8 @@ class TrainStep:
         self._kept = [statistics.clone() for statistics in self._statistics]
         if config.step.compile != "none":
             for part in self.method.children():
-                part.compile(mode=COMPILE[config.step.compile], dynamic=False)
+                if not isinstance(part, Criterion):
+                    part.compile(mode=COMPILE[config.step.compile], dynamic=False)
         self.parallel = wrap(self.method, config, device)
         self.optimizer = build_optimizer(self.method, config.optim, device)
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
@@ -107,7 +108,7 @@ class TrainStep:
         self._skip = torch.zeros((), device=device)
         self.optimizer.found_inf = self._skip  # type: ignore[attr-defined]
         self._momentum = torch.zeros((), dtype=torch.float64, device=device)
-        self.engine = engine_for(method.filter, device) if method.filter else None
+        self.selector = self.method.criterion.selector
         self.graph = self._build_graph()
 
     def momentum(self, step: int) -> float:
@@ -175,13 +176,13 @@ class TrainStep:
             self.graph = None
             self.optimizer.zero_grad(set_to_none=True)
             return self._step(*views)
-        if self.engine and self.graph.is_recorded:
+        if self.selector and self.graph.is_recorded:
             self._leave_graph_with_engine()  # of the step before, while this one runs
-            self.engine.watch_replay()
+            self.selector.watch_replay()
         return done
 
     def _leave_graph_with_engine(self) -> None:
-        if self.engine and self.engine.current() != "gemm":
+        if self.selector and self.selector.current(self.device) != "gemm":
             self.graph = None
 
     def _build_graph(self) -> StepGraph[Outputs] | None:
@@ -205,8 +206,8 @@ class TrainStep:
             return "beside an online probe (log.probe), which listens to the backbone"
         if self.config.optim.backend == "apex":
             return "with optim.backend=apex, whose settings are numbers of the host"
-        if self.engine and self.engine.name != "gemm":
-            return f"with filter.engine={self.engine.name}, which waits for the device"
+        if self.selector and (engine := self.selector.current(self.device)) != "gemm":
+            return f"with filter.engine={engine}, which waits for the device"
         return None
 
     # ---- the gradient ------------------------------------------------------------------------
@@ -225,7 +226,7 @@ class TrainStep:
             self.scaler.scale(output.loss).backward()
             return output.loss.detach(), _detached([output.branches])
         split = list(zip(*(view.chunk(parts) for view in views), strict=True))
-        if self.method.row_wise:
+        if self.method.criterion.row_wise:
             outputs = []
             for i, part in enumerate(split):
                 with self._no_sync(i < parts - 1):
@@ -241,7 +242,7 @@ class TrainStep:
         with torch.no_grad(), frozen_running_statistics(self.method):
             branches = _detached([self._forward(self.method, part).branches for part in parts])
         online = branches.online.requires_grad_()
-        loss = self.method.criterion(online, branches.target)
+        loss = self.method.loss(online, branches.target)
         self.scaler.scale(loss).backward()
         assert online.grad is not None
         gradients = online.grad.chunk(len(parts), dim=1)

@@ -55,9 +55,7 @@ class Trainer:
         self.train_step = TrainStep(
             build_method(config), config, device, self.loader.steps_per_epoch
         )
-        self.engine = self.train_step.engine
-        if self.engine:
-            self.engine.restore({})  # another run of this process may have used it
+        self.selector = self.train_step.selector
         self.collapse_guard = CollapseGuard(config, self.train_step.total_steps)
         self.probe = OnlineProbe(config, self.images, self.train_step.method.backbone, device)
         self.step = 0
@@ -133,9 +131,12 @@ class Trainer:
             device=self.device,
             world_size=world_size(),
             loader=self.loader.name,
-            engine=self.engine.name if self.engine else "none",
+            engine=self._engine(),
         )
         return Telemetry.open(self.folder, self.config, environment, plan)
+
+    def _engine(self) -> str:
+        return self.selector.current(self.device) if self.selector else "none"
 
     def _announce(self) -> None:
         """Say once what `auto` stands for, and what RDM thinks of the filter."""
@@ -146,10 +147,10 @@ class Trainer:
             f"{config.optim.global_batch}, {config.optim.local_batch(world_size())} a rank"
             + (f" in {parts} parts" if parts > 1 else "")
             + f", loader {self.loader.name}"
-            + (f", filter engine {self.engine.name}" if self.engine else "")
+            + (f", filter engine {self._engine()}" if self.selector else "")
             + (", steps as a CUDA graph" if self.train_step.graph else "")
         )
-        if self.train_step.method.filter and (text := advice(config.filter)):
+        if self.selector and (text := advice(config.filter)):
             print0(f"warning: {text}")
         if self.step:
             print0(f"resumed from step {self.step}")
@@ -161,7 +162,7 @@ class Trainer:
         if not (log or profile):
             return
         self.skipped.read()
-        b, spectral = report.branches, self.train_step.method.filter
+        b, spectral = report.branches, self.train_step.method.criterion.filter
         spectra = branch_spectra(b.online, b.target, b.projection, spectral, profile=profile)
         if profile:
             telemetry.log_spectra(self.step, spectra.record())
@@ -197,8 +198,8 @@ class Trainer:
             **spectra.metrics(),
             **clock.read(self.config.optim.global_batch),
         }
-        if self.engine:
-            metrics["filter_failures"] = self.engine.failures
+        if self.selector:
+            metrics["filter_failures"] = self.selector.failures
         if self.config.method == "byol":
             metrics["ema_momentum"] = report.ema_momentum
         if self.device.type == "cuda":
@@ -273,7 +274,7 @@ class Trainer:
                 "skipped": self.skipped.total,
                 "skipped_in_a_row": self.skipped.in_a_row,
                 "collapsed_in_a_row": self.collapse_guard.low,
-                "filter_engine": self.engine.state if self.engine else {},
+                "filter_engine": self.selector.state_dict() if self.selector else {},
                 "world_size": world_size(),
                 "data": self.images.digest,
                 "ema_momentum": self.train_step.momentum(self.step),
@@ -314,8 +315,8 @@ class Trainer:
         self.skipped.total = snapshot.state["skipped"]
         self.skipped.in_a_row = snapshot.state["skipped_in_a_row"]
         self.collapse_guard.low = snapshot.state.get("collapsed_in_a_row", 0)
-        if self.engine:
-            self.engine.restore(snapshot.state["filter_engine"])
+        if self.selector:
+            self.selector.load_state_dict(snapshot.state["filter_engine"])
 
     # ---- signals -----------------------------------------------------------------------------
 

@@ -11,7 +11,7 @@ from rdm_fast.config import Config
 from rdm_fast.config.recipes import RECIPES
 from rdm_fast.config.saved import config_from_dict, config_to_dict
 from rdm_fast.errors import DataError, UsageError
-from rdm_fast.filters.engines import engine_for
+from rdm_fast.filters.engines import EngineSelector
 from rdm_fast.filters.response import advice
 from rdm_fast.spectrum import directions, measured_response
 from tests.spectra import SHAPES, gradients, two_views
@@ -54,7 +54,7 @@ def test_the_function_sees_singular_values_above_the_cutoff_only() -> None:
 
 def test_it_runs_by_the_eigh_engine_and_nothing_is_predicted_of_it() -> None:
     config = FilterConfig(kind="custom", response=band)
-    assert engine_for(config, torch.device("cpu")).name == "eigh"
+    assert EngineSelector(config).current(torch.device("cpu")) == "eigh"
     assert advice(config) is None and advice(replace(config, location="target")) is None
 
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from rdm_fast.config import FilterConfig
 from rdm_fast.filters.decomposition import center_samples, smaller_gram
 from rdm_fast.filters.engines import eigh
-from rdm_fast.filters.loss import SpectralPredictor, spectral_cosine, spectral_loss
+from rdm_fast.filters.loss import SpectralCosine, SpectralPredictor, spectral_loss
 from tests.ranks import run_ranks
 from tests.spectra import (
     ONLINE,
@@ -154,7 +154,7 @@ def test_the_fused_op_was_really_taken(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_mismatched_branches_are_named() -> None:
     with pytest.raises(ValueError, match=r"got online torch.float32 \(2, 4, 8\) and target"):
-        spectral_cosine(torch.zeros(2, 4, 8), torch.zeros(2, 4, 9), FilterConfig())
+        SpectralCosine(FilterConfig())(torch.zeros(2, 4, 8), torch.zeros(2, 4, 9))
 
 
 def test_a_filter_on_the_wrong_branch_is_allowed_with_one_warning() -> None:

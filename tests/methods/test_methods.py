@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from rdm_fast import spectral_loss
 from rdm_fast.config import FilterConfig
 from rdm_fast.filters import loss as spectral
-from rdm_fast.filters.loss import spectral_cosine
+from rdm_fast.filters.loss import NegativeCosine, SpectralCosine
 from rdm_fast.methods import Byol, Method, SimSiam, SymSimSiam, build_method
 from tests.ranks import run_ranks
 from tests.tiny import METHODS, tiny
@@ -50,7 +50,7 @@ def assert_same_gradients(method: Method, written_out: Tensor) -> None:
 
 def test_simsiam_is_the_paper_formula() -> None:
     predictor = nn.Sequential(nn.Linear(D, 4), nn.ReLU(), nn.Linear(4, D))
-    method = SimSiam(*encoder(), predictor)
+    method = SimSiam(*encoder(), predictor, NegativeCosine())
     z1, z2 = (method.projector(method.backbone(v)) for v in views())
     p1, p2 = predictor(z1), predictor(z2)
     assert_same_gradients(method, -cosine(p1, z2.detach()) / 2 - cosine(p2, z1.detach()) / 2)
@@ -60,14 +60,20 @@ def test_simsiam_is_the_paper_formula() -> None:
     "filter", [FilterConfig(sigma=1.0), FilterConfig(location="target", sigma=-1.0)]
 )
 def test_rdm_simsiam_is_the_spectral_loss_of_the_projections(filter: FilterConfig) -> None:
-    method = SimSiam(*encoder(), filter)
+    method = SimSiam(*encoder(), nn.Identity(), SpectralCosine(filter))
     z1, z2 = (method.projector(method.backbone(v)) for v in views())
     assert_same_gradients(method, spectral_loss(z1, z2, filter))
 
 
+def byol(predictor: nn.Module | FilterConfig) -> Byol:
+    if isinstance(predictor, FilterConfig):
+        return Byol(*encoder(), nn.Identity(), SpectralCosine(predictor))
+    return Byol(*encoder(), predictor, NegativeCosine())
+
+
 def moved_byol(predictor: nn.Module | FilterConfig) -> Byol:
     """A BYOL whose target weights have come apart from the online ones."""
-    method = Byol(*encoder(), predictor)
+    method = byol(predictor)
     with torch.no_grad():
         for p in [*method.target_backbone.parameters(), *method.target_projector.parameters()]:
             p.add_(0.1)
@@ -105,7 +111,7 @@ def written_out_pairs(method: Byol, shown: list[Tensor], config: FilterConfig | 
             if config is None:
                 losses.append(2 - 2 * cosine(method.predictor(projections), target))
             else:
-                paired = spectral_cosine(projections[None], target[None], config)
+                paired = SpectralCosine(config)(projections[None], target[None])
                 losses.append(2 + 2 * paired[0])
     assert len(losses) == 2 + 2 * (len(shown) - 2)
     return 2 * torch.stack(losses).mean()
@@ -153,7 +159,7 @@ def test_a_filter_is_taken_once_of_each_view(
 
 
 def test_byol_target_starts_as_a_copy_takes_no_gradient_and_follows() -> None:
-    method = Byol(*encoder(), FilterConfig())
+    method = byol(FilterConfig())
     assert torch.equal(method.target_backbone.weight, method.backbone.weight)
     method(*views()).loss.backward()
     assert all(p.grad is None for p in method.target_backbone.parameters())
@@ -188,7 +194,7 @@ def test_continuing_from_the_gradient_of_the_online_branch_is_the_same_backward(
     direct = gradients(method(x, x.flip(3)).loss, method)
     branches = method(x, x.flip(3)).branches
     online = branches.online.detach().requires_grad_()
-    method.criterion(online, branches.target).backward()
+    method.loss(online, branches.target).backward()
     continued = gradients(method(x, x.flip(3), online_gradient=online.grad).loss, method)
     for one, other in zip(direct, continued, strict=True):
         torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-4)
@@ -198,8 +204,8 @@ def test_continuing_from_the_gradient_of_the_online_branch_is_the_same_backward(
 def test_the_named_methods_are_built(name: str) -> None:
     method = build_method(tiny(name))
     assert isinstance(method, {"simsiam": SimSiam, "byol": Byol}.get(tiny(name).method, SymSimSiam))
-    assert hasattr(method, "predictor") == (tiny(name).predictor == "mlp")
-    assert (method.filter is not None) == (tiny(name).predictor == "spectral")
+    assert isinstance(method.predictor, nn.Identity) == (tiny(name).predictor != "mlp")
+    assert (method.criterion.filter is not None) == (tiny(name).predictor == "spectral")
 
 
 def _rank_gradients() -> list[Tensor]:
@@ -215,7 +221,9 @@ def _rank_gradients() -> list[Tensor]:
 def methods() -> list[Method]:
     return [
         SymSimSiam(*encoder()),
-        SimSiam(*encoder(), FilterConfig(location="target", sigma=-1.0)),
+        SimSiam(
+            *encoder(), nn.Identity(), SpectralCosine(FilterConfig(location="target", sigma=-1.0))
+        ),
         moved_byol(FilterConfig()),
         moved_byol(FilterConfig(location="target", sigma=-0.5)),
     ]

@@ -13,7 +13,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from rdm_fast.config import Config, StepConfig
 from rdm_fast.data import Batch
 from rdm_fast.errors import Unavailable
-from rdm_fast.filters.engines import engine_for
 from rdm_fast.methods import Method, build_method
 from rdm_fast.runtime.host_copy import HostCopy
 from rdm_fast.training import StepReport, TrainStep
@@ -233,8 +232,7 @@ def test_a_recorded_step_on_a_batch_that_is_not_finite_changes_nothing(name: str
 def test_a_graph_whose_engine_failed_is_left_for_the_eigensolver() -> None:
     step = new_step(tiny(global_batch=ROWS), GPU)
     run(step, range(5, 5 + WARM_UP + 2))
-    assert step.graph is not None and step.graph.is_recorded and step.engine is not None
-    step.engine.restore({"name": "eigh", "failures": 1})
+    assert step.graph is not None and step.graph.is_recorded and step.selector is not None
+    step.selector.load_state_dict({"name": "eigh", "failures": 1})
     run(step, range(11, 13))
     assert step.graph is None
-    engine_for.cache_clear()

@@ -105,13 +105,13 @@ def test_a_failure_of_the_gemm_engine_is_counted_and_kept_across_a_resume(
     config = with_log(tiny(), every=1)
 
     def prepare(trainer: Trainer, stop: int = 0) -> None:
-        assert trainer.engine is not None
-        engine = trainer.engine
+        assert trainer.selector is not None
+        selector = trainer.selector
 
         def after(_: StepReport, number: int) -> None:
-            used.append(engine.name)
+            used.append(str(selector.name))
             if number == 2:
-                engine.watch(torch.tensor([0, INACCURATE], dtype=torch.int32))
+                selector.watch(torch.tensor([0, INACCURATE], dtype=torch.int32))
             if number + 1 == stop:
                 trainer.ask_to_stop()
 

@@ -9,12 +9,12 @@ from torch import Tensor
 
 from rdm_fast.config import FilterConfig
 from rdm_fast.filters.engines.base import SpectralFilter
-from rdm_fast.filters.engines.choice import Engine, engine_for
+from rdm_fast.filters.engines.choice import EngineSelector
 from rdm_fast.filters.engines.eigh import EighFilter
 from rdm_fast.filters.engines.gemm import GemmFilter
 from rdm_fast.filters.engines.reference import ReferenceFilter
 
-__all__ = ["Engine", "SpectralFilter", "build_filter", "engine_for"]
+__all__ = ["EngineSelector", "SpectralFilter", "build_filter"]
 
 ENGINES: dict[str, type[SpectralFilter]] = {
     "eigh": EighFilter,

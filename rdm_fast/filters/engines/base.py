@@ -41,20 +41,20 @@ class SpectralFilter(ABC):
         """
 
     @abstractmethod
-    def own_rows(self) -> Tensor:
+    def filter_batch(self) -> Tensor:
         """X W, this rank's rows, [v, b, D]."""
 
     @abstractmethod
-    def other_rows(self, z: Tensor) -> Tensor:
+    def filter_rows(self, z: Tensor) -> Tensor:
         """z W for any other rows z, [v, b, D]."""
 
 
-def lengths(z: Tensor, dtype: torch.dtype) -> Tensor:
+def row_norms(z: Tensor, dtype: torch.dtype) -> Tensor:
     """Norm of each row, [v, b], computed in this dtype."""
     return torch.linalg.vector_norm(z, dim=-1, dtype=dtype)
 
 
-def combine(N: Tensor, X: Tensor) -> Tensor:
+def combine_rows(N: Tensor, X: Tensor) -> Tensor:
     """N X, [v, b, D] in float32 or float64, for N [v, b, B] and a batch X [v, B, D]."""
     one = torch.ones(len(X), dtype=N.dtype, device=N.device)
     return apply_rows(N, X, one, one, torch.promote_types(X.dtype, torch.float32))

@@ -18,7 +18,6 @@ step on `auto` uses eigh. With engine=gemm the next step ends the run.
 """
 
 import warnings
-from functools import cache
 from typing import Any
 
 import torch
@@ -47,44 +46,35 @@ def choose(config: FilterConfig, device: torch.device) -> str:
     return "gemm"
 
 
-class Engine:
-    """The engine of one filter on one device, which remembers that matrix products failed.
+class EngineSelector:
+    """The engine of one filter: gives up gemm after a batch on which it was not accurate.
 
     Attributes:
-        name: of the engine in use, as of `filter.engine`.
-        failures: batches on which the gemm engine was not accurate.
+        config: the filter.
+        name: the engine in use, as in `filter.engine`; None until a device is known.
+        failures: batches on which gemm was not accurate.
     """
 
-    def __init__(self, config: FilterConfig, device: torch.device) -> None:
-        self.config, self.device = config, device
+    def __init__(self, config: FilterConfig) -> None:
+        self.config = config
+        self.name: str | None = None
+        self.failures = 0
         self._pending: HostCopy | None = None
         self._recorded: Tensor | None = None  # status word that a CUDA graph writes
-        self.restore({})
 
-    @property
-    def state(self) -> dict[str, int | str]:
-        """What a checkpoint keeps, with the last batch taken into account."""
-        return {"name": self.current(), "failures": self.failures}
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Go on from `state`; an empty one forgets everything."""
-        self._pending = None
-        self.name = state.get("name", choose(self.config, self.device))
-        self.failures = state.get("failures", 0)
-
-    def current(self) -> str:
-        """The name of the engine to use now.
+    def current(self, device: torch.device) -> str:
+        """Name of the engine to use for the next batch on this device.
 
         Raises:
-            Unavailable: engine=gemm was asked for by name and was not accurate on the last batch.
+            Unavailable: filter.engine=gemm was not accurate on the last batch.
         """
-        if self._pending is not None:
-            pending, self._pending = self._pending, None
-            self._read(pending.read())
+        self._read_status()
+        if self.name is None:
+            self.name = choose(self.config, device)
         return self.name
 
     def watch(self, status: Tensor | None) -> None:
-        """Have the next `current` look at this status word, [v] int32; None: nothing to look at."""
+        """Read this status word, [v] int32, before the next batch; None from other engines."""
         if status is None:
             return
         if status.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
@@ -93,25 +83,33 @@ class Engine:
             self._pending = HostCopy(status)
 
     def watch_replay(self) -> None:
-        """`watch` the status word of the filter that was recorded in the graph replayed last."""
+        """`watch` the status word that the CUDA graph replayed last has written."""
         self.watch(self._recorded)
 
-    def _read(self, status: Tensor) -> None:
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values for a checkpoint; the last batch counts."""
+        self._read_status()
+        return {"name": self.name, "failures": self.failures}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from `state_dict`."""
+        self._pending = None
+        self.name, self.failures = state["name"], state["failures"]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copied or pickled model learns of its own batches only."""
+        return self.__dict__ | {"_pending": None, "_recorded": None}
+
+    def _read_status(self) -> None:
+        if self._pending is None:
+            return
+        status, self._pending = self._pending.read(), None
         reasons = [text for bit, text in REASONS.items() if bool((status & bit).any())]
         if not reasons:
             return
         why = f"filter.engine=gemm was not accurate on a batch ({' and '.join(reasons)})"
         if self.config.engine == "gemm":
-            raise Unavailable(f"{why}: use filter.engine=auto, which goes on with eigh, or eigh")
+            raise Unavailable(f"{why}: use filter.engine=eigh, or auto, which changes to eigh")
         self.failures += 1
         self.name = "eigh"
-        warnings.warn(f"{why}, which took no part; from here on it is eigh", stacklevel=2)
-
-
-@cache
-def engine_for(config: FilterConfig, device: torch.device) -> Engine:
-    """The engine of this filter in this process: all users of equal filters share what it learned.
-
-    `engine_for.cache_clear()` forgets it.
-    """
-    return Engine(config, device)
+        warnings.warn(f"{why}; skipped this batch, switching to engine=eigh", stacklevel=3)

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from rdm_fast.config import FilterConfig
 from rdm_fast.filters.decomposition import center_samples, eigen_of_gram, respond, uses_samples
-from rdm_fast.filters.engines.base import SpectralFilter, combine, lengths
-from rdm_fast.filters.engines.exchange import by_view
+from rdm_fast.filters.engines.base import SpectralFilter, combine_rows, row_norms
+from rdm_fast.filters.engines.split_views import split_views_across_ranks
 from rdm_fast.filters.gram import WIDE, gram_and_swapped, gram_matrix, inner_products
 from rdm_kernels import filtered_cosine
 
@@ -33,7 +33,7 @@ class EighFilter(SpectralFilter):
             wide = wide - wide.mean(dim=1, keepdim=True)
             self.G = gram_matrix(wide, samples=False, wide=True)
         centered = center_samples(self.G) if self.samples and config.center else self.G
-        self.spectrum = respond(by_view(eigen_of_gram, centered), X, config)
+        self.spectrum = respond(split_views_across_ranks(eigen_of_gram, centered), X, config)
         self.g = self.spectrum.g[:, None, :]
         if self.samples:
             self.U_over_S = self.spectrum.U_over_S
@@ -43,12 +43,12 @@ class EighFilter(SpectralFilter):
         t = self._coordinates(z, self.inner)
         back = (self.U_over_S if self.samples else self.spectrum.vectors) * self.g
         X = self.X if self.samples else None
-        return filtered_cosine(p, lengths(z, WIDE), y, y, t, back.mT, X)
+        return filtered_cosine(p, row_norms(z, WIDE), y, y, t, back.mT, X)
 
-    def own_rows(self) -> Tensor:
+    def filter_batch(self) -> Tensor:
         return self._to_rows(self.g * self._own_coordinates())
 
-    def other_rows(self, z: Tensor) -> Tensor:
+    def filter_rows(self, z: Tensor) -> Tensor:
         return self._to_rows(self.g * self._coordinates(z))
 
     def _own_coordinates(self) -> Tensor:
@@ -68,6 +68,6 @@ class EighFilter(SpectralFilter):
     def _to_rows(self, coordinates: Tensor) -> Tensor:
         """Rows [v, b, D] of these coordinates."""
         if self.samples:
-            return combine(coordinates @ self.U_over_S.mT, self.X)
+            return combine_rows(coordinates @ self.U_over_S.mT, self.X)
         rows = coordinates @ self.spectrum.vectors.mT
         return rows if self.X.dtype == WIDE else rows.float()

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from rdm_fast.config import FilterConfig
 from rdm_fast.filters.decomposition import uses_samples
-from rdm_fast.filters.engines.base import SpectralFilter, combine, lengths
-from rdm_fast.filters.engines.exchange import by_view
+from rdm_fast.filters.engines.base import SpectralFilter, combine_rows, row_norms
+from rdm_fast.filters.engines.split_views import split_views_across_ranks
 from rdm_fast.filters.gram import WIDE, gram_and_swapped, gram_matrix, inner_products
 from rdm_fast.filters.response import g, noise_floor
 from rdm_kernels import MatrixFunction, filtered_cosine, matrix_function, product
@@ -58,7 +58,7 @@ class GemmFilter(SpectralFilter):
             self.dtype, self.exact = WIDE, X.to(WIDE)
 
     def cosine(self, p: Tensor, z: Tensor) -> Tensor:
-        norm = lengths(z, self.dtype)
+        norm = row_norms(z, self.dtype)
         M, h, unit = self._functions
         if not self.samples:
             y = product(self.X[:, self.rows].to(self.dtype), M)
@@ -68,20 +68,20 @@ class GemmFilter(SpectralFilter):
         inner = self._inner(z) if inner is None else inner
         return filtered_cosine(p, norm, M, product(M, G), inner, h, self.X, unit)
 
-    def own_rows(self) -> Tensor:
+    def filter_batch(self) -> Tensor:
         M = self._functions.M
         if self.samples:
-            return combine(M[:, self.rows], self.X)
+            return combine_rows(M[:, self.rows], self.X)
         return product(self.X[:, self.rows].to(self.dtype), M)
 
-    def other_rows(self, z: Tensor) -> Tensor:
+    def filter_rows(self, z: Tensor) -> Tensor:
         M, h, unit = self._functions
         if not self.samples:
             return product(z.to(self.dtype), M)
         inner = self._inner(z)
         if unit is not None:
             inner = inner * unit[:, None, None]
-        return combine(inner if h is None else product(inner, h), self.X)
+        return combine_rows(inner if h is None else product(inner, h), self.X)
 
     @cached_property
     def _gram(self) -> tuple[Tensor, Tensor | None]:
@@ -100,7 +100,7 @@ class GemmFilter(SpectralFilter):
         _, B, D = self.X.shape
         rms = (trace / (B * D)).sqrt()
         floor = noise_floor(rms, samples=B, features=D, dtype=self.X.dtype)
-        result = by_view(self._matrix_function, G, floor)
+        result = split_views_across_ranks(self._matrix_function, G, floor)
         self.status = result.status
         return Functions(result.M, result.h, None)
 

@@ -26,8 +26,8 @@ class ReferenceFilter(SpectralFilter):
         y, t = p.to(self.W.dtype) @ self.W, z.to(self.W.dtype)
         return -F.cosine_similarity(y, t, dim=-1).mean(dim=-1)
 
-    def own_rows(self) -> Tensor:
-        return self.other_rows(self.X[:, self.rows])
+    def filter_batch(self) -> Tensor:
+        return self.filter_rows(self.X[:, self.rows])
 
-    def other_rows(self, z: Tensor) -> Tensor:
+    def filter_rows(self, z: Tensor) -> Tensor:
         return z.to(self.W.dtype) @ self.W

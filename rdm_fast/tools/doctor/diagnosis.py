@@ -16,7 +16,7 @@ from rich.table import Table
 from rdm_fast.config import Config
 from rdm_fast.data import build_loader, load
 from rdm_fast.errors import CannotCreate, OutputFailed, UsageError
-from rdm_fast.filters.engines import engine_for
+from rdm_fast.filters.engines.choice import choose
 from rdm_fast.runtime import atomic_files
 from rdm_fast.tools.doctor.machine import Finding, has_fast_bf16, look_at_machine, usable_cpus
 from rdm_fast.tools.doctor.stages import Stage, Step
@@ -49,7 +49,7 @@ def diagnose(config: Config, device: torch.device, *, batches: int, path: Path |
     loader = build_loader(config, images, rank=0, world_size=1, device=device)
     engine = "none"
     if config.predictor == "spectral":
-        engine = engine_for(config.filter, device).name
+        engine = choose(config.filter, device)
     _say(
         console,
         f"\nmeasuring {config.method}, predictor {config.predictor}, {config.model.backbone}, "

@@ -23,7 +23,7 @@ from functools import cached_property
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rdm_fast.config import Config
 from rdm_fast.data import Batch, ImageSet, Loader
@@ -32,6 +32,7 @@ from rdm_fast.data.loaders.batch import draw_all_views
 from rdm_fast.data.loaders.dali_loader import finished
 from rdm_fast.data.views.augment import view_of_image, view_table, views_of_table
 from rdm_fast.data.views.sampler import ViewParameters
+from rdm_fast.filters.loss import NegativeCosine
 from rdm_fast.methods import Method, build_method
 from rdm_fast.runtime.precision import dtype_of_views
 from rdm_fast.training import TrainStep
@@ -115,8 +116,8 @@ class Clock:
 def without_filter(config: Config) -> Method:
     """The method of a run, with projections as its predictions if a filter would make those."""
     method = build_method(config)
-    if method.filter is not None:
-        method.filter, method.predictor, method.row_wise = None, nn.Identity(), True
+    if method.criterion.filter is not None:
+        method.criterion = NegativeCosine()
     return method
 
 
@@ -305,11 +306,11 @@ class Step:
         yield stage
 
     def filter(self, method: Method, online: Tensor, target: Tensor) -> Stage:
-        if method.filter is None:
+        if method.criterion.filter is None:
             return absent("filter", f"predictor={self.config.predictor} has none")
         online = online.detach().requires_grad_()
 
         def both_ways() -> None:
-            torch.autograd.grad(method.criterion(online, target), online)
+            torch.autograd.grad(method.loss(online, target), online)
 
         return self.clock.time("filter", both_ways, self.rows)

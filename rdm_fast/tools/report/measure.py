@@ -134,7 +134,9 @@ def _branches(method: Method, config: Config, device: torch.device) -> Iterator[
 def _spectra(method: Method, batches: Iterator[Branches], step: int) -> Spectra:
     """The mean over batches of what training records of one."""
     records = [
-        branch_spectra(b.online, b.target, b.projection, method.filter, profile=True).record()
+        branch_spectra(
+            b.online, b.target, b.projection, method.criterion.filter, profile=True
+        ).record()
         for b in batches
     ]
     stacks = {name: [np.asarray(record[name]) for record in records] for name in records[0]}

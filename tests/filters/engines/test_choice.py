@@ -1,4 +1,7 @@
-"""rdm_fast.filters.engines.choice: which engine `auto` is, and what becomes of one that failed."""
+"""engines.choice: which engine `auto` is, and what happens after a batch on which gemm failed."""
+
+import copy
+import pickle
 
 import pytest
 import torch
@@ -6,9 +9,10 @@ from torch import Tensor
 
 from rdm_fast.config import FilterConfig
 from rdm_fast.errors import Unavailable
-from rdm_fast.filters.engines import Engine, engine_for
+from rdm_fast.filters import engines
+from rdm_fast.filters.engines import EngineSelector
 from rdm_fast.filters.engines import choice as choice_module
-from rdm_fast.filters.loss import spectral_loss
+from rdm_fast.filters.loss import SpectralCosine, SpectralPredictor, spectral_loss
 from rdm_kernels.matrix_function import CHOLESKY_FAILED, INACCURATE, NOT_FINITE
 from tests.spectra import gradients, two_views
 
@@ -16,31 +20,10 @@ CPU = torch.device("cpu")
 SQUARE = FilterConfig(sigma=2.0)
 RISING = FilterConfig(kind="log_1")
 WEAK = FilterConfig(kind="log")
+FALLING = FilterConfig(sigma=-0.5)
 TARGET = FilterConfig(location="target", sigma=-1.0)
 CENTERED = FilterConfig(sigma=2.0, center=True)
-
-
-@pytest.mark.parametrize(
-    ("device", "fast_float64", "gemm"),
-    [
-        ("cpu", True, [SQUARE]),
-        ("cuda", True, [SQUARE, RISING, WEAK, FilterConfig(sigma=-0.5), TARGET]),
-        ("cuda", False, [SQUARE, RISING, TARGET]),
-    ],
-)
-def test_auto_takes_products_where_they_are_faster_and_accurate(
-    device: str, fast_float64: bool, gemm: list[FilterConfig], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(choice_module, "has_fast_float64", lambda device: fast_float64)
-    for config in (SQUARE, RISING, WEAK, FilterConfig(sigma=-0.5), TARGET, CENTERED):
-        expected = "gemm" if config in gemm else "eigh"
-        assert choice_module.choose(config, torch.device(device)) == expected
-
-
-@pytest.mark.parametrize("name", ["eigh", "gemm", "reference"])
-def test_an_engine_asked_for_by_name_is_taken(name: str) -> None:
-    config = FilterConfig(engine=name)  # type: ignore[arg-type]
-    assert Engine(config, torch.device("cuda")).current() == name
+FILTERS = [SQUARE, RISING, WEAK, FALLING, TARGET, CENTERED]
 
 
 def status(*words: int) -> Tensor:
@@ -48,86 +31,107 @@ def status(*words: int) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("word", "reason"), [(CHOLESKY_FAILED, "Cholesky"), (INACCURATE, "residuals are large")]
+    ("device", "fast_float64", "gemm"),
+    [
+        ("cpu", False, [SQUARE]),
+        ("cuda", True, [SQUARE, RISING, WEAK, FALLING, TARGET]),
+        ("cuda", False, [SQUARE, RISING, TARGET]),
+    ],
 )
-def test_auto_goes_on_with_eigh_after_one_batch_that_was_not_accurate(
-    word: int, reason: str
+def test_auto_takes_the_fastest_engine_that_is_accurate(
+    device: str, fast_float64: bool, gemm: list[FilterConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine = Engine(SQUARE, CPU)
-    engine.watch(status(0, 0))
-    assert (engine.current(), engine.failures) == ("gemm", 0)
-    engine.watch(status(0, word))
-    with pytest.warns(UserWarning, match=f"gemm was not accurate on a batch.*{reason}"):
-        assert engine.current() == "eigh"
-    assert engine.failures == 1
-    assert engine.current() == "eigh"
+    monkeypatch.setattr(choice_module, "has_fast_float64", lambda device: fast_float64)
+    for config in FILTERS:
+        expected = "gemm" if config in gemm else "eigh"
+        assert EngineSelector(config).current(torch.device(device)) == expected
 
 
-def test_a_batch_that_is_not_finite_is_no_reason_to_change_the_engine() -> None:
-    engine = Engine(SQUARE, CPU)
-    engine.watch(status(NOT_FINITE, 0))
-    assert (engine.current(), engine.failures) == ("gemm", 0)
+@pytest.mark.parametrize("name", ["eigh", "gemm", "reference"])
+def test_a_named_engine_is_used(name: str) -> None:
+    config = FilterConfig(engine=name)  # type: ignore[arg-type]
+    assert EngineSelector(config).current(torch.device("cuda")) == name
 
 
-def test_gemm_by_name_ends_loudly() -> None:
-    engine = Engine(FilterConfig(engine="gemm"), CPU)
-    engine.watch(status(CHOLESKY_FAILED | INACCURATE))
-    with pytest.raises(Unavailable, match=r"Cholesky factorization failed and residuals.*auto"):
-        engine.current()
+@pytest.mark.parametrize("word", [CHOLESKY_FAILED, INACCURATE])
+def test_auto_switches_to_eigh_after_one_inaccurate_batch(word: int) -> None:
+    selector = EngineSelector(SQUARE)
+    selector.watch(status(0, NOT_FINITE))  # not the engine's fault
+    assert (selector.current(CPU), selector.failures) == ("gemm", 0)
+    selector.watch(status(0, word))
+    with pytest.warns(UserWarning, match="engine=eigh"):
+        assert selector.current(CPU) == "eigh"
+    assert (selector.current(CPU), selector.failures) == ("eigh", 1)
+
+
+def test_gemm_by_name_raises_after_an_inaccurate_batch() -> None:
+    selector = EngineSelector(FilterConfig(engine="gemm"))
+    selector.watch(status(CHOLESKY_FAILED | INACCURATE))
+    with pytest.raises(Unavailable):
+        selector.current(CPU)
 
 
 @pytest.mark.filterwarnings("ignore:filter.engine=gemm was not accurate")
-def test_a_checkpoint_keeps_a_failure_that_was_not_yet_looked_at() -> None:
-    engine = Engine(SQUARE, CPU)
-    engine.watch(status(INACCURATE))
-    kept = engine.state
-    other = Engine(SQUARE, CPU)
-    other.restore(kept)
-    assert (other.current(), other.failures) == ("eigh", 1)
-    other.restore({})
-    assert (other.current(), other.failures) == ("gemm", 0)
+def test_the_state_includes_the_last_batch() -> None:
+    selector, resumed = EngineSelector(SQUARE), EngineSelector(SQUARE)
+    selector.watch(status(INACCURATE))
+    assert selector.state_dict() == {"name": "eigh", "failures": 1}
+    resumed.watch(status(INACCURATE))  # before it is loaded: forgotten
+    resumed.load_state_dict(selector.state_dict())
+    assert (resumed.current(CPU), resumed.failures) == ("eigh", 1)
 
 
 @pytest.mark.filterwarnings("ignore:filter.engine=gemm was not accurate")
 def test_a_failed_factorization_costs_one_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     """That batch has a filter of zero, so a loss and a gradient of zero; the next one is right."""
-    config = FilterConfig(sigma=0.5)
-    engine = engine_for(config, CPU)
-    engine.restore({"name": "gemm"})
+    criterion = SpectralCosine(FilterConfig(sigma=0.5))
+    criterion.selector.load_state_dict({"name": "gemm", "failures": 0})
     z1, z2 = two_views(24, 64, "k^-1/2")
     cholesky = torch.linalg.cholesky_ex
     with monkeypatch.context() as patched:
         patched.setattr(torch.linalg, "cholesky_ex", lambda A: (cholesky(A)[0], status(0, 1)))
-        loss, grad1, grad2 = gradients(z1, z2, config)
+        loss, grad1, grad2 = gradients(z1, z2, criterion.filter, criterion=criterion)
     assert loss.isfinite()
     assert [bool(grad.any()) for grad in (grad1, grad2)] == [True, False]
+    found = gradients(z1, z2, criterion.filter, criterion=criterion)
     expected = gradients(z1, z2, FilterConfig(sigma=0.5, engine="eigh"))
-    for found, right in zip(gradients(z1, z2, config), expected, strict=True):
-        assert torch.equal(found, right)
-    assert (engine.name, engine.failures) == ("eigh", 1)
-    engine.restore({})
+    assert all(map(torch.equal, found, expected))
+    assert criterion.selector.state_dict() == {"name": "eigh", "failures": 1}
 
 
-def test_all_users_of_equal_filters_share_an_engine() -> None:
-    assert engine_for(FilterConfig(sigma=2.0), CPU) is engine_for(FilterConfig(sigma=2.0), CPU)
-    assert engine_for(FilterConfig(sigma=1.0), CPU) is not engine_for(FilterConfig(), CPU) or (
-        FilterConfig(sigma=1.0) == FilterConfig()
-    )
-
-
-def test_a_name_that_was_taken_is_the_engine_that_ran(monkeypatch: pytest.MonkeyPatch) -> None:
-    from rdm_fast.filters import engines
-
+@pytest.mark.filterwarnings("ignore:filter.engine=gemm was not accurate")
+def test_calls_of_spectral_loss_share_what_they_learned_and_modules_do_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = FilterConfig(sigma=2.0, cutoff=2e-3)  # no other test has it
     built: list[str] = []
-    for name, engine in list(engines.ENGINES.items()):
+    for name, engine in engines.ENGINES.items():
 
-        def build(
-            *args: object, name: str = name, engine: type = engine, **words: object
-        ) -> object:
+        def build(*args: object, name: str = name, kind: type = engine, **kwargs: object) -> object:
             built.append(name)
-            return engine(*args, **words)
+            made = kind(*args, **kwargs)
+            if name == "gemm":
+                made.status = status(INACCURATE)
+            return made
 
         monkeypatch.setitem(engines.ENGINES, name, build)
-    for config in (FilterConfig(), SQUARE, FilterConfig(engine="reference"), TARGET):
-        spectral_loss(*two_views(16, 32, "flat"), config)
-    assert built == ["eigh", "gemm", "reference", "eigh"]
+    z1, z2 = two_views(16, 32, "flat")
+    for _ in range(3):
+        spectral_loss(z1, z2, config)
+    predictor = SpectralPredictor(config)
+    for _ in range(2):
+        predictor(z1)
+    assert built == ["gemm", "eigh", "eigh", "gemm", "eigh"]
+
+
+def test_a_copied_or_pickled_predictor_forgets_the_batch_of_the_original() -> None:
+    predictor = SpectralPredictor(SQUARE)
+    predictor(torch.randn(16, 32))
+    predictor.selector.watch(status(INACCURATE))
+    for copied in (copy.deepcopy(predictor), pickle.loads(pickle.dumps(predictor))):
+        assert copied.selector.state_dict() == {"name": "gemm", "failures": 0}
+
+
+def test_a_criterion_adds_nothing_to_a_checkpoint() -> None:
+    criterion = SpectralCosine(SQUARE)
+    assert not criterion.state_dict() and not list(criterion.buffers())

@@ -177,12 +177,12 @@ def test_the_model_without_its_filter_is_the_same_but_for_the_criterion(name: st
     whole = build_method(config)
     torch.manual_seed(0)
     plain = without_filter(config)
-    assert plain.filter is None
+    assert plain.criterion.filter is None
     views = batch(16)
     ours, theirs = (method(views.view1, views.view2) for method in (plain, whole))
     for field in ("online", "target"):
         assert torch.equal(getattr(ours.branches, field), getattr(theirs.branches, field))
-    assert torch.equal(ours.loss, theirs.loss) == (whole.filter is None)
+    assert torch.equal(ours.loss, theirs.loss) == (whole.criterion.filter is None)
 
 
 # ---- the command -------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import torch
 from rdm_fast.config import FilterConfig
 from rdm_fast.data import load
 from rdm_fast.errors import DataError, UserError
+from rdm_fast.filters.loss import SpectralCosine
 from rdm_fast.methods import Branches, build_method
 from rdm_fast.spectrum import effective_rank
 from rdm_fast.telemetry import SPECTRUM_KEYS
@@ -61,7 +62,7 @@ def test_spectra_are_those_of_the_outputs_strongest_first(location: str) -> None
 def test_spectra_are_means_over_batches() -> None:
     """The second batch is three times as large in every row: eigenvalues 1 and 9, mean 5."""
     z = torch.stack([rows(0), rows(1)])
-    method = SimpleNamespace(filter=FilterConfig())
+    method = SimpleNamespace(criterion=SpectralCosine(FilterConfig()))
     batches = [Branches(z, z.flip(0), z), Branches(3 * z, 3 * z.flip(0), 3 * z)]
     found = _spectra(method, iter(batches), 5)  # type: ignore[arg-type]
     one = _spectra(method, iter(batches[:1]), 5)  # type: ignore[arg-type]

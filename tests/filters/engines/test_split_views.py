@@ -1,4 +1,4 @@
-"""exchange: each view's matrix function on one rank, and what the others get."""
+"""split_views: each view's matrix function on one rank, and what the others get."""
 
 from pathlib import Path
 
@@ -9,8 +9,8 @@ from torch import Tensor
 
 from rdm_fast.config import FilterConfig
 from rdm_fast.filters.engines import eigh as eigh_module
-from rdm_fast.filters.engines import engine_for, exchange, gemm
-from rdm_fast.filters.loss import SpectralPredictor, spectral_loss
+from rdm_fast.filters.engines import gemm, split_views
+from rdm_fast.filters.loss import SpectralCosine, SpectralPredictor, spectral_loss
 from rdm_kernels.matrix_function import CHOLESKY_FAILED
 from tests.ranks import run_ranks
 from tests.spectra import gradients, two_views
@@ -51,7 +51,7 @@ def _rank_losses() -> list[list[Tensor]]:
         views = [z.chunk(world)[rank] for z in whole]
         for config in FILTERS.values():
             for smallest in (N, N + 1):
-                exchange.SMALLEST = smallest
+                split_views.SMALLEST = smallest
                 results.append([*gradients(*views, config), torch.tensor(sizes.copy())])
                 sizes.clear()
     return results
@@ -70,7 +70,7 @@ def test_each_rank_computes_one_view_and_has_the_bits_of_computing_both(tmp_path
 
 def _rank_failures() -> list[Tensor]:
     """Losses of a view that is not finite; then one whose factorization fails, on rank one only."""
-    exchange.SMALLEST = N
+    split_views.SMALLEST = N
     z1, z2 = (z.chunk(2)[dist.get_rank()] for z in two_views(N, 66, "k^-1/2"))
     bad = z2.clone()
     if dist.get_rank() == 1:
@@ -83,12 +83,13 @@ def _rank_failures() -> list[Tensor]:
             torch.ones(len(A), dtype=torch.int32),
         )
     config = FilterConfig(kind="log_1")
-    engine = engine_for(config, CPU)
-    engine.restore({"name": "gemm"})
-    loss, *_ = gradients(z1, z2, config)
-    assert engine._pending is not None
-    status = engine._pending.read().clone()
-    return [*not_finite, loss, status, torch.tensor(engine.current() == "eigh")]
+    criterion = SpectralCosine(config)
+    selector = criterion.selector
+    selector.load_state_dict({"name": "gemm", "failures": 0})
+    loss, *_ = gradients(z1, z2, config, criterion=criterion)
+    assert selector._pending is not None
+    status = selector._pending.read().clone()
+    return [*not_finite, loss, status, torch.tensor(selector.current(CPU) == "eigh")]
 
 
 @pytest.mark.filterwarnings("ignore:filter.engine=gemm was not accurate")
@@ -103,7 +104,7 @@ def test_what_went_wrong_with_a_view_is_known_to_the_ranks_that_did_not_compute_
 
 
 def test_one_rank_and_one_view_are_computed_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(exchange, "SMALLEST", 1)
+    monkeypatch.setattr(split_views, "SMALLEST", 1)
     sizes: list[int] = []
     monkeypatch.setattr(eigh_module, "eigen_of_gram", eigh_module.eigen_of_gram)
     _count(eigh_module, "eigen_of_gram", sizes)
@@ -114,4 +115,4 @@ def test_one_rank_and_one_view_are_computed_at_once(monkeypatch: pytest.MonkeyPa
 
 def test_small_matrices_are_not_worth_an_exchange() -> None:
     """The published recipes have B = 256 to 512; n is the smaller of B and D = 2048."""
-    assert exchange.SMALLEST == 1024
+    assert split_views.SMALLEST == 1024

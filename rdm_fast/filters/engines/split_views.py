@@ -20,7 +20,7 @@ SMALLEST = 1024
 Result = TypeVar("Result", bound=tuple[Tensor, ...])
 
 
-def by_view(function: Callable[..., Result], *batches: Tensor) -> Result:
+def split_views_across_ranks(function: Callable[..., Result], *batches: Tensor) -> Result:
     """function(*batches), whose views are computed on different ranks where that is faster.
 
     Args:
