@@ -45,7 +45,7 @@ def test_spectra_are_those_of_the_outputs_strongest_first(location: str) -> None
     sigma = 1.0 if location == "online" else -0.5
     config = FilterConfig(location=location, sigma=sigma)  # type: ignore[arg-type]
     z = torch.stack([rows(0), rows(1)])
-    method = SimpleNamespace(filter=config)
+    method = SimpleNamespace(criterion=SpectralCosine(config))
     found = _spectra(method, iter([Branches(z, z.flip(0), z)]), 5)  # type: ignore[arg-type]
 
     s = 8 * 0.5 ** np.arange(D)
