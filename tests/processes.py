@@ -11,10 +11,8 @@ from pathlib import Path
 
 from rdm_fast.run import checkpoint
 from rdm_fast.run.folder import read_status
+from tests.forks import PATIENCE, ROOT, environment
 from tests.tiny import command
-
-ROOT = Path(__file__).parents[1]
-PATIENCE = 120.0  # seconds; ranks that share few cores start slowly
 
 
 class Run:
@@ -116,15 +114,3 @@ def name(pid: int) -> str:
     with suppress(OSError):
         return Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " ")
     return ""
-
-
-def environment() -> dict[str, str]:
-    """Of a process that finds the checkout, uses one thread and no GPU, and is no rank."""
-    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
-    kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    return kept | {
-        "PYTHONPATH": path,
-        "OMP_NUM_THREADS": "1",
-        "CUDA_VISIBLE_DEVICES": "",
-        "GLOO_SOCKET_IFNAME": "lo",  # the host's name need not resolve
-    }

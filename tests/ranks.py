@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from tests import forks
+
 TIMEOUT = 240.0  # a shared machine may give a rank a tenth of a core
 
 
@@ -23,7 +25,8 @@ def run_ranks(
     """Call `function(*args)` on every rank of a gloo group; its results, in rank order.
 
     Args:
-        world: number of ranks, each a fresh process with one thread and seed 0.
+        world: number of ranks, each a fresh process with one thread and seed 0. It is forked from
+            a server that has torch and rdm_fast imported (tests.forks), so it costs milliseconds.
         function: a function of a module (not a lambda); it asks torch.distributed for its rank.
         args: the same for every rank; must pickle.
         tmp_path: folder for the meeting point and the results.
@@ -39,7 +42,11 @@ def run_ranks(
         TimeoutError: the ranks did not finish in time.
     """
     folder = Path(tempfile.mkdtemp(prefix="ranks-", dir=tmp_path))
-    context = mp.spawn(_rank, (world, folder, function, args), nprocs=world, join=False)
+    forks.start_server()
+    context = mp.start_processes(
+        _rank, (world, folder, dict(os.environ), function, args), nprocs=world, join=False,
+        start_method="forkserver",
+    )  # fmt: skip
     deadline = time.monotonic() + timeout
     while not _joined(context, deadline, folder):
         if time.monotonic() >= deadline:
@@ -63,11 +70,17 @@ def _joined(context: mp.ProcessContext, deadline: float, folder: Path) -> bool:
 
 
 def _rank(
-    rank: int, world: int, folder: Path, function: Callable[..., Any], args: tuple[Any, ...]
+    rank: int,
+    world: int,
+    folder: Path,
+    variables: dict[str, str],
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
 ) -> None:
+    forks.enter()
+    os.environ.update(variables)
     if sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # the host's name need not resolve
-    torch.set_num_threads(1)
     torch.manual_seed(0)
     store = dist.FileStore(str(folder / "store"), world)
     dist.init_process_group(

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 
 from rdm_fast.run.folder import read_status
-from tests.processes import PATIENCE, ROOT, Run, children, environment, final_bytes
+from tests.forks import PATIENCE, ROOT, environment
+from tests.processes import Run, children, final_bytes
 from tests.tiny import command
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux")

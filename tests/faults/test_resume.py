@@ -16,7 +16,8 @@ from pathlib import Path
 import pytest
 
 from rdm_fast.run.folder import read_status
-from tests.processes import Run, environment, final_bytes
+from tests.forks import environment
+from tests.processes import Run, final_bytes
 from tests.runs import metrics
 from tests.tiny import command
 

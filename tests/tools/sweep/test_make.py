@@ -28,7 +28,8 @@ from rdm_fast.tools.report import style
 from rdm_fast.tools.sweep import make
 from rdm_fast.tools.sweep.make import make_sweep, visible_gpus
 from rdm_fast.tools.sweep.queue import LAUNCHED, PROGRAM, Failure
-from tests.processes import PATIENCE, alive, children, environment, final_bytes
+from tests.forks import PATIENCE, environment
+from tests.processes import alive, children, final_bytes
 from tests.runs import run
 from tests.tiny import command
 from tests.tools.report.made import make_run
