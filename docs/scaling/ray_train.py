@@ -1,7 +1,7 @@
 """One run through Ray Train: `python docs/scaling/ray_train.py`, from the checkout.
 
-Ray gives one worker to each node and starts them again when one is lost; a worker starts the ranks
-of its node with torchrun. The same command goes on with the run where it was saved.
+Ray starts one worker per node and restarts them if one is lost; each worker starts the ranks of its
+node with torchrun. The same command resumes the run.
 """
 
 import os
@@ -11,18 +11,18 @@ import subprocess
 from ray.train import FailureConfig, RunConfig, ScalingConfig, get_context
 from ray.train.torch import TorchConfig, TorchTrainer
 
-NODES, GPUS = 2, 8  # GPUs of one node
-OUT = "/shared/runs/imagenet_rdm_simsiam"  # on a file system that all nodes see
+NODES, GPUS = 2, 8  # GPUs per node
+OUT = "/shared/runs/imagenet_rdm_simsiam"  # on a file system that all nodes share
 COMMAND = "bash docs/scaling/torchrun.sh imagenet_rdm_simsiam --data.root /data/imagenet"
 
 
 def node() -> None:
-    """Start the ranks of one node, and wait for them. MASTER_ADDR is among Ray's variables."""
+    """Start the ranks of one node and wait for them. Ray sets MASTER_ADDR."""
     settings = {
         "NNODES": str(get_context().get_world_size()),
         "NODE_RANK": str(get_context().get_world_rank()),
         "NPROC": str(GPUS),
-        "MASTER_PORT": "29501",  # Ray's own is in use
+        "MASTER_PORT": "29501",  # Ray uses its own
         "OUT": OUT,
     }
     code = subprocess.run(shlex.split(COMMAND), env=os.environ | settings).returncode
@@ -33,7 +33,7 @@ def node() -> None:
 if __name__ == "__main__":
     TorchTrainer(
         node,
-        torch_config=TorchConfig(backend="gloo"),  # of Ray's workers; ranks choose their own
+        torch_config=TorchConfig(backend="gloo"),  # for Ray's workers; the ranks choose theirs
         scaling_config=ScalingConfig(
             num_workers=NODES,
             use_gpu=True,
