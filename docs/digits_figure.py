@@ -1,8 +1,8 @@
-"""The README's picture: what a spectral filter does to the spectrum of projections.
+"""Draws the README's first picture: spectra and effective ranks with and without a filter.
 
     python docs/digits_figure.py runs/digits_rdm_simsiam runs/digits_no_filter docs/digits.png
 
-Both runs must have been trained and evaluated. Needs matplotlib: `pip install "rdm-fast[plot]"`.
+Both runs must be trained and evaluated. Needs matplotlib: `pip install "rdm-fast[plot]"`.
 """
 
 import json
@@ -20,14 +20,14 @@ def evaluation(run: Path) -> dict:
 
 
 def history(run: Path, key: str) -> tuple[list[float], list[float]]:
-    """(epoch, value) of a metric over the run."""
+    """Epochs and values of a metric."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     rows = [line for line in lines if key in line]
     return [row["epoch"] for row in rows], [row[key] for row in rows]
 
 
 def draw(with_filter: Path, without: Path, file: Path) -> None:
-    """Left, eigenvalues of the test images' projections; right, effective rank while training."""
+    """Left: eigenvalues of the test images' projections. Right: effective rank during training."""
     plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False})
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
     for run, label, color in zip(

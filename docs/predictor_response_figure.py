@@ -1,7 +1,7 @@
-"""What learned predictors do to the spectrum: the measured response g(s), as a low-pass filter.
+"""Draws the measured response g(s) of learned predictors, which are low-pass filters.
 
-    python train.py digits_simsiam
-    python train.py digits_byol
+    rdm train digits_simsiam
+    rdm train digits_byol
     python docs/predictor_response_figure.py runs/digits_simsiam runs/digits_byol docs/predictor_response.png
 
 Reads each run's spectrum.jsonl. Needs matplotlib: `pip install "rdm-fast[plot]"`.
@@ -17,11 +17,11 @@ from scipy.stats import spearmanr
 from rdm_fast.telemetry import read_spectra
 
 COLORS = ("#1b6ca8", "#c8553d")
-LAST = 3  # records, by when the learning rate has all but stopped the weights
+LAST = 3  # records; the learning rate is almost zero by then
 
 
 def measured(run: Path) -> tuple[np.ndarray, np.ndarray]:
-    """Singular values and response, mean over the last records, of directions kept in all."""
+    """Singular values and responses, averaged over the last records, of directions kept in all."""
     records = read_spectra(run / "spectrum.jsonl")[-LAST:]
     if not records:
         sys.exit(f"error: {run} has no spectra: train it with --log.spectrum-every above 0")
@@ -37,7 +37,7 @@ def smooth(g: np.ndarray, width: int = 9) -> np.ndarray:
 
 
 def draw(runs: list[Path], file: Path) -> None:
-    """One panel a run: a point a direction, and the running median."""
+    """One panel per run: a point for each direction, and the running median."""
     plt.rcParams.update({"font.size": 11, "axes.spines.top": False, "axes.spines.right": False})
     figure, axes = plt.subplots(
         1, len(runs), figsize=(5 * len(runs), 3.8), layout="constrained", squeeze=False

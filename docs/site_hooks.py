@@ -1,7 +1,6 @@
-"""What mkdocs does besides mkdocs.yml: pages that lie with what they describe join the site.
+"""Adds two pages to the site that are not in docs/: the READMEs of bench/ and kernels/.
 
-On the site they keep their path in the repository, where docs/ is the root; links to and from
-them, which are right in the repository, are written anew.
+On the site docs/ is the root, so links to and from these pages are rewritten.
 """
 
 from pathlib import Path
@@ -15,14 +14,14 @@ ELSEWHERE = ("bench/README.md", "kernels/README.md")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the pages that are not in docs/."""
+    """Add the two pages."""
     for name in ELSEWHERE:
         files.append(File.generated(config, name, abs_src_path=str(ROOT / name)))
     return files
 
 
 def on_page_markdown(markdown: str, page: Page, **_: object) -> str:
-    """Links that leave docs/ for such a page, and those that come from it."""
+    """Rewrite the links between docs/ and the added pages."""
     if page.file.src_uri in ELSEWHERE:
         return markdown.replace("](../docs/", "](../")
     for name in ELSEWHERE:

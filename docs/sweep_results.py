@@ -11,7 +11,7 @@ PAGE = Path(__file__).with_name("sweep.md")
 
 
 def copy(sweep: Path, page: Path = PAGE) -> None:
-    """Put sweep.md of a sweep's folder between the page's marks, and sweep.png beside the page."""
+    """Copy sweep.md between the page's markers, and sweep.png beside the page."""
     table = (sweep / "sweep.md").read_text(encoding="utf-8")
     before, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
     _, _, after = rest.partition(END)
