@@ -14,8 +14,8 @@ class UserError(Exception):
     code: ClassVar[int] = 70
 
 
-class UsageError(UserError):
-    """A flag, or a combination of flags, that cannot be meant."""
+class UsageError(UserError, ValueError):
+    """Invalid flag or combination of flags."""
 
     code = 2
 

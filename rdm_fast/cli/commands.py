@@ -1,41 +1,36 @@
-"""The commands: what train.py, eval_linear.py and `rdm` do with their words.
+"""The commands behind `rdm`, train.py and eval_linear.py.
 
-Every mistake of a user ends in one `error:` line and an exit code that says what kind it was
-(rdm_fast.errors). torch is loaded only once the command line is known to be good.
+Every user error ends in one `error:` line and an exit code for its kind (rdm_fast.errors). torch is
+imported only after the command line has been checked.
 """
 
 import contextlib
-import difflib
 import os
 import signal
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import yaml
 
-from rdm_fast.cli.parse import (
-    TrainCommand,
-    check_ranks,
-    parse_doctor,
-    parse_evaluate,
-    parse_export,
-    parse_report,
-    parse_sweep,
-    parse_train,
-    without_nproc,
-)
+from rdm_fast.cli.options import PreviewCommand, TrainCommand
+from rdm_fast.cli.parse import parse, without_nproc
 from rdm_fast.config import Config
+from rdm_fast.config.checks import did_you_mean
+from rdm_fast.config.parallel import check_ranks
 from rdm_fast.errors import Interrupted, RankLost, UsageError, UserError
 from rdm_fast.evaluation.options import EvaluateCommand
+from rdm_fast.evaluation.protocols import PROTOCOLS
 from rdm_fast.tools.doctor.options import DoctorCommand
 from rdm_fast.tools.export.options import ExportCommand
+from rdm_fast.tools.export.targets import TARGETS
 from rdm_fast.tools.report.options import ReportCommand
+from rdm_fast.tools.sweep.grid import GRID, VARIED
 from rdm_fast.tools.sweep.options import SweepCommand
 from rdm_fast.tools.sweep.queue import LAUNCHED
 
@@ -43,64 +38,43 @@ if TYPE_CHECKING:
     from rdm_fast.run.folder import RunFolder, State
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
-Command = TypeVar("Command")
+WITH_RESUME = ("--resume", "--nproc", "--print-config", "--debug")
+"""Flags that may accompany --resume."""
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
-    """`rdm train ...` and `rdm eval ...`, the same as train.py and eval_linear.py; and others."""
-    words = sys.argv[1:] if argv is None else list(argv)
-    if not words or words[0] in ("-h", "--help"):
-        print("usage: rdm {" + ",".join(COMMANDS) + "} ...; rdm COMMAND --help says more")
-        raise SystemExit(0 if words else 2)
-    if words[0] not in COMMANDS:
-        near = difflib.get_close_matches(words[0], COMMANDS, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"commands: {', '.join(COMMANDS)}"
-        _exit_with(UsageError(f"unknown command {words[0]}: {hint}"))
-    COMMANDS[words[0]](words[1:], f"rdm {words[0]}")
+    """Run `rdm COMMAND ...`; the exit code tells how it ended."""
+    args = sys.argv[1:] if argv is None else list(argv)
+    if not args or args[0] in ("-h", "--help"):
+        print("usage: rdm {" + ",".join(COMMANDS) + "} ...; rdm COMMAND --help lists its flags")
+        raise SystemExit(0 if args else 2)
+    if args[0] not in COMMANDS:
+        fix = did_you_mean(args[0], COMMANDS, f"use one of {', '.join(COMMANDS)}")
+        _exit_with(UsageError(f"unknown command {args[0]}: {fix}"))
+    _run(args[0], args[1:], f"rdm {args[0]}")
 
 
 def train(argv: Sequence[str] | None = None, prog: str = "train.py") -> NoReturn:
-    """Train, or go on training; the exit code is 0 when the run is complete."""
-    words = sys.argv[1:] if argv is None else argv
-    _run(lambda: _train(parse_train(words, prog), words), debug="--debug" in words)
+    """`rdm train` as a script, for torchrun."""
+    _run("train", sys.argv[1:] if argv is None else argv, prog)
 
 
 def evaluate(argv: Sequence[str] | None = None, prog: str = "eval_linear.py") -> NoReturn:
-    """Linear probe and kNN on a checkpoint's frozen features."""
-    words = sys.argv[1:] if argv is None else argv
-    _run(lambda: _evaluate(parse_evaluate(words, prog), words), debug="--debug" in words)
+    """`rdm eval` as a script, for torchrun."""
+    _run("eval", sys.argv[1:] if argv is None else argv, prog)
 
 
-# ---- errors ----------------------------------------------------------------------------------
-
-
-def _rank() -> int:
-    return int(os.environ.get("RANK", "0"))
-
-
-def _exit_with(error: UserError) -> NoReturn:
-    if _rank() == 0:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-    raise SystemExit(error.code)
-
-
-def _end_with_launcher() -> None:
-    """Have a rank told to stop when its launcher is killed, before it takes seconds to import."""
-    if sys.platform == "linux":
-        import ctypes
-
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-
-
-def _run(command: Callable[[], None], *, debug: bool) -> NoReturn:
+def _run(name: str, args: Sequence[str], prog: str) -> NoReturn:
     """Run a command to its exit code."""
+    debug = "--debug" in args
     launcher = os.environ.get(LAUNCHED)
     if launcher or "RANK" in os.environ:
         _end_with_launcher()
-    if launcher and int(launcher) != os.getppid():  # it was gone before we could ask to be told
+    if launcher and int(launcher) != os.getppid():  # it died before we asked for the signal
         raise SystemExit(Interrupted.code)
     try:
-        command()
+        command = COMMANDS[name]
+        command.run(command.parse(args, prog), list(args))
     except UserError as error:
         if debug:
             traceback.print_exc()
@@ -116,23 +90,42 @@ def _run(command: Callable[[], None], *, debug: bool) -> NoReturn:
     raise SystemExit(0)
 
 
+def _end_with_launcher() -> None:
+    """Ask Linux to send this process SIGTERM if its launcher dies. Runs before the slow imports."""
+    if sys.platform == "linux":
+        import ctypes
+
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _exit_with(error: UserError) -> NoReturn:
+    if _rank() == 0:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+    raise SystemExit(error.code)
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
 # ---- train -----------------------------------------------------------------------------------
 
 
-def _train(command: TrainCommand, words: Sequence[str]) -> None:
+def _train(command: TrainCommand, args: list[str]) -> None:
     from rdm_fast.config.saved import config_to_dict
     from rdm_fast.run.folder import RunFolder, read_config
 
     config = command.config
     if command.resume is not None:
+        _check_resume_is_alone(args)
         config = replace(read_config(Path(command.resume)), out=command.resume)
-        check_ranks(config, command.nproc)
+    check_ranks(config.optim, command.nproc)
     if command.print_config:
         print(yaml.safe_dump(config_to_dict(config), sort_keys=False), end="")
         return
     if (ranks := _ranks_to_start(command.nproc)) > 1:
-        check_ranks(config, str(ranks))
-        _train_on_ranks(ranks, words, RunFolder.open(config.out, config, overwrite=False, rank=1))
+        check_ranks(config.optim, str(ranks))
+        _train_on_ranks(ranks, args, RunFolder.open(config.out, config, overwrite=False, rank=1))
     rank = _rank()
     with RunFolder.open(config.out, config, overwrite=command.overwrite, rank=rank) as folder:
         if folder.is_new:
@@ -141,6 +134,22 @@ def _train(command: TrainCommand, words: Sequence[str]) -> None:
             folder.accept(config, command.allow_change)
         with _reported(folder):
             _train_in(folder, config, extend=bool(command.allow_change))
+
+
+def _check_resume_is_alone(args: list[str]) -> None:
+    """Reject flags that would change the configuration, or delete the run, that --resume continues.
+
+    Raises:
+        UsageError: there are such flags.
+    """
+    flags = [arg.partition("=")[0] for arg in args if arg.startswith("--")]
+    recipe = [] if args[0].startswith("-") else args[:1]
+    given = recipe + [flag for flag in flags if flag.replace("_", "-") not in WITH_RESUME]
+    if given:
+        raise UsageError(
+            "--resume continues a run with the configuration in its folder: leave out "
+            f"{', '.join(given)}, or give recipe and --out instead of --resume"
+        )
 
 
 def _ranks_to_start(nproc: str) -> int:
@@ -154,17 +163,17 @@ def _ranks_to_start(nproc: str) -> int:
     return ranks
 
 
-def _train_on_ranks(ranks: int, words: Sequence[str], folder: "RunFolder") -> NoReturn:
-    """Start the ranks, and end as they did; they write and tell what there is to tell."""
+def _train_on_ranks(ranks: int, args: Sequence[str], folder: "RunFolder") -> NoReturn:
+    """Start the ranks and exit with their code; they report their own errors."""
     from rdm_fast.run.folder import read_status
     from rdm_fast.runtime.launch import launch
 
-    command = ["-m", "rdm_fast", "train", *without_nproc(words)]
-    code, lost = launch(command, ranks, quiet="--debug" not in words)
+    command = ["-m", "rdm_fast", "train", *without_nproc(args)]
+    code, lost = launch(command, ranks, quiet="--debug" not in args)
     state = ""
     with contextlib.suppress(UserError):
         state = read_status(folder.path)["state"]
-    if lost and state == "running":  # no rank was left to tell
+    if lost and state == "running":  # no rank survived to report it
         error = RankLost(lost)
         _write_end(folder, "failed", error)
         raise error
@@ -258,14 +267,14 @@ def _report_loss(folder: "RunFolder", error: RankLost) -> NoReturn:
     raise SystemExit(error.code)
 
 
-# ---- evaluate --------------------------------------------------------------------------------
+# ---- the other commands ----------------------------------------------------------------------
 
 
-def _evaluate(command: EvaluateCommand, words: Sequence[str]) -> None:
+def _evaluate(command: EvaluateCommand, args: list[str]) -> None:
     if (ranks := _ranks_to_start(command.nproc)) > 1:
         from rdm_fast.runtime.launch import launch
 
-        ranked = ["-m", "rdm_fast", "eval", *without_nproc(words)]
+        ranked = ["-m", "rdm_fast", "eval", *without_nproc(args)]
         code, lost = launch(ranked, ranks, quiet=not command.debug)
         if lost:
             raise RankLost(lost)
@@ -283,10 +292,7 @@ def _evaluate(command: EvaluateCommand, words: Sequence[str]) -> None:
         distributed.stop()
 
 
-# ---- doctor ----------------------------------------------------------------------------------
-
-
-def _doctor(command: DoctorCommand) -> None:
+def _doctor(command: DoctorCommand, _: list[str]) -> None:
     from rdm_fast.runtime.distributed import choose_device
     from rdm_fast.tools.doctor.diagnosis import diagnose
 
@@ -295,10 +301,13 @@ def _doctor(command: DoctorCommand) -> None:
     diagnose(command.config, device, batches=command.batches, path=path)
 
 
-# ---- export ----------------------------------------------------------------------------------
+def _preview(command: PreviewCommand, _: list[str]) -> None:
+    from rdm_fast.tools.preview import preview
+
+    preview(command.config, images=command.images, path=Path(command.sheet))
 
 
-def _export(command: ExportCommand) -> None:
+def _export(command: ExportCommand, _: list[str]) -> None:
     from rdm_fast.evaluation.loaded_backbone import find_checkpoint
     from rdm_fast.tools.export.write import export_checkpoint
 
@@ -307,36 +316,73 @@ def _export(command: ExportCommand) -> None:
     print(export_checkpoint(path, command.to, out=out, overwrite=command.overwrite))
 
 
-# ---- report and sweep ------------------------------------------------------------------------
-
-
-def _report(command: ReportCommand) -> None:
+def _report(command: ReportCommand, _: list[str]) -> None:
     from rdm_fast.tools.report.make import make_report
 
     print(f"report: {make_report(command)}")
 
 
-def _sweep(command: SweepCommand) -> None:
+def _sweep(command: SweepCommand, args: list[str]) -> None:
     from rdm_fast.tools.sweep.make import make_sweep
 
+    given = {arg.partition("=")[0].replace("_", "-") for arg in args}
+    if fixed := [flag for flag in VARIED if flag in given]:
+        raise UsageError(
+            f"a sweep sets {', '.join(fixed)} itself: name filters instead, as in "
+            "--filter online_s1 target_s-0.5 control"
+        )
     make_sweep(command)
 
 
-# ---- all -------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Command:
+    """One command of `rdm`."""
+
+    options: type
+    about: str
+    """What it does, for --help."""
+    run: Callable[[Any, list[str]], None]
+    """Called with the options and the arguments they were parsed from."""
+
+    def parse(self, args: Sequence[str], prog: str = "rdm") -> Any:
+        """The command's options. Raises as `rdm_fast.cli.parse.parse`."""
+        return parse(self.options, args, prog, self.about)
 
 
-def _plain(
-    parse: Callable[[Sequence[str], str], Command], run: Callable[[Command], None]
-) -> Callable[[Sequence[str], str], NoReturn]:
-    """A command from how its words are read, and what is done then."""
-    return lambda argv, prog: _run(lambda: run(parse(argv, prog)), debug="--debug" in argv)
-
-
-COMMANDS: dict[str, Callable[[Sequence[str], str], NoReturn]] = {
-    "train": train,
-    "eval": evaluate,
-    "doctor": _plain(parse_doctor, _doctor),
-    "export": _plain(parse_export, _export),
-    "report": _plain(parse_report, _report),
-    "sweep": _plain(parse_sweep, _sweep),
+COMMANDS = {
+    "train": Command(TrainCommand, "Train RECIPE, changing single fields.", _train),
+    "eval": Command(
+        EvaluateCommand,
+        "Linear probe and kNN on the frozen features of a checkpoint.\n\nProtocols: "
+        + ", ".join(PROTOCOLS),
+        _evaluate,
+    ),
+    "doctor": Command(
+        DoctorCommand,
+        "Show what this machine has and lacks, time the parts of a step of RECIPE, and name the "
+        "bottleneck.",
+        _doctor,
+    ),
+    "preview": Command(
+        PreviewCommand,
+        "Draw images of RECIPE's data set beside the views that each loader makes of them.",
+        _preview,
+    ),
+    "export": Command(
+        ExportCommand,
+        "Write the backbone of a checkpoint for other programs.\n\nTargets:\n"
+        + "\n".join(f"  {name}: {what}" for name, what in TARGETS.items()),
+        _export,
+    ),
+    "report": Command(
+        ReportCommand,
+        "One HTML page that shows runs: curves, spectra, filter response, embeddings.",
+        _report,
+    ),
+    "sweep": Command(
+        SweepCommand,
+        "Run RECIPE with each of several filters; --out is the folder of all runs.\n\n"
+        f"The paper's filters: {', '.join(GRID)}",
+        _sweep,
+    ),
 }

@@ -1,223 +1,95 @@
-"""What every command may be asked: a recipe name and single fields changed, in most of them.
+"""Reads a command line with tyro. Every error is one line that names the flag and the fix.
 
-All is checked before torch is loaded; every mistake is told in one `error:` line with a way out.
+tyro's error events are private (`tyro._errors`), so pyproject.toml pins its version.
 """
 
-import os
+import contextlib
+import io
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Annotated
+from typing import Any, TypeVar
 
 import tyro
+from tyro import _errors
 
-from rdm_fast.cli.flags import ALIASES, nearest, normalize, parse
-from rdm_fast.config import Config
-from rdm_fast.config.parallel import check_nproc
+from rdm_fast.config.checks import did_you_mean
 from rdm_fast.config.recipes import DEFAULT, RECIPES, recipe
 from rdm_fast.errors import UsageError
-from rdm_fast.evaluation.options import EvaluateCommand
-from rdm_fast.evaluation.protocols import PROTOCOLS
-from rdm_fast.tools.doctor.options import DoctorCommand
-from rdm_fast.tools.export.options import ExportCommand
-from rdm_fast.tools.export.targets import TARGETS
-from rdm_fast.tools.report.options import ReportCommand
-from rdm_fast.tools.sweep.grid import GRID, VARIED
-from rdm_fast.tools.sweep.options import SweepCommand
 
-Switch = tyro.conf.FlagCreatePairsOff[bool]
+Options = TypeVar("Options")
+HELP = "--help lists all"
 
 
-@dataclass(frozen=True, kw_only=True)
-class TrainCommand:
-    """What `train` was asked to do."""
+def parse(options: type[Options], args: Sequence[str], prog: str = "", about: str = "") -> Options:
+    """The options that command-line arguments give.
 
-    config: Annotated[Config, tyro.conf.arg(name="")]
-    nproc: str = "1"
-    """Ranks to start on this machine: a number, gpu (one a GPU), or auto (gpu, or 1 without)."""
-    resume: str | None = None
-    """Continue the run in this folder, with the configuration it was started with."""
-    overwrite: Switch = False
-    """Start anew in a run folder that already holds a run of ours, deleting that run."""
-    allow_change: tuple[str, ...] = ()
-    """Names of schedule fields that may differ from the run being resumed, as optim.epochs."""
-    print_config: Switch = False
-    """Print the whole configuration as YAML and stop."""
-    debug: Switch = False
-    """Show the traceback of an error."""
-
-    def __post_init__(self) -> None:
-        check_nproc(self.nproc)
-
-
-def without_nproc(words: Sequence[str]) -> list[str]:
-    """The words of a command but for --nproc and its value: what each rank is asked to do."""
-    kept: list[str] = []
-    for i, word in enumerate(words):
-        is_value = i > 0 and words[i - 1] == "--nproc"
-        if not is_value and word.partition("=")[0] != "--nproc":
-            kept.append(word)
-    return kept
-
-
-def _split(argv: Sequence[str], command: type) -> tuple[list[str], list[str]]:
-    """The recipe's name, if the first word is one, and the normalized rest.
-
-    Raises:
-        UsageError: an unknown recipe or flag.
-    """
-    words = normalize(argv, command)
-    named = [words.pop(0)] if words and not words[0].startswith("-") else []
-    for name in named:
-        if name not in RECIPES:
-            raise UsageError(f"unknown recipe {name}: {nearest(name, list(RECIPES))}")
-    return named, words
-
-
-def _lists() -> str:
-    """Recipes and short names, for the end of a help text."""
-    recipes = "\n".join(f"  {key}: {(make.__doc__ or '')}" for key, make in RECIPES.items())
-    short = "\n".join(f"  {alias}: {flag}" for alias, flag in ALIASES.items())
-    return f"Recipes:\n{recipes}\n\nShort names:\n{short}"
-
-
-def parse_train(argv: Sequence[str], prog: str = "train.py") -> TrainCommand:
-    """The recipe that argv names (or the default one), with the fields that argv changes.
+    Args:
+        options: a dataclass; its fields are the flags, the string under a field is its help. If it
+            has a field `config`, the first argument may name the recipe that the flags change.
+        args: the arguments after the command's name.
+        prog: the command, for its help.
+        about: what it does, for its help.
 
     Raises:
         UsageError: an unknown recipe or flag, a bad value, or an impossible combination.
+        SystemExit: `args` ask for help, which is printed.
     """
-    named, words = _split(argv, TrainCommand)
-    name = (named or [DEFAULT])[0]
-    command = parse(
-        TrainCommand,
-        words,
-        f"{prog} [RECIPE]",
-        default=TrainCommand(config=recipe(name)),
-        description=f"Train RECIPE ({name} here), changing single fields.\n\n{_lists()}",
-    )
-    if command.resume is None:
-        check_ranks(command.config, command.nproc)
-        return command
-    alone = {"--resume", "--nproc", "--print-config", "--debug"}
-    given = {word.partition("=")[0] for word in words if word.startswith("--")} - alone
-    if given or named:
-        raise UsageError(
-            "--resume takes the configuration from the run folder and goes on with it: leave out "
-            f"{', '.join([*named, *sorted(given)])}, or give recipe and --out instead of --resume"
-        )
-    return command
-
-
-def parse_doctor(argv: Sequence[str], prog: str = "rdm doctor") -> DoctorCommand:
-    """The run to measure: recipe and flags as for training.
-
-    Raises:
-        UsageError: as for `parse_train`; or several ranks, for one process measures alone.
-    """
-    named, words = _split(argv, DoctorCommand)
-    name = (named or [DEFAULT])[0]
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UsageError(
-            f"{prog} measures one process: start it without torchrun, with --optim.global-batch "
-            "the share of one rank"
-        )
-    return parse(
-        DoctorCommand,
-        words,
-        f"{prog} [RECIPE]",
-        default=DoctorCommand(config=recipe(name)),
-        description="Say what this machine has and lacks, then measure the parts of a step of "
-        f"RECIPE ({name} here) and name the bottleneck.\n\n{_lists()}",
-    )
-
-
-def check_ranks(config: Config, nproc: str) -> None:
-    """Make sure that the global batch divides over the ranks, started or to be started.
-
-    Args:
-        config: of the run.
-        nproc: as in --nproc; of gpu and auto nothing is known without torch.
-
-    Raises:
-        UsageError: it does not.
-    """
-    if nproc in ("gpu", "auto"):
-        return
+    args, default = list(args), tyro.MISSING_NONPROP
+    if "config" in options.__annotations__:
+        name = args.pop(0) if args and not args[0].startswith("-") else DEFAULT
+        if name not in RECIPES:
+            raise UsageError(f"unknown recipe {name}: {did_you_mean(name, RECIPES, HELP)}")
+        start: Any = getattr(options, "from_recipe", lambda name: options(config=recipe(name)))  # type: ignore[call-arg]
+        default = start(name)
+        prog += " [RECIPE]"
+        recipes = "\n".join(f"  {key}: {make.__doc__}" for key, make in RECIPES.items())
+        about += f"\n\nRECIPE is {name} here, one of:\n{recipes}"
+    rejected: list[_errors.ParseErrorEvent] = []
     try:
-        config.optim.local_batch(int(os.environ.get("WORLD_SIZE", nproc)))
-    except ValueError as error:
-        raise UsageError(str(error)) from None
+        with _errors.on_parse_error(rejected.append), contextlib.redirect_stderr(io.StringIO()):
+            return tyro.cli(options, args=args, prog=prog, description=about, default=default)
+    except SystemExit:
+        if not rejected:
+            raise
+    raise UsageError(_message(rejected[0], args, options))
 
 
-def parse_evaluate(argv: Sequence[str], prog: str = "eval_linear.py") -> EvaluateCommand:
-    """What to evaluate, and how.
-
-    Raises:
-        UsageError: as for `parse_train`.
-    """
-    words = normalize(argv, EvaluateCommand)
-    return parse(
-        EvaluateCommand,
-        words,
-        prog,
-        description="Linear probe and kNN on the frozen features of a checkpoint.\n\nProtocols: "
-        + ", ".join(PROTOCOLS),
-    )
+def flags(options: type) -> set[str]:
+    """Every flag that a command's help lists."""
+    shown = io.StringIO()
+    with contextlib.redirect_stdout(shown), contextlib.suppress(SystemExit):
+        parse(options, ["--help"])
+    return set(re.findall(r"(?<![\w-])--[a-z][\w.-]*\w", shown.getvalue()))
 
 
-def parse_export(argv: Sequence[str], prog: str = "rdm export") -> ExportCommand:
-    """What to export, and for whom.
-
-    Raises:
-        UsageError: as for `parse_train`.
-    """
-    words = normalize(argv, ExportCommand)
-    targets = "\n".join(f"  {name}: {what}" for name, what in TARGETS.items())
-    return parse(
-        ExportCommand,
-        words,
-        prog,
-        description="Write the backbone of a checkpoint for other programs.\n\nTargets:\n"
-        + targets,
-    )
-
-
-def parse_report(argv: Sequence[str], prog: str = "rdm report") -> ReportCommand:
-    """Which runs to show, and how.
-
-    Raises:
-        UsageError: as for `parse_train`.
-    """
-    return parse(
-        ReportCommand,
-        normalize(argv, ReportCommand),
-        prog,
-        description="One HTML page that shows runs: curves, spectra, filter response, embeddings.",
-    )
+def _message(event: _errors.ParseErrorEvent, args: Sequence[str], options: type) -> str:
+    """One sentence for what tyro rejects."""
+    match event:
+        case _errors.InvalidChoice(argument=argument, value=value, choices=choices):
+            return f"{argument.display_name()} cannot be {value}: use one of {', '.join(choices)}"
+        case _errors.InstantiationFailure(argument=argument, message=message):
+            if argument is None:  # a check of the options' own
+                return message
+            return f"{argument.display_name()} takes {argument.lowered.metavar}: {message}"
+    known = flags(options)
+    for arg in args:
+        flag = arg.partition("=")[0].replace("_", "-")
+        if re.match("--?[A-Za-z]", flag) and flag not in known:
+            return f"unknown flag {flag}: {did_you_mean(flag, known, HELP)}"
+    match event:
+        case _errors.BadValue(argument=argument):
+            return f"{argument.display_name()} needs {argument.lowered.nargs} value(s)"
+        case _errors.MissingArgs(missing_arguments=[first, *_]):
+            return f"no {first.arg.display_name()} given: --help says what it is"
+        case _errors.UnrecognizedArgs(tokens=[token, *_]):
+            return f"unexpected argument {token}: leave it out ({HELP})"
+    return f"the arguments contradict each other ({HELP})"
 
 
-def parse_sweep(argv: Sequence[str], prog: str = "rdm sweep") -> SweepCommand:
-    """The recipe whose filter is varied, and how.
-
-    Raises:
-        UsageError: as for `parse_train`, or a flag sets what the sweep varies.
-    """
-    named, words = _split(argv, SweepCommand)
-    name = (named or [DEFAULT])[0]
-    if fixed := [flag for flag in VARIED if flag in {word.partition("=")[0] for word in words}]:
-        raise UsageError(
-            f"a sweep varies {', '.join(fixed)}: name filters instead, as in "
-            "--filter online_s1 target_s-0.5 control"
-        )
-    try:
-        default = SweepCommand(config=replace(recipe(name), out=f"runs/sweep_{name}"))
-    except ValueError as error:
-        raise UsageError(str(error)) from None
-    return parse(
-        SweepCommand,
-        words,
-        f"{prog} [RECIPE]",
-        default=default,
-        description=f"Run RECIPE ({name} here) with each of several filters, --out being the "
-        f"folder of all runs.\n\nThe paper's filters: {', '.join(GRID)}",
-    )
+def without_nproc(args: Sequence[str]) -> list[str]:
+    """The arguments without --nproc and its value, as each rank gets them."""
+    return [
+        arg
+        for before, arg in zip(["", *args], args, strict=False)
+        if before != "--nproc" and arg.partition("=")[0] != "--nproc"
+    ]

@@ -1,11 +1,11 @@
-"""Every knob of a run, one frozen dataclass a concern.
+"""All settings of a run, one frozen dataclass per concern.
 
 A recipe (`rdm_fast.config.recipes`) is a function that returns a whole `Config`. The command line
-names one and changes single fields: `rdm train digits_rdm_simsiam --optim.epochs 20`. The string
-under a field is its help text. Derived values are properties, so they cannot disagree with their
-sources. Nothing here imports torch: a command line is checked before torch is loaded.
+names a recipe and changes single fields: `rdm train digits_rdm_simsiam --optim.epochs 20`. The
+string under a field is its help text, and `arg(aliases=...)` gives its flag a short name. Derived
+values are properties. Nothing here imports torch, so a command line is checked before torch loads.
 
-Bad values raise `ValueError` naming the flag, what was found, and the way out.
+A bad value raises `UsageError`, a `ValueError` that names the flag, the value and the fix.
 """
 
 from rdm_fast.config.data import AugmentConfig, DataConfig, DataName, Interpolation, ViewConfig

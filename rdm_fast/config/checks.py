@@ -1,37 +1,66 @@
-"""What settings are checked with: a mistake is one sentence with a way out."""
+"""Config validation; every error says how to fix it."""
 
 import difflib
+import math
+from collections.abc import Iterable
 from typing import Literal, get_args, get_origin, get_type_hints
+
+from rdm_fast.errors import UsageError
 
 
 def require(condition: bool, message: str) -> None:
-    """Refuse a setting with a sentence that names the flag, what was found, and the way out.
+    """Reject a setting. The message names the flag, the value found, and the fix.
 
     Raises:
-        ValueError: the condition does not hold.
+        UsageError: the condition does not hold.
     """
     if not condition:
-        raise ValueError(message)
+        raise UsageError(message)
 
 
-def require_probability(flag: str, value: float) -> None:
-    """Refuse a number outside [0, 1].
+def require_between(
+    table: str, settings: object, names: Iterable[str], low: float, high: float = math.inf
+) -> None:
+    """Require finite numbers from `low` to `high` in these settings.
 
     Raises:
-        ValueError: it is.
+        UsageError: a number is outside.
     """
-    require(0 <= value <= 1, f"{flag}={value} is not a probability: give a number from 0 to 1")
+    allowed = f"give {low} or more" if high == math.inf else f"give a number from {low} to {high}"
+    for name in names:
+        value = getattr(settings, name)
+        inside = math.isfinite(value) and low <= value <= high
+        require(inside, f"{table}{name}={value}: {allowed}")
+
+
+def require_range(flag: str, limits: tuple[float, float], most: float = math.inf) -> None:
+    """Require two finite numbers above 0, in rising order, of at most `most`.
+
+    Raises:
+        UsageError: they are not.
+    """
+    low, high = limits
+    bound = "" if most == math.inf else f" and up to {most}"
+    require(
+        0 < low <= high <= most and high < math.inf,
+        f"{flag}={limits}: give two rising numbers above 0{bound}",
+    )
 
 
 def require_choices(table: str, settings: object) -> None:
-    """Refuse a value that its Literal type does not list, as Python code could pass one.
+    """Require values that Literal types list; Python code could pass others.
 
     Raises:
-        ValueError: there is one; the message names the nearest choice.
+        UsageError: a value is unknown. The message names the nearest choice.
     """
     for name, hint in get_type_hints(type(settings)).items():
-        if get_origin(hint) is Literal and getattr(settings, name) not in get_args(hint):
+        if get_origin(hint) is Literal:
             value, choices = getattr(settings, name), get_args(hint)
-            near = difflib.get_close_matches(str(value), choices, n=1)
-            way_out = f"did you mean {near[0]}?" if near else f"use one of {', '.join(choices)}"
-            raise ValueError(f"{table}{name}={value!r} is unknown: {way_out}")
+            fix = did_you_mean(str(value), choices, f"use one of {', '.join(choices)}")
+            require(value in choices, f"{table}{name}={value!r} is unknown: {fix}")
+
+
+def did_you_mean(word: str, known: Iterable[str], otherwise: str) -> str:
+    """The nearest known word as a question, or `otherwise` if none is near."""
+    near = difflib.get_close_matches(word.lower(), list(known), n=1, cutoff=0.5)
+    return f"did you mean {near[0]}?" if near else otherwise

@@ -1,10 +1,12 @@
-"""Which images, and how a view of one is drawn."""
+"""Which images a run reads, and how their random views are drawn."""
 
 import math
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Annotated, Literal
 
-from rdm_fast.config.checks import require, require_choices, require_probability
+from tyro.conf import arg
+
+from rdm_fast.config.checks import require, require_between, require_choices, require_range
 
 DataName = Literal[
     "digits", "cifar10", "cifar100", "stl10", "fashion_mnist", "folder", "webdataset", "arrays"
@@ -14,7 +16,7 @@ Interpolation = Literal["bilinear", "bicubic"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DataConfig:
-    """Which images, and how they are read."""
+    """The data set and how it is read."""
 
     name: DataName = "digits"
     """Data set: digits is embedded, folder reads image files, webdataset image files packed in tar
@@ -23,24 +25,25 @@ class DataConfig:
     """Folder of the data set, in torchvision's layout; for arrays, the .npz file; for webdataset, a
     folder or pattern such as 'shards/train-{0000..0146}.tar'."""
     download: bool = False
-    """Fetch the data set into root if it is not there (torchvision sets only)."""
+    """Download the data set into root if it is not there (torchvision sets only)."""
     loader: Literal["auto", "dali", "torch", "resident"] = "auto"
     """dali decodes on the GPU (or CPU threads), torch in worker processes, resident keeps pixels on
-    the device; auto takes resident for small images of one size, else on a GPU dali."""
-    workers: int = 2
+    the device; auto uses resident for small images of one size, otherwise dali on a GPU."""
+    workers: Annotated[int, arg(aliases=["--workers"])] = 2
     """Worker processes of the torch loader, or CPU threads of the DALI loader, on each rank."""
     classes: str = ""
-    """Of a folder, only the classes that this file names, one a line; empty for all."""
+    """File that lists the classes of a folder to use, one a line; empty for all."""
     verify: Literal["header", "full"] = "header"
-    """How image files are looked at once before training: headers and ends, or by decoding all."""
-    on_bad_image: Literal["skip", "stop"] = "skip"
-    """Leave image files that cannot be used out and list them in bad_files.tsv, or stop."""
-    max_bad: float = 0.001
-    """Share of the image files that may be left out; if more are bad, the run stops."""
+    """How image files are checked before training: read headers and ends, or decode all."""
+    on_bad_image: Annotated[Literal["skip", "stop"], arg(aliases=["--on-bad-image"])] = "skip"
+    """Skip unusable image files and list them in bad_files.tsv, or stop."""
+    max_bad: Annotated[float, arg(aliases=["--max-bad"])] = 0.001
+    """Share of the image files that may be skipped; if more are bad, the run stops."""
 
     def __post_init__(self) -> None:
         require_choices("data.", self)
-        require_probability("data.max_bad", self.max_bad)
+        require_between("data.", self, ["max_bad"], 0, 1)
+        require_between("data.", self, ["workers"], 0)
         require(
             not self.classes or self.name == "folder",
             f"data.classes is for image folders: with data.name={self.name}, leave it out",
@@ -49,7 +52,6 @@ class DataConfig:
             self.verify == "header" or self.name in ("folder", "webdataset"),
             f"data.verify is for image files: with data.name={self.name}, leave it out",
         )
-        require(self.workers >= 0, f"data.workers={self.workers}: give 0 or more processes")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -85,37 +87,20 @@ class ViewConfig:
     flip: float = 0.0
     """Probability of a horizontal flip."""
 
-    def __post_init__(self) -> None:
-        for name in ("jitter", "grey", "blur", "solarize", "flip"):
-            require_probability(f"augment.view.{name}", getattr(self, name))
-        low, high = self.crop_scale
-        require(
-            0 < low <= high <= 1,
-            f"augment.view.crop_scale={self.crop_scale} is not a range of area shares: "
-            "give two rising numbers in (0, 1]",
-        )
-        for name in ("crop_ratio", "blur_sigma"):
-            low, high = getattr(self, name)
-            require(
-                0 < low <= high < math.inf,
-                f"augment.view.{name}={(low, high)}: give two rising numbers above 0",
-            )
-        require(
-            0 <= self.rotate <= 180, f"augment.view.rotate={self.rotate}: give 0 to 180 degrees"
-        )
-        require(
-            0 <= self.shear < 90, f"augment.view.shear={self.shear}: give 0 to less than 90 degrees"
-        )
-        for name in ("brightness", "contrast", "saturation"):
-            value = getattr(self, name)
-            require(
-                0 <= value <= 1,
-                f"augment.view.{name}={value}: give a number from 0 (none) to 1",
-            )
-        require(
-            0 <= self.hue <= 0.5,
-            f"augment.view.hue={self.hue}: give a share of the color circle from 0 to 0.5",
-        )
+    def check(self, table: str) -> None:
+        """Validate all fields; `table` is their prefix in messages, such as `augment.view1.`.
+
+        Raises:
+            UsageError: a field is out of range.
+        """
+        shares = ("jitter", "grey", "blur", "solarize", "flip")
+        require_between(table, self, (*shares, "brightness", "contrast", "saturation"), 0, 1)
+        require_between(table, self, ["hue"], 0, 0.5)
+        require_between(table, self, ["rotate"], 0, 180)
+        require_between(table, self, ["shear"], 0, 89)
+        require_range(f"{table}crop_scale", self.crop_scale, most=1)
+        require_range(f"{table}crop_ratio", self.crop_ratio)
+        require_range(f"{table}blur_sigma", self.blur_sigma)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -133,8 +118,8 @@ class AugmentConfig:
     view1: ViewConfig = field(default_factory=ViewConfig)
     view2: ViewConfig = field(default_factory=ViewConfig)
     small_views: int = 0
-    """Further views of an image that are smaller and cost less (multi-crop), matched with both
-    targets. For method=byol, where the target weights never see them."""
+    """Number of additional small views of an image (multi-crop), each matched with both targets.
+    Only for method=byol, where the target weights never see them."""
     small_size: int = 96
     """Side of a small view, in pixels."""
     small_scale: tuple[float, float] = (0.05, 0.14)
@@ -142,7 +127,11 @@ class AugmentConfig:
 
     def __post_init__(self) -> None:
         require_choices("augment.", self)
-        require(self.size >= 8, f"augment.size={self.size}: a view has at least 8 pixels a side")
+        require_between("augment.", self, ["size", "small_size"], 8)
+        require_between("augment.", self, ["small_views"], 0)
+        require_range("augment.small_scale", self.small_scale, most=1)
+        self.view1.check("augment.view1.")
+        self.view2.check("augment.view2.")
         require(
             len(self.mean) == len(self.std) and len(self.mean) in (1, 3),
             f"augment.mean has {len(self.mean)} and augment.std {len(self.std)} channels: "
@@ -154,23 +143,9 @@ class AugmentConfig:
             "standard deviations above 0",
         )
         require(
-            self.small_views >= 0,
-            f"augment.small_views={self.small_views}: give 0 or more views",
-        )
-        require(
-            self.small_size >= 8,
-            f"augment.small_size={self.small_size}: a view has at least 8 pixels a side",
-        )
-        require(
             self.small_views == 0 or self.small_size <= self.size,
-            f"augment.small_size={self.small_size} is more than augment.size={self.size}: small "
-            "views are the smaller ones",
-        )
-        low, high = self.small_scale
-        require(
-            0 < low <= high <= 1,
-            f"augment.small_scale={self.small_scale} is not a range of area shares: "
-            "give two rising numbers in (0, 1]",
+            f"augment.small_size={self.small_size} is more than augment.size={self.size}: "
+            "give a smaller augment.small_size",
         )
 
     @property

@@ -3,7 +3,9 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from tyro.conf import Suppress, arg
 
 from rdm_fast.config.checks import require, require_choices
 
@@ -17,22 +19,24 @@ Engine = Literal["auto", "gemm", "eigh", "reference"]
 class FilterConfig:
     """The spectral filter g, applied to the singular values s of a batch of projections."""
 
-    kind: Kind = "poly"
+    kind: Annotated[Kind, arg(aliases=["--pred-type"])] = "poly"
     """g(s): poly is s^sigma, log is log s, log_1 is log(1 + s), log_2 is log(1 + s^2); custom is
-    a function of your own, from Python only."""
-    location: Location = "online"
-    """Branch that is filtered. RDM wants a rising g on the online one, a falling on the target."""
-    sigma: float = 1.0
+    your own function, from Python only."""
+    location: Annotated[Location, arg(aliases=["--pred-location"])] = "online"
+    """Branch to filter. RDM calls for a rising g on the online branch, falling on the target."""
+    sigma: Annotated[float, arg(aliases=["--sigma"])] = 1.0
     """Exponent of kind=poly; 0 filters nothing. The other kinds ignore it."""
     basis: Basis = "own"
-    """Whose spectrum filters the target: its own, or the online branch's."""
+    """Spectrum that filters the target: the target's own, or the online branch's."""
     cutoff: float = 1e-3
-    """Singular values up to this share of the largest are cut off, and those of rounding noise."""
+    """Cut off singular values up to this share of the largest, and those of rounding noise."""
     center: bool = False
     """Take the spectrum of the centered projections (covariance) instead of the raw correlation."""
     engine: Engine = "auto"
-    """How the filter is computed: auto chooses, reference is the paper's literal SVD."""
-    response: Callable[[Any], Any] | None = field(default=None, metadata={"flag": False})
+    """How to compute the filter: auto chooses, reference is the paper's literal SVD."""
+    response: Annotated[Callable[[Any], Any] | None, Suppress] = field(
+        default=None, metadata={"saved": False}
+    )
     """g(s) of kind=custom: from singular values s > 0, a float64 tensor [v, n], to one of the same
     shape and dtype (not a flag)."""
 
@@ -40,15 +44,15 @@ class FilterConfig:
         require_choices("filter.", self)
         require(
             self.kind != "custom" or self.response is not None,
-            "filter.kind=custom is for Python code, FilterConfig(kind='custom', response=f); a "
-            "command line or file cannot hold a function: use poly, log, log_1 or log_2 there",
+            "filter.kind=custom needs a function, so it exists only in Python as "
+            "FilterConfig(kind='custom', response=f): use poly, log, log_1 or log_2 here",
         )
         require(
             self.response is None or (self.kind == "custom" and callable(self.response)),
-            f"FilterConfig has response={self.response!r} with kind={self.kind}: "
-            "a function goes with kind='custom', and with nothing else",
+            f"FilterConfig has response={self.response!r} with kind={self.kind}: give a function, "
+            "with kind='custom' only",
         )
-        require(math.isfinite(self.sigma), f"filter.sigma={self.sigma} is not a finite number")
+        require(math.isfinite(self.sigma), f"filter.sigma={self.sigma}: give a finite number")
         require(
             0 < self.cutoff < 1,
             f"filter.cutoff={self.cutoff} is not a share of the largest singular value: "
@@ -56,7 +60,7 @@ class FilterConfig:
         )
         require(
             self.basis == "own" or self.location == "target",
-            "filter.basis=online concerns the target branch only: "
+            "filter.basis=online applies to the target branch only: "
             "use filter.location=target, or leave filter.basis=own",
         )
         require(
@@ -67,7 +71,7 @@ class FilterConfig:
         require(
             self.engine != "gemm" or self.why_not_gemm is None,
             f"filter.engine=gemm cannot be accurate with {self.why_not_gemm}: "
-            "use filter.engine=eigh, or auto, which takes it",
+            "use filter.engine=eigh or auto",
         )
 
     @property
@@ -77,11 +81,11 @@ class FilterConfig:
 
     @property
     def why_not_gemm(self) -> str | None:
-        """What matrix products alone cannot do of this filter, if any."""
+        """The setting that rules out engine=gemm (matrix products alone), if any."""
         if self.kind == "custom":
             return "filter.kind=custom"
         if self.center:
             return "filter.center"
         if not 1e-4 <= self.cutoff <= 0.1:
-            return f"filter.cutoff={self.cutoff:g} (it takes 1e-4 to 0.1)"
+            return f"filter.cutoff={self.cutoff:g} (gemm supports 1e-4 to 0.1)"
         return None

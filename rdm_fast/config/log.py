@@ -1,8 +1,8 @@
-"""What a run tells, and when."""
+"""What a run records, and when."""
 
 from dataclasses import dataclass
 
-from rdm_fast.config.checks import require
+from rdm_fast.config.checks import require_between
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -10,20 +10,20 @@ class LogConfig:
     """What is written while training, and how often."""
 
     every: int = 10
-    """Optimizer steps between two lines of metrics, the only moments that wait for the device."""
+    """Optimizer steps between two lines of metrics; only these steps wait for the device."""
     spectrum_every: int = 50
-    """Optimizer steps between two records of whole spectra (spectrum.jsonl); 0 for none at all."""
+    """Optimizer steps between two records of whole spectra (spectrum.jsonl); 0 for none."""
     knn_every: int = 10
-    """Epochs between two kNN evaluations, besides the one at the end; 0 for none at all."""
+    """Epochs between two kNN evaluations, besides the one at the end; 0 for none."""
     knn_bank: int = 20_000
-    """Most training images in the kNN bank, which bounds its memory."""
+    """Largest number of training images in the kNN bank, which bounds its memory."""
     probe: bool = False
-    """Train a linear classifier on the detached embeddings meanwhile; probe_top1 is logged with the
-    kNN. It changes nothing of the run."""
+    """Also train a linear classifier on the detached embeddings and log probe_top1 with the kNN.
+    The run itself does not change."""
     save_every: int = 500
-    """Optimizer steps between two checkpoints; the last step has one too."""
+    """Optimizer steps between two checkpoints; the last step is always saved."""
     keep: int = 2
-    """Checkpoints kept, newest first; never fewer than 2."""
+    """Number of newest checkpoints to keep; at least 2, since one may be damaged."""
     tensorboard: bool = False
     """Also write TensorBoard event files (needs the extra rdm-fast[tensorboard])."""
     wandb: bool = False
@@ -34,10 +34,6 @@ class LogConfig:
     """Steps in a row with a non-finite loss or gradient, all skipped, before the run stops."""
 
     def __post_init__(self) -> None:
-        for name in ("every", "save_every", "knn_bank", "max_nonfinite"):
-            value = getattr(self, name)
-            require(value >= 1, f"log.{name}={value}: give 1 or more")
-        for name in ("knn_every", "spectrum_every"):
-            value = getattr(self, name)
-            require(value >= 0, f"log.{name}={value}: give 0 (never) or more")
-        require(self.keep >= 2, f"log.keep={self.keep}: at least 2, one may be damaged")
+        require_between("log.", self, ["every", "save_every", "knn_bank", "max_nonfinite"], 1)
+        require_between("log.", self, ["knn_every", "spectrum_every"], 0)
+        require_between("log.", self, ["keep"], 2)

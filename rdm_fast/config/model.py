@@ -1,9 +1,11 @@
 """Backbone and heads."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
-from rdm_fast.config.checks import require, require_choices
+from tyro.conf import arg
+
+from rdm_fast.config.checks import require, require_between, require_choices
 
 BackboneName = Literal["resnet8", "resnet18", "resnet34", "resnet50"]
 Stem = Literal["imagenet", "cifar", "cifar_pad2"]
@@ -13,12 +15,12 @@ Stem = Literal["imagenet", "cifar", "cifar_pad2"]
 class ModelConfig:
     """Backbone and heads."""
 
-    backbone: BackboneName = "resnet18"
+    backbone: Annotated[BackboneName, arg(aliases=["--arch"])] = "resnet18"
     """torchvision's ResNet-18, 34 or 50, or a small ResNet-8 for CPUs."""
     stem: Stem = "cifar"
     """First layers: imagenet (7x7, stride 2, max-pool), cifar (3x3), cifar_pad2 (RDM's code)."""
     width: int = 24
-    """Channels of the first stage of resnet8; the others have their own widths."""
+    """Channels of the first stage of resnet8; the other backbones ignore it."""
     zero_init_residual: bool = False
     """Start every residual branch at zero."""
     projector_layers: int = 3
@@ -30,22 +32,18 @@ class ModelConfig:
     projector_bn: bool = True
     """End the projector with a batch norm without affine parameters (SimSiam's, not BYOL's)."""
     predictor_hidden: int = 512
-    """Hidden width of the learned predictor, where there is one."""
-    init: str = ""
-    """File whose backbone the run begins with (warm start), of this or another trainer; empty for
-    random weights. A run that goes on does not read it again."""
+    """Hidden width of the learned predictor."""
+    init: Annotated[str, arg(aliases=["--init"])] = ""
+    """Weights file whose backbone the run starts from (warm start), from this or another trainer;
+    empty for random weights. A resumed run does not read it again."""
 
     def __post_init__(self) -> None:
         require_choices("model.", self)
-        require(
-            self.projector_layers in (2, 3),
-            f"model.projector_layers={self.projector_layers}: a projector has 2 or 3 layers",
-        )
+        require_between("model.", self, ["projector_layers"], 2, 3)
         require(
             self.backbone != "resnet8" or self.stem == "cifar",
             f"model.stem={self.stem} does not exist for model.backbone=resnet8: "
             "use model.stem=cifar, or a larger backbone such as resnet18",
         )
-        for name in ("width", "projector_hidden", "projector_dim", "predictor_hidden"):
-            value = getattr(self, name)
-            require(value >= 1, f"model.{name}={value}: give 1 or more channels")
+        widths = ["width", "projector_hidden", "projector_dim", "predictor_hidden"]
+        require_between("model.", self, widths, 1)

@@ -1,27 +1,29 @@
 """The optimizer, its schedule, and the batch."""
 
-import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
-from rdm_fast.config.checks import require, require_choices, require_probability
+from tyro.conf import arg
+
+from rdm_fast.config.checks import require, require_between, require_choices
+from rdm_fast.errors import UsageError
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class OptimConfig:
-    """One optimizer step is the unit of everything: schedules, EMA, checkpoints, logs."""
+    """The optimizer, its schedule, and the batch of one optimizer step."""
 
     optimizer: Literal["sgd", "lars", "adamw", "lamb"] = "sgd"
     """SGD with momentum, LARS (SGD with layer-wise trust ratios), AdamW, or apex's LAMB."""
     backend: Literal["torch", "apex"] = "torch"
-    """Whose optimizer: torch's (LARS is ours), or NVIDIA apex's fused sgd, adamw or lamb."""
-    epochs: int = 100
+    """torch's optimizers (LARS is part of rdm-fast), or NVIDIA apex's fused sgd, adamw or lamb."""
+    epochs: Annotated[int, arg(aliases=["--epochs"])] = 100
     """Passes over the data."""
-    global_batch: int = 256
+    global_batch: Annotated[int, arg(aliases=["--batch-size"])] = 256
     """Images in one optimizer step, over all ranks and accumulated parts."""
     accumulate: int = 1
     """Parts in which each rank computes its share of a step, to save memory."""
-    base_lr: float = 0.5
+    base_lr: Annotated[float, arg(aliases=["--lr"])] = 0.5
     """Learning rate for a global batch of 256; the step uses base_lr * global_batch / 256."""
     warmup_epochs: float = 10
     """Epochs of linear warm-up from warmup_lr; then a cosine down to final_lr."""
@@ -29,9 +31,9 @@ class OptimConfig:
     """Learning rate of the first step, not scaled with the batch."""
     final_lr: float = 0.0
     """Learning rate at the end of the cosine, not scaled with the batch."""
-    momentum: float = 0.9
+    momentum: Annotated[float, arg(aliases=["--momentum"])] = 0.9
     """Momentum of SGD and LARS."""
-    weight_decay: float = 1e-5
+    weight_decay: Annotated[float, arg(aliases=["--wd"])] = 1e-5
     """Weight decay."""
     decay_norm_and_bias: bool = True
     """Decay 1-D parameters too (batch norm, biases). LARS then scales them as well."""
@@ -56,17 +58,10 @@ class OptimConfig:
             self.optimizer != "lars" or self.backend == "torch",
             "optim.backend=apex has no lars: use optim.backend=torch, or optim.optimizer=lamb",
         )
-        for name in ("epochs", "global_batch", "accumulate"):
-            value = getattr(self, name)
-            require(value >= 1, f"optim.{name}={value}: give 1 or more")
-        for name in ("base_lr", "warmup_epochs", "warmup_lr", "final_lr", "weight_decay"):
-            value = getattr(self, name)
-            require(
-                math.isfinite(value) and value >= 0,
-                f"optim.{name}={value}: give a number of 0 or more",
-            )
-        for name in ("momentum", "ema_start", "ema_end"):
-            require_probability(f"optim.{name}", getattr(self, name))
+        require_between("optim.", self, ["epochs", "global_batch", "accumulate"], 1)
+        rates = ["base_lr", "warmup_epochs", "warmup_lr", "final_lr", "weight_decay"]
+        require_between("optim.", self, rates, 0)
+        require_between("optim.", self, ["momentum", "ema_start", "ema_end"], 0, 1)
         require(
             self.warmup_epochs <= self.epochs,
             f"optim.warmup_epochs={self.warmup_epochs} is longer than "
@@ -82,7 +77,7 @@ class OptimConfig:
         """Images of one rank in one step; every accumulated part has the same size.
 
         Raises:
-            ValueError: the global batch does not divide over ranks and parts.
+            UsageError: the global batch does not divide over ranks and parts.
         """
         parts = world_size * self.accumulate
         share, rest = divmod(self.global_batch, parts)
@@ -90,7 +85,7 @@ class OptimConfig:
             down, up = max(2, share) * parts, max(2, share + 1) * parts
             accumulated = f" of {self.accumulate} parts" if self.accumulate > 1 else ""
             near = str(down) if rest == 0 or down > self.global_batch else f"{down} or {up}"
-            raise ValueError(
+            raise UsageError(
                 f"optim.global_batch={self.global_batch} does not give each of {world_size} "
                 f"rank(s){accumulated} the same 2 or more images: use {near}"
             )

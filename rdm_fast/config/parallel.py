@@ -1,11 +1,11 @@
-"""Settings of training on several ranks; with one rank they have no effect."""
+"""Settings of training on several ranks, and how many ranks there are."""
 
-import math
 import os
 from dataclasses import dataclass
 from typing import Literal
 
-from rdm_fast.config.checks import require, require_choices
+from rdm_fast.config.checks import require, require_between, require_choices
+from rdm_fast.config.optim import OptimConfig
 
 Compress = Literal["none", "bf16", "fp16"]
 DEFAULT_BUCKET_MB = 25.0
@@ -13,30 +13,50 @@ DEFAULT_BUCKET_MB = 25.0
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ParallelConfig:
-    """How ranks average their gradients."""
+    """How ranks average their gradients; no effect with one rank."""
 
     bucket_mb: float = DEFAULT_BUCKET_MB
     """MiB of gradients in one all-reduce; the default's first is 1 MiB, to start early."""
     compress: Compress = "none"
-    """Send gradients in 16 bits: bf16, or fp16; none sends them as they are, exactly."""
+    """Precision of gradients on the wire: bf16, fp16, or none for uncompressed."""
     static_graph: bool = False
-    """Tell DistributedDataParallel that every step is alike; not with optim.accumulate."""
+    """Promise DistributedDataParallel that every step is alike; not with optim.accumulate."""
 
     def __post_init__(self) -> None:
         require_choices("parallel.", self)
-        require(
-            math.isfinite(self.bucket_mb) and self.bucket_mb > 0,
-            f"parallel.bucket_mb={self.bucket_mb}: give a size in MiB above 0, such as "
-            f"{DEFAULT_BUCKET_MB:g}",
-        )
+        require_between("parallel.", self, ["bucket_mb"], 0)
+        require(self.bucket_mb > 0, "parallel.bucket_mb=0: give a size in MiB, such as 25")
+
+
+def world_size() -> int:
+    """Number of ranks that a launcher started; 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def check_nproc(nproc: str) -> None:
-    """Raise ValueError unless this number of ranks, as --nproc names it, can be started."""
-    if nproc not in ("gpu", "auto") and not (nproc.isascii() and nproc.isdigit() and int(nproc)):
-        raise ValueError(f"nproc={nproc} is no number of ranks: give 1 or more, gpu, or auto")
-    if nproc != "1" and "RANK" in os.environ:
-        raise ValueError(
-            f"nproc={nproc} starts ranks, and this is one that torchrun or another launcher has "
-            "started: leave out --nproc, or start without the launcher"
-        )
+    """Validate --nproc.
+
+    Raises:
+        UsageError: it is not a number of ranks, gpu or auto; or this process is itself a rank.
+    """
+    require(
+        nproc in ("gpu", "auto") or (nproc.isascii() and nproc.isdigit() and int(nproc) > 0),
+        f"nproc={nproc} is not a number of ranks: give 1 or more, gpu, or auto",
+    )
+    require(
+        nproc == "1" or "RANK" not in os.environ,
+        f"nproc={nproc} starts ranks, but torchrun or another launcher already has: leave out "
+        "--nproc, or start without the launcher",
+    )
+
+
+def check_ranks(optim: OptimConfig, nproc: str) -> None:
+    """Check that the global batch divides over the ranks, running or about to start.
+
+    The number behind `gpu` and `auto` is known only once torch is imported, so they pass.
+
+    Raises:
+        UsageError: it does not divide.
+    """
+    if nproc not in ("gpu", "auto"):
+        optim.local_batch(int(os.environ.get("WORLD_SIZE", nproc)))

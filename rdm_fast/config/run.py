@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from rdm_fast.config.checks import require, require_choices
+from rdm_fast.config.checks import require, require_between, require_choices
 from rdm_fast.config.data import AugmentConfig, DataConfig
 from rdm_fast.config.filter import FilterConfig
 from rdm_fast.config.guard import GuardConfig
@@ -25,7 +25,7 @@ class Config:
     method: MethodName = "simsiam"
     """simsiam, byol (EMA target), or symsimsiam (symmetric control without predictor)."""
     predictor: PredictorName = "spectral"
-    """What makes predictions from projections: a learned mlp, a spectral filter (RDM), or none."""
+    """Maps projections to predictions: a learned mlp, a spectral filter (RDM), or none."""
     data: DataConfig = field(default_factory=DataConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -36,16 +36,16 @@ class Config:
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
     seed: int = 5
-    """Seed of weights, data order and augmentation; with it a run is reproducible."""
+    """Seed of weights, data order and augmentation; makes a run reproducible."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto takes a GPU if there is one, and says so."""
+    """auto uses a GPU if there is one."""
     precision: Precision = "fp32"
     """Arithmetic of backbone and heads: fp32, tf32 (fp32 with products of 10-bit factors on a GPU),
     or autocast to bf16 or fp16 (with loss scaling)."""
     sync_bn: bool = True
-    """With several ranks, take batch-norm statistics over the global batch."""
+    """With several ranks, compute batch-norm statistics over the global batch."""
     out: str = "runs/default"
-    """Run folder. The same command on an unfinished one resumes it."""
+    """Run folder. The same command resumes an unfinished run."""
 
     def __post_init__(self) -> None:
         require_choices("", self)
@@ -58,11 +58,11 @@ class Config:
         require(
             self.augment.small_views == 0 or self.method == "byol",
             f"augment.small_views={self.augment.small_views} with method={self.method}: small "
-            "views need target weights, which method=byol has; give 0",
+            "views need the target weights of method=byol; give 0",
         )
-        require(self.seed >= 0, f"seed={self.seed}: give 0 or more")
+        require_between("", self, ["seed"], 0)
         require(
             not (self.parallel.static_graph and self.optim.accumulate > 1),
-            f"parallel.static_graph needs every backward to be alike, and with optim.accumulate="
-            f"{self.optim.accumulate} most are not averaged over ranks: leave one of them out",
+            "parallel.static_graph needs every backward pass to be alike, which optim.accumulate="
+            f"{self.optim.accumulate} prevents: leave one of them out",
         )

@@ -1,13 +1,13 @@
-"""A run's configuration as plain values, and what of it may differ when the run is continued."""
+"""A configuration as plain values, and which settings may differ when a run is resumed."""
 
 import dataclasses
-import difflib
 import hashlib
 import json
 from contextlib import suppress
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from rdm_fast.config import Config
+from rdm_fast.config.checks import did_you_mean
 from rdm_fast.errors import ConfigMismatch, DataError, UsageError
 
 # ---- configuration as plain values -----------------------------------------------------------
@@ -16,22 +16,25 @@ from rdm_fast.errors import ConfigMismatch, DataError, UsageError
 def config_to_dict(config: Any) -> dict[str, Any]:
     """A configuration as nested dicts of JSON and YAML values: tuples as lists, floats as floats.
 
-    `config_from_dict` inverts it exactly, also through JSON or YAML text.
+    `config_from_dict` inverts it exactly, also after a trip through JSON or YAML text.
 
     Raises:
-        UsageError: it holds a function, as a filter of kind=custom does.
+        UsageError: the filter holds a function, which text cannot.
     """
     if getattr(config, "kind", None) == "custom":
         raise UsageError(
-            "a filter of kind=custom holds a function, which config.yaml cannot: use it in a loop "
-            "of your own, or one of the other kinds here"
+            "filter.kind=custom holds a function, which config.yaml cannot: use it in your own "
+            "training loop, or choose another filter.kind"
         )
-    hints = get_type_hints(type(config))
     return {
-        field.name: _plain(getattr(config, field.name), hints[field.name])
-        for field in dataclasses.fields(config)
-        if field.metadata.get("flag", True)
+        name: _plain(getattr(config, name), hint) for name, hint in _hints(type(config)).items()
     }
+
+
+def _hints(cls: Any) -> dict[str, Any]:
+    """The type of each setting that is saved, by name."""
+    hints = get_type_hints(cls)
+    return {f.name: hints[f.name] for f in dataclasses.fields(cls) if f.metadata.get("saved", True)}
 
 
 def _plain(value: Any, hint: Any) -> Any:
@@ -43,28 +46,25 @@ def _plain(value: Any, hint: Any) -> Any:
 
 
 def config_from_dict(plain: dict[str, Any]) -> Config:
-    """The configuration that `config_to_dict` wrote. Settings that are absent take their defaults.
+    """The configuration that `config_to_dict` wrote. Missing settings get their defaults.
 
     Raises:
-        DataError: an unknown setting, or a value that its setting cannot have.
+        DataError: an unknown setting, or a value of the wrong type or range.
     """
     config: Config = _build(Config, plain, "")
     return config
 
 
 def _build(cls: Any, plain: Any, prefix: str) -> Any:
-    flags = {field.name for field in dataclasses.fields(cls) if field.metadata.get("flag", True)}
-    hints = {name: hint for name, hint in get_type_hints(cls).items() if name in flags}
+    hints = _hints(cls)
     if not isinstance(plain, dict):
         raise DataError(f"the saved configuration's {prefix or 'text'} is not a table of settings")
-    for key in plain:
-        if key not in hints:
-            near = difflib.get_close_matches(str(key), hints, n=1)
-            meant = f"; did you mean {prefix}{near[0]}?" if near else ""
-            raise DataError(f"the saved configuration has an unknown setting {prefix}{key}{meant}")
+    if unknown := [str(key) for key in plain if key not in hints]:
+        fix = did_you_mean(prefix + unknown[0], [prefix + name for name in hints], "remove it")
+        raise DataError(f"the saved configuration has no setting {prefix}{unknown[0]}: {fix}")
     try:
         return cls(**{k: _value(hints[k], value, f"{prefix}{k}") for k, value in plain.items()})
-    except ValueError as error:
+    except UsageError as error:
         raise DataError(f"the saved configuration cannot be used: {error}") from error
 
 
@@ -87,11 +87,11 @@ def _value(hint: Any, value: Any, name: str) -> Any:
     else:
         fits = type(value) is hint
     if not fits:
-        raise DataError(f"the saved configuration has {name}={value!r}, which it cannot be")
+        raise DataError(f"the saved configuration has {name}={value!r}, which is not a valid value")
     return value
 
 
-# ---- what may differ when a run is continued -------------------------------------------------
+# ---- what may differ when a run is resumed ---------------------------------------------------
 
 Rule = Literal["identity", "schedule", "free"]
 RULES: dict[str, Rule] = {
@@ -105,47 +105,57 @@ RULES: dict[str, Rule] = {
     "parallel.": "free", "parallel.compress": "identity",
     "log.": "free", "guard.": "free", "step.": "free", "device": "free", "out": "free",
 }  # fmt: skip
-"""identity: another run; schedule: only if --allow-change names it; free: may always differ.
+"""identity: a change makes another run; schedule: may change if --allow-change names it; free: may
+always change.
 
-A name ending in a point stands for the whole table; the longest match decides."""
+A name that ends in a point stands for the whole table; the longest match decides."""
 
 
 def rule(name: str) -> Rule | None:
-    """What may become of a dotted setting on resume; None if there is no rule for it."""
+    """The rule for a dotted setting; None if there is none."""
     matches = [key for key in RULES if name == key or (key[-1] == "." and name.startswith(key))]
     return RULES[max(matches, key=len)] if matches else None
 
 
+def deciding_changes(old: Config, new: Config) -> dict[str, str]:
+    """Settings that decide a run's result and differ: `old -> new`, by dotted name."""
+    before, after = flat(config_to_dict(old)), flat(config_to_dict(new))
+    return {
+        name: f"{before[name]} -> {after[name]}"
+        for name in after
+        if before[name] != after[name] and rule(name) != "free"
+    }
+
+
 def check_resumable(old: dict[str, Any], new: Config, allow: tuple[str, ...] = ()) -> None:
-    """Make sure that a run started with one configuration may go on with another.
+    """Check that a run can be resumed with another configuration.
 
     Args:
-        old: as `config_to_dict` gave it when the run was started.
-        new: what is asked for now.
+        old: what `config_to_dict` returned when the run was started.
+        new: the configuration requested now.
         allow: dotted names of schedule settings that may change, from --allow-change.
 
     Raises:
-        ConfigMismatch: in one sentence every setting that may not differ, old -> new.
-        UsageError: `allow` names something that --allow-change does not cover.
+        ConfigMismatch: settings differ that may not. The message lists them all.
+        UsageError: `allow` names a setting that --allow-change does not cover.
     """
-    before, after = flat(config_to_dict(config_from_dict(old))), flat(config_to_dict(new))
     for name in allow:
-        if name not in after or rule(name) != "schedule":
+        if name not in flat(config_to_dict(new)) or rule(name) != "schedule":
             raise UsageError(
-                f"--allow-change {name}: only settings of optim.* may change within a run (not "
-                "optim.optimizer, optim.backend, optim.accumulate); start anew with another --out"
+                f"--allow-change {name}: only settings of optim.* can change within a run (not "
+                "optim.optimizer, optim.backend, optim.accumulate); start a new run with --out"
             )
-    changed = [n for n in after if before[n] != after[n] and rule(n) != "free" and n not in allow]
+    changes = deciding_changes(config_from_dict(old), new)
+    changed = {name: change for name, change in changes.items() if name not in allow}
     if not changed:
         return
-    listed = ", ".join(f"{name} {before[name]} -> {after[name]}" for name in changed)
+    listed = ", ".join(f"{name} {change}" for name, change in changed.items())
+    fix = "restore these settings"
     if all(rule(name) == "schedule" for name in changed):
-        way_out = "add " + " ".join(f"--allow-change {name}" for name in changed)
-    else:
-        way_out = "leave that as it was"
+        fix = "add " + " ".join(f"--allow-change {name}" for name in changed)
     raise ConfigMismatch(
-        f"the run in {new.out} was started with another configuration ({listed}): {way_out}, "
-        "or start anew with another --out"
+        f"the run in {new.out} was started with another configuration ({listed}): {fix}, "
+        "or start a new run with another --out"
     )
 
 
@@ -159,6 +169,6 @@ def flat(plain: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def config_digest(config: Config) -> str:
-    """16 hex digits of everything that decides a run's result (all but the free settings)."""
+    """16 hex digits of the settings that decide a run's result (all but the free ones)."""
     deciding = {n: v for n, v in flat(config_to_dict(config)).items() if rule(n) != "free"}
     return hashlib.sha256(json.dumps(deciding, sort_keys=True).encode()).hexdigest()[:16]

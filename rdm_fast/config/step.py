@@ -1,4 +1,4 @@
-"""How a step is run, one dataclass: nothing in it changes what is computed."""
+"""How a step runs; nothing here changes what it computes."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -11,12 +11,12 @@ Switch = Literal["auto", "on", "off"]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StepConfig:
-    """How the device is made to run an optimizer step."""
+    """How the device runs an optimizer step."""
 
     compile: CompileMode = "none"
     """torch.compile of backbone and heads: none, default, or max-autotune (tries many kernels)."""
     graph: Switch = "auto"
-    """Replay the whole step as one CUDA graph: auto does where that is possible, on insists."""
+    """Replay the whole step as one CUDA graph: auto does so where possible, on requires it."""
 
     def __post_init__(self) -> None:
         require_choices("step.", self)

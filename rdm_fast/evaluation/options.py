@@ -13,7 +13,6 @@ from rdm_fast.config.recipes import RECIPES
 from rdm_fast.errors import UsageError
 from rdm_fast.evaluation.protocols import FINETUNE, ITERATED, PROTOCOLS, Protocol, find_protocol
 
-Switch = tyro.conf.FlagCreatePairsOff[bool]
 FEATURE_SUFFIXES = (".npz", ".safetensors")
 
 
@@ -30,10 +29,10 @@ class EvaluateCommand:
     """Passes over the training images, for protocols that have them; 0 takes the protocol's."""
     lr: float = 0.0
     """Learning rate of the first epoch, for such protocols; 0 takes the protocol's."""
-    augment: Switch = False
+    augment: bool = False
     """Train the probe on random crops and flips, embedded anew in every epoch, as the published
     protocols do, instead of on cached features."""
-    finetune: Switch = False
+    finetune: bool = False
     """Train the backbone too, from the checkpoint, on random crops and flips."""
     recipe: str = ""
     """Of a file of weights: the recipe whose data set and views it is evaluated with."""
@@ -62,7 +61,7 @@ class EvaluateCommand:
     """Ranks to start on this machine: a number, gpu (one a GPU), or auto (gpu, or 1 without)."""
     device: str = "auto"
     """auto, cpu or cuda."""
-    debug: Switch = False
+    debug: bool = False
     """Show the traceback of an error."""
 
     def __post_init__(self) -> None:

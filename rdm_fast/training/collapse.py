@@ -82,5 +82,5 @@ def remedy(config: Config) -> str:
         return f"the target follows at once; raise --optim.ema-start ({config.optim.ema_start:g})"
     return (
         "lower --optim.base-lr, and look at two views of an image "
-        "(python -m rdm_fast.tools.preview): they must show the same thing, differently"
+        "(rdm preview): they must show the same thing, differently"
     )

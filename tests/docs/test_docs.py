@@ -20,14 +20,6 @@ from urllib.parse import unquote, urlsplit
 import pytest
 
 from rdm_fast.cli.commands import COMMANDS, main
-from rdm_fast.cli.parse import (
-    parse_doctor,
-    parse_evaluate,
-    parse_export,
-    parse_report,
-    parse_sweep,
-    parse_train,
-)
 from rdm_fast.config.recipes import RECIPES
 from rdm_fast.evaluation.protocols import PROTOCOLS
 from rdm_fast.models.pretrained import LAYOUTS
@@ -107,14 +99,13 @@ def test_every_page_is_in_the_navigation() -> None:
 
 
 def evaluated(words: list[str]) -> Any:
-    command = parse_evaluate(words)
+    command = COMMANDS["eval"].parse(words)
     command.protocol_for("cifar10")  # checks that are made once the data set is known
     return command
 
 
 PARSERS: dict[str, Callable[..., Any]] = {
-    "train": parse_train, "eval": evaluated, "export": parse_export,
-    "report": parse_report, "sweep": parse_sweep, "doctor": parse_doctor,
+    **{name: command.parse for name, command in COMMANDS.items()}, "eval": evaluated,
 }  # fmt: skip
 SCRIPTS = {"train.py": "train", "torchrun.sh": "train", "eval_linear.py": "eval"}
 PLACEHOLDERS = {"RUN": "runs/a", "RECIPE": "digits_byol", "...": ""}

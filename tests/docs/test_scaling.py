@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from rdm_fast.cli.parse import parse_train
+from rdm_fast.cli.commands import COMMANDS
 from rdm_fast.errors import Interrupted, RankLost
 
 DOCS = Path(__file__).parents[2] / "docs"
@@ -46,7 +46,7 @@ def test_each_file_is_on_the_page_and_starts_one_training_that_parses(name: str)
         assert words[:4] == ["torchrun", "-m", "rdm_fast", "train"]
         found.append(words[4:])
     assert len(found) == 1
-    parse_train([re.sub(r"\$\{?\w+\}?", "8", word) for word in found[0]])
+    COMMANDS["train"].parse([re.sub(r"\$\{?\w+\}?", "8", word) for word in found[0]])
 
 
 def test_shell_scripts_are_sound() -> None:

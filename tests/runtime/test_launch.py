@@ -10,9 +10,8 @@ from pathlib import Path
 import pytest
 
 from rdm_fast.cli import commands as cli
-from rdm_fast.cli.parse import parse_evaluate, parse_train, without_nproc
 from rdm_fast.config import Config
-from rdm_fast.errors import Unavailable, UsageError
+from rdm_fast.errors import Unavailable
 from rdm_fast.run.folder import RunFolder, read_status
 from rdm_fast.runtime import launch
 from rdm_fast.runtime.distributed import STORE
@@ -221,36 +220,3 @@ def test_auto_says_what_it_is_and_one_rank_needs_no_launcher(
         cli.train(["--nproc", "auto", "--out", str(out.with_name("other"))])
     assert caught.value.code == 0
     assert capsys.readouterr().out == "--nproc auto: 1 rank(s)\n"
-
-
-@pytest.mark.parametrize("parse", [parse_train, parse_evaluate])
-@pytest.mark.parametrize("word", ["0", "-1", "two", "1.5", "", "٣"])
-def test_a_number_of_ranks_is_one(word: str, parse: object) -> None:
-    words = [f"--nproc={word}"] if parse is parse_train else ["runs/a", f"--nproc={word}"]
-    with pytest.raises(UsageError, match=r"nproc=.* give 1 or more, gpu, or auto"):
-        parse(words)  # type: ignore[operator]
-
-
-@pytest.mark.parametrize("nproc", ["2", "gpu", "auto"])
-def test_ranks_start_no_ranks(nproc: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RANK", "0")
-    assert parse_train([]).nproc == "1"
-    for parse, words in ((parse_train, []), (parse_evaluate, ["runs/a"])):
-        with pytest.raises(UsageError, match=r"this is one that torchrun .*: leave out --nproc"):
-            parse([*words, "--nproc", nproc])
-
-
-def test_the_global_batch_must_divide_over_them_before_torch_is_loaded() -> None:
-    assert parse_train(["--nproc", "4", "--batch-size", "8"]).nproc == "4"
-    with pytest.raises(UsageError, match="does not give each of 3 rank"):
-        parse_train(["--nproc", "3", "--batch-size", "8"])
-    parse_train(["--nproc", "gpu", "--batch-size", "7"])  # not known yet
-
-
-def test_a_run_is_resumed_on_any_number_of_ranks() -> None:
-    assert parse_train(["--resume", "runs/a", "--nproc", "2"]).nproc == "2"
-
-
-def test_ranks_get_every_other_word_as_it_was() -> None:
-    words = ["digits_byol", "--nproc", "2", "--out", "--nproc-2", "--nproc=4", "--epochs=3"]
-    assert without_nproc(words) == ["digits_byol", "--out", "--nproc-2", "--epochs=3"]

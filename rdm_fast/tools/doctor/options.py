@@ -1,4 +1,4 @@
-"""What `rdm doctor` can be asked to do. Nothing here imports torch."""
+"""Options of `rdm doctor`. Nothing here imports torch."""
 
 from dataclasses import dataclass
 from typing import Annotated
@@ -6,22 +6,26 @@ from typing import Annotated
 import tyro
 
 from rdm_fast.config import Config
-
-Switch = tyro.conf.FlagCreatePairsOff[bool]
+from rdm_fast.config.checks import require
+from rdm_fast.config.parallel import world_size
 
 
 @dataclass(frozen=True, kw_only=True)
 class DoctorCommand:
-    """What `doctor` was asked to measure."""
+    """Options of `rdm doctor`."""
 
     config: Annotated[Config, tyro.conf.arg(name="")]
     json: str | None = None
-    """Also write what was found and measured to this file, as JSON."""
+    """Also write the findings and measurements to this file, as JSON."""
     batches: int = 8
-    """Batches measured of each stage, fewer where they take over 15 seconds."""
-    debug: Switch = False
+    """Batches to measure in each stage; fewer if they take over 15 seconds."""
+    debug: bool = False
     """Show the traceback of an error."""
 
     def __post_init__(self) -> None:
-        if self.batches < 1:
-            raise ValueError(f"batches={self.batches}: give 1 or more")
+        require(self.batches >= 1, f"--batches {self.batches}: give 1 or more")
+        require(
+            world_size() == 1,
+            "rdm doctor measures one process: start it without torchrun, with "
+            "--optim.global-batch set to the share of one rank",
+        )

@@ -6,8 +6,6 @@ import tyro
 
 from rdm_fast.tools.export.targets import Target
 
-Switch = tyro.conf.FlagCreatePairsOff[bool]
-
 
 @dataclass(frozen=True, kw_only=True)
 class ExportCommand:
@@ -19,7 +17,7 @@ class ExportCommand:
     """What shall load the weights."""
     out: str | None = None
     """File to write (for hf a folder); by default export/STEP-TARGET in the run folder."""
-    overwrite: Switch = False
+    overwrite: bool = False
     """Replace what an earlier export wrote there."""
-    debug: Switch = False
+    debug: bool = False
     """Show the traceback of an error."""

@@ -28,7 +28,7 @@ class ReportCommand:
     """Seed of the map; with it a report is reproducible."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where checkpoints are run: auto takes a GPU if there is one."""
-    debug: tyro.conf.FlagCreatePairsOff[bool] = False
+    debug: bool = False
     """Show the traceback of an error."""
 
     def __post_init__(self) -> None:

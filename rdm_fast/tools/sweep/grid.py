@@ -1,12 +1,12 @@
-"""Names of filters, and what a recipe becomes with each.
+"""Names of filters, and the configuration that each makes of a recipe.
 
     online_s1  online_s2  online_log  online_log_1  online_log_2    rising g, on the online branch
     target_s-1  target_s-0.7  target_s-0.5  target_s-0.3            falling g, on the target
     control                                                         nothing is filtered
 
-That is the grid of the RDM paper (arXiv:2303.02387, CIFAR-10). Any other exponent can be named in
-the same way. The control is poly with sigma 0: it differs from the other runs in the filter alone,
-where the paper's SymSimSiam also centers and has no stop-gradient; `symsimsiam` names that one.
+This is the grid of the RDM paper (arXiv:2303.02387, CIFAR-10). Other exponents are named the same
+way. The control is poly with sigma 0, so it differs from the other runs in the filter alone. The
+paper's SymSimSiam also centers and has no stop-gradient; its name here is `symsimsiam`.
 """
 
 import re
@@ -14,6 +14,7 @@ from dataclasses import replace
 from typing import Any
 
 from rdm_fast.config import Config, FilterConfig
+from rdm_fast.config.checks import require
 
 GRID = (
     *("online_s1", "online_s2", "online_log", "online_log_1", "online_log_2"),
@@ -22,34 +23,37 @@ GRID = (
 )
 CONTROL = "control"
 SYMMETRIC = "symsimsiam"
-VARIED = ("--predictor", "--filter.kind", "--filter.location", "--filter.sigma")
-"""Flags whose values the names stand for."""
+VARIED = (
+    *("--predictor", "--filter.kind", "--filter.location", "--filter.sigma"),
+    *("--pred-type", "--pred-location", "--sigma"),
+)
+"""Flags that a filter's name sets."""
 
 _NAME = re.compile(r"(online|target)_(?:s(-?\d+(?:\.\d+)?)|(log|log_1|log_2))")
 
 
 def require_name(name: str) -> None:
-    """Make sure that a filter can be meant.
+    """Check the name of a filter.
 
     Raises:
-        ValueError: it cannot.
+        UsageError: it names no filter.
     """
-    if name not in (CONTROL, SYMMETRIC) and not _NAME.fullmatch(name):
-        raise ValueError(
-            f"--filter {name} is not a filter: name the branch and g, such as online_s1, "
-            f"online_log_1 or target_s-0.5, or {CONTROL}"
-        )
+    require(
+        name in (CONTROL, SYMMETRIC) or _NAME.fullmatch(name) is not None,
+        f"--filter {name} is not a filter: name the branch and g, such as online_s1, "
+        f"online_log_1 or target_s-0.5, or {CONTROL}",
+    )
 
 
 def configure(config: Config, name: str) -> Config:
-    """A recipe with the filter of that name, writing to a folder of that name under `out`.
+    """The configuration with this filter, in a run folder of the same name under `out`.
 
     Args:
-        config: of SimSiam or BYOL; what it says of kind, location and sigma is replaced.
-        name: as `require_name` accepts it.
+        config: SimSiam or BYOL; kind, location and sigma of its filter are replaced.
+        name: a name that `require_name` accepts.
 
     Raises:
-        ValueError: the filter cannot have the other settings of `config.filter`.
+        UsageError: the filter contradicts the other settings of `config.filter`.
     """
     out = f"{config.out}/{name}"
     if name == SYMMETRIC:
@@ -69,7 +73,7 @@ def configure(config: Config, name: str) -> Config:
 
 
 def prediction(config: Config) -> str:
-    """What RDM predicts of the rank difference: positive, negative or zero."""
+    """The sign of the rank difference that RDM predicts: positive, negative or zero."""
     spectral = config.filter
     if config.predictor != "spectral" or (spectral.kind == "poly" and spectral.sigma == 0):
         return "zero"

@@ -1,30 +1,30 @@
-"""What `rdm sweep` was asked to do."""
+"""Options of `rdm sweep`. Nothing here imports torch."""
 
-from dataclasses import dataclass
-from typing import Annotated
+from dataclasses import dataclass, replace
+from typing import Annotated, Self
 
 import tyro
 
 from rdm_fast.config import Config
 from rdm_fast.config.checks import require
+from rdm_fast.config.parallel import world_size
+from rdm_fast.config.recipes import recipe
 from rdm_fast.tools.sweep.grid import GRID, configure, require_name
-
-Switch = tyro.conf.FlagCreatePairsOff[bool]
 
 
 @dataclass(frozen=True, kw_only=True)
 class SweepCommand:
-    """What `sweep` was asked to do."""
+    """Options of `rdm sweep`."""
 
     config: Annotated[Config, tyro.conf.arg(name="")]
     filter: tuple[str, ...] = GRID
-    """Filters, a run each: branch and g, as in online_s1, online_log_1 or target_s-0.5; control
+    """Filters, one run each: branch and g, such as online_s1, online_log_1 or target_s-0.5; control
     filters nothing, symsimsiam is the paper's symmetric control."""
     jobs: int = 0
-    """Runs at a time; 0 is one a GPU, or on a CPU one a core, which share the cores' threads."""
-    overwrite: Switch = False
-    """Start every run anew, deleting those that the sweep's folder holds."""
-    debug: Switch = False
+    """Runs at a time; 0 for one per GPU, or one per core on a CPU, which then share its threads."""
+    overwrite: bool = False
+    """Delete the runs in the sweep's folder and start all of them again."""
+    debug: bool = False
     """Show the traceback of an error."""
 
     def __post_init__(self) -> None:
@@ -32,13 +32,22 @@ class SweepCommand:
         for name in self.filter:
             require_name(name)
         twice = sorted({name for name in self.filter if self.filter.count(name) > 1})
-        require(not twice, f"--filter names {', '.join(twice)} twice: one run of each is enough")
+        require(not twice, f"--filter lists {', '.join(twice)} twice: list each filter once")
         require(self.jobs >= 0, f"--jobs {self.jobs}: give 1 or more, or 0 to choose")
         require(
             self.config.method != "symsimsiam",
             "method=symsimsiam has no filter to sweep over: sweep a simsiam or byol recipe "
             "(--filter symsimsiam adds the symmetric control)",
         )
+        require(
+            world_size() == 1,
+            "rdm sweep starts its own processes: leave out torchrun, and see --jobs",
+        )
+
+    @classmethod
+    def from_recipe(cls, name: str) -> Self:
+        """A sweep over the paper's filters, in runs/sweep_<name>."""
+        return cls(config=replace(recipe(name), out=f"runs/sweep_{name}"))
 
     @property
     def runs(self) -> dict[str, Config]:

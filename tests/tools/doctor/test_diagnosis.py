@@ -17,7 +17,6 @@ from PIL import Image
 from torch import Tensor
 
 from rdm_fast.cli import commands as cli
-from rdm_fast.cli.parse import parse_doctor
 from rdm_fast.config import Config
 from rdm_fast.data import build_loader, load
 from rdm_fast.errors import UsageError
@@ -235,9 +234,9 @@ def test_a_batch_that_does_not_fit_is_told_with_the_way_out(
 
 
 def test_it_takes_the_flags_of_train_and_refuses_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
-    command = parse_doctor(["digits_byol", "--batch-size", "50", "--batches", "3"])
+    command = cli.COMMANDS["doctor"].parse(["digits_byol", "--batch-size", "50", "--batches", "3"])
     assert command.config.optim.global_batch == 50 and command.batches == 3
     assert command.config.method == "byol"
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UsageError, match="without torchrun"):
-        parse_doctor([])
+        cli.COMMANDS["doctor"].parse([])

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 from rdm_fast.cli import commands as cli
-from rdm_fast.cli.parse import parse_report
 from rdm_fast.errors import CannotCreate, Unavailable, UsageError
 from rdm_fast.tools.report import make, style
 from rdm_fast.tools.report.make import make_report
@@ -72,7 +71,7 @@ def report(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Pag
     monkeypatch.chdir(tmp_path)
 
     def call(*words: object) -> Page:
-        return Page(make_report(parse_report([*map(str, words)])))
+        return Page(make_report(cli.COMMANDS["report"].parse([*map(str, words)])))
 
     return call
 
@@ -239,11 +238,11 @@ def test_spectra_that_training_recorded_are_shown_without_a_checkpoint(
     monkeypatch.chdir(tmp_path)
     path = make_run(tmp_path / "run")
     (path / "spectrum.jsonl").write_text("".join(map(spectrum_line, (2, 4, 6, 8))))
-    page = Page(make_report(parse_report([str(path)])))
+    page = Page(make_report(cli.COMMANDS["report"].parse([str(path)])))
     assert len(page.all("img")) == SECTIONS - 1 and "Step: 8." in page.text
     assert "No map: the run in" in page.text
     (path / "spectrum.jsonl").write_text(spectrum_line(2, s="damaged"))
-    page = Page(make_report(parse_report([str(path)])))
+    page = Page(make_report(cli.COMMANDS["report"].parse([str(path)])))
     assert len(page.all("img")) == SECTIONS - 3
     assert "spectrum.jsonl cannot be used" in page.text
 
@@ -263,7 +262,7 @@ def test_spectra_that_training_recorded_are_shown_without_a_checkpoint(
 )
 def test_a_mistake_is_answered_in_one_sentence(words: str, said: str) -> None:
     with pytest.raises(UsageError, match=re.escape(said)) as caught:
-        parse_report(words.split())
+        cli.COMMANDS["report"].parse(words.split())
     assert "\n" not in str(caught.value)
 
 
@@ -283,4 +282,4 @@ def test_a_missing_matplotlib_is_one_sentence_before_any_work(
         style.importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find(name)
     )
     with pytest.raises(Unavailable, match=r"matplotlib, .* pip install \"rdm-fast\[plot\]\""):
-        make_report(parse_report([str(tmp_path / "absent")]))
+        make_report(cli.COMMANDS["report"].parse([str(tmp_path / "absent")]))

@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 
-from rdm_fast.cli.parse import parse_sweep
+from rdm_fast.cli.commands import COMMANDS
 from rdm_fast.config import Config, FilterConfig
 from rdm_fast.config.recipes import RECIPES, recipe
 from rdm_fast.errors import UsageError
@@ -21,12 +21,12 @@ PAPER = {
 
 
 def swept(*words: str) -> dict[str, Config]:
-    return parse_sweep([*words]).runs
+    return COMMANDS["sweep"].parse([*words]).runs
 
 
 def message(*words: str) -> str:
     with pytest.raises(UsageError) as caught:
-        parse_sweep([*words])
+        COMMANDS["sweep"].parse([*words])
     assert "\n" not in str(caught.value)
     return str(caught.value)
 

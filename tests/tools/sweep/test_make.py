@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 
 from rdm_fast.cli import commands as cli
-from rdm_fast.cli.parse import parse_sweep
 from rdm_fast.errors import (
     CannotCreate,
     ConfigMismatch,
@@ -62,7 +61,7 @@ def sweep(monkeypatch: pytest.MonkeyPatch, failures: dict[str, Failure]) -> Swee
     monkeypatch.setattr(make, "run_all", run_all)
     monkeypatch.setattr(style, "DPI", 60)
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    return lambda out, *more: make_sweep(parse_sweep(words(out, *more)))
+    return lambda out, *more: make_sweep(cli.COMMANDS["sweep"].parse(words(out, *more)))
 
 
 # ---- what it leaves --------------------------------------------------------------------------
@@ -208,7 +207,7 @@ def test_a_killed_sweep_goes_on_and_ends_with_the_bits_of_an_undisturbed_run(
     assert "resumed from step" in log
     assert "| online s^1 | positive |" in printed.out
 
-    config = parse_sweep(line).runs["online_s1"]
+    config = cli.COMMANDS["sweep"].parse(line).runs["online_s1"]
     run(tmp_path / "undisturbed", config)
     assert final_bytes(out / "online_s1") == final_bytes(tmp_path / "undisturbed")
 
