@@ -10,16 +10,16 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import yaml
 
-from rdm_fast.cli.options import PreviewCommand, TrainCommand
-from rdm_fast.cli.parse import parse, without_nproc
+from rdm_fast.cli.options import PreviewCommand, TrainCommand, check_resume_is_alone
+from rdm_fast.cli.parse import Command, without_nproc
 from rdm_fast.config import Config
 from rdm_fast.config.checks import did_you_mean
 from rdm_fast.config.parallel import check_ranks
@@ -30,16 +30,14 @@ from rdm_fast.tools.doctor.options import DoctorCommand
 from rdm_fast.tools.export.options import ExportCommand
 from rdm_fast.tools.export.targets import TARGETS
 from rdm_fast.tools.report.options import ReportCommand
-from rdm_fast.tools.sweep.grid import GRID, VARIED
-from rdm_fast.tools.sweep.options import SweepCommand
+from rdm_fast.tools.sweep.grid import GRID
+from rdm_fast.tools.sweep.options import SweepCommand, check_filter_is_free
 from rdm_fast.tools.sweep.queue import LAUNCHED
 
 if TYPE_CHECKING:
     from rdm_fast.run.folder import RunFolder, State
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
-WITH_RESUME = ("--resume", "--nproc", "--print-config", "--debug")
-"""Flags that may accompany --resume."""
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
@@ -117,7 +115,7 @@ def _train(command: TrainCommand, args: list[str]) -> None:
 
     config = command.config
     if command.resume is not None:
-        _check_resume_is_alone(args)
+        check_resume_is_alone(args)
         config = replace(read_config(Path(command.resume)), out=command.resume)
     check_ranks(config.optim, command.nproc)
     if command.print_config:
@@ -134,22 +132,6 @@ def _train(command: TrainCommand, args: list[str]) -> None:
             folder.accept(config, command.allow_change)
         with _reported(folder):
             _train_in(folder, config, extend=bool(command.allow_change))
-
-
-def _check_resume_is_alone(args: list[str]) -> None:
-    """Reject flags that would change the configuration, or delete the run, that --resume continues.
-
-    Raises:
-        UsageError: there are such flags.
-    """
-    flags = [arg.partition("=")[0] for arg in args if arg.startswith("--")]
-    recipe = [] if args[0].startswith("-") else args[:1]
-    given = recipe + [flag for flag in flags if flag.replace("_", "-") not in WITH_RESUME]
-    if given:
-        raise UsageError(
-            "--resume continues a run with the configuration in its folder: leave out "
-            f"{', '.join(given)}, or give recipe and --out instead of --resume"
-        )
 
 
 def _ranks_to_start(nproc: str) -> int:
@@ -296,9 +278,8 @@ def _doctor(command: DoctorCommand, _: list[str]) -> None:
     from rdm_fast.runtime.distributed import choose_device
     from rdm_fast.tools.doctor.diagnosis import diagnose
 
-    device = choose_device(command.config.device)
-    path = None if command.json is None else Path(command.json)
-    diagnose(command.config, device, batches=command.batches, path=path)
+    config, path = command.config, Path(command.json) if command.json else None
+    diagnose(config, choose_device(config.device), batches=command.batches, path=path)
 
 
 def _preview(command: PreviewCommand, _: list[str]) -> None:
@@ -311,8 +292,10 @@ def _export(command: ExportCommand, _: list[str]) -> None:
     from rdm_fast.evaluation.loaded_backbone import find_checkpoint
     from rdm_fast.tools.export.write import export_checkpoint
 
-    path = find_checkpoint(Path(command.checkpoint))
-    out = Path(command.out) if command.out is not None else None
+    path, out = (
+        find_checkpoint(Path(command.checkpoint)),
+        Path(command.out) if command.out else None,
+    )
     print(export_checkpoint(path, command.to, out=out, overwrite=command.overwrite))
 
 
@@ -325,28 +308,8 @@ def _report(command: ReportCommand, _: list[str]) -> None:
 def _sweep(command: SweepCommand, args: list[str]) -> None:
     from rdm_fast.tools.sweep.make import make_sweep
 
-    given = {arg.partition("=")[0].replace("_", "-") for arg in args}
-    if fixed := [flag for flag in VARIED if flag in given]:
-        raise UsageError(
-            f"a sweep sets {', '.join(fixed)} itself: name filters instead, as in "
-            "--filter online_s1 target_s-0.5 control"
-        )
+    check_filter_is_free(args)
     make_sweep(command)
-
-
-@dataclass(frozen=True)
-class Command:
-    """One command of `rdm`."""
-
-    options: type
-    about: str
-    """What it does, for --help."""
-    run: Callable[[Any, list[str]], None]
-    """Called with the options and the arguments they were parsed from."""
-
-    def parse(self, args: Sequence[str], prog: str = "rdm") -> Any:
-        """The command's options. Raises as `rdm_fast.cli.parse.parse`."""
-        return parse(self.options, args, prog, self.about)
 
 
 COMMANDS = {
@@ -358,10 +321,7 @@ COMMANDS = {
         _evaluate,
     ),
     "doctor": Command(
-        DoctorCommand,
-        "Show what this machine has and lacks, time the parts of a step of RECIPE, and name the "
-        "bottleneck.",
-        _doctor,
+        DoctorCommand, "Time the parts of a step of RECIPE and name the bottleneck.", _doctor
     ),
     "preview": Command(
         PreviewCommand,

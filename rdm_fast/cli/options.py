@@ -1,5 +1,6 @@
 """Options of the commands that start from a recipe and have no package of their own."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated
 
@@ -8,6 +9,10 @@ import tyro
 from rdm_fast.config import Config
 from rdm_fast.config.checks import require
 from rdm_fast.config.parallel import check_nproc
+from rdm_fast.errors import UsageError
+
+WITH_RESUME = ("--resume", "--nproc", "--print-config", "--debug")
+"""Flags that may accompany --resume."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +35,22 @@ class TrainCommand:
 
     def __post_init__(self) -> None:
         check_nproc(self.nproc)
+
+
+def check_resume_is_alone(args: Sequence[str]) -> None:
+    """Reject flags that would change the configuration, or delete the run, that --resume continues.
+
+    Raises:
+        UsageError: there are such flags.
+    """
+    flags = [arg.partition("=")[0] for arg in args if arg.startswith("--")]
+    recipe = [] if args[0].startswith("-") else [args[0]]
+    given = recipe + [flag for flag in flags if flag.replace("_", "-") not in WITH_RESUME]
+    if given:
+        raise UsageError(
+            "--resume continues a run with the configuration in its folder: leave out "
+            f"{', '.join(given)}, or give recipe and --out instead of --resume"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,8 @@ tyro's error events are private (`tyro._errors`), so pyproject.toml pins its ver
 import contextlib
 import io
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import tyro
@@ -18,6 +19,21 @@ from rdm_fast.errors import UsageError
 
 Options = TypeVar("Options")
 HELP = "--help lists all"
+
+
+@dataclass(frozen=True)
+class Command:
+    """One command of `rdm`."""
+
+    options: type
+    about: str
+    """What it does, for --help."""
+    run: Callable[[Any, list[str]], None]
+    """Called with the options and the arguments they were parsed from."""
+
+    def parse(self, args: Sequence[str], prog: str = "rdm") -> Any:
+        """The command's options. Raises as `parse` below."""
+        return parse(self.options, args, prog, self.about)
 
 
 def parse(options: type[Options], args: Sequence[str], prog: str = "", about: str = "") -> Options:

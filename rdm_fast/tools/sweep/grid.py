@@ -23,11 +23,6 @@ GRID = (
 )
 CONTROL = "control"
 SYMMETRIC = "symsimsiam"
-VARIED = (
-    *("--predictor", "--filter.kind", "--filter.location", "--filter.sigma"),
-    *("--pred-type", "--pred-location", "--sigma"),
-)
-"""Flags that a filter's name sets."""
 
 _NAME = re.compile(r"(online|target)_(?:s(-?\d+(?:\.\d+)?)|(log|log_1|log_2))")
 

@@ -1,5 +1,6 @@
 """Options of `rdm sweep`. Nothing here imports torch."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Annotated, Self
 
@@ -10,6 +11,12 @@ from rdm_fast.config.checks import require
 from rdm_fast.config.parallel import world_size
 from rdm_fast.config.recipes import recipe
 from rdm_fast.tools.sweep.grid import GRID, configure, require_name
+
+VARIED = (
+    *("--predictor", "--filter.kind", "--filter.location", "--filter.sigma"),
+    *("--pred-type", "--pred-location", "--sigma"),
+)
+"""Flags that a filter's name sets."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,3 +60,17 @@ class SweepCommand:
     def runs(self) -> dict[str, Config]:
         """Every run's configuration, by name."""
         return {name: configure(self.config, name) for name in self.filter}
+
+
+def check_filter_is_free(args: Sequence[str]) -> None:
+    """Reject flags for what the names of the filters decide.
+
+    Raises:
+        UsageError: there are such flags.
+    """
+    given = {arg.partition("=")[0].replace("_", "-") for arg in args} & {*VARIED}
+    require(
+        not given,
+        f"rdm sweep sets {', '.join(sorted(given))} itself: name filters instead, as in "
+        "--filter online_s1 target_s-0.5 control",
+    )
