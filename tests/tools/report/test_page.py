@@ -256,7 +256,7 @@ def test_spectra_that_training_recorded_are_shown_without_a_checkpoint(
         ("", "name one or more run folders"),
         ("x --out page.pdf", "--out page.pdf is not the name of a page"),
         ("x --images 3", "--images 3: give 10 or more"),
-        ("x --map pca", "--map cannot be 'pca': use one of 'tsne'"),
+        ("x --map pca", "--map cannot be pca: use one of tsne"),
         ("x --sede 1", "unknown flag --sede: did you mean --seed?"),
     ],
 )
