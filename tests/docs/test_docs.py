@@ -295,7 +295,7 @@ def test_lines_are_at_most_120_columns_outside_tables() -> None:
 def test_a_sweep_replaces_the_results_of_the_one_before(tmp_path: Path) -> None:
     copy = runpy.run_path(str(DOCS / "sweep_results.py"))["copy"]
     page, sweep = tmp_path / "page.md", tmp_path / "sweep"
-    page.write_text(TEXTS["sweep.md"], encoding="utf-8")
+    page.write_text(TEXTS["sweep.md"] + "\nend\n", encoding="utf-8")
     sweep.mkdir()
     for number in ("one", "two"):
         (sweep / "sweep.md").write_text(f"| {number} |\n")
@@ -303,7 +303,8 @@ def test_a_sweep_replaces_the_results_of_the_one_before(tmp_path: Path) -> None:
         copy(sweep, page)
     text = page.read_text(encoding="utf-8")
     assert "| two |" in text and "| one |" not in text
-    assert text.startswith(TEXTS["sweep.md"][:1000]) and text.count("](sweep.png)") == 1
+    assert text.startswith(TEXTS["sweep.md"][:1000]) and text.endswith("\nend\n")
+    assert text.count("](sweep.png)") == 1
     assert (tmp_path / "sweep.png").read_bytes() == b"two"
 
 
