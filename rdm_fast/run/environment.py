@@ -66,8 +66,14 @@ def _git_commit() -> str | None:
 def _device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
+    return cpu_property("model name") or platform.machine()
+
+
+def cpu_property(name: str, cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """A field of the first core in Linux's /proc/cpuinfo; empty where there is none."""
     with suppress(OSError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.machine()
+        for line in cpuinfo.read_text().splitlines():
+            field, _, value = line.partition(":")
+            if field.strip() == name:
+                return value.strip()
+    return ""

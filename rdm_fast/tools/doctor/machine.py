@@ -1,10 +1,9 @@
-"""What of hardware and libraries is here, and the line that installs what is not."""
+"""Which hardware and libraries this machine has, and how to install what is missing."""
 
 import importlib
 import os
 import platform
 import subprocess
-from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import metadata
 from importlib.util import find_spec
@@ -16,8 +15,9 @@ import torch.distributed as dist
 
 from rdm_fast.data.loaders.dali_loader import import_graph, install_line
 from rdm_fast.errors import Unavailable
+from rdm_fast.run.environment import cpu_property
 
-EXTRAS = {  # extra of this distribution: library that it brings
+EXTRAS = {  # extra of this distribution: the library that it brings
     "plot": "matplotlib",
     "tensorboard": "tensorboard",
     "timm": "timm",
@@ -26,7 +26,7 @@ EXTRAS = {  # extra of this distribution: library that it brings
     "wandb": "wandb",
 }
 CPU_FEATURES = {"avx2": "AVX2", "avx512f": "AVX-512", "avx512_bf16": "bf16", "amx_bf16": "AMX bf16"}
-FAST_BF16 = ("avx512_bf16", "amx_bf16", "bf16")  # the last is what ARM calls it
+FAST_BF16 = {"avx512_bf16", "amx_bf16", "bf16"}  # bf16 is ARM's name for it
 APEX_LINE = (
     "APEX_CPP_EXT=1 APEX_CUDA_EXT=1 pip install -v --no-build-isolation "
     "git+https://github.com/NVIDIA/apex"
@@ -36,23 +36,24 @@ CUDA_TORCH_LINE = "pip install --force-reinstall --no-cache-dir torch torchvisio
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that a run may use."""
+    """A piece of hardware or a library."""
 
     name: str
     found: str
-    """What is here; "none" where it is not."""
+    """What is installed; "none" if nothing is."""
     install: str = ""
-    """The line that installs it, or what else to do; empty if there is nothing to do."""
+    """How to install or repair it; empty if there is nothing to do."""
 
 
-def look_at_machine() -> list[Finding]:
-    """Hardware first, then libraries, then optional extras. Raises nothing."""
+def inspect_machine() -> list[Finding]:
+    """Hardware, then libraries, then optional extras."""
+    triton = "pip install 'triton>=3.6'" if platform.system() == "Linux" else ""
     return [
         Finding("cpu", cpu()),
         *gpus(),
         torch_finding(),
         library("torchvision"),
-        library("triton", "pip install 'triton>=3.6'" if platform.system() == "Linux" else ""),
+        library("triton", triton),
         nccl(),
         dali(),
         apex(),
@@ -70,69 +71,50 @@ def usable_cpus() -> int:
     return os.cpu_count() or 1
 
 
-def cpu_flags(cpuinfo: Path = Path("/proc/cpuinfo")) -> set[str]:
-    """Instruction sets, as Linux names them; none elsewhere."""
-    try:
-        lines = cpuinfo.read_text().splitlines()
-    except OSError:
-        return set()
-    found = [line for line in lines if line.startswith(("flags", "Features"))]
-    return set(found[0].partition(":")[2].split()) if found else set()
+def cpu_flags() -> set[str]:
+    """Instruction sets of the CPU by Linux's names; empty on other systems."""
+    return set((cpu_property("flags") or cpu_property("Features")).split())
 
 
 def has_fast_bf16() -> bool:
-    """Whether the CPU multiplies bf16 by instructions of its own."""
-    return bool(cpu_flags() & {*FAST_BF16})
+    """Whether the CPU has bf16 multiplication."""
+    return bool(cpu_flags() & FAST_BF16)
 
 
 def cpu() -> str:
+    gib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
     flags = cpu_flags()
-    known = [name for flag, name in CPU_FEATURES.items() if flag in flags]
     parts = [
-        _cpu_model(),
+        cpu_property("model name") or platform.processor() or platform.machine(),
         f"{usable_cpus()} of {os.cpu_count()} cores usable, torch uses {torch.get_num_threads()}",
-        f"{_memory_gib():.0f} GiB",
-        ", ".join(known),
+        f"{gib:.0f} GiB",
+        ", ".join(name for flag, name in CPU_FEATURES.items() if flag in flags),
     ]
     return "; ".join(part for part in parts if part)
 
 
-def _cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return models[0] if models else platform.machine()
-
-
-def _memory_gib() -> float:
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-
-
 def gpus() -> list[Finding]:
-    """Every GPU that torch can use, and the driver; what to do if torch cannot use those there."""
-    driver = nvidia_smi("driver_version")
+    """Every GPU that torch can use, and the driver; how to make torch use the GPUs if it cannot."""
+    driver = ", ".join(nvidia_smi("driver_version")[:1])
     found = []
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         about = torch.cuda.get_device_properties(index)
-        memory, major, minor = about.total_memory / 2**30, about.major, about.minor
-        text = f"{about.name}, {memory:.0f} GiB, compute capability {major}.{minor}"
+        text = (
+            f"{about.name}, {about.total_memory / 2**30:.0f} GiB, "
+            f"compute capability {about.major}.{about.minor}"
+        )
         found.append(Finding(f"gpu {index}", text))
-    advice = ""
-    if driver and not found:
-        advice = CUDA_TORCH_LINE if torch.version.cuda is None else _driver_advice(driver[0])
-    if not found:
-        names = ", ".join(nvidia_smi("name"))
-        found = [Finding("gpu", f"{names}, which torch cannot use" if names else "none", advice)]
-    return [*found, Finding("driver", driver[0] if driver else "none")]
-
-
-def _driver_advice(driver: str) -> str:
-    return (
-        f"driver {driver} may be too old for torch's CUDA {torch.version.cuda}, or "
-        "CUDA_VISIBLE_DEVICES hides the GPU: update the driver, or unset the variable"
-    )
+    if not found and not driver:
+        found = [Finding("gpu", "none")]
+    elif not found:
+        advice = CUDA_TORCH_LINE
+        if torch.version.cuda is not None:
+            advice = (
+                f"driver {driver} may be too old for torch's CUDA {torch.version.cuda}, or "
+                "CUDA_VISIBLE_DEVICES hides the GPU: update the driver, or unset the variable"
+            )
+        found = [Finding("gpu", f"{', '.join(nvidia_smi('name'))}, which torch cannot use", advice)]
+    return [*found, Finding("driver", driver or "none")]
 
 
 def nvidia_smi(field: str) -> list[str]:
@@ -148,26 +130,25 @@ def nvidia_smi(field: str) -> list[str]:
 # ---- libraries -------------------------------------------------------------------------------
 
 
-def version(distributions: Iterable[str]) -> str | None:
-    """Of the first of these distributions that is installed, with its name if it is another."""
+def version(*distributions: str) -> str:
+    """Version of the first of these distributions that is installed; empty if none is."""
     for name in distributions:
         try:
             return metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    return None
+    return ""
 
 
 def library(name: str, install: str = "") -> Finding:
-    found = version([name])
+    found = version(name)
     return Finding(name, found or "none", "" if found else install)
 
 
 def torch_finding() -> Finding:
     cuda = torch.version.cuda
-    cudnn = torch.backends.cudnn.version() if cuda else None
-    text = f"{torch.__version__}, " + (f"CUDA {cuda}, cuDNN {cudnn}" if cuda else "for CPUs only")
-    return Finding("torch", text)
+    build = f"CUDA {cuda}, cuDNN {torch.backends.cudnn.version()}" if cuda else "for CPUs only"
+    return Finding("torch", f"{torch.__version__}, {build}")
 
 
 def nccl() -> Finding:
@@ -177,8 +158,8 @@ def nccl() -> Finding:
 
 
 def dali() -> Finding:
-    found = version(["nvidia-dali-cuda130", "nvidia-dali-cuda120"])
-    if found is None:
+    found = version("nvidia-dali-cuda130", "nvidia-dali-cuda120")
+    if not found:
         return Finding("DALI", "none", install_line())
     try:
         import_graph()
@@ -190,10 +171,10 @@ def dali() -> Finding:
 Apex = Literal["nvidia", "nvidia without CUDA extensions", "another project", "none"]
 
 
-def apex_here() -> Apex:
-    """Which package is importable as `apex`, found without running any of its code.
+def installed_apex() -> Apex:
+    """Which package `import apex` would find, without running any of its code.
 
-    PyPI's `apex` is a toolkit for web applications; NVIDIA's is installed from its repository and
+    PyPI's `apex` is a toolkit for web applications. NVIDIA's is installed from its repository and
     has `apex.optimizers`, whose fused steps need the extension `amp_C`.
     """
     importlib.invalidate_caches()
@@ -207,15 +188,15 @@ def apex_here() -> Apex:
 
 
 def apex() -> Finding:
-    """NVIDIA apex; there is nothing to install where there is no GPU."""
+    """NVIDIA apex, which is of use only with a GPU."""
     line = APEX_LINE if torch.cuda.is_available() else ""
-    match apex_here():
+    match installed_apex():
         case "nvidia":
-            return Finding("NVIDIA apex", version(["apex"]) or "found")
+            return Finding("NVIDIA apex", version("apex") or "found")
         case "nvidia without CUDA extensions":
             return Finding("NVIDIA apex", "built without its CUDA extensions", line)
         case "another project":
-            found = "none; the `apex` installed here is another project of that name, from PyPI"
+            found = "none; the installed `apex` is another project of that name, from PyPI"
             return Finding("NVIDIA apex", found, "pip uninstall apex" + (line and f"; {line}"))
         case "none":
             return Finding("NVIDIA apex", "none" if line else "none (for GPUs)", line)

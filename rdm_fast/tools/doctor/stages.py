@@ -1,17 +1,17 @@
-"""Where the time of a step goes: each part of it alone, then all of it.
+"""Times the parts of a step, each alone, then the whole step.
 
-    loader         batches as they come, with nothing done to them
-    transfer       what the loader sends to a GPU for a batch, copied from pinned memory
+    loader         batches from the loader, unused
+    transfer       a GPU's input for one batch, copied from pinned memory
     decode         image files of a batch to pixels, in this process (torch loader)
-    augmentation   the views of a batch from decoded images: on the device (resident loader), or in
+    augmentation   views of a batch from decoded images: on the device (resident loader), or in
                    this process (torch loader)
     model          forward, backward and optimizer, without the spectral filter
     filter         the criterion alone, forward and backward, with its spectral filter
     end to end     loader and whole step, as in training
 
-Times are total time over number of batches, since batches from several workers come in bursts: by
-CUDA events on a GPU, by the clock on a CPU. The model is one of the doctor's own, drawn at random
-and thrown away. Nothing is written but the index of a folder of images, as in training.
+Several workers deliver batches in bursts, so a time is the total over the number of batches. The
+model has random weights and is discarded. Nothing is written but the index of an image folder, as
+in training.
 """
 
 import itertools
@@ -38,21 +38,21 @@ from rdm_fast.runtime.precision import dtype_of_views
 from rdm_fast.training import TrainStep
 from rdm_fast.training import cuda_graph as graph
 
-LIMIT_S = 15.0  # of the measured batches of one stage; the one under way is finished
+LIMIT_S = 15.0  # for the measured batches of one stage; a batch under way is finished
 WARM_UP = 2
 SAMPLE = 16  # images of a batch that are decoded and augmented one by one
 
 
 @dataclass(frozen=True)
 class Stage:
-    """What one part of a step takes."""
+    """The time of one part of a step."""
 
     name: str
     seconds: float | None
-    """For a whole batch; None where this part does not exist by itself."""
+    """For a whole batch; None if this part does not exist by itself."""
     images_per_s: float | None
     batches: int
-    """Measured, after warming up."""
+    """Number measured, after warming up."""
     note: str = ""
 
 
@@ -60,11 +60,11 @@ def absent(name: str, why: str) -> Stage:
     return Stage(name, None, None, 0, why)
 
 
-class Clock:
-    """Times calls on a device; each call makes or uses the same number of images."""
+class StageTimer:
+    """Times repeated calls on a device."""
 
     def __init__(self, device: torch.device, batches: int) -> None:
-        """batches: calls that are measured, at most; fewer where they take over LIMIT_S."""
+        """batches: number of calls to measure; fewer if they take over LIMIT_S."""
         self.device, self.batches = device, batches
 
     def time(
@@ -77,52 +77,40 @@ class Clock:
         burst: int = 1,
         note: str = "",
     ) -> Stage:
-        """A stage from repeated calls.
+        """Time calls that each make or use the same number of images.
 
         Args:
             images: of one call.
-            warm_up: calls before those that are measured.
-            burst: the number of calls is a multiple of this.
-            note: what a reader should know of it.
+            warm_up: calls before the measured ones.
+            burst: the number of measured calls is a multiple of this.
+            note: remark for the reader.
         """
         for _ in range(warm_up):
             call()
         n, wanted = 0, -(-self.batches // burst) * burst
-        start, until = self._now(), time.perf_counter() + LIMIT_S
-        while n < wanted and (n == 0 or n % burst or time.perf_counter() < until):
+        start = self._now()
+        while n < wanted and (n == 0 or n % burst or time.perf_counter() < start + LIMIT_S):
             call()
             n += 1
-        seconds = self._since(start) / n
+        seconds = (self._now() - start) / n
         return Stage(name, seconds, images / seconds, n, note)
 
-    def _now(self) -> torch.cuda.Event | float:
-        if self.device.type != "cuda":
-            return time.perf_counter()
-        torch.cuda.synchronize(self.device)
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def _since(self, start: torch.cuda.Event | float) -> float:
-        """Seconds; a GPU's include what it waited for between two events."""
-        if isinstance(start, float):
-            return time.perf_counter() - start
-        end = torch.cuda.Event(enable_timing=True)
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / 1e3
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
 
 
 def without_filter(config: Config) -> Method:
-    """The method of a run, with projections as its predictions if a filter would make those."""
+    """The method of a run without its spectral filter, if it has one."""
     method = build_method(config)
     if method.criterion.filter is not None:
         method.criterion = NegativeCosine()
     return method
 
 
-class Step:
-    """The parts of one process's step, which takes the whole global batch."""
+class StepParts:
+    """The parts of a step in one process, which takes the whole global batch."""
 
     def __init__(
         self,
@@ -137,16 +125,16 @@ class Step:
         Args:
             config: the run.
             images: its data.
-            loader: what makes batches of them, on `device`.
+            loader: its loader, on `device`.
             device: where the step runs.
-            batches: measured of each stage, at most.
+            batches: largest number of batches to measure in each stage.
         """
         self.config, self.images, self.loader, self.device = config, images, loader, device
         self.rows = config.optim.global_batch
-        self.clock = Clock(device, batches)
+        self.timer = StageTimer(device, batches)
 
     def stages(self) -> Iterator[Stage]:
-        """Every stage, in the order of this file's head, as soon as it is measured.
+        """Every stage in the order listed above, each as soon as it is measured.
 
         Raises:
             UserError: the data cannot be read.
@@ -173,7 +161,7 @@ class Step:
 
     @cached_property
     def batch(self) -> Batch:
-        """One batch, for all that needs only one."""
+        """One batch, for the stages that need only one."""
         with closing(self.batches()) as batches:
             return next(batches)
 
@@ -182,16 +170,18 @@ class Step:
         """Parameters of all views of the first images."""
         return draw_all_views(self.config, self.images, 0, np.arange(self.rows))
 
-    def loading(self) -> Stage:
+    def from_loader(
+        self, name: str, use: Callable[[Batch], object], warm_up: int = WARM_UP, note: str = ""
+    ) -> Stage:
+        """A stage that takes a new batch from the loader in each call."""
         with closing(self.batches()) as batches:
-            return self.clock.time(
-                "loader",
-                lambda: next(batches),
-                self.rows,
-                warm_up=max(WARM_UP, self.burst),
-                burst=self.burst,
-                note=self.loader.name,
-            )
+            return self.timer.time(
+                name, lambda: use(next(batches)), self.rows, warm_up=max(warm_up, self.burst),
+                burst=self.burst, note=note,
+            )  # fmt: skip
+
+    def loading(self) -> Stage:
+        return self.from_loader("loader", lambda batch: batch, note=self.loader.name)
 
     def transfer(self) -> Stage:
         if self.device.type != "cuda":
@@ -202,15 +192,15 @@ class Step:
         if self.loader.name == "torch":
             pixels = self.rows * sum(size**2 for size in augment.sizes)
             sent = torch.zeros(pixels, augment.channels, dtype=torch.uint8)
-        else:  # what was drawn; the pixels are there
+        else:  # parameters of the views; the pixels are there
             sent = view_table(self.drawn, np.arange(self.rows))
         sent = sent.pin_memory()
         megabytes = sent.numel() * sent.element_size() / 2**20
-        return self.clock.time(
+        return self.timer.time(
             "transfer",
             lambda: sent.to(self.device, non_blocking=True),
             self.rows,
-            note=f"{megabytes:.2g} MiB a batch",
+            note=f"{megabytes:.2g} MiB per batch",
         )
 
     def decoding(self) -> Stage:
@@ -225,17 +215,14 @@ class Step:
         views = [(self.drawn[:2], augment.size), (self.drawn[2:], augment.small_size)]
         views = [(drawn, size) for drawn, size in views if drawn]
         if self.loader.name == "dali":
-            made = [
-                torch.randint(256, (self.rows, size, size, augment.channels), dtype=torch.uint8)
-                for _, size in views
-            ]
-            crops = [x.to(device) for x in made]
+            shapes = [(self.rows, size, size, augment.channels) for _, size in views]
+            crops = [torch.randint(256, shape, dtype=torch.uint8).to(device) for shape in shapes]
 
             def after_dali() -> None:
                 for x, (drawn, size) in zip(crops, views, strict=True):
                     finished([x] * len(drawn), drawn, augment, size, dtype)
 
-            stage = self.clock.time("augmentation", after_dali, self.rows)
+            stage = self.timer.time("augmentation", after_dali, self.rows)
             return replace(stage, note="colors; crops are made in DALI")
         if self.loader.name == "resident":
             assert self.images.pixels is not None
@@ -249,7 +236,7 @@ class Step:
                 for table, size in calls:
                     views_of_table(pixels, table, augment, dtype, size)
 
-            return self.clock.time("augmentation", all_views, self.rows)
+            return self.timer.time("augmentation", all_views, self.rows)
         n = min(SAMPLE, self.rows)
         read = [read_or_next(self.images, i, self.config.data)[1] for i in range(n)]
 
@@ -260,13 +247,13 @@ class Step:
         return self._alone("augmentation", n, all_views_of)
 
     def _alone(self, name: str, n: int, make: Callable[[int], object]) -> Stage:
-        """A stage of the torch loader that is done image by image, in one process."""
+        """A stage of the torch loader, timed image by image in this process."""
 
         def sample() -> None:
             for i in range(n):
                 make(i)
 
-        stage = self.clock.time(name, sample, n, warm_up=1)
+        stage = self.timer.time(name, sample, n, warm_up=1)
         assert stage.seconds is not None
         note = f"in one process; the loader has {self.config.data.workers}"
         return replace(stage, seconds=stage.seconds * self.rows / n, note=note)
@@ -278,28 +265,21 @@ class Step:
 
     @property
     def step_warm_up(self) -> int:
-        """Steps until the one that records a CUDA graph is over, where steps are recorded."""
+        """Untimed steps; on a GPU they include the one that records a CUDA graph."""
         return graph.WARM_UP + 1 if self.device.type == "cuda" else WARM_UP
 
     def model(self) -> Stage:
         step = self._step(without_filter(self.config))
-        return self.clock.time(
+        return self.timer.time(
             "model", lambda: step(self.batch, 0), self.rows, warm_up=self.step_warm_up
         )
 
     def filter_and_whole(self) -> Iterator[Stage]:
-        """The filter on projections of the run's own model, and loader and step together."""
+        """The filter on projections of the run's model, then loader and step together."""
         step = self._step(build_method(self.config))
         branches = step(self.batch, 0).branches
         yield self.filter(step.method, branches.online, branches.target)
-        with closing(self.batches()) as batches:
-            stage = self.clock.time(
-                "end to end",
-                lambda: step(next(batches), 0),
-                self.rows,
-                warm_up=max(self.step_warm_up, self.burst),
-                burst=self.burst,
-            )
+        stage = self.from_loader("end to end", lambda batch: step(batch, 0), self.step_warm_up)
         if self.device.type == "cuda":
             peak = torch.cuda.max_memory_allocated(self.device) / 2**30
             stage = replace(stage, note=f"at most {peak:.1f} GiB of GPU memory")
@@ -313,4 +293,4 @@ class Step:
         def both_ways() -> None:
             torch.autograd.grad(method.loss(online, target), online)
 
-        return self.clock.time("filter", both_ways, self.rows)
+        return self.timer.time("filter", both_ways, self.rows)

@@ -1,7 +1,7 @@
-"""Which part of a step is the slowest, and which flags may change that.
+"""The slowest part of a step, and which flags may speed it up.
 
-A loader with processes or threads of its own works while the device computes, so a step takes as
-long as the slower of the two; one without them and the device take turns.
+A loader with its own processes or threads works while the device computes, so a step takes as long
+as the slower of the two. A loader without them takes turns with the device.
 """
 
 from collections.abc import Mapping
@@ -16,50 +16,49 @@ HALVES = ("bf16", "fp16")
 
 @dataclass(frozen=True, kw_only=True)
 class Situation:
-    """What a verdict follows from."""
+    """The facts behind a verdict."""
 
     config: Config
     seconds: Mapping[str, float]
-    """Of a batch, by stage; at least loader, model and `end to end`."""
+    """Time of a batch, by stage; at least loader, model and `end to end`."""
     loader: str
-    """The one in use, never `auto`."""
+    """Name of the loader in use, never `auto`."""
     engine: str
-    """Likewise the filter's; `none` without a filter."""
+    """Name of the filter engine in use; `none` without a filter."""
     on_gpu: bool
     cpus: int
-    """That this process may use."""
+    """Cores that this process may use."""
     threads: int
-    """Of torch's operations on a CPU."""
+    """Threads of torch's operations on a CPU."""
     fast_bf16: bool
     """Whether the device multiplies bf16 faster than fp32."""
     dali: str
-    """The line that installs DALI; empty where it is installed."""
+    """How to install DALI; empty if it is installed."""
 
 
 @dataclass(frozen=True)
 class Verdict:
     bottleneck: Part
     why: str
-    """The bottleneck's time beside the others'."""
+    """The bottleneck's time beside those of the other parts."""
     advice: list[str]
-    """What to try, the most promising first; empty if no flag helps."""
+    """What to try, most promising first."""
 
 
 def verdict(situation: Situation) -> Verdict:
-    """The bottleneck of a step that was measured."""
+    """The bottleneck of a measured step."""
     seconds, config = situation.seconds, situation.config
-    device = seconds["model"] + seconds.get("filter", 0.0)
+    model, filter_ = seconds["model"], seconds.get("filter", 0.0)
     overlaps = situation.loader == "dali" or (
         situation.loader == "torch" and config.data.workers > 0
     )
-    parts: dict[Part, float] = {"model": seconds["model"], "filter": seconds.get("filter", 0.0)}
-    if not overlaps or seconds["loader"] > device:
+    parts: dict[Part, float] = {"model": model, "filter": filter_}
+    if not overlaps or seconds["loader"] > model + filter_:
         parts["loader"] = seconds["loader"]
     slowest = max(parts, key=lambda part: parts[part])
-    rival = f"model {_ms(seconds['model'])}, filter {_ms(seconds.get('filter', 0.0))}"
     why = (
-        f"a batch takes the loader {_ms(seconds['loader'])}, {rival}, a whole step "
-        f"{_ms(seconds['end to end'])}; loader and device "
+        f"per batch: loader {_ms(seconds['loader'])}, model {_ms(model)}, filter {_ms(filter_)}, "
+        f"whole step {_ms(seconds['end to end'])}; loader and device "
         + ("work at the same time" if overlaps else "take turns")
     )
     advise = {"loader": _loader_advice, "model": _model_advice, "filter": _filter_advice}
@@ -75,11 +74,13 @@ def _loader_advice(now: Situation) -> list[str]:
     advice = []
     if now.loader == "resident":
         if now.on_gpu:
-            return ["--optim.global-batch: larger, if memory allows; drawing views costs per batch"]
+            return [
+                "--optim.global-batch: larger, if memory allows; drawing views has a cost per batch"
+            ]
         if now.cpus > 1:
             advice.append(
-                f"--data.loader torch --data.workers {now.cpus}: views are then made beside the "
-                "step, in processes"
+                f"--data.loader torch --data.workers {now.cpus}: worker processes then make views "
+                "during the step"
             )
         return advice
     if workers < now.cpus:
@@ -92,8 +93,8 @@ def _loader_advice(now: Situation) -> list[str]:
         first = f"first {now.dali}; then " if now.dali else ""
         advice.insert(0, f"{first}--data.loader dali: decodes on the GPU")
     if now.loader == "dali" and not now.on_gpu:
-        advice.insert(0, "--data.loader torch: its processes make colors, too, beside the step")
-    return advice or ["smaller image files: this machine decodes these no faster"]
+        advice.insert(0, "--data.loader torch: its processes also apply colors during the step")
+    return advice or ["smaller image files: this machine cannot decode these faster"]
 
 
 def _filter_advice(now: Situation) -> list[str]:
@@ -103,7 +104,7 @@ def _filter_advice(now: Situation) -> list[str]:
     if config.engine != "auto":
         advice.append(f"--filter.engine auto: instead of {config.engine}")
     elif now.on_gpu and now.engine == "eigh" and config.why_not_gemm:
-        advice.append(f"leave out {config.why_not_gemm}: matrix products alone then do")
+        advice.append(f"leave out {config.why_not_gemm}: matrix products alone then suffice")
     smaller = "--model.projector-dim" if width < batch else "--optim.global-batch"
     advice.append(
         f"{smaller}: smaller; the filter's cost grows with the cube of the smaller of batch "
@@ -117,9 +118,12 @@ def _model_advice(now: Situation) -> list[str]:
     if precision not in HALVES and (now.on_gpu or now.fast_bf16):
         return [f"--precision bf16: instead of {precision}"]
     if now.on_gpu:
-        more = "more GPUs (torchrun): data and filter keep up with this one"
+        more = "more GPUs (--nproc gpu): data and filter keep up with this one"
         if now.config.step.compile == "none":
-            return ["--step.compile default: fewer and larger kernels, after a minute", more]
+            return [
+                "--step.compile default: fewer, larger kernels, after a minute of compilation",
+                more,
+            ]
         return [more]
     if now.threads < now.cpus:
         return [

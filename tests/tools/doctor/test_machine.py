@@ -1,4 +1,4 @@
-"""machine: what is here, and the line for what is not, in staged environments."""
+"""rdm_fast.tools.doctor.machine in staged environments: findings, and how to install the rest."""
 
 import os
 import subprocess
@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from rdm_fast.run.environment import cpu_property
 from rdm_fast.tools.doctor import machine
 from rdm_fast.tools.doctor.machine import (
     Finding,
-    apex_here,
-    cpu_flags,
     gpus,
-    look_at_machine,
+    inspect_machine,
+    installed_apex,
     usable_cpus,
 )
 
@@ -24,7 +24,7 @@ ROOT = Path(__file__).parents[3]
 
 
 def finding(name: str) -> Finding:
-    return next(found for found in look_at_machine() if found.name == name)
+    return next(found for found in inspect_machine() if found.name == name)
 
 
 def test_every_optional_extra_that_brings_a_library_is_looked_for() -> None:
@@ -55,7 +55,7 @@ def test_a_missing_extra_has_the_line_that_installs_it(monkeypatch: pytest.Monke
 
 
 def test_a_missing_dali_has_the_line_for_torchs_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(machine, "version", lambda _: None)
+    monkeypatch.setattr(machine, "version", lambda *_: "")
     for cuda, wheel in (("12.8", "cuda120"), ("13.0", "cuda130")):
         monkeypatch.setattr(torch.version, "cuda", cuda)
         assert machine.dali().install == f"pip install 'nvidia-dali-{wheel}>=2.4,<3'"
@@ -85,14 +85,14 @@ def test_nvidias_apex_is_told_from_the_other_without_running_it(
 ) -> None:
     install_apex(tmp_path, *files)
     monkeypatch.syspath_prepend(str(tmp_path))
-    assert apex_here() == expected
+    assert installed_apex() == expected
 
 
 def test_the_advice_on_apex_fits_what_is_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     advice = {}
     for here in ("none", "another project", "nvidia without CUDA extensions", "nvidia"):
-        monkeypatch.setattr(machine, "apex_here", lambda here=here: here)
+        monkeypatch.setattr(machine, "installed_apex", lambda here=here: here)
         advice[here] = machine.apex()
     assert "github.com/NVIDIA/apex" in advice["none"].install
     assert advice["another project"].install.startswith("pip uninstall apex; ")
@@ -130,11 +130,17 @@ def test_no_driver_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
     assert gpus() == [Finding("gpu", "none"), Finding("driver", "none")]
 
 
-def test_instruction_sets_are_those_of_the_first_core(tmp_path: Path) -> None:
+def test_the_cpu_is_described_by_the_first_core(tmp_path: Path) -> None:
     path = tmp_path / "cpuinfo"
     path.write_text("processor: 0\nflags\t\t: fpu amx_bf16 avx2\nprocessor: 1\nflags\t: sse\n")
-    assert cpu_flags(path) == {"fpu", "amx_bf16", "avx2"}
-    assert cpu_flags(tmp_path / "none") == set()
+    assert cpu_property("flags", path) == "fpu amx_bf16 avx2"
+    assert cpu_property("model name", path) == cpu_property("flags", tmp_path / "none") == ""
+
+
+def test_fast_bf16_is_a_matter_of_instruction_sets(monkeypatch: pytest.MonkeyPatch) -> None:
+    for flags, fast in (("fpu avx2", False), ("fpu amx_bf16", True), ("", False)):
+        monkeypatch.setattr(machine, "cpu_property", lambda name, flags=flags: flags)
+        assert machine.has_fast_bf16() is fast
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="affinity can be set on Linux only")
