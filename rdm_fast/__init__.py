@@ -2,7 +2,7 @@
 
     from rdm_fast import FilterConfig, SpectralPredictor, spectral_loss
 
-The public names load torch only when they are used, so that a command line can be checked first.
+Importing the package does not import torch, so a command line is checked at once.
 """
 
 from importlib import import_module
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rdm_fast.config import FilterConfig
     from rdm_fast.filters.loss import SpectralPredictor, spectral_loss
+    from rdm_fast.models.pretrained import load_backbone
     from rdm_fast.spectrum import effective_rank, rank_difference
 
 __version__ = "0.1.0"
@@ -19,6 +20,7 @@ __all__ = [
     "FilterConfig",
     "SpectralPredictor",
     "effective_rank",
+    "load_backbone",
     "rank_difference",
     "spectral_loss",
 ]
@@ -27,6 +29,7 @@ _ROOM = {
     "FilterConfig": "config",
     "SpectralPredictor": "filters.loss",
     "spectral_loss": "filters.loss",
+    "load_backbone": "models.pretrained",
     "effective_rank": "spectrum",
     "rank_difference": "spectrum",
 }

@@ -1,15 +1,15 @@
-"""What can go wrong for a user, and the exit code that tells a scheduler which it was.
+"""Errors that a user can fix, each with its exit code.
 
-A `UserError` carries one sentence: what is wrong, which flag or file it concerns, and the way
-out. `rdm_fast.cli.commands` prints it as a single `error:` line on rank zero and exits with its
-code; no traceback is shown for it. Anything else that escapes is a bug of ours (code 70).
+A `UserError` is one sentence: the flag or file, what is wrong with it, and how to fix it.
+`rdm_fast.cli.commands` prints it as a single `error:` line on rank 0, without a traceback, and
+exits with its code. Any other exception is a bug (code 70).
 """
 
 from typing import ClassVar
 
 
 class UserError(Exception):
-    """One clear sentence for the user; `code` is the process's exit status (BSD sysexits)."""
+    """One sentence for the user; `code` is the process's exit status (BSD sysexits)."""
 
     code: ClassVar[int] = 70
 
@@ -21,49 +21,49 @@ class UsageError(UserError, ValueError):
 
 
 class DataError(UserError):
-    """A file is there but cannot be used: corrupt, of another architecture, too small."""
+    """A file exists but cannot be used: corrupt, of another architecture, too small."""
 
     code = 65
 
 
 class InputMissing(UserError):
-    """A data set or checkpoint is not where the flag says."""
+    """A data set or checkpoint is missing."""
 
     code = 66
 
 
 class Unavailable(UserError):
-    """A device, library or engine that was asked for by name is not there."""
+    """A requested device, library or engine is not available."""
 
     code = 69
 
 
 class NonFinite(UserError):
-    """The loss or a gradient stopped being finite."""
+    """The loss or a gradient is no longer finite."""
 
     code = 71
 
 
 class Collapsed(UserError):
-    """The projections collapsed, and the run was told to stop then."""
+    """The projections collapsed, with guard.mode=stop."""
 
     code = 71
 
 
 class CannotCreate(UserError):
-    """The output folder is not ours, not writable, or locked by another run."""
+    """The output folder is not a run folder, not writable, or locked by another run."""
 
     code = 73
 
 
 class OutputFailed(UserError):
-    """Writing failed repeatedly, for instance because the disk is full."""
+    """Writing failed repeatedly, for example because the disk is full."""
 
     code = 74
 
 
 class Interrupted(UserError):
-    """Stopped by a signal after the state was saved; the same command continues."""
+    """Stopped by a signal with the state saved; the same command resumes."""
 
     code = 75
 

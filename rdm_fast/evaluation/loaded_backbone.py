@@ -12,7 +12,7 @@ from rdm_fast.errors import InputMissing, UsageError
 from rdm_fast.evaluation.options import EvaluateCommand
 from rdm_fast.methods import Method, build_method
 from rdm_fast.models.backbone import build_backbone
-from rdm_fast.models.pretrained import read_backbone
+from rdm_fast.models.pretrained import load_strict, read_backbone
 from rdm_fast.run import checkpoint
 from rdm_fast.run.folder import read_config
 from rdm_fast.runtime.distributed import print0
@@ -134,6 +134,6 @@ def load_method(path: Path, config: Config) -> Method:
     snapshot = checkpoint.load(path)
     method = build_method(config)
     what = f"checkpoint {path} (read as a {config.model.backbone} with a {config.method} head)"
-    count = checkpoint.load_strict(method, snapshot.model, what)
+    count = load_strict(method, snapshot.model, what)
     print0(f"{path}: {count} of {count} tensors matched, 0 missing, step {snapshot.step}")
     return method.eval()

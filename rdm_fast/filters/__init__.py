@@ -1,1 +1,1 @@
-"""Spectral filters: the response g(s), Gram matrices, engines, and the filtered loss."""
+"""Spectral filters: the response g(s), Gram matrices, engines, and the losses."""

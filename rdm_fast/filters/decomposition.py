@@ -3,7 +3,7 @@
     samples, X X^T = U S^2 U^T [B, B]     features, X^T X = V S^2 V^T [D, D]     X = U S V^T
 
 Formed and solved in float64: squaring the singular values costs half the digits, and float32 has
-not enough for a cutoff of 1e-3. On the sample side V = X^T U / S need not be formed.
+not enough for a cutoff of 1e-3. The sample side needs no V: it is V = X^T (U / S).
 """
 
 from dataclasses import dataclass
@@ -27,9 +27,13 @@ class Decomposition:
 
     @property
     def U_over_S(self) -> Tensor:
-        """On the sample side, [v, B, n]: V = X^T (U / S). Zero where cut off."""
+        """U / S on the sample side, [v, B, n]; zero where cut off."""
         inverse = (self.g != 0) / self.s.where(self.g != 0, 1)
         return self.vectors * inverse[:, None, :]
+
+    def V(self, X: Tensor) -> Tensor:
+        """V [v, D, n] of the batch X [v, B, D]; on the sample side, zero where cut off."""
+        return X.to(WIDE).mT @ self.U_over_S if uses_samples(*X.shape[1:]) else self.vectors
 
 
 def uses_samples(B: int, D: int) -> bool:
@@ -48,24 +52,19 @@ def center_samples(G: Tensor) -> Tensor:
     return G - mean - mean.mT + mean.mean(dim=-2, keepdim=True)
 
 
-def decompose(G: Tensor, X: Tensor, config: FilterConfig) -> Decomposition:
-    """Eigendecomposition of a Gram matrix, and the response.
-
-    Args:
-        G: Gram matrix of X (of the centered X if config.center), [v, n, n] float64.
-        X: [v, B, D]; gives the sizes and the dtype whose noise is cut off.
-        config: the filter.
-    """
-    return respond(eigen_of_gram(G), X, config)
-
-
 def eigen_of_gram(G: Tensor) -> Eigh:
     """Eigenvalues and vectors of positive semi-definite matrices, [v, n, n] float64."""
     return safe_eigh(G, non_negative=True)
 
 
 def respond(eigen: Eigh, X: Tensor, config: FilterConfig) -> Decomposition:
-    """The response on a spectrum; arguments as of `decompose`."""
+    """The filter's response on the spectrum of a Gram matrix of X.
+
+    Args:
+        eigen: of a Gram matrix of X (of the centered X if config.center).
+        X: [v, B, D]; gives the sizes, and the dtype whose noise is cut off.
+        config: the filter.
+    """
     s = eigen.eigenvalues.sqrt()
     _, B, D = X.shape
     tau = cutoff(s, samples=B, features=D, dtype=X.dtype, relative=config.cutoff)
@@ -77,11 +76,9 @@ def respond(eigen: Eigh, X: Tensor, config: FilterConfig) -> Decomposition:
 def right_vectors(X: Tensor, config: FilterConfig) -> tuple[Tensor, Tensor]:
     """V [v, D, n] and the response g [v, n] of a global batch X [v, B, D], float64.
 
-    Columns of directions that are cut off are zero on the sample side; their g is zero anyway.
+    On the sample side the columns of directions that are cut off are zero, as is their g.
     """
     wide = X.to(WIDE)
     wide = wide - wide.mean(dim=1, keepdim=True) if config.center else wide
-    spectrum = decompose(smaller_gram(wide), X, config)
-    if uses_samples(*X.shape[1:]):
-        return wide.mT @ spectrum.U_over_S, spectrum.g
-    return spectrum.vectors, spectrum.g
+    spectrum = respond(eigen_of_gram(smaller_gram(wide)), X, config)
+    return spectrum.V(wide), spectrum.g

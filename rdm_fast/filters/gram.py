@@ -1,8 +1,8 @@
 """Inner products of rows of projections, as exact as an engine needs them.
 
-Products of 16-bit values are exact in float32, so there only sums are rounded, to 6e-8 |x| |y|.
-Wider values are multiplied in float32 (three products of tf32 on a GPU), or in float64 if `wide`;
-float64 ones always are. If wide, the result is float64, else float32 but for float64 values.
+Products of 16-bit values are exact in float32, so only sums are rounded, to 6e-8 |x| |y|. Wider
+values are multiplied in float32 (three products of tf32 on a GPU), or in float64 if `wide`;
+float64 values always are. The result is float64 if `wide` or for float64 values, else float32.
 """
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 from rdm_kernels import gram, product
 
 WIDE = torch.float64
-# Rows; smaller products waste a processor, larger ones compute more of what is mirrored.
+# Rows; smaller products waste a processor, larger ones compute more entries that are mirrored.
 BLOCK = 64
 
 
@@ -25,9 +25,9 @@ def gram_matrix(X: Tensor, *, samples: bool, wide: bool) -> Tensor:
 
 
 def gram_and_swapped(X: Tensor, *, wide: bool) -> tuple[Tensor, Tensor]:
-    """Gram matrices of two batches X [2, B, D], and of each with the other's rows, [2, B, B].
+    """X_i X_i^T and X_(1-i) X_i^T of two batches X [2, B, D], each [2, B, B].
 
-    One product, [X1; X2] [X1; X2]^T, of which half is mirrored: X_i X_i^T and X_(1-i) X_i^T.
+    Both come from one product, [X1; X2] [X1; X2]^T, half of which is mirrored.
     """
     B = X.shape[1]
     if _in_float64(X, wide):
@@ -54,7 +54,7 @@ def _in_float64(X: Tensor, wide: bool) -> bool:
 
 
 def _lower_products(X: Tensor) -> Tensor:
-    """X X^T, [v, n, n], of which only blocks at or under the diagonal are multiplied."""
+    """X X^T, [v, n, n]; only blocks on or under the diagonal are multiplied."""
     n = X.shape[1]
     G = X.new_empty(X.shape[0], n, n)
     for start in range(0, n, BLOCK):

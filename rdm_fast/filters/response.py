@@ -1,21 +1,21 @@
-"""The family of spectral filters g(s), and the rule for what counts as a direction at all.
+"""The family of spectral filters g(s), and the cutoff that separates directions from noise.
 
-A filter is W = V g(S) V^T for a batch of projections Z = U S V^T. It takes the place of the
-learned predictor: z W rescales every principal direction by g of its strength s.
+A filter is W = V g(S) V^T for a batch of projections Z = U S V^T. It replaces the learned
+predictor: z W rescales every principal direction by g of its strength s.
 
     kind    g(s)            domain                        on s > 0
     poly    s^sigma         scale free under cosine       rises for sigma > 0, falls for sigma < 0
     log     log s           negative for s < 1            rises
     log_1   log(1 + s)      non-negative                  rises
     log_2   log(1 + s^2)    non-negative                  rises
-    custom  any function    that of FilterConfig.response, from Python; computed by eigh
+    custom  any function    FilterConfig.response, from Python only; computed by eigh
 
-RDM (arXiv:2303.02387): training raises the effective rank while the target branch's output has
-a higher one than the online branch's. A rising g lowers the effective rank of what it filters,
-a falling one raises it; so the online branch wants a rising g, the target a falling one.
+RDM (arXiv:2303.02387): training raises the effective rank as long as the target branch's output
+has a higher one than the online branch's. A rising g lowers the effective rank of the branch it
+filters and a falling g raises it, so the online branch needs a rising g, the target a falling one.
 
 s are the singular values of the global batch of un-normalized projections, as in the paper's
-code: they grow with the square root of the batch, and the log kinds therefore depend on it.
+code. They grow with the square root of the batch, so the log kinds depend on the batch size.
 """
 
 import math
@@ -38,7 +38,7 @@ def unit_roundoff(dtype: torch.dtype) -> float:
 def cutoff(
     s: Tensor, *, samples: int, features: int, dtype: torch.dtype, relative: float
 ) -> Tensor:
-    """tau: singular values up to it are rounding noise or too weak to filter, and are cut off.
+    """tau: singular values up to it are cut off, as rounding noise or as too weak.
 
         tau = max(relative * s_max, 0.75 u rms (sqrt B + sqrt D))
 
@@ -76,26 +76,25 @@ def g(config: FilterConfig, s: Tensor) -> Tensor:
         case "log_2":
             return s.square().log1p()
         case "custom":
-            return _custom(config, s)
+            assert config.response is not None  # checked by FilterConfig
+            return _checked(config.response(s), s)
 
 
-def _custom(config: FilterConfig, s: Tensor) -> Tensor:
-    assert config.response is not None  # FilterConfig has seen to it
-    values = config.response(s)
-    if not isinstance(values, Tensor) or (values.shape, values.dtype) != (s.shape, s.dtype):
-        found = f"{values.dtype} {tuple(values.shape)}" if isinstance(values, Tensor) else values
-        raise ValueError(
-            f"FilterConfig(kind='custom') gave its response {s.dtype} {tuple(s.shape)} singular "
-            f"values, and it made {found} of them: it must work element by element"
-        )
-    return values
+def _checked(values: object, s: Tensor) -> Tensor:
+    if isinstance(values, Tensor) and (values.shape, values.dtype) == (s.shape, s.dtype):
+        return values
+    found = f"{values.dtype} {tuple(values.shape)}" if isinstance(values, Tensor) else values
+    raise ValueError(
+        f"FilterConfig(kind='custom'): response returned {found} for {s.dtype} {tuple(s.shape)} "
+        "singular values: use a function that works element by element"
+    )
 
 
 def response(config: FilterConfig, s: Tensor, tau: Tensor) -> Tensor:
     """g(s) where s > tau, and 0 where the direction is cut off.
 
-    poly is taken of s / s_max: the cosine loss ignores a constant factor, and 16-bit arithmetic
-    then cannot overflow.
+    kind=poly uses s / s_max: the cosine loss ignores a constant factor, and 16-bit arithmetic
+    cannot overflow.
 
     Args:
         config: which g.
@@ -123,7 +122,7 @@ def trend(config: FilterConfig) -> Literal["rising", "falling", "flat", "unknown
 
 
 def advice(config: FilterConfig) -> str | None:
-    """What RDM predicts for a filter on the wrong branch, or None if there is nothing to say."""
+    """RDM's prediction for a filter on the wrong branch; None for any other filter."""
     g = f"sigma={config.sigma:g}" if config.kind == "poly" else f"kind={config.kind}"
     if config.location == "target" and trend(config) == "rising":
         return (

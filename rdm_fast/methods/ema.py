@@ -1,10 +1,10 @@
-"""BYOL's target weights: a slow average of the online weights, moved once per optimizer step.
+"""BYOL's target weights: a moving average of the online weights, once per optimizer step.
 
     target <- tau target + (1 - tau) online
     tau     = tau_1 - (tau_1 - tau_0) (cos(pi k / K) + 1) / 2
 
-(Grill et al., arXiv:2006.07733). Only parameters are averaged. The target network
-runs in training mode and builds its own batch-norm statistics, as in RDM's released code.
+(Grill et al., arXiv:2006.07733). Only parameters are averaged. The target network runs in training
+mode and keeps its own batch-norm statistics, as in RDM's released code.
 """
 
 import math
@@ -27,13 +27,12 @@ def ema_momentum(step: int, total_steps: int, start: float, end: float) -> float
 
 @torch.no_grad()
 def update_ema(target: nn.Module, online: nn.Module, momentum: float | Tensor) -> None:
-    """Move the target's parameters towards the online network's; buffers stay as they are.
+    """Move the target's parameters towards the online network's; buffers do not change.
 
     Args:
         target: changed in place, all its parameters at once.
         online: of the same architecture.
-        momentum: tau; 1 keeps the target bit for bit. A 0-d float64 tensor on the device is read
-            there, without a wait.
+        momentum: tau; 1 keeps the target bit for bit. A 0-d float64 tensor stays on its device.
 
     Raises:
         ValueError: the two networks' parameters differ in number, shape or dtype.

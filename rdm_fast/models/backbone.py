@@ -1,12 +1,12 @@
-"""Backbones: torchvision's ResNets with a stem that suits the image size, and a ResNet-8 for CPUs.
+"""Backbones: torchvision's ResNets with a stem for the image size, and a ResNet-8 for CPUs.
 
 The stems differ in their first convolution and in the max-pool after it:
 
     imagenet    7x7, stride 2, padding 3, then max-pool    224 -> 56
     cifar       3x3, stride 1, padding 1, no max-pool       32 -> 32
-    cifar_pad2  3x3, stride 1, padding 2, no max-pool       32 -> 34, as RDM's released code has it
+    cifar_pad2  3x3, stride 1, padding 2, no max-pool       32 -> 34, as in RDM's released code
 
-Everything else keeps torchvision's module names, so that weights move to and from it as they are.
+Module names are torchvision's, so weights can be exchanged with it unchanged.
 """
 
 from collections import OrderedDict
@@ -26,7 +26,7 @@ def build_backbone(model: ModelConfig, channels: int) -> tuple[nn.Module, int]:
     """A randomly initialized backbone.
 
     Args:
-        model: which backbone and stem.
+        model: names the backbone and stem.
         channels: of the images, 1 or 3.
 
     Returns:
@@ -92,10 +92,10 @@ def _stage(inputs: int, outputs: int, stride: int) -> nn.Module:
 
 
 class Projection(nn.Conv2d):
-    """A 1 x 1 convolution that takes its stride before it multiplies.
+    """A 1 x 1 convolution that subsamples before it multiplies.
 
-    Given a stride and fewer than AVX2_FLOATS input channels, oneDNN's own (torch 2.15, processors
-    with AVX2 and no AVX-512) writes beyond the end of its memory.
+    With a stride and fewer than AVX2_FLOATS input channels, oneDNN's own (torch 2.15, processors
+    with AVX2 and no AVX-512) writes past the end of its memory.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -104,7 +104,7 @@ class Projection(nn.Conv2d):
 
 
 def _initialize_convolutions(module: nn.Module) -> None:
-    """Kaiming-normal by fan-out (He et al., arXiv:1502.01852), as torchvision's ResNets have it."""
+    """Kaiming-normal by fan-out (He et al., arXiv:1502.01852), as in torchvision's ResNets."""
     for part in module.modules():
         if isinstance(part, nn.Conv2d):
             nn.init.kaiming_normal_(part.weight, mode="fan_out", nonlinearity="relu")

@@ -1,6 +1,6 @@
-"""Batch norm over the global batch, on GPUs and on CPUs, and a way to leave its memory alone.
+"""Batch norm over the global batch, on GPUs and CPUs, and control of its running statistics.
 
-torch's SyncBatchNorm exists on GPUs only. `CpuSyncBatchNorm` is the same map for CPUs, with the
+torch's SyncBatchNorm runs on GPUs only. `CpuSyncBatchNorm` is the same function on CPUs; over the
 rows i of all ranks:
 
     y_i  = (x_i - m) r w + b          m = mean_i x_i,  v = mean_i (x_i - m)^2,  r = (v + eps)^-1/2
@@ -25,14 +25,14 @@ from rdm_fast.runtime.distributed import gather_rows, world_size
 
 
 def synchronize(module: nn.Module, device: torch.device) -> nn.Module:
-    """Let every batch norm in a module take its statistics over the global batch.
+    """Make every batch norm in a module use the statistics of the global batch.
 
     Args:
         module: changed in place; parameters, buffers and their names stay as they are.
         device: where it will run: torch's SyncBatchNorm on CUDA, `CpuSyncBatchNorm` elsewhere.
 
     Returns:
-        The module; a new one only where it is a batch norm itself.
+        The module; a new one only if it is a batch norm itself.
     """
     if device.type == "cuda":
         return nn.SyncBatchNorm.convert_sync_batchnorm(module)
@@ -45,10 +45,9 @@ def synchronize(module: nn.Module, device: torch.device) -> nn.Module:
 
 @contextmanager
 def frozen_running_statistics(module: nn.Module) -> Iterator[None]:
-    """Training-mode forwards in this context leave no trace in any batch norm's buffers.
+    """Restore every batch norm's running mean, variance and count of batches on exit.
 
-    Running mean, variance and the count of batches get their old values back when the context is
-    left, however it is left. Backward may run inside it or after it.
+    Backward may run inside the context or after it.
     """
     buffers = [
         buffer
@@ -61,18 +60,16 @@ def frozen_running_statistics(module: nn.Module) -> Iterator[None]:
         yield
     finally:
         for buffer, old in zip(buffers, kept, strict=True):
-            # .data: autograd saved the buffer with the forward, though training never reads it,
-            # and must not take this for a change that spoils the backward
+            # .data hides the change from autograd, which saved the buffer with the forward although
+            # a backward in training mode never reads it
             buffer.data.copy_(old)
 
 
 def join_buffers(module: nn.Module) -> list[Tensor]:
-    """Lay out all buffers of a module one after another, so that all are kept or copied at once.
+    """Store all buffers of a module in one flat tensor per dtype, to be copied at once.
 
-    The buffers stay the tensors they are, but become views.
-
-    Returns:
-        One flat tensor a dtype, which holds all buffers of that dtype.
+    The buffers remain the same tensor objects and become views of the flat tensors, which are
+    returned.
     """
     joined = []
     buffers = list(module.buffers())
@@ -88,13 +85,13 @@ def join_buffers(module: nn.Module) -> list[Tensor]:
 class CpuSyncBatchNorm(_BatchNorm):
     """Batch norm over the rows of all ranks; with one rank, or in eval mode, plain batch norm.
 
-    Statistics are float32 (float64 for float64 inputs), whatever autocast does; the output has
-    the input's dtype. Ranks may hold different numbers of rows, but at least one each.
+    Statistics are float32 (float64 for float64 inputs), also under autocast; the output has the
+    input's dtype. Ranks may hold different numbers of rows, at least one each.
     """
 
     @classmethod
     def take_over(cls, norm: _BatchNorm) -> "CpuSyncBatchNorm":
-        """A synchronized twin that owns the very parameters and buffers of `norm`."""
+        """A synchronized batch norm that shares the parameters and buffers of `norm`."""
         twin = cls(
             norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats
         )
@@ -110,8 +107,8 @@ class CpuSyncBatchNorm(_BatchNorm):
     def forward(self, input: Tensor) -> Tensor:
         """input: [B, C, ...], any memory format. Returns the same shape, dtype and format."""
         self._check_input_dim(input)
-        of_this_batch = self.training or self.running_mean is None
-        if not of_this_batch or world_size() == 1:
+        uses_batch = self.training or self.running_mean is None
+        if not uses_batch or world_size() == 1:
             return super().forward(input)
         mean, var, count = _global_statistics(input)
         if self.training:
@@ -135,8 +132,8 @@ class CpuSyncBatchNorm(_BatchNorm):
 def _global_statistics(x: Tensor) -> tuple[Tensor, Tensor, float]:
     """Mean [C], biased variance [C] and number of values per channel, over all ranks.
 
-    Every rank sends its own mean and variance, which are merged about the global mean (Chan,
-    Golub & LeVeque 1979), in rank order: sums of squares would cancel where the mean is large.
+    Ranks exchange means and variances, which are merged about the global mean in rank order (Chan,
+    Golub & LeVeque 1979): sums of squares would cancel where the mean is large.
     """
     x, axes, shape = _accurate(x), _axes(x), _shape(x)
     C = x.shape[1]
@@ -152,7 +149,7 @@ def _global_statistics(x: Tensor) -> tuple[Tensor, Tensor, float]:
 
 
 class _Normalize(torch.autograd.Function):
-    """y from x and the global statistics; backward counts their dependence on every rank's x."""
+    """y from x and the global statistics; backward includes their dependence on every rank's x."""
 
     @staticmethod
     def forward(
@@ -175,7 +172,7 @@ class _Normalize(torch.autograd.Function):
         axes, shape = _axes(x), _shape(x)
         h = (_accurate(x) - mean.view(shape)) * r.view(shape)
         dy = _accurate(dy)
-        db, dw = dy.sum(axes), (dy * h).sum(axes)  # of this rank's rows, as every gradient
+        db, dw = dy.sum(axes), (dy * h).sum(axes)  # over this rank's rows, as every gradient is
         sums = torch.stack([db, dw])
         dist.all_reduce(sums)
         mean_dy, mean_dy_h = (sums / ctx.count).view(2, *shape)
@@ -195,5 +192,5 @@ def _axes(x: Tensor) -> list[int]:
 
 
 def _shape(x: Tensor) -> list[int]:
-    """A vector over channels, shaped to broadcast against x."""
+    """Shape in which a vector over channels broadcasts against x."""
     return [1, -1, *[1] * (x.dim() - 2)]

@@ -17,9 +17,8 @@ from rdm_fast.config import ModelConfig
 def projector(model: ModelConfig, d_emb: int) -> nn.Sequential:
     """From embeddings [B, d_emb] to projections [B, D], D = model.projector_dim.
 
-    The hidden layers of the three-layer projector have no bias, those of the two-layer one have,
-    as in SimSiam and BYOL. A final batch norm takes away whatever the last bias adds, so that
-    bias is then frozen.
+    Hidden layers have a bias in the two-layer projector (BYOL) and none in the three-layer one
+    (SimSiam). A final batch norm cancels the last bias, which is then frozen.
     """
     bias = model.projector_layers == 2
     layers: list[nn.Module] = []
@@ -41,8 +40,8 @@ def mlp_predictor(D: int, hidden: int, bias: bool) -> nn.Sequential:
     Args:
         D: width of a projection.
         hidden: width of the hidden layer.
-        bias: whether the hidden layer has one, which its batch norm takes away again: BYOL's has,
-            SimSiam's has not.
+        bias: whether the hidden layer has one, though its batch norm cancels it: True in BYOL,
+            False in SimSiam.
     """
     return nn.Sequential(*_hidden(D, hidden, bias), nn.Linear(hidden, D))
 

@@ -1,14 +1,14 @@
-"""Backbones from checkpoints of other trainers, and the names they give to their tensors.
+"""Pretrained backbones from the checkpoints of other trainers, and strict loading of weights.
 
-A ResNet has torchvision's names everywhere, behind a prefix that tells the trainer:
+A ResNet has torchvision's tensor names everywhere, behind a prefix that identifies the trainer:
 
     torchvision, timm     conv1.weight                   SimSiam       module.encoder.conv1.weight
     solo-learn, rdm-fast  backbone.conv1.weight          MoCo          module.encoder_q.conv1.weight
     lightly               backbone.0.weight: an nn.Sequential of the ResNet's children
 
-Reading is strict. Every tensor of the backbone has to be there in its shape, the first convolution
-has to be the one that the model has, and what is left out is counted. Files are safetensors, or
-pickles of which torch reads tensors only.
+Reading is strict: every tensor of the backbone must be there in its shape, the first convolution
+must be the model's, and tensors that are left out are counted. Files are safetensors, or pickles
+from which torch reads tensors only.
 """
 
 import json
@@ -26,13 +26,12 @@ from torch import Tensor, nn
 from rdm_fast.config import BackboneName, ModelConfig, Stem
 from rdm_fast.errors import DataError, InputMissing
 from rdm_fast.models.backbone import build_backbone
-from rdm_fast.run.checkpoint import load_strict
 from rdm_fast.runtime.distributed import print0, world_size
 
 METADATA = "rdm_fast"
 """Key of a safetensors file's header: JSON that `rdm_fast.tools.export` writes."""
 CHILDREN = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
-"""Places of a torchvision ResNet's children in an nn.Sequential; the others have no weights."""
+"""Positions of a torchvision ResNet's children in an nn.Sequential; the others have no weights."""
 BODY = tuple(CHILDREN.values())
 FIRST_BLOCK = "layer1.0.conv1.weight"
 DEPTHS: dict[tuple[tuple[int, ...], bool], BackboneName] = {
@@ -53,7 +52,7 @@ class Layout:
     is_sequential: bool = False
 
     def rename(self, name: str) -> str | None:
-        """torchvision's name of a tensor; None for one that is not the backbone's."""
+        """torchvision's name of a tensor; None for one outside the backbone."""
         if not name.startswith(self.prefix):
             return None
         child, _, rest = name.removeprefix(self.prefix).partition(".")
@@ -74,21 +73,21 @@ LAYOUTS = {
         Layout("DataParallel", "module."),
     )
 }
-"""Those that are found by themselves; any other prefix can be named."""
+"""Layouts that are recognized; any other prefix can be given."""
 
 
 @dataclass(frozen=True, slots=True)
-class ForeignBackbone:
-    """The backbone that a file holds.
+class PretrainedBackbone:
+    """A backbone read from a file.
 
     Attributes:
         path: the file.
         layout: how it names tensors.
         tensors: by torchvision's names.
-        backbone, width, channels: what it is; `width` is the channels of the first stage.
+        backbone, width, channels: its architecture; `width` is the channels of the first stage.
         stem: cifar and cifar_pad2 have weights of one shape; solo-learn's is cifar_pad2, and a
-            file exported from here says which.
-        ignored: number of tensors that are no part of it, by module.
+            file exported by rdm-fast names its own.
+        ignored: number of tensors outside the backbone, by module.
     """
 
     path: Path
@@ -104,34 +103,31 @@ class ForeignBackbone:
         """Refuse a model whose backbone has other layers than the file's.
 
         Args:
-            model: the one to be filled.
+            model: the one that would take the weights.
             channels: of its images.
             stem_flag: the flag that set its stem.
 
         Raises:
-            DataError: it is another ResNet, or has another stem.
+            DataError: it is another ResNet, has another stem, or takes other channels.
         """
         if model.backbone != self.backbone:
             raise DataError(
                 f"{self.path} is a {self.backbone} and the model a {model.backbone}: use "
                 f"--arch {self.backbone}"
             )
-        kernel = tuple(self.tensors["conv1.weight"].shape[2:])
         if (model.stem == "imagenet") != (self.stem == "imagenet"):
-            own = (7, 7) if model.stem == "imagenet" else (3, 3)
             raise DataError(
-                f"the first convolution of {self.path} is {kernel[0]}x{kernel[1]} "
-                f"({_stem_in_words(self.stem)}) and the model's is {own[0]}x{own[1]} "
-                f"({_stem_in_words(model.stem)}): use {stem_flag} {self.stem}"
+                f"{self.path} has the first convolution of {stem_flag} {self.stem} and the model "
+                f"that of {model.stem}: use {stem_flag} {self.stem}"
             )
         if channels != self.channels:
             raise DataError(
                 f"{self.path} is a backbone for images of {self.channels} channel(s), and these "
-                f"have {channels}: evaluate it on images like those it was trained on"
+                f"have {channels}: use images like those it was trained on"
             )
 
     def load_into(self, module: nn.Module) -> str:
-        """Fill a backbone of ours; returns what was done, in a sentence.
+        """Fill a backbone of this project; returns a sentence on what was loaded.
 
         Raises:
             DataError: a tensor is missing, unknown or of another shape; all are counted.
@@ -152,17 +148,13 @@ class ForeignBackbone:
         return text
 
 
-def _stem_in_words(stem: Stem) -> str:
-    return "made for large images" if stem == "imagenet" else "made for small images"
-
-
-def read_backbone(path: Path, prefix: str | None = None) -> ForeignBackbone:
+def read_backbone(path: Path, prefix: str | None = None) -> PretrainedBackbone:
     """Find the backbone in a checkpoint of any trainer in LAYOUTS.
 
     Args:
-        path: a .safetensors file, or what torch.save wrote: tensors by name, or a table that has
-            those under `state_dict` or `model`.
-        prefix: begins the names of the backbone's tensors; None finds it.
+        path: a .safetensors file, or a file from torch.save with tensors by name, at the top or
+            under `state_dict` or `model`.
+        prefix: of the names of the backbone's tensors; found if None.
 
     Raises:
         InputMissing: there is no such file.
@@ -171,29 +163,32 @@ def read_backbone(path: Path, prefix: str | None = None) -> ForeignBackbone:
     tensors, notes = _read(path)
     layout = _layout(path, tensors, prefix)
     body = {new: t for name, t in tensors.items() if (new := layout.rename(name)) is not None}
-    others = [name for name in tensors if layout.rename(name) is None]
-    conv1 = body["conv1.weight"]
-    backbone = _backbone(path, body)
+    ignored = Counter(
+        name.removeprefix(layout.prefix).removeprefix("module.").partition(".")[0]
+        for name in tensors
+        if layout.rename(name) is None
+    )
+    conv1, backbone = body["conv1.weight"], _backbone(path, body)
     if notes:
         layout = replace(layout, name="rdm-fast")
     stem = cast(Stem, notes.get("stem"))
     if stem not in get_args(Stem):
-        small: Stem = "cifar_pad2" if "solo-learn" in layout.name else "cifar"
-        stem = small if conv1.shape[-1] == 3 and backbone != "resnet8" else "imagenet"
-        stem = "cifar" if backbone == "resnet8" else stem
-    return ForeignBackbone(
-        path, layout, body, backbone, stem, conv1.shape[0], conv1.shape[1],
-        dict(Counter(_module(name, layout) for name in others)),
-    )  # fmt: skip
+        stem = "cifar_pad2" if "solo-learn" in layout.name else "cifar"
+        if backbone == "resnet8":
+            stem = "cifar"
+        elif conv1.shape[-1] != 3:
+            stem = "imagenet"
+    width, channels = conv1.shape[:2]
+    return PretrainedBackbone(path, layout, body, backbone, stem, width, channels, dict(ignored))
 
 
-def load_backbone(path: Path) -> nn.Module:
+def load_backbone(path: str | Path) -> nn.Module:
     """The backbone in a file, ready to embed: [B, C, H, W] -> [B, d_emb], in evaluation mode.
 
     Raises:
         InputMissing, DataError: as `read_backbone`.
     """
-    found = read_backbone(path)
+    found = read_backbone(Path(path))
     model = ModelConfig(backbone=found.backbone, stem=found.stem, width=found.width)
     module, _ = build_backbone(model, found.channels)
     found.load_into(module)
@@ -203,10 +198,10 @@ def load_backbone(path: Path) -> nn.Module:
 def warm_start(method: nn.Module, model: ModelConfig, channels: int) -> None:
     """Begin a run with the backbone in the file model.init; target weights begin equal to it.
 
-    Ranks take rank zero's, so their files may not differ unseen.
+    Weights are broadcast from rank 0.
 
     Args:
-        method: as `build_method` made it.
+        method: from `build_method`.
         model: of the run; without `init`, nothing is done.
         channels: of the images.
 
@@ -226,11 +221,47 @@ def warm_start(method: nn.Module, model: ModelConfig, channels: int) -> None:
             dist.broadcast(tensor, 0)
 
 
+def load_strict(module: nn.Module, state: dict[str, Tensor], what: str) -> int:
+    """Load weights only if every name and shape fits; returns how many tensors were loaded.
+
+    Args:
+        module: keeps its weights untouched on failure.
+        state: tensors by the module's own names.
+        what: origin of the weights, such as `checkpoint runs/a/checkpoints/step-00000070`.
+
+    Raises:
+        DataError: with the numbers of matching, missing, unknown and misshapen tensors.
+    """
+    own = module.state_dict()
+    wrong = {
+        "missing": [name for name in own if name not in state],
+        "unknown": [name for name in state if name not in own],
+        "of another shape": [
+            f"{name} {list(state[name].shape)} instead of {list(tensor.shape)}"
+            for name, tensor in own.items()
+            if name in state and state[name].shape != tensor.shape
+        ],
+    }
+    if any(wrong.values()):
+        matching = len(own) - len(wrong["missing"]) - len(wrong["of another shape"])
+        each = ", ".join(
+            f"{len(names)} {kind} ({', '.join(names[:2])}{', ...' if len(names) > 2 else ''})"
+            for kind, names in wrong.items()
+            if names
+        )
+        raise DataError(
+            f"{what} is of another architecture: {matching} of this model's {len(own)} tensors "
+            f"match, {each}; use the configuration it was trained with"
+        )
+    module.load_state_dict(state)
+    return len(own)
+
+
 # ---- files -----------------------------------------------------------------------------------
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors by name, and what `rdm_fast.tools.export` noted of them."""
+    """Tensors by name, and the metadata that `rdm_fast.tools.export` wrote with them."""
     if not path.is_file():
         raise InputMissing(f"there is no file {path}: name a checkpoint")
     if path.suffix == ".safetensors":
@@ -242,22 +273,19 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             raise DataError(f"{path} is not a sound safetensors file ({error})") from error
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # unpickling raises what it likes; its own class is not imported
+    except Exception as error:  # unpickling raises anything
+        reason = (str(error).splitlines() or [type(error).__name__])[0].strip()[:120]
         raise DataError(
-            f"{path} cannot be read as data alone ({_first_line(error)}): where you trust it, "
-            "save its tensors by themselves, with torch.save(checkpoint['state_dict'], NEW_FILE)"
+            f"{path} cannot be read as data alone ({reason}): where you trust it, save only its "
+            "tensors, with torch.save(checkpoint['state_dict'], NEW_FILE)"
         ) from error
     for key in ("state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
     if not isinstance(content, dict):
-        raise DataError(f"{path} holds a {type(content).__name__}, not tensors by name")
+        raise DataError(f"{path} holds a {type(content).__name__}: use a file of tensors by name")
     tensors = {k: v for k, v in content.items() if isinstance(k, str) and isinstance(v, Tensor)}
     return tensors, {}
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0].strip()[:120]
 
 
 # ---- names -----------------------------------------------------------------------------------
@@ -273,51 +301,39 @@ def _layout(path: Path, tensors: dict[str, Tensor], prefix: str | None) -> Layou
         renamed = {layout.rename(name) for name in tensors}
         if {"conv1.weight", FIRST_BLOCK} <= renamed:
             return layout
-    known = ", ".join(f"{layout.name} {layout.prefix!r}" for layout in LAYOUTS.values())
+    found = f"{path}: none of its {len(tensors)} tensors is a ResNet's under a known prefix"
     if prefix is not None:
         under = sum(name.startswith(prefix) for name in tensors)
-        raise DataError(
+        found = (
             f"{path}: {under} of its {len(tensors)} tensors begin with --prefix {prefix}, and no "
-            f"ResNet is among them{_elsewhere(tensors)}; known prefixes: {known}"
+            "ResNet is among them"
         )
-    raise DataError(
-        f"{path}: none of its {len(tensors)} tensors is a ResNet's under a known prefix"
-        f"{_elsewhere(tensors)}; known prefixes: {known}"
-    )
+    known = ", ".join(f"{layout.name} {layout.prefix!r}" for layout in LAYOUTS.values())
+    raise DataError(f"{found}{_elsewhere(tensors)}; known prefixes: {known}")
 
 
 def _elsewhere(tensors: dict[str, Tensor]) -> str:
-    """Where a ResNet does lie, and which layout is nearest to that; else two of the names."""
+    """The prefix of a ResNet that is there and the most similar layout; else two tensor names."""
     for ending, is_sequential in ((FIRST_BLOCK, False), ("4.0.conv1.weight", True)):
         for name in tensors:
             if name == ending or name.endswith("." + ending):
                 prefix = name.removesuffix(ending)
                 count = sum(name.startswith(prefix) for name in tensors)
                 near = max(
-                    (
-                        layout
-                        for layout in LAYOUTS.values()
-                        if layout.is_sequential == is_sequential
-                    ),
+                    (each for each in LAYOUTS.values() if each.is_sequential == is_sequential),
                     key=lambda layout: _common_ending(layout.prefix, prefix),
                 )
                 return (
                     f", but {count} begin with {prefix!r} and are (nearest layout: {near.name}, "
                     f"{near.prefix!r}): use --prefix {prefix!r}"
                 )
-    some = ", ".join(list(tensors)[:2])
-    return f" (they are {some}, ...)" if some else ""
+    return f" (they are {', '.join(list(tensors)[:2])}, ...)" if tensors else ""
 
 
 def _common_ending(one: str, other: str) -> int:
     """Parts, from the last one, that two prefixes share."""
     pairs = zip(reversed(one.split(".")), reversed(other.split(".")), strict=False)
     return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
-
-
-def _module(name: str, layout: Layout) -> str:
-    """The module, in short, of a tensor that is not the backbone's."""
-    return name.removeprefix(layout.prefix).removeprefix("module.").partition(".")[0]
 
 
 def _backbone(path: Path, body: dict[str, Tensor]) -> BackboneName:
@@ -329,6 +345,6 @@ def _backbone(path: Path, body: dict[str, Tensor]) -> BackboneName:
         known = ", ".join(get_args(BackboneName))
         raise DataError(
             f"{path} has {'-'.join(map(str, depths))} {'bottlenecks' if bottleneck else 'blocks'} "
-            f"in its stages, which is none of {known}"
+            f"in its stages, as none of {known}: use a checkpoint of one of these"
         )
     return DEPTHS[depths, bottleneck]

@@ -1,7 +1,7 @@
 """NVIDIA apex's fused optimizers (optim.backend=apex), where a real apex is installed.
 
-apex is built from source. The package of that name on PyPI is another project, which fails to be
-imported in ways that say nothing, so what is installed is looked at before it is imported.
+apex is built from source. The package named apex on PyPI is another project whose import fails with
+unhelpful errors, so the installed package is inspected before it is imported.
 """
 
 import importlib
@@ -27,23 +27,23 @@ WAY_OUT = (
 def build_apex_optimizer(
     groups: list[dict[str, Any]], optim: OptimConfig, device: torch.device
 ) -> Optimizer:
-    """An optimizer of apex over these parameter groups.
+    """An optimizer of apex over the groups of `parameter_groups`.
 
     Args:
-        groups: as `rdm_fast.optim.parameter_groups` makes them.
+        groups: parameter groups.
         optim: sgd, adamw or lamb (apex's LAMB also scales gradients to a global norm of 1).
         device: where the parameters are.
 
     Raises:
-        Unavailable: it is not a GPU, apex is missing, another project, or built without what its
-            fused optimizers need.
+        Unavailable: the device is not a GPU, or apex is missing, another project, or built
+            without its CUDA extensions.
     """
     if device.type != "cuda":
         raise Unavailable(
-            f"optim.backend=apex runs on GPUs only and this run is on {device.type}: "
+            f"optim.backend=apex runs on GPUs only, and this run is on {device.type}: "
             "use optim.backend=torch"
         )
-    kind = _with_state_of_its_own(_fused(CLASSES[optim.optimizer]))
+    kind = _with_own_state(_fused(CLASSES[optim.optimizer]))
     settings: dict[str, Any] = {"lr": optim.lr}
     if optim.optimizer == "sgd":
         settings["momentum"] = optim.momentum
@@ -57,12 +57,12 @@ def _fused(name: str) -> type[Optimizer]:
     """The class of this name in apex.optimizers."""
     spec = find_spec("apex")
     if spec is None:
-        raise Unavailable(f"optim.backend=apex needs NVIDIA apex, which is not here: {WAY_OUT}")
+        raise Unavailable(f"optim.backend=apex needs NVIDIA apex, which is not installed: {WAY_OUT}")
     folders = spec.submodule_search_locations
     if PathFinder.find_spec("apex.optimizers", folders) is None:
         raise Unavailable(
-            "optim.backend=apex needs NVIDIA apex, and the package apex that is installed here is "
-            f"another project (PyPI has one of that name): pip uninstall apex, then {WAY_OUT}"
+            "optim.backend=apex needs NVIDIA apex, and the installed package apex is another project "
+            f"(PyPI has one of that name): pip uninstall apex, then {WAY_OUT}"
         )
     try:
         optimizers = importlib.import_module("apex.optimizers")
@@ -70,16 +70,16 @@ def _fused(name: str) -> type[Optimizer]:
     except (ImportError, OSError, AttributeError) as error:
         reason = " ".join(str(error).split())
         raise Unavailable(
-            f"optim.backend=apex: NVIDIA apex is installed but has no usable {name} ({reason}), as "
-            f"when it was built for another torch: {WAY_OUT}"
+            f"optim.backend=apex: the installed NVIDIA apex has no usable {name} ({reason}), perhaps "
+            f"because it was built for another torch: {WAY_OUT}"
         ) from error
     return found
 
 
-def _with_state_of_its_own(base: type[Optimizer]) -> type[Optimizer]:
-    """The class, but its count of steps lies in the state of its parameters, as in torch.
+def _with_own_state(base: type[Optimizer]) -> type[Optimizer]:
+    """The class with its count of steps in the state of its parameters, as in torch.
 
-    apex keeps it in the parameter group, beside the settings, which no checkpoint of ours holds.
+    apex keeps the count in the parameter group, which our checkpoints do not hold.
     """
 
     class Counted(base):  # type: ignore[misc, valid-type]
@@ -90,7 +90,7 @@ def _with_state_of_its_own(base: type[Optimizer]) -> type[Optimizer]:
 
         def step(self, closure: Callable[[], float] | None = None) -> float | None:
             if self.found_inf is not None and self.found_inf.item():
-                return None  # apex cannot be told on the device, so this waits for it
+                return None  # apex cannot skip on the device, so this waits for it
             for group in self.param_groups:
                 group.pop("step", None)
                 for p in group["params"]:

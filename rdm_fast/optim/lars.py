@@ -4,8 +4,8 @@
     d    = r (g + wd p)
     buf <- m buf + d,    p <- p - lr buf
 
-as in RDM's released code. Layers that are excluded (one-dimensional parameters: batch norms and
-biases) take r = 1 and wd = 0.
+as in RDM's released code. Excluded layers (one-dimensional parameters: batch norms and biases)
+have r = 1 and wd = 0.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -20,15 +20,16 @@ class Lars(Optimizer):
     """SGD with momentum and layer-wise trust ratios (formula at the top of this file).
 
     Args:
-        params: parameters, or groups of them; a group with `adapt=False` takes no trust ratio.
+        params: parameters, or groups of them; a group with `adapt=False` uses no trust ratio.
         lr: learning rate, 0 or more; a float, or a 0-d float32 tensor on the device.
         momentum: m.
         weight_decay: wd, in the trust ratio and in the step.
         trust_coefficient: eta.
-        clip: never let a layer's rate exceed lr (LARC).
+        clip: cap a layer's rate at lr (LARC).
         eps: keeps the trust ratio finite.
 
-    State: `momentum_buffer` of every parameter, as SGD's. No step waits for the device.
+    Its state is each parameter's `momentum_buffer`, as SGD's. No step waits for the device; where
+    `found_inf`, a 0-d float32 tensor, is 1, a step changes nothing.
     """
 
     def __init__(
@@ -93,10 +94,10 @@ class Lars(Optimizer):
 
 
 def _scale_each(tensors: Sequence[Tensor], factors: Tensor) -> None:
-    """tensors[i] *= factors[i], dense tensors all at once, for factors [N] on their device.
+    """tensors[i] *= factors[i] for dense tensors, in one launch; factors [N] on their device.
 
-    foreach is one launch on a GPU only for lists whose shapes and strides agree, and falls back to
-    one a tensor where factors are 0-d. So both are made flat, each factor as long as its tensor.
+    On a GPU, foreach fuses only lists that agree in shapes and strides, and launches once per
+    tensor for 0-d factors. So tensors are flattened, and each factor expanded to its length.
     """
     sizes = [tensor.numel() for tensor in tensors]
     flat = [tensor.as_strided((n,), (1,)) for tensor, n in zip(tensors, sizes, strict=True)]

@@ -1,9 +1,9 @@
 """The optimizer of a run, its parameter groups, and the learning rate of every step.
 
-Every optimizer here updates all parameters of a group in one launch and never waits for the device:
-learning rates are tensors on it, and where the attribute `found_inf`, a 0-d float32 tensor, is
-1 the step changes nothing, as torch's fused optimizers have it for gradient scaling. apex's cannot
-be told so: theirs is the one wait.
+Each optimizer updates all parameters of a group in one launch and never waits for the device:
+learning rates are tensors on it, and where the attribute `found_inf`, a 0-d float32 tensor, is 1
+the step changes nothing, as in torch's fused optimizers. apex reads `found_inf` on the host, which
+is the one wait.
 """
 
 import math
@@ -21,17 +21,17 @@ PREDICTOR = "predictor."
 
 
 def parameter_groups(method: nn.Module, optim: OptimConfig) -> list[dict[str, Any]]:
-    """The trainable parameters, grouped by how they are treated.
+    """The trainable parameters, grouped by learning rate and weight decay.
 
     Args:
-        method: its learned predictor, if any, is its attribute `predictor`.
-        optim: decides whether the predictor's learning rate is fixed and whether
-            one-dimensional parameters are excluded from decay and LARS's adaptation.
+        method: a learned predictor is its attribute `predictor`.
+        optim: says whether the predictor's learning rate is fixed, and whether one-dimensional
+            parameters are excluded from decay and LARS's adaptation.
 
     Returns:
-        Up to four groups, each with `params`, `lr`, `weight_decay`, `fixed_lr` (left alone by
-        `set_learning_rate`) and `adapt` (scaled by LARS). Their order, and that of the
-        parameters in them, depends on the architecture and `optim` only.
+        Up to four groups, each with `params`, `lr`, `weight_decay`, `fixed_lr` (ignored by
+        `set_learning_rate`) and `adapt` (scaled by LARS). The order of groups and parameters
+        depends only on the architecture and `optim`.
     """
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {
         (fixed_lr, excluded): [] for fixed_lr in (False, True) for excluded in (False, True)
@@ -57,11 +57,8 @@ def parameter_groups(method: nn.Module, optim: OptimConfig) -> list[dict[str, An
 def build_optimizer(method: nn.Module, optim: OptimConfig, device: torch.device) -> Optimizer:
     """The optimizer of a run, over all trainable parameters of a method on `device`.
 
-    Its learning rates are 0-d tensors on the device (numbers, for apex); it steps where `found_inf`
-    is not 1.
-
     Raises:
-        Unavailable: optim.backend=apex, and no apex that can be used.
+        Unavailable: optim.backend=apex, and no usable apex is installed.
     """
     groups = parameter_groups(method, optim)
     if optim.backend == "apex":
@@ -69,19 +66,12 @@ def build_optimizer(method: nn.Module, optim: OptimConfig, device: torch.device)
     for group in groups:
         group["lr"] = torch.tensor(group["lr"], dtype=torch.float32, device=device)
     if optim.optimizer == "lars":
-        return Lars(
-            groups,
-            lr=optim.lr,
-            momentum=optim.momentum,
-            weight_decay=optim.weight_decay,
-            trust_coefficient=optim.lars_eta,
-            clip=optim.lars_clip,
-        )
+        return Lars(groups, momentum=optim.momentum, trust_coefficient=optim.lars_eta, clip=optim.lars_clip)
     if optim.optimizer == "sgd":
         sgd = SGD(groups, momentum=optim.momentum, fused=True)
         if optim.momentum:
             for parameter in (p for group in groups for p in group["params"]):
-                # torch would leave it uninitialized if the first step is one that changes nothing
+                # otherwise uninitialized if the first step is skipped
                 sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         return sgd
     return AdamW(groups, fused=True)
@@ -96,9 +86,9 @@ def learning_rate(step: int, steps_per_epoch: int, optim: OptimConfig) -> float:
         optim: peak, length and ends of the schedule.
 
     Returns:
-        warmup_lr at step 0, rising linearly to optim.lr over warmup_epochs; from there half a
-        cosine, which would reach final_lr at the step after the last (Loshchilov & Hutter,
-        arXiv:1608.03983), so that no step is spent at a rate of zero.
+        warmup_lr at step 0, rising linearly to optim.lr over warmup_epochs; then half a cosine
+        (Loshchilov & Hutter, arXiv:1608.03983) that would reach final_lr one step after the last,
+        so no step is spent at a rate of zero.
     """
     warmup = optim.warmup_epochs * steps_per_epoch
     if step < warmup:
@@ -108,7 +98,7 @@ def learning_rate(step: int, steps_per_epoch: int, optim: OptimConfig) -> float:
 
 
 def set_learning_rate(optimizer: Optimizer, value: float) -> None:
-    """Give every group of `build_optimizer` this learning rate, but those that are fixed."""
+    """Set the learning rate of every group that is not fixed."""
     for group in optimizer.param_groups:
         if not group.get("fixed_lr", False):
             if isinstance(group["lr"], Tensor):

@@ -311,39 +311,3 @@ def restore_optimizer(
         state.setdefault(parameter, {})[key] = value
     optimizer.state.clear()
     optimizer.state.update(state)
-
-
-def load_strict(module: nn.Module, state: dict[str, Tensor], what: str) -> int:
-    """Load weights only if every name and shape fits; returns how many tensors were loaded.
-
-    Args:
-        module: keeps its weights untouched on failure.
-        state: tensors by the module's own names.
-        what: the weights' origin, to begin the error with, such as
-            `checkpoint runs/a/checkpoints/step-00000070 (a resnet18)`.
-
-    Raises:
-        DataError: with the numbers of matching, missing, unknown and misshapen tensors.
-    """
-    own = module.state_dict()
-    missing = [name for name in own if name not in state]
-    unknown = [name for name in state if name not in own]
-    misshapen = [
-        f"{name} {list(state[name].shape)} instead of {list(tensor.shape)}"
-        for name, tensor in own.items()
-        if name in state and state[name].shape != tensor.shape
-    ]
-    if missing or unknown or misshapen:
-        matching = len(own) - len(missing) - len(misshapen)
-        kinds = (("missing", missing), ("unknown", unknown), ("of another shape", misshapen))
-        wrong = ", ".join(f"{len(n)} {kind} ({_first(n)})" for kind, n in kinds if n)
-        raise DataError(
-            f"{what} is of another architecture: {matching} of this model's {len(own)} tensors "
-            f"match, {wrong}; use the configuration it was trained with"
-        )
-    module.load_state_dict(state)
-    return len(own)
-
-
-def _first(names: list[str], count: int = 2) -> str:
-    return ", ".join(names[:count]) + (", ..." if len(names) > count else "")

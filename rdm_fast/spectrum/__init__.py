@@ -1,4 +1,4 @@
-"""The spectrum of projections: eigenvalues, effective rank, rank difference, measured responses."""
+"""Spectra of projections: eigenvalues, effective rank, rank difference, measured responses."""
 
 from rdm_fast.spectrum.branches import BranchSpectra, Profile, branch_spectra
 from rdm_fast.spectrum.directions import Directions, alignment, directions, measured_response

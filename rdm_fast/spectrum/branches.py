@@ -1,4 +1,4 @@
-"""The spectra of both branches of a step, from the rows that the step has."""
+"""The spectra of both branches of a training step, from the rows that the step has."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,15 +24,24 @@ Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
+class Profile:
+    """Measures that need eigenvectors: averaged over views, strongest direction first."""
+
+    s: Tensor  # [n] float64, singular values of the rows that the predictor or filter takes
+    response: Tensor  # [n], how much it scales their directions; NaN under the cutoff
+    alignment: Tensor  # scalar, of the online branch's output with the target's eigenvectors
+
+
+@dataclass(frozen=True)
 class BranchSpectra:
-    """Eigenvalues of what each branch puts out, averaged over views, of the global batch."""
+    """Eigenvalues of the outputs of each branch, over the global batch, averaged over views."""
 
     online: Tensor  # [n] float64, ascending
     target: Tensor
     projection: Tensor
     std: Tensor  # scalar, of the projections
     attainable: Tensor  # scalar, the largest effective rank that the projections could have
-    profile: "Profile | None" = None
+    profile: Profile | None = None
 
     def metrics(self) -> dict[str, float]:
         """The numbers that are logged; waits for the device."""
@@ -52,21 +61,12 @@ class BranchSpectra:
         return metrics
 
     def record(self) -> dict[str, np.ndarray | float]:
-        """What goes to `spectrum.jsonl`; waits for the device. Needs a profile."""
+        """A record of `spectrum.jsonl`; needs a profile, and waits for the device."""
         assert self.profile is not None
         values = {name: getattr(self, name).flip(0) for name in ("online", "target", "projection")}
         values |= {"s": self.profile.s, "response": self.profile.response}
         arrays = {name: tensor.cpu().numpy() for name, tensor in values.items()}
         return {**arrays, "alignment": float(self.profile.alignment)}
-
-
-@dataclass(frozen=True)
-class Profile:
-    """What takes eigenvectors: averaged over views, strongest direction first."""
-
-    s: Tensor  # [n] float64, singular values of the rows that the predictor or filter takes
-    response: Tensor  # [n], by what it scales their directions; NaN under the cutoff
-    alignment: Tensor  # scalar, of the online branch's output with the target's eigenvectors
 
 
 @torch.no_grad()
@@ -84,8 +84,8 @@ def branch_spectra(
     in SimSiam the targets are those of the other view.
 
     Args:
-        online: [v, b, D] of this rank, before any spectral filter; those of small views, which
-            have no projections here, are left out.
+        online: [v, b, D] of this rank, before any spectral filter; small views, which have no
+            projections here, are left out.
         target: [v, b, D], likewise before a filter.
         projection: [v, b, D], the online encoder's projections.
         config: the spectral filter that one of them still goes through, or None.
@@ -129,7 +129,7 @@ def _profile(
 ) -> Profile:
     s, responses, alignments = [], [], []
     for p, z, projected in zip(P, Z, projection, strict=True):
-        taken, made = projected, p  # by and from the learned predictor
+        taken, made = projected, p  # the learned predictor's input and output
         if config is not None and config.location == "online":
             p = made = filtered_rows(p, config)
         elif config is not None:
@@ -137,8 +137,7 @@ def _profile(
         s.append(axes(taken).s)
         responses.append(measured_response(taken, made, axes(taken)))
         alignments.append(alignment(p, axes(z)))
-    mean = [torch.stack(views).mean(dim=0) for views in (s, responses, alignments)]
-    return Profile(*mean)
+    return Profile(*(torch.stack(views).mean(dim=0) for views in (s, responses, alignments)))
 
 
 class OncePerBatch(Generic[Result]):

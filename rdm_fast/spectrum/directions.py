@@ -1,4 +1,4 @@
-"""Along which directions: the measured response of a predictor, and alignment of eigenspaces.
+"""Per-direction measures: the response of a predictor, and the alignment of eigenspaces.
 
 Directions are the right singular vectors v_i of a batch of projections Z = U S V^T, which are the
 eigenvectors of its correlation matrix.
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rdm_fast.config import FilterConfig
-from rdm_fast.filters.decomposition import decompose, smaller_gram, uses_samples
+from rdm_fast.filters.decomposition import eigen_of_gram, respond, smaller_gram
 
 ALL_BUT = 1e-4
 """Share of the variance outside the top eigenvectors: the paper's figure 4 shows 99.99 %."""
@@ -30,32 +30,29 @@ class Directions:
 def directions(z: Tensor) -> Directions:
     """The directions of a batch z [B, D]; all NaN and none kept if it is not finite."""
     X = z[None]
-    spectrum = decompose(smaller_gram(X), X, KEEP)
-    if uses_samples(*z.shape):
-        V = z.to(torch.float64).mT @ spectrum.U_over_S[0]
-    else:
-        V = spectrum.vectors[0]
+    spectrum = respond(eigen_of_gram(smaller_gram(X)), X, KEEP)
     kept = spectrum.g[0] == 1
-    return Directions(spectrum.s[0].flip(0), (V * kept).flip(1), kept.flip(0))
+    V = spectrum.V(X)[0] * kept
+    return Directions(spectrum.s[0].flip(0), V.flip(1), kept.flip(0))
 
 
 def measured_response(z: Tensor, p: Tensor, axes: Directions | None = None) -> Tensor:
-    """By what a predictor scales each direction of the projections: g read off from its rows.
+    """How much a predictor scales each principal direction of the projections.
 
         g(s_i) = v_i^T (Z^+ P) v_i = (Z v_i)^T (P v_i) / |Z v_i|^2
 
-    the slope of the prediction's i-th coordinate on the projection's: of the best linear map from
-    Z to P (least squares), the entry at v_i. Any module can be looked at so, an MLP or a spectral
-    filter (whose g(s) it gives back exactly): the paper's figure 4 shows such curves, without
-    saying by which estimator.
+    is the slope of the prediction's i-th coordinate on the projection's: the entry at v_i of the
+    best linear map from Z to P (least squares). It applies to any module, and gives back the g(s)
+    of a spectral filter exactly. The paper's figure 4 shows such curves without naming an
+    estimator.
 
     Args:
         z: projections, [B, D].
-        p: what the predictor made of them, [B, D].
+        p: the predictions made from them, [B, D].
         axes: `directions(z)`, if they are known.
 
     Returns:
-        [min(B, D)] float64, for the strongest direction first; NaN for those under the cutoff.
+        [min(B, D)] float64, strongest direction first; NaN under the cutoff.
     """
     axes = directions(z) if axes is None else axes
     onto = z.to(torch.float64) @ axes.V
@@ -65,16 +62,15 @@ def measured_response(z: Tensor, p: Tensor, axes: Directions | None = None) -> T
 
 
 def alignment(online: Tensor, axes: Directions) -> Tensor:
-    """How far the eigenvectors of one branch are those of the other's correlation matrix C.
+    """How close the eigenvectors of one branch are to those of the other's correlation matrix C.
 
         mean_i cos(C v_i, v_i)
 
     over the v_i that carry 99.99 % of their batch's variance; 1 if all are eigenvectors of C.
-    This is the alignment of eigenspaces that follow-up code attributes to the RDM paper, whose
-    own released code has none.
+    Follow-up code attributes this measure to the RDM paper; the paper's released code has none.
 
     Args:
-        online: rows [B, D] whose correlation matrix C is.
+        online: rows [B, D] with correlation matrix C.
         axes: the v_i, of the other branch's batch.
 
     Returns:

@@ -1,12 +1,12 @@
-"""What is measured on the rows of one batch: eigenvalues, effective rank, standard deviation.
+"""Measures of one batch of rows: eigenvalues, effective rank, standard deviation.
 
-Correlation here is the uncentered second moment, C = mean_b z_b z_b^T, as the paper's code computes
-it (arXiv:2303.02387). It is not the covariance, which subtracts the mean, nor Barlow Twins'
+Correlation here is the uncentered second moment, C = mean_b z_b z_b^T, as in the paper's code
+(arXiv:2303.02387). It is neither the covariance, which subtracts the mean, nor Barlow Twins'
 cross-correlation. Its eigenvalues are s^2 / B for the singular values s of the batch.
 
 A batch of B rows shows at most min(B, D) directions of D, and one less if its rows sum to zero, as
-after a batch norm. So eigenvalues are given for min(B, D) directions only, and what is compared
-with a bound or between batches of different sizes is a share of the attainable rank.
+after a batch norm. Eigenvalues are therefore given for min(B, D) directions only, and comparisons
+between batches of different sizes use the share of the attainable rank.
 """
 
 import torch
@@ -18,18 +18,18 @@ from rdm_fast.filters.decomposition import right_vectors, smaller_gram
 from rdm_fast.filters.response import cutoff, response
 
 CENTERED = 1e-3
-"""A mean row this small beside the others is rounding, of 16-bit rows too: no direction."""
+"""A mean row this small beside the others is rounding, even of 16-bit rows, and no direction."""
 
 
 def eigenvalues(z: Tensor) -> Tensor:
-    """Eigenvalues of the correlation matrix of the rows given (no collective).
+    """Eigenvalues of the correlation matrix of the given rows (no collective).
 
     Args:
         z: projections, [B, d], any floating dtype.
 
     Returns:
-        [min(B, d)] float64, ascending, non-negative: all that can differ from zero. NaN if z
-        holds a value that is not finite.
+        [min(B, d)] float64, ascending, non-negative; the others are zero. NaN if z holds a value
+        that is not finite.
     """
     G = smaller_gram(z[None])[0]
     if not G.isfinite().all():
@@ -38,19 +38,19 @@ def eigenvalues(z: Tensor) -> Tensor:
 
 
 def effective_rank(eigenvalues: Tensor) -> Tensor:
-    """How many directions a correlation matrix really uses: exp of its spectrum's entropy.
+    """How many directions a correlation matrix uses: exp of its spectrum's entropy.
+
+    This is Roy & Vetterli (EUSIPCO 2007) applied to C, whose singular values are its eigenvalues,
+    as in the RDM paper. RankMe applies it to Z, that is, to their square roots, and so reports a
+    larger number.
 
     Args:
-        eigenvalues: of a correlation matrix, [..., n]. Negative ones are rounding error and
+        eigenvalues: of a correlation matrix, [..., n]. Negative ones are rounding errors and
             count as zero.
 
     Returns:
         [...] in the eigenvalues' dtype, from 1 (one direction) to n (all alike). 0 for a
         spectrum of zeros, which is complete collapse.
-
-    This is Roy & Vetterli (EUSIPCO 2007) applied to C, whose singular values are its eigenvalues,
-    as in the RDM paper. RankMe applies it to Z itself, that is to their square roots, and so
-    reports a larger number.
     """
     eigenvalues = eigenvalues.clamp_min(0)
     total = eigenvalues.sum(dim=-1, keepdim=True)
@@ -60,18 +60,12 @@ def effective_rank(eigenvalues: Tensor) -> Tensor:
 
 
 def attainable_rank(z: Tensor) -> Tensor:
-    """The largest effective rank that B rows of d channels can have.
+    """The largest effective rank that rows like z [B, d] can have, a scalar int64.
 
         min(B, d), or min(B - 1, d) where the rows sum to zero, up to rounding
 
-    A batch norm without bias at the end of a projector makes them do so. Dividing by min(B, d)
-    all the same would hold a share under 1 - 1 / B however spread out the rows are.
-
-    Args:
-        z: [B, d].
-
-    Returns:
-        Scalar int64.
+    They do after a projector that ends in a batch norm without bias; without the correction such
+    rows would have a share of at most 1 - 1 / B, however spread out they are.
     """
     B, d = z.shape
     wide = z.to(torch.float64)
@@ -99,7 +93,7 @@ def filtered_eigenvalues(
     Args:
         z: [B, d], any floating dtype.
         config: the filter.
-        basis: the batch [B, d] whose filter W is; z itself if left out. Then, without centering,
+        basis: the batch [B, d] whose filter is W; z itself by default. Then, without centering,
             the answer is (s g(s))^2 / B, and neither vectors nor z W are needed.
         own: `eigenvalues(z)`, if they are known.
 
@@ -115,18 +109,15 @@ def filtered_eigenvalues(
 
 
 def filtered_rows(z: Tensor, config: FilterConfig, basis: Tensor | None = None) -> Tensor:
-    """z W, [B, d] float64, with W of z itself or of another batch; arguments as above."""
+    """z W, [B, d] float64; arguments as in `filtered_eigenvalues`."""
     V, g = right_vectors((z if basis is None else basis)[None], config)
     return (z.to(torch.float64) @ V[0]) * g[0] @ V[0].mT
 
 
 def channel_std(z: Tensor) -> Tensor:
-    """Mean standard deviation of a channel of z / |z|, times sqrt(d).
+    """Mean standard deviation of a channel of z / |z|, times sqrt(d), for z [B, d].
 
     0 when all rows are alike (complete collapse), about 1 when they fill the sphere (SimSiam,
     figure 2, in units of its 1 / sqrt(d)).
-
-    Args:
-        z: [B, d].
     """
     return F.normalize(z.float(), dim=1).std(dim=0).mean() * z.shape[1] ** 0.5

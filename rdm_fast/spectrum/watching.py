@@ -1,13 +1,12 @@
-"""Spectra of anybody's model while it trains: a forward hook, and what it saw.
+"""Forward hooks that record the spectra of any model while it trains.
 
-with watch(model, every=100) as spectra:
-    train(model)
-print(spectra.records[-1].effective_rank)
+    with watch(model, every=100) as spectra:
+        train(model)
+    print(spectra.records[-1].effective_rank)
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from types import TracebackType
 from typing import Any, Self
 
 import torch
@@ -18,12 +17,12 @@ from rdm_fast.spectrum.directions import directions, measured_response
 from rdm_fast.spectrum.measures import attainable_rank, channel_std, effective_rank, eigenvalues
 
 HEADS = ("projector", "projection_head", "predictor", "prediction_head")
-"""What solo-learn, lightly, SimSiam's code and this project call the modules worth a look."""
+"""Names of the modules to watch in solo-learn, lightly, SimSiam's code and this project."""
 
 
 @dataclass(frozen=True)
 class WatchedBatch:
-    """What one forward pass of one module put out."""
+    """Measures of the output of one forward pass of one module."""
 
     name: str  # of the module inside the model; "" for the model itself
     call: int  # forward passes of this module in training mode, from 1
@@ -32,30 +31,25 @@ class WatchedBatch:
     share: float  # of the largest effective rank that the batch can show
     std: float  # of the normalized rows, times sqrt(d): 1 is spread out, 0 is collapse
     s: Tensor | None = None  # [n], of the module's input, if it has the shape of the output
-    response: Tensor | None = None  # [n], by what the module scales these directions
+    response: Tensor | None = None  # [n], how much the module scales these directions
 
 
 @dataclass
 class Watch:
-    """Hooks on modules, and the records they made; a context manager that removes them."""
+    """Hooks on modules and the records they make; a context manager that removes the hooks."""
 
     records: list[WatchedBatch] = field(default_factory=list)
     handles: list[Any] = field(default_factory=list)
 
     def remove(self) -> None:
-        """Take the hooks off; the records stay."""
+        """Remove the hooks; the records stay."""
         while self.handles:
             self.handles.pop().remove()
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.remove()
 
 
@@ -66,33 +60,33 @@ def watch(
     on_record: Callable[[WatchedBatch], object] | None = None,
     all_ranks: bool = False,
 ) -> Watch:
-    """Record the spectrum of what modules put out, every so many forward passes while training.
+    """Record the spectrum of module outputs, every so many forward passes while training.
 
-    A module that keeps the width of its input, as a predictor does, is also measured as a filter:
-    see `measured_response`. Outputs and gradients are untouched. A record waits for the device.
+    A module that keeps the width of its input, as a predictor does, is also measured as a filter
+    (`measured_response`). Outputs and gradients are untouched. Each record waits for the device.
 
     Args:
         model: any module.
-        names: modules inside it, as `model.named_modules()` has them, whose outputs are [B, d].
-            Left out, those called projector, projection_head, predictor or prediction_head,
-            whichever there are; or the model itself if there are none.
-        every: forward passes in training mode between two records, counted for each module by
-            itself; the first one is recorded. A SimSiam has two in a step.
-        on_record: called with each record, to send it to a logger; otherwise they are in `records`.
-        all_ranks: take the rows of all ranks; then every rank must watch, with the same `every`.
+        names: modules inside it, as in `model.named_modules()`, with outputs [B, d]. By default
+            those named projector, projection_head, predictor or prediction_head; the model itself
+            if there are none.
+        every: forward passes in training mode between two records, counted per module; the first
+            one is recorded. A SimSiam has two in a step.
+        on_record: called with each record, for example to log it.
+        all_ranks: measure the rows of all ranks; every rank must then watch, with the same `every`.
 
     Returns:
         A handle with `records` and `remove()`, which is also a context manager.
 
     Raises:
-        ValueError: there is no module of such a name, or `every` is less than 1. Raised by the
-            forward pass: its output is not [B, d].
+        ValueError: a name is not a module of the model, or `every` is less than 1. The forward
+            pass raises it if an output is not [B, d].
     """
     if every < 1:
-        raise ValueError(f"watch needs every to be 1 or more forward passes, got {every}")
+        raise ValueError(f"watch(every={every}): use 1 or more")
     modules = dict(model.named_modules())
     if unknown := [name for name in names if name not in modules]:
-        raise ValueError(f"watch found no module {unknown[0]} in {type(model).__name__}")
+        raise ValueError(f"{type(model).__name__} has no module {unknown[0]} to watch")
     found = names or [name for name in modules if name.rpartition(".")[2] in HEADS]
     handle = Watch()
     for name in found or [""]:
@@ -120,8 +114,8 @@ class _Hook:
         if not isinstance(output, Tensor) or output.ndim != 2:
             shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
             raise ValueError(
-                f"watch needs a module that puts out [B, d], and {self.name or 'the model'} gives "
-                f"{shape}: name its projector or predictor, as in watch(model, 'projector')"
+                f"watch needs outputs [B, d], and {self.name or 'the model'} returned {shape}: name "
+                "its projector or predictor, as in watch(model, 'projector')"
             )
         with torch.autocast(output.device.type, enabled=False):
             record = self._measure(inputs[0] if inputs else None, output)

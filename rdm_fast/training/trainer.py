@@ -18,7 +18,7 @@ from rdm_fast.errors import Collapsed, DataError, InputMissing, Interrupted, Out
 from rdm_fast.evaluation.online_probe import OnlineProbe, online_accuracies
 from rdm_fast.filters.response import advice
 from rdm_fast.methods import build_method
-from rdm_fast.models.pretrained import warm_start
+from rdm_fast.models.pretrained import load_strict, warm_start
 from rdm_fast.run import checkpoint
 from rdm_fast.run.checkpoint import Snapshot
 from rdm_fast.run.environment import describe_environment
@@ -304,7 +304,7 @@ class Trainer:
         data = snapshot.state.get("data")
         self.images.require_digest(data, self.folder.path, self.config.data.root)
         method, optimizer = self.train_step.method, self.train_step.optimizer
-        checkpoint.load_strict(method, snapshot.model, f"checkpoint {path}")
+        load_strict(method, snapshot.model, f"checkpoint {path}")
         checkpoint.restore_optimizer(
             optimizer, method.named_parameters(), snapshot.optim, snapshot.state["optimizer"]
         )

@@ -1,8 +1,8 @@
-"""Engines: ways to compute what a spectral filter does to rows.
+"""Engines: ways to compute a spectral filter.
 
 eigh        eigendecomposition of the smaller Gram matrix: every filter, always accurate
-gemm        matrix products alone: where they are accurate, and nothing waits for the device
-reference   the SVD of the paper's code, to compare with
+gemm        matrix products only: where they are accurate, and nothing waits for the device
+reference   the SVD of the paper's code, for comparison
 """
 
 from torch import Tensor
@@ -26,5 +26,5 @@ ENGINES: dict[str, type[SpectralFilter]] = {
 def build_filter(
     engine: str, X: Tensor, rows: slice, config: FilterConfig, *, swapped: bool = False
 ) -> SpectralFilter:
-    """The spectral filter of a global batch X [v, B, D] by an engine of this name."""
-    return ENGINES[engine](X.detach(), rows, config, swapped=swapped)
+    """The spectral filter of a global batch X [v, B, D] by the engine of this name."""
+    return ENGINES[engine](X.detach(), rows, config, swapped)

@@ -1,6 +1,7 @@
-"""What every engine makes of a batch: its spectral filter, as operations on rows."""
+"""The interface of an engine: the spectral filter of a batch, as operations on rows."""
 
 from abc import ABC, abstractmethod
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -9,27 +10,23 @@ from rdm_fast.config import FilterConfig
 from rdm_kernels.apply_rows import apply_rows
 
 
+@dataclass(eq=False)
 class SpectralFilter(ABC):
-    """W = V g(S) V^T of a global batch X = U S V^T [v, B, D]; it carries no gradient.
+    """W = V g(S) V^T of a global batch X = U S V^T; it carries no gradient.
 
-    Results are in float32, or float64 for float64 batches. Where X is not finite they are NaN.
+    Results are float32, or float64 for float64 batches, and NaN where X is not finite.
     """
 
-    def __init__(
-        self, X: Tensor, rows: slice, config: FilterConfig, *, swapped: bool = False
-    ) -> None:
-        """
-        Args:
-            X: the global batch, without gradient.
-            rows: this rank's rows of it.
-            config: which filter.
-            swapped: `cosine` will be asked for targets that are the other view's rows, and all
-                of them are on this rank.
-        """
-        self.X, self.rows, self.config, self.swapped = X, rows, config, swapped
+    X: Tensor  # the global batch, [v, B, D], without gradient
+    rows: slice  # this rank's rows of it
+    config: FilterConfig
+    swapped: bool = False
+    """`cosine` will be called with the other view's rows as targets, all of them on this rank."""
 
-    status: Tensor | None = None
-    """[v] int32, of `rdm_kernels.matrix_function`; None for an engine that cannot fail."""
+    @property
+    def status(self) -> Tensor | None:
+        """[v] int32, of `rdm_kernels.matrix_function`; None for an engine that cannot fail."""
+        return None
 
     @abstractmethod
     def cosine(self, p: Tensor, z: Tensor) -> Tensor:
@@ -50,7 +47,7 @@ class SpectralFilter(ABC):
 
 
 def row_norms(z: Tensor, dtype: torch.dtype) -> Tensor:
-    """Norm of each row, [v, b], computed in this dtype."""
+    """|z_i|, [v, b], computed in this dtype."""
     return torch.linalg.vector_norm(z, dim=-1, dtype=dtype)
 
 

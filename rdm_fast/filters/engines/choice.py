@@ -1,4 +1,4 @@
-"""Which engine computes a filter, and what happens when matrix products were not accurate enough.
+"""Which engine computes a filter, and what happens after a batch on which gemm was not accurate.
 
 `auto` takes the fastest engine that is accurate for the filter:
 
@@ -9,12 +9,12 @@
     center, or an unusual cutoff        eigh    eigh    eigh
 
 On a CPU an eigendecomposition costs less than the fifty products that avoid it; on a GPU it costs
-more than all of them, and waits. The second row's products are of float64.
+more than all of them, and waits. The second row multiplies in float64.
 
-The gemm engine leaves a status word on the device. It is copied to the host without a wait and
-read when the filter is next computed: by then it is long there. A batch on which the engine was not
-accurate takes no part in training (its filter is zero, and so is its gradient); from the next
-step on `auto` uses eigh. With engine=gemm the next step ends the run.
+The gemm engine leaves a status word on the device. It is copied to the host without a wait, and
+read before the next batch is filtered, when it has long arrived. A batch on which the engine was
+not accurate does not train: its filter is zero, and so is its gradient. From the next step on,
+`auto` uses eigh; with engine=gemm the next step ends the run.
 """
 
 import warnings
@@ -34,7 +34,7 @@ REASONS = {CHOLESKY_FAILED: "its Cholesky factorization failed", INACCURATE: "re
 
 
 def choose(config: FilterConfig, device: torch.device) -> str:
-    """The engine that `auto` starts with, or the one asked for by name."""
+    """The engine named by the configuration, or the one that `auto` starts with."""
     if config.engine != "auto":
         return config.engine
     if config.why_not_gemm:

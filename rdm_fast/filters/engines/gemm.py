@@ -1,14 +1,16 @@
-"""The gemm engine: matrix products alone, no eigendecomposition, nothing waits for the device.
+"""The gemm engine: matrix products only, no eigendecomposition, and nothing waits for the device.
 
     samples, G = X X^T      W = X^T h X, X W = M X         h = g(sqrt G) / G, M = G h
     features, F = X^T X     W = g(sqrt F)
 
-by `rdm_kernels.matrix_function`, which damps singular values under tau = cutoff |X| (or under the
-rounding noise of the projections) where the eigh engine cuts them off. s^2 needs no matrix
-function: h = 1, or W = F. The target of s^-1 is, but for the damping, the polar factor of its
-batch; undamped (`rdm_kernels.polar`) a collapsed batch's targets would be mostly rounding noise.
+The functions of G come from `rdm_kernels.matrix_function`, which damps singular values under
+tau = cutoff |X| (or under the rounding noise of the projections) where the eigh engine cuts them
+off. s^2 needs no matrix function: h = 1, or W = F. The target of s^-1 is, apart from the damping,
+the polar factor of its batch; without damping (`rdm_kernels.polar`) a collapsed batch's targets
+would be mostly rounding noise.
 """
 
+from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
@@ -29,37 +31,37 @@ FALLING_DEGREE = 200  # of the Chebyshev series: s^-1 to 1e-7 of its maximum, at
 def needs_float64(config: FilterConfig) -> bool:
     """Whether h = g / s^2 amplifies directions so weak that a float32 Gram matrix lacks them.
 
-    X W = M X of a target takes no h.
+    X W = M X of a target does not use h.
     """
-    takes_h = config.location == "online" or config.basis == "online"
-    return takes_h and (config.kind == "log" or config.is_falling)
+    uses_h = config.location == "online" or config.basis == "online"
+    return uses_h and (config.kind == "log" or config.is_falling)
 
 
 class Functions(NamedTuple):
-    """M = G h and h of a Gram matrix G, [v, n, n]; h None: a multiple of the identity, `unit` [v].
+    """Functions of the Gram matrix G, [v, n, n] each."""
 
-    Of a feature side's Gram matrix, M is W.
-    """
-
-    M: Tensor
-    h: Tensor | None
-    unit: Tensor | None
+    M: Tensor  # G h on the sample side, W on the feature side
+    h: Tensor | None  # None: a multiple of the identity
+    unit: Tensor | None  # that multiple, [v]
+    status: Tensor | None  # [v], of `rdm_kernels.matrix_function`
 
 
+@dataclass(eq=False)
 class GemmFilter(SpectralFilter):
-    def __init__(
-        self, X: Tensor, rows: slice, config: FilterConfig, *, swapped: bool = False
-    ) -> None:
-        super().__init__(X, rows, config, swapped=swapped)
-        self.samples = uses_samples(*X.shape[1:])
-        self.dtype = torch.promote_types(X.dtype, torch.float32)
-        self.exact = X  # what is multiplied with itself
-        if needs_float64(config):
-            self.dtype, self.exact = WIDE, X.to(WIDE)
+    def __post_init__(self) -> None:
+        self.samples = uses_samples(*self.X.shape[1:])
+        self.dtype = torch.promote_types(self.X.dtype, torch.float32)
+        self.exact = self.X  # the batch as Gram matrices take it
+        if needs_float64(self.config):
+            self.dtype, self.exact = WIDE, self.X.to(WIDE)
+
+    @property
+    def status(self) -> Tensor | None:
+        return self._functions.status
 
     def cosine(self, p: Tensor, z: Tensor) -> Tensor:
         norm = row_norms(z, self.dtype)
-        M, h, unit = self._functions
+        M, h, unit, _ = self._functions
         if not self.samples:
             y = product(self.X[:, self.rows].to(self.dtype), M)
             return filtered_cosine(p, norm, y, y, z.to(self.dtype), M)
@@ -75,7 +77,7 @@ class GemmFilter(SpectralFilter):
         return product(self.X[:, self.rows].to(self.dtype), M)
 
     def filter_rows(self, z: Tensor) -> Tensor:
-        M, h, unit = self._functions
+        M, h, unit, _ = self._functions
         if not self.samples:
             return product(z.to(self.dtype), M)
         inner = self._inner(z)
@@ -91,28 +93,24 @@ class GemmFilter(SpectralFilter):
         return gram_matrix(self.exact, samples=self.samples, wide=False), None
 
     @cached_property
-    def _functions(self) -> "Functions":
+    def _functions(self) -> Functions:
         G, _ = self._gram
         trace = G.diagonal(dim1=-2, dim2=-1).sum(dim=-1)
         if self._is_power(2):
             unit = 1 / trace.where(trace != 0, 1)  # a cosine takes any scale; float32 does not
-            return Functions(unit[:, None, None] * G, None, unit)
+            return Functions(unit[:, None, None] * G, None, unit, None)
         _, B, D = self.X.shape
         rms = (trace / (B * D)).sqrt()
         floor = noise_floor(rms, samples=B, features=D, dtype=self.X.dtype)
         result = split_views_across_ranks(self._matrix_function, G, floor)
-        self.status = result.status
-        return Functions(result.M, result.h, None)
+        return Functions(result.M, result.h, None, result.status)
 
     def _matrix_function(self, G: Tensor, floor: Tensor) -> MatrixFunction:
-        cutoff, degree = self.config.cutoff, self._degree()
+        """Degree 1 is exact for s^0 and s^1; None lets the op choose one for a rising g."""
+        degree = FALLING_DEGREE if self.config.is_falling else None
+        degree = 1 if self._is_power(0) or self._is_power(1) else degree
+        cutoff = self.config.cutoff
         return matrix_function(G, self._response, cutoff=cutoff, floor=floor, degree=degree)
-
-    def _degree(self) -> int | None:
-        """Of the Chebyshev series of g; None for the one that suffices for a rising g."""
-        if self._is_power(0) or self._is_power(1):
-            return 1
-        return FALLING_DEGREE if self.config.is_falling else None
 
     def _response(self, s: Tensor) -> Tensor:
         """g(s), [v, k]; a power of s / s_max, as the cosine loss ignores a constant factor."""

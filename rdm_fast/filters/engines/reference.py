@@ -1,25 +1,24 @@
-"""The reference engine: the filter as the paper's code computes it, to compare others with.
+"""The reference engine: the filter as the paper's code computes it, for comparison.
 
-A thin SVD in float32 of the online rows, or of the targets themselves; no cutoff, W formed.
+A thin SVD in float32 of the online rows, or of the targets themselves; no cutoff, W is formed.
 """
+
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rdm_fast.config import FilterConfig
 from rdm_fast.filters.engines.base import SpectralFilter
 from rdm_fast.filters.response import response
 
 
+@dataclass(eq=False)
 class ReferenceFilter(SpectralFilter):
-    def __init__(
-        self, X: Tensor, rows: slice, config: FilterConfig, *, swapped: bool = False
-    ) -> None:
-        super().__init__(X, rows, config, swapped=swapped)
-        wide = X.to(torch.promote_types(X.dtype, torch.float32))
+    def __post_init__(self) -> None:
+        wide = self.X.to(torch.promote_types(self.X.dtype, torch.float32))
         _, s, Vh = torch.linalg.svd(wide, full_matrices=False)
-        g = response(config, s, torch.full_like(s[:, :1], -1.0))
+        g = response(self.config, s, torch.full_like(s[:, :1], -1.0))
         self.W = (Vh.mT * g[:, None, :]) @ Vh
 
     def cosine(self, p: Tensor, z: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
-"""Matrix functions of two views on two ranks: each computes one, and they are exchanged.
+"""Matrix functions of two views on two ranks: each rank computes one, and they exchange results.
 
-Every rank holds both views' Gram matrices, and could compute both functions of them; from n =
-SMALLEST on, sending n^2 numbers takes less time than computing them. What is sent are the very
-bytes, so every rank has the same results, and the same as if it had computed them.
+Every rank holds both views' Gram matrices and could compute both functions. From n = SMALLEST on,
+sending n^2 numbers takes less time than computing them. The results are sent byte by byte, so every
+rank has the bits it would have computed itself.
 """
 
 from collections.abc import Callable
@@ -21,11 +21,11 @@ Result = TypeVar("Result", bound=tuple[Tensor, ...])
 
 
 def split_views_across_ranks(function: Callable[..., Result], *batches: Tensor) -> Result:
-    """function(*batches), whose views are computed on different ranks where that is faster.
+    """function(*batches), with each view computed on another rank where that is faster.
 
     Args:
-        function: acts on each view alone, and returns a named tuple of tensors [v, ...], without
-            gradient. It may be called on one view, [1, ...].
+        function: acts on each view alone and returns a named tuple of tensors [v, ...] without
+            gradient. It may be called with one view, [1, ...].
         batches: [v, ...] each, the same on every rank; the first is [v, n, n].
     """
     v, n = batches[0].shape[:2]

@@ -79,7 +79,7 @@ def _require_target(target: Target, config: Config) -> None:
     if target != "safetensors" and model.backbone == "resnet8":
         raise UsageError(
             f"--to {target} has no resnet8, a backbone that exists only here: "
-            "use --to safetensors, which rdm_fast.models.pretrained.load_backbone reads"
+            "use --to safetensors, which rdm_fast.load_backbone reads"
         )
     if target == "hf" and model.stem != "imagenet":
         raise UsageError(
@@ -268,10 +268,9 @@ def _prefixed(file: _File) -> list[str]:
 
 def _ours(file: _File) -> list[str]:
     return [
-        "from pathlib import Path",
-        "from rdm_fast.models.pretrained import load_backbone",
+        "from rdm_fast import load_backbone",
         "",
-        f'model = load_backbone(Path("{file.out.name}"))',
+        f'model = load_backbone("{file.out.name}")',
     ]
 
 

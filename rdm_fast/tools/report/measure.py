@@ -20,6 +20,7 @@ from rdm_fast.data.images.sets import Subset
 from rdm_fast.errors import DataError, InputMissing
 from rdm_fast.evaluation.features import extract
 from rdm_fast.evaluation.loaded_backbone import find_checkpoint
+from rdm_fast.models.pretrained import load_strict
 from rdm_fast.methods import Branches, Method, build_method
 from rdm_fast.run import checkpoint
 from rdm_fast.runtime.precision import autocast
@@ -109,7 +110,7 @@ def measure(
     path = find_checkpoint(run.path)
     snapshot = checkpoint.load(path)
     method = build_method(config)
-    checkpoint.load_strict(method, snapshot.model, f"checkpoint {path}")
+    load_strict(method, snapshot.model, f"checkpoint {path}")
     method = method.to(device)
     return Measurement(
         _spectra(method, _branches(method, config, device), snapshot.step) if spectra else None,
