@@ -173,11 +173,8 @@ def read_backbone(path: Path, prefix: str | None = None) -> PretrainedBackbone:
         layout = replace(layout, name="rdm-fast")
     stem = cast(Stem, notes.get("stem"))
     if stem not in get_args(Stem):
-        stem = "cifar_pad2" if "solo-learn" in layout.name else "cifar"
-        if backbone == "resnet8":
-            stem = "cifar"
-        elif conv1.shape[-1] != 3:
-            stem = "imagenet"
+        is_padded = "solo-learn" in layout.name and backbone != "resnet8"
+        stem = "imagenet" if conv1.shape[-1] != 3 else "cifar_pad2" if is_padded else "cifar"
     width, channels = conv1.shape[:2]
     return PretrainedBackbone(path, layout, body, backbone, stem, width, channels, dict(ignored))
 

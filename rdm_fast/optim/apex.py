@@ -57,12 +57,12 @@ def _fused(name: str) -> type[Optimizer]:
     """The class of this name in apex.optimizers."""
     spec = find_spec("apex")
     if spec is None:
-        raise Unavailable(f"optim.backend=apex needs NVIDIA apex, which is not installed: {WAY_OUT}")
+        raise Unavailable(f"optim.backend=apex: NVIDIA apex is not installed: {WAY_OUT}")
     folders = spec.submodule_search_locations
     if PathFinder.find_spec("apex.optimizers", folders) is None:
         raise Unavailable(
-            "optim.backend=apex needs NVIDIA apex, and the installed package apex is another project "
-            f"(PyPI has one of that name): pip uninstall apex, then {WAY_OUT}"
+            "optim.backend=apex needs NVIDIA apex, and the installed apex is another project (PyPI "
+            f"has one of that name): pip uninstall apex, then {WAY_OUT}"
         )
     try:
         optimizers = importlib.import_module("apex.optimizers")
@@ -70,8 +70,8 @@ def _fused(name: str) -> type[Optimizer]:
     except (ImportError, OSError, AttributeError) as error:
         reason = " ".join(str(error).split())
         raise Unavailable(
-            f"optim.backend=apex: the installed NVIDIA apex has no usable {name} ({reason}), perhaps "
-            f"because it was built for another torch: {WAY_OUT}"
+            f"optim.backend=apex: the installed NVIDIA apex has no usable {name} ({reason}), "
+            f"perhaps because it was built for another torch: {WAY_OUT}"
         ) from error
     return found
 

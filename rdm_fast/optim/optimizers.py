@@ -66,7 +66,8 @@ def build_optimizer(method: nn.Module, optim: OptimConfig, device: torch.device)
     for group in groups:
         group["lr"] = torch.tensor(group["lr"], dtype=torch.float32, device=device)
     if optim.optimizer == "lars":
-        return Lars(groups, momentum=optim.momentum, trust_coefficient=optim.lars_eta, clip=optim.lars_clip)
+        eta, clip = optim.lars_eta, optim.lars_clip
+        return Lars(groups, momentum=optim.momentum, trust_coefficient=eta, clip=clip)
     if optim.optimizer == "sgd":
         sgd = SGD(groups, momentum=optim.momentum, fused=True)
         if optim.momentum:

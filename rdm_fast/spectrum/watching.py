@@ -1,8 +1,8 @@
 """Forward hooks that record the spectra of any model while it trains.
 
-    with watch(model, every=100) as spectra:
-        train(model)
-    print(spectra.records[-1].effective_rank)
+with watch(model, every=100) as spectra:
+    train(model)
+print(spectra.records[-1].effective_rank)
 """
 
 from collections.abc import Callable
@@ -114,8 +114,8 @@ class _Hook:
         if not isinstance(output, Tensor) or output.ndim != 2:
             shape = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
             raise ValueError(
-                f"watch needs outputs [B, d], and {self.name or 'the model'} returned {shape}: name "
-                "its projector or predictor, as in watch(model, 'projector')"
+                f"watch needs outputs [B, d], and {self.name or 'the model'} returned {shape}: "
+                "name its projector or predictor, as in watch(model, 'projector')"
             )
         with torch.autocast(output.device.type, enabled=False):
             record = self._measure(inputs[0] if inputs else None, output)

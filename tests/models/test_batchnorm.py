@@ -1,4 +1,4 @@
-"""batchnorm on several ranks, against nn.BatchNorm in float64 on the whole batch."""
+"""models.batchnorm on several ranks, against nn.BatchNorm in float64 on the whole batch."""
 
 from pathlib import Path
 from typing import Any
@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from rdm_fast.models.batchnorm import CpuSyncBatchNorm, frozen_running_statistics, synchronize
 from tests.ranks import run_ranks
@@ -15,8 +16,8 @@ CPU = torch.device("cpu")
 # Outputs and gradients are sums of at most 672 terms, rounded at 6e-8 of the largest: in units of
 # the largest value, 1e-6 leaves room for a dozen such roundings.
 TOLERANCE = {torch.float32: 1e-6, torch.float64: 1e-13}
-# name: (module, shape of the whole batch, rows on rank 0, dtype)
 CASES: dict[str, tuple[nn.Module, tuple[int, ...], int, torch.dtype]] = {
+    # module, shape of the whole batch, rows on rank 0, dtype
     "images": (nn.BatchNorm2d(5), (16, 5, 6, 7), 8, torch.float32),
     "images, uneven": (nn.BatchNorm2d(5, momentum=0.3), (16, 5, 6, 7), 5, torch.float32),
     "channels last": (nn.BatchNorm2d(5), (16, 5, 6, 7), 11, torch.float32),
@@ -25,13 +26,10 @@ CASES: dict[str, tuple[nn.Module, tuple[int, ...], int, torch.dtype]] = {
     "sequences": (nn.BatchNorm1d(5), (7, 5, 9), 4, torch.float32),
     "cumulative average": (nn.BatchNorm1d(5, momentum=None), (12, 5), 4, torch.float32),
     "no running statistics": (
-        nn.BatchNorm1d(5, track_running_stats=False),
-        (12, 5),
-        4,
-        torch.float32,
+        nn.BatchNorm1d(5, track_running_stats=False), (12, 5), 4, torch.float32,
     ),
     "float64": (nn.BatchNorm2d(5), (16, 5, 6, 7), 5, torch.float64),
-}
+}  # fmt: skip
 
 
 def batches(name: str) -> list[tuple[Tensor, Tensor]]:
@@ -40,6 +38,11 @@ def batches(name: str) -> list[tuple[Tensor, Tensor]]:
     generator = torch.Generator().manual_seed(3)
     x = 2 * torch.randn(2, *shape, generator=generator, dtype=dtype) + 0.5
     dy = torch.randn(2, *shape, generator=generator, dtype=dtype)
+    if name == "channels last":
+        return [
+            (a.to(memory_format=torch.channels_last), b.to(memory_format=torch.channels_last))
+            for a, b in zip(x, dy, strict=True)
+        ]
     return list(zip(x, dy, strict=True))
 
 
@@ -54,7 +57,7 @@ def build(name: str) -> nn.Module:
 
 
 def train_two_steps(norm: nn.Module, parts: list[tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
-    """Everything that can be seen of two training steps and one forward in eval mode."""
+    """Outputs, gradients and buffers of two training steps, and one forward in eval mode."""
     seen: dict[str, Tensor] = {}
     for step, (x, dy) in enumerate(parts):
         x = x.clone(memory_format=torch.preserve_format).requires_grad_()
@@ -70,39 +73,65 @@ def train_two_steps(norm: nn.Module, parts: list[tuple[Tensor, Tensor]]) -> dict
     return seen
 
 
-def _on_one_rank() -> dict[str, dict[str, Tensor]]:
-    results = {}
+def _shifted() -> Tensor:
+    """Mean 1000, standard deviation 1: E[x^2] - E[x]^2 has no correct digit after the second."""
+    return 1000 + torch.randn(64, 3, generator=torch.Generator().manual_seed(5))
+
+
+def _on_one_rank() -> dict[str, Any]:
+    rank = dist.get_rank()
+    results: dict[str, Any] = {}
     for name, (_, _, first, _) in CASES.items():
-        rows = slice(None, first) if dist.get_rank() == 0 else slice(first, None)
+        rows = slice(None, first) if rank == 0 else slice(first, None)
         parts = [(x[rows], dy[rows]) for x, dy in batches(name)]
+        results[name] = seen = train_two_steps(synchronize(build(name), CPU), parts)
         if name == "channels last":
-            parts = [
-                (x.to(memory_format=torch.channels_last), dy.to(memory_format=torch.channels_last))
-                for x, dy in parts
-            ]
-        results[name] = train_two_steps(synchronize(build(name), CPU), parts)
-        if name == "channels last":
-            results[name]["format"] = torch.tensor(
-                [
-                    results[name][key].is_contiguous(memory_format=torch.channels_last)
-                    for key in ("rows/y0", "rows/dx0")
-                ]
-            )
+            assert seen["rows/y0"].is_contiguous(memory_format=torch.channels_last)
+            assert seen["rows/dx0"].is_contiguous(memory_format=torch.channels_last)
+
+    norm = synchronize(nn.BatchNorm1d(3), CPU)
+    if rank == 0:  # eval mode waits for no other rank
+        norm.eval()(torch.zeros(3, 3))
+        norm.train()
+    calls: list[str] = []
+    originals = {}
+    for name in ("all_reduce", "all_gather", "all_gather_into_tensor", "broadcast"):
+        originals[name] = original = getattr(dist, name)
+
+        def counted(*args: Any, name: str = name, original: Any = original, **kwargs: Any) -> Any:
+            calls.append(name)
+            return original(*args, **kwargs)
+
+        setattr(dist, name, counted)
+    half = _shifted().chunk(2)[rank]
+    y = norm(half.clone().requires_grad_())
+    results["collectives"] = [calls.copy()]
+    y.sum().backward()
+    results["collectives"].append(calls[len(results["collectives"][0]) :])
+    for name, original in originals.items():
+        setattr(dist, name, original)
+    results["shifted var"] = norm.running_var
+
+    cast = synchronize(nn.BatchNorm1d(3, momentum=1.0), CPU)
+    x = (half - 1000).bfloat16().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        z = cast(x)
+    z.sum().backward()
+    results["cast"] = [z.detach(), x.grad, cast.running_var, cast.weight.grad]
     return results
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, Tensor]]]:
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return run_ranks(2, _on_one_rank, tmp_path=tmp_path_factory.mktemp("ranks"))
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_two_ranks_equal_one_process_on_the_whole_batch(
-    name: str, ranks: list[dict[str, dict[str, Tensor]]]
+    name: str, ranks: list[dict[str, Any]]
 ) -> None:
-    expected = train_two_steps(
-        build(name).double(), [(x.double(), dy.double()) for x, dy in batches(name)]
-    )
+    parts = [(x.double(), dy.double()) for x, dy in batches(name)]
+    expected = train_two_steps(build(name).double(), parts)
     dtype = CASES[name][3]
     of_rank = [results[name] for results in ranks]
     for key, value in expected.items():
@@ -116,180 +145,101 @@ def test_two_ranks_equal_one_process_on_the_whole_batch(
             found = of_rank[0][key]
             assert torch.equal(found, of_rank[1][key]), f"ranks disagree on {key}"
         assert found.dtype == (dtype if value.is_floating_point() else value.dtype)
-        unit = value.double().abs().max().clamp_min(1).item()
         # dx is a difference of terms of the size of w r dy, whatever is left of them
-        torch.testing.assert_close(
-            found.double(),
-            value.double(),
-            atol=TOLERANCE[dtype] * unit,
-            rtol=0,
-            msg=lambda text, key=key: f"{name}, {key}: {text}",
-        )
+        atol = TOLERANCE[dtype] * value.double().abs().max().clamp_min(1).item()
+        torch.testing.assert_close(found.double(), value.double(), atol=atol, rtol=0, msg=key)
 
 
-def test_channels_last_stays_channels_last(ranks: list[dict[str, dict[str, Tensor]]]) -> None:
-    assert all(results["channels last"]["format"].all() for results in ranks)
+def test_one_collective_forward_and_one_backward(ranks: list[dict[str, Any]]) -> None:
+    for seen in ranks:
+        assert seen["collectives"] == [["all_gather_into_tensor"], ["all_reduce"]]
 
 
-# ---- collectives, precision --------------------------------------------------------------------
-
-
-def _shifted() -> Tensor:
-    """Mean 1000, standard deviation 1: E[x^2] - E[x]^2 has no correct digit after the second."""
-    return 1000 + torch.randn(64, 3, generator=torch.Generator().manual_seed(5))
-
-
-def _half(x: Tensor) -> Tensor:
-    return x.chunk(2)[dist.get_rank()]
-
-
-def _count_and_cast() -> dict[str, Any]:
-    calls: list[str] = []
-    for name in ("all_reduce", "all_gather", "all_gather_into_tensor", "broadcast"):
-        original = getattr(dist, name)
-
-        def counted(*args: Any, name: str = name, original: Any = original, **kwargs: Any) -> Any:
-            calls.append(name)
-            return original(*args, **kwargs)
-
-        setattr(dist, name, counted)
-    norm = synchronize(nn.BatchNorm1d(3), CPU)
-    y = norm(_half(_shifted()).requires_grad_())
-    forward = list(calls)
-    y.sum().backward()
-    backward = calls[len(forward) :]
-    calls.clear()
-    norm.eval()(_half(_shifted()))
-    evaluation = list(calls)
-    cast = synchronize(nn.BatchNorm1d(3, momentum=1.0), CPU)
-    x = _half(_shifted() - 1000).bfloat16().requires_grad_()
-    with torch.autocast("cpu", torch.bfloat16):
-        z = cast(x)
-    z.sum().backward()
-    return {
-        "forward": forward,
-        "backward": backward,
-        "eval": evaluation,
-        "running_var": norm.running_var,
-        "cast": z.detach(),
-        "cast grad": x.grad,
-        "cast var": cast.running_var,
-        "cast weight grad": cast.weight.grad,
-    }
-
-
-@pytest.fixture(scope="module")
-def precise(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return run_ranks(2, _count_and_cast, tmp_path=tmp_path_factory.mktemp("precise"))
-
-
-def test_a_step_costs_one_collective_forward_and_one_backward(
-    precise: list[dict[str, Any]],
-) -> None:
-    for seen in precise:
-        assert seen["forward"] == ["all_gather_into_tensor"]
-        assert seen["backward"] == ["all_reduce"]
-        assert seen["eval"] == []
-
-
-def test_variance_survives_a_large_mean(precise: list[dict[str, Any]]) -> None:
+def test_variance_survives_a_large_mean(ranks: list[dict[str, Any]]) -> None:
     expected = 0.9 * 1 + 0.1 * _shifted().double().var(0)
     # float32 rounds a mean of 1000 by 3e-5; the ranks' means differ by about 0.2, so merging them
     # is wrong by at most 0.1 (momentum) * 2 * 0.2 * 6e-5
-    torch.testing.assert_close(precise[0]["running_var"].double(), expected, atol=3e-6, rtol=0)
+    torch.testing.assert_close(ranks[0]["shifted var"].double(), expected, atol=3e-6, rtol=0)
 
 
-def test_under_autocast_statistics_are_float32_and_the_output_has_the_input_dtype(
-    precise: list[dict[str, Any]],
-) -> None:
+def test_statistics_are_float32_under_autocast(ranks: list[dict[str, Any]]) -> None:
     x = (_shifted() - 1000).bfloat16().double()
     expected = (x - x.mean(0)) / (x.var(0, correction=0) + 1e-5).sqrt()
-    found = torch.cat([seen["cast"] for seen in precise])
-    assert found.dtype == precise[0]["cast grad"].dtype == torch.bfloat16
+    (z, grad, var, weight_grad), (other, *_) = (seen["cast"] for seen in ranks)
+    assert z.dtype == grad.dtype == torch.bfloat16 and weight_grad.dtype == torch.float32
     # bfloat16 rounds to 2^-9; statistics in bfloat16 would be wrong by that much themselves
-    torch.testing.assert_close(found.double(), expected, rtol=2**-8, atol=1e-6)
-    torch.testing.assert_close(precise[0]["cast var"].double(), x.var(0), rtol=1e-6, atol=0)
-    assert precise[0]["cast weight grad"].dtype == torch.float32
+    torch.testing.assert_close(torch.cat([z, other]).double(), expected, rtol=2**-8, atol=1e-6)
+    torch.testing.assert_close(var.double(), x.var(0), rtol=1e-6, atol=0)
 
 
 # ---- a network under DistributedDataParallel -----------------------------------------------------
 
 
-def _two_views(network: nn.Module, views: Tensor) -> Tensor:
-    """A loss like the methods': two forwards of one network before one backward."""
+def _ddp_step(network: nn.Module, views: Tensor) -> None:
+    """A step like the methods': two forwards of one network before one backward."""
+    network.zero_grad()
     z1, z2 = network(views[0]), network(views[1])
-    return -nn.functional.cosine_similarity(z1, z2.detach()).mean() + z2.square().mean()
+    (-nn.functional.cosine_similarity(z1, z2.detach()).mean() + z2.square().mean()).backward()
 
 
 def _ddp_network() -> tuple[nn.Module, Tensor]:
     torch.manual_seed(1)
     network = nn.Sequential(
-        nn.Conv2d(1, 4, 3),
-        nn.BatchNorm2d(4),
-        nn.ReLU(),
-        nn.Flatten(),
-        nn.Linear(36, 6, bias=False),
-        nn.BatchNorm1d(6),
-    )
+        nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(),
+        nn.Linear(36, 6, bias=False), nn.BatchNorm1d(6),
+    )  # fmt: skip
     return network.double(), torch.randn(2, 16, 1, 5, 5, dtype=torch.float64)
+
+
+def _state(network: nn.Module) -> dict[str, Tensor]:
+    return {n: p.grad for n, p in network.named_parameters()} | dict(network.named_buffers())
 
 
 def _ddp_gradients() -> dict[str, Tensor]:
     network, views = _ddp_network()
     ddp = nn.parallel.DistributedDataParallel(synchronize(network, CPU))
     for _ in range(2):  # the second step runs with rebuilt buckets
-        ddp.zero_grad()
-        _two_views(ddp, views.chunk(dist.get_world_size(), dim=1)[dist.get_rank()]).backward()
-    seen = {name: p.grad for name, p in network.named_parameters()}
-    return seen | dict(network.named_buffers())
+        _ddp_step(ddp, views.chunk(dist.get_world_size(), dim=1)[dist.get_rank()])
+    return _state(network)
 
 
 def test_four_ddp_ranks_have_the_gradients_of_one_process(tmp_path: Path) -> None:
     network, views = _ddp_network()
     for _ in range(2):
-        network.zero_grad()
-        _two_views(network, views).backward()
-    expected = {name: p.grad for name, p in network.named_parameters()}
-    expected |= dict(network.named_buffers())
+        _ddp_step(network, views)
     for seen in run_ranks(4, _ddp_gradients, tmp_path=tmp_path):
-        for name, value in expected.items():
+        for name, value in _state(network).items():
             # float64, values of order 1, a few hundred terms
             torch.testing.assert_close(seen[name], value, atol=1e-12, rtol=0, msg=name)
 
 
-# ---- conversion --------------------------------------------------------------------------------
+# ---- conversion and frozen statistics ------------------------------------------------------------
 
 
 def _network() -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(1, 4, 3),
-        nn.Sequential(nn.BatchNorm2d(4), nn.ReLU()),
-        nn.Flatten(),
-        nn.LazyLinear(6),
-        nn.BatchNorm1d(6, affine=False),
-    )
+    """With running statistics that are not those of the start."""
+    network = nn.Sequential(
+        nn.Conv2d(1, 4, 3), nn.Sequential(nn.BatchNorm2d(4), nn.ReLU()), nn.Flatten(),
+        nn.Linear(144, 6), nn.BatchNorm1d(6, affine=False),
+    )  # fmt: skip
+    network(torch.randn(4, 1, 8, 8))
+    return network
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_synchronizing_keeps_every_parameter_buffer_and_name(device: str) -> None:
-    network = _network()
-    network(torch.randn(4, 1, 8, 8))
-    network.eval()
+    network = _network().eval()
     before = dict(network.state_dict(keep_vars=True))
     after = synchronize(network, torch.device(device)).state_dict(keep_vars=True)
     assert list(before) == list(after)
     assert all(before[name] is after[name] for name in before)
     kind = nn.SyncBatchNorm if device == "cuda" else CpuSyncBatchNorm
-    norms = [m for m in network.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    norms = [m for m in network.modules() if isinstance(m, _BatchNorm)]
     assert len(norms) == 2 and all(type(m) is kind and not m.training for m in norms)
 
 
-def test_alone_a_synchronized_network_is_bitwise_the_plain_one() -> None:
-    plain = _network()
-    x = torch.randn(4, 1, 8, 8)
-    plain(x)
-    synchronized = _network()
-    synchronized(x)
+def test_on_one_rank_a_synchronized_network_is_bitwise_the_plain_one() -> None:
+    plain, synchronized, x = _network(), _network(), torch.randn(4, 1, 8, 8)
     synchronized.load_state_dict(plain.state_dict())
     synchronize(synchronized, CPU)
     assert torch.equal(plain(x), synchronized(x))
@@ -297,13 +247,9 @@ def test_alone_a_synchronized_network_is_bitwise_the_plain_one() -> None:
         assert torch.equal(buffer, synchronized.get_buffer(name)), name
 
 
-# ---- frozen running statistics -----------------------------------------------------------------
-
-
 @pytest.mark.parametrize("kind", ["plain", "ours", "torch's"])
 def test_frozen_statistics_have_their_old_bits_afterwards(kind: str) -> None:
     network = _network()
-    network(torch.randn(4, 1, 8, 8))
     if kind != "plain":
         synchronize(network, torch.device("cpu" if kind == "ours" else "cuda"))
     before = {name: buffer.clone() for name, buffer in network.named_buffers()}
@@ -317,12 +263,11 @@ def test_frozen_statistics_have_their_old_bits_afterwards(kind: str) -> None:
         assert torch.equal(buffer, before[name]), name
 
 
-def test_frozen_statistics_come_back_after_an_error_and_move_again_later() -> None:
-    norm = nn.BatchNorm1d(3)
-    x = torch.randn(8, 3)
-    with pytest.raises(RuntimeError, match="on the way"), frozen_running_statistics(norm):
+def test_frozen_statistics_return_after_an_error_and_move_again_later() -> None:
+    norm, x = nn.BatchNorm1d(3), torch.randn(8, 3)
+    with pytest.raises(KeyError), frozen_running_statistics(norm):
         norm(x)
-        raise RuntimeError("on the way")
+        raise KeyError
     assert torch.equal(norm.running_mean, torch.zeros(3)) and norm.num_batches_tracked == 0
     norm(x)
     torch.testing.assert_close(norm.running_mean, 0.1 * x.mean(0))
@@ -330,10 +275,9 @@ def test_frozen_statistics_come_back_after_an_error_and_move_again_later() -> No
 
 
 def test_backward_may_follow_the_frozen_forward() -> None:
-    norm, twin = nn.BatchNorm1d(3), nn.BatchNorm1d(3)
-    x = torch.randn(8, 3)
-    dy = torch.randn(8, 3)
-    frozen, free = x.clone().requires_grad_(), x.clone().requires_grad_()
+    norm, twin, dy = nn.BatchNorm1d(3), nn.BatchNorm1d(3), torch.randn(8, 3)
+    frozen = torch.randn(8, 3, requires_grad=True)
+    free = frozen.detach().clone().requires_grad_()
     with frozen_running_statistics(norm):
         y = norm(frozen)
     y.backward(dy)
@@ -342,15 +286,5 @@ def test_backward_may_follow_the_frozen_forward() -> None:
 
 
 def test_one_axis_is_not_a_batch() -> None:
-    with pytest.raises(ValueError, match=r"needs rows and channels \[B, C, ...\]"):
+    with pytest.raises(ValueError):
         CpuSyncBatchNorm(3)(torch.zeros(3))
-
-
-def test_eval_mode_waits_for_no_other_rank(tmp_path: Path) -> None:
-    results = run_ranks(2, _eval_on_rank_zero_only, tmp_path=tmp_path)
-    assert results == [[3, 3], []]
-
-
-def _eval_on_rank_zero_only() -> list[int]:
-    norm = synchronize(nn.BatchNorm1d(3), CPU).eval()
-    return list(norm(torch.zeros(3, 3)).shape) if dist.get_rank() == 0 else []

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from rdm_fast.config import OptimConfig
 from rdm_fast.errors import DataError, InputMissing
+from rdm_fast.models.pretrained import load_strict
 from rdm_fast.optim import build_optimizer
 from rdm_fast.run import checkpoint
 from rdm_fast.run.checkpoint import FILES, MANIFEST, Snapshot
@@ -290,7 +291,7 @@ def test_training_goes_on_from_a_checkpoint_as_if_never_stopped(
 
     resumed, again = build(optim)
     train(resumed, again, 50, 51)  # any state it may have is replaced
-    checkpoint.load_strict(resumed, loaded.model, "the checkpoint")
+    load_strict(resumed, loaded.model, "the checkpoint")
     checkpoint.restore_optimizer(
         again, resumed.named_parameters(), loaded.optim, loaded.state["optimizer"]
     )
@@ -351,34 +352,6 @@ def test_state_of_other_parameters_is_refused_by_name() -> None:
     misshapen = {"3.weight/momentum_buffer": torch.zeros(3, 65)}
     with pytest.raises(DataError, match=r"3\.weight.*\[3, 65\].*\[3, 64\]"):
         checkpoint.restore_optimizer(optimizer, net.named_parameters(), misshapen, {})
-
-
-# ---- weights ---------------------------------------------------------------------------------
-
-
-def test_weights_that_fit_are_all_loaded_and_counted() -> None:
-    source, target = nn.Linear(3, 2), nn.Linear(3, 2)
-    assert checkpoint.load_strict(target, dict(source.state_dict()), "x") == 2
-    assert torch.equal(source.weight, target.weight) and torch.equal(source.bias, target.bias)
-
-
-def test_weights_of_another_architecture_are_counted_named_and_not_loaded() -> None:
-    module = nn.Sequential(nn.Linear(3, 2), nn.Linear(2, 2))
-    before = {name: tensor.clone() for name, tensor in module.state_dict().items()}
-    state = {
-        "0.weight": torch.zeros(2, 4),
-        "0.bias": torch.zeros(2),
-        "1.weight": torch.zeros(2, 2),
-        **{f"fc{i}": torch.zeros(1) for i in range(3)},
-    }
-    with pytest.raises(DataError) as caught:
-        checkpoint.load_strict(module, state, "checkpoint c (a resnet18)")
-    assert str(caught.value) == (
-        "checkpoint c (a resnet18) is of another architecture: 2 of this model's 4 tensors match, "
-        "1 missing (1.bias), 3 unknown (fc0, fc1, ...), 1 of another shape "
-        "(0.weight [2, 4] instead of [2, 3]); use the configuration it was trained with"
-    )
-    assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
 
 
 def test_a_copied_checkpoint_is_as_good_as_the_original(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""rdm_fast.spectrum.watch on models that are not ours."""
+"""spectrum.watch on other people's models."""
 
 import copy
 import types
@@ -32,7 +32,7 @@ def images(n: int = 32) -> Tensor:
     return torch.randn(n, 1, 4, 4)
 
 
-def test_heads_are_found_by_name_and_measured_as_they_put_out() -> None:
+def test_heads_are_found_by_name_and_measured() -> None:
     model, x = SomebodysSimSiam(), images()
     with watch(model, every=1) as spectra:
         p = model(x)
@@ -62,17 +62,17 @@ def test_a_predictor_is_measured_as_a_filter() -> None:
     torch.testing.assert_close(record.response, s.log1p(), rtol=1e-6, atol=0)
 
 
-def test_every_nth_pass_in_training_is_recorded_and_none_of_an_evaluation() -> None:
+def test_every_nth_pass_in_training_mode_is_recorded() -> None:
     model = SomebodysSimSiam()
-    told: list[int] = []
-    handle = watch(model, "projection_head", every=3, on_record=lambda r: told.append(r.call))
+    seen: list[int] = []
+    handle = watch(model, "projection_head", every=3, on_record=lambda r: seen.append(r.call))
     for _ in range(4):
         model(images())
         model.eval()(images())
         model.train()
     for _ in range(4):
         model(images())
-    assert told == [record.call for record in handle.records] == [1, 4, 7]
+    assert seen == [record.call for record in handle.records] == [1, 4, 7]
     handle.remove()
     model(images())
     handle.remove()
@@ -97,19 +97,19 @@ def test_a_plain_module_is_watched_itself() -> None:
     assert [record.name for record in spectra.records] == [""]
 
 
-def test_mistakes_are_told_in_one_sentence() -> None:
+def test_mistakes_are_refused() -> None:
     model = SomebodysSimSiam()
-    with pytest.raises(ValueError, match="no module projektor in SomebodysSimSiam"):
+    with pytest.raises(ValueError) as error:
         watch(model, "projektor")
-    with pytest.raises(ValueError, match="every to be 1 or more forward passes, got 0"):
+    assert "projektor" in str(error.value) and "SomebodysSimSiam" in str(error.value)
+    with pytest.raises(ValueError):
         watch(model, every=0)
-    conv = nn.Conv2d(1, 2, 3)
-    with watch(conv), pytest.raises(ValueError, match=r"the model gives \(3, 2, 2, 2\): name its"):
-        conv(images(3))
-    odd = nn.Module()
-    odd.forward = types.MethodType(lambda self, x: (x, x), odd)  # type: ignore[method-assign]
-    with watch(odd), pytest.raises(ValueError, match="the model gives tuple"):
-        odd(images(3))
+    pair = nn.Module()
+    pair.forward = types.MethodType(lambda self, x: (x, x), pair)  # type: ignore[method-assign]
+    for module, found in ((nn.Conv2d(1, 2, 3), "(3, 2, 2, 2)"), (pair, "tuple")):
+        with watch(module), pytest.raises(ValueError) as error:
+            module(images(3))
+        assert found in str(error.value)
 
 
 def _watched_on_this_rank() -> list[Tensor]:
@@ -121,7 +121,7 @@ def _watched_on_this_rank() -> list[Tensor]:
     return [handle.records[0].eigenvalues for handle in (alone, together)]
 
 
-def test_rows_of_all_ranks_are_taken_if_asked_for(tmp_path: Path) -> None:
+def test_all_ranks_measures_the_rows_of_every_rank(tmp_path: Path) -> None:
     z = torch.randn(32, 8, generator=torch.Generator().manual_seed(1))
     for rank, found in enumerate(run_ranks(2, _watched_on_this_rank, tmp_path=tmp_path)):
         for values, rows in zip(found, (z.chunk(2)[rank], z), strict=True):

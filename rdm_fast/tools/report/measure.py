@@ -20,8 +20,8 @@ from rdm_fast.data.images.sets import Subset
 from rdm_fast.errors import DataError, InputMissing
 from rdm_fast.evaluation.features import extract
 from rdm_fast.evaluation.loaded_backbone import find_checkpoint
-from rdm_fast.models.pretrained import load_strict
 from rdm_fast.methods import Branches, Method, build_method
+from rdm_fast.models.pretrained import load_strict
 from rdm_fast.run import checkpoint
 from rdm_fast.runtime.precision import autocast
 from rdm_fast.spectrum import branch_spectra

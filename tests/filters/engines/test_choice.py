@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from typing import Any
 
 import pytest
 import torch
@@ -106,9 +107,12 @@ def test_calls_of_spectral_loss_share_what_they_learned_and_modules_do_not(
 ) -> None:
     real, config = loss.build_filter, FilterConfig(sigma=2.0, cutoff=2e-3)  # no other test has it
     built: list[str] = []
-    monkeypatch.setattr(
-        loss, "build_filter", lambda name, *args, **kw: built.append(name) or real(name, *args, **kw)
-    )
+
+    def build(engine: str, *args: Any, **options: Any) -> Any:
+        built.append(engine)
+        return real(engine, *args, **options)
+
+    monkeypatch.setattr(loss, "build_filter", build)
     monkeypatch.setattr(GemmFilter, "status", status(INACCURATE))
     z1, z2 = two_views(16, 32, "flat")
     for _ in range(3):
