@@ -1,7 +1,7 @@
 """The operations of rdm-fast, usable without the trainer.
 
-Each op is defined by a plain PyTorch body, which runs anywhere; Triton registers itself as the
-op's CUDA kernel where there is one, so callers never choose. kernels/README.md has the contracts.
+Each op is defined by a plain PyTorch body, which runs anywhere. Where a Triton kernel exists, it
+replaces the body on CUDA, so callers never choose. kernels/README.md has the contracts.
 """
 
 from rdm_kernels.filtered_cosine import filtered_cosine

@@ -2,14 +2,14 @@
 
     python -m rdm_kernels.aot [--cc 80 90 100] [--kernel NAME ...] [--jobs N]
 
-Prints a row for each: registers a thread and bytes spilled, as ptxas reports them to Triton, shared
-memory, and the tensor-core instruction in its PTX. Exits with 1 if a kernel does not compile,
-spills, asks for more shared or tensor memory than a block may have, lacks tensor-core instructions
-that it was written for, or is listed by no file's `variants()`.
+Prints a row per compilation: registers per thread and bytes spilled, as ptxas reports them, shared
+memory, and the tensor-core instruction in the PTX. Exits with 1 if a kernel does not compile,
+spills, needs more shared or tensor memory than a block may have, lacks tensor-core instructions
+that it was written for, or is missing from every file's `variants()`.
 
-Each variant is compiled as Triton's launcher would, once for all that it tells apart of a size
-(rdm_kernels/variant.py, SIZES). Whatever Triton is imported compiles; `make aot` runs this with the
-installed one and with the oldest that pyproject.toml allows.
+Each variant is compiled as Triton's launcher would, once for each kind of size that Triton
+specializes on (rdm_kernels/variant.py, SIZES). `make aot` runs this with the installed Triton and
+with the oldest that pyproject.toml allows.
 """
 
 import argparse
@@ -36,7 +36,7 @@ from triton.compiler import ASTSource, CompiledKernel
 import rdm_kernels
 from rdm_kernels.variant import SIZES, Variant
 
-# Shared memory that one block may have, in bytes: CUDA C++ Programming Guide, "Technical
+# Largest shared memory of a block, in bytes: CUDA C++ Programming Guide, "Technical
 # Specifications per Compute Capability".
 SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 TENSOR_MEMORY = 512  # columns, on sm_100: PTX ISA, "Tensor Memory"
@@ -45,7 +45,7 @@ TENSOR_CORES = re.compile(r"\b(wgmma\.mma_async|tcgen05\.mma|mma\.sync)")
 
 @dataclass(frozen=True)
 class Row:
-    """What came of one compilation."""
+    """Result of one compilation."""
 
     kernel: str
     variant: str
@@ -65,44 +65,34 @@ def modules() -> list[ModuleType]:
     return [importlib.import_module(name) for name in names if not name.endswith(".aot")]
 
 
-def launched(module: ModuleType) -> set[str]:
-    """Names of the kernels that a file defines; device functions do not end in _kernel."""
-    return {
-        name
-        for name, value in vars(module).items()
-        if name.endswith("_kernel")
-        and isinstance(value, triton.JITFunction)
-        and value.fn.__module__ == module.__name__
-    }
+def listed() -> list[Variant]:
+    """All variants that the launchers of all files may ask for."""
+    return [v for module in modules() if hasattr(module, "variants") for v in module.variants()]
 
 
 def unlisted() -> list[str]:
-    """Kernels that no `variants()` names, so that nothing here would check them."""
+    """Kernels that no `variants()` lists. Device functions, which do not count, lack `_kernel`."""
     names = {variant.name for variant in listed()}
     return [
         f"{module.__name__}.{name}"
         for module in modules()
-        for name in sorted(launched(module) - names)
+        for name, value in sorted(vars(module).items())
+        if name.endswith("_kernel")
+        and name not in names
+        and isinstance(value, triton.JITFunction)
+        and value.fn.__module__ == module.__name__
     ]
-
-
-def listed() -> list[Variant]:
-    """All that the launchers of all files may ask for."""
-    return [v for module in modules() if hasattr(module, "variants") for v in module.variants()]
 
 
 @cache
 def every_variant() -> list[Variant]:
-    """The same as Triton tells them apart, each once."""
-    found = [each for variant in listed() for each in specialised(variant)]
+    """All specializations that Triton would compile, each once."""
+    found = [each for variant in listed() for each in specializations(variant)]
     return list({(v.name, v.label, *v.types.items()): v for v in found}.values())
 
 
-def specialised(variant: Variant) -> Iterator[Variant]:
-    """The variant, each of its sizes one of SIZES, in every combination that it allows.
-
-    A launcher looks at the value of every integer that the kernel does not exclude.
-    """
+def specializations(variant: Variant) -> Iterator[Variant]:
+    """The variant with each specialized integer fixed to one of SIZES, in every combination."""
     choices = []
     for parameter in variant.kernel.params:
         kind, _, sizes = variant.types.get(parameter.name, "constexpr").partition(":")
@@ -115,8 +105,8 @@ def specialised(variant: Variant) -> Iterator[Variant]:
 
 
 def source(variant: Variant) -> ASTSource:
-    """One of those as Triton's compiler takes it."""
-    signature, constants, attributes = {}, dict(variant.constants), {}
+    """A specialization as input of Triton's compiler."""
+    signature, constants, attributes = {}, variant.constants, {}
     for index, parameter in enumerate(variant.kernel.params):
         kind, _, size = variant.types.get(parameter.name, "constexpr").partition(":")
         if size == "1":
@@ -128,14 +118,13 @@ def source(variant: Variant) -> ASTSource:
 
 
 def assembled(variant: Variant, cc: int) -> tuple[CompiledKernel, str]:
-    """The compiled kernel, and what ptxas had to say of it."""
-    options = {"num_warps": variant.num_warps, "num_stages": variant.num_stages}
+    """The compiled kernel and the report of ptxas."""
     report = io.StringIO()
     with knobs.compilation.scope(), knobs.nvidia.scope(), redirect_stdout(report):
         knobs.compilation.always_compile = True  # a cached kernel comes without a report
         knobs.nvidia.dump_ptxas_log = True
         target = GPUTarget("cuda", cc, 32)
-        kernel = triton.compile(source(variant), target=target, options=options)
+        kernel = triton.compile(source(variant), target=target, options=variant.options)
     return kernel, report.getvalue()
 
 
@@ -156,12 +145,12 @@ def compiled(task: tuple[int, int]) -> Row:
             tensor_memory=kernel.metadata.tmem_size or 0,
             instruction=match[1] if match else "-",
         )
-    except Exception as error:  # the table goes on, and the run fails
+    except Exception as error:  # listed as a fault; the table goes on
         return Row(variant.name, variant.label, cc, error=f"does not compile: {error}"[:500])
 
 
 def _numbers(pattern: str, report: str) -> list[int]:
-    """One of each function that was not inlined."""
+    """All matches; functions that are not inlined report their own numbers."""
     found = re.findall(pattern, report)
     if not found:
         raise ValueError(f"ptxas did not report {pattern!r}: {report}")
@@ -169,7 +158,7 @@ def _numbers(pattern: str, report: str) -> list[int]:
 
 
 def fault(row: Row, tensor_cores: bool) -> str:
-    """Why this must not be shipped, or nothing."""
+    """Reason not to ship this kernel, or an empty string."""
     if row.error:
         return row.error
     if row.spilled:
@@ -184,7 +173,7 @@ def fault(row: Row, tensor_cores: bool) -> str:
 
 
 def rows(tasks: list[tuple[int, int]], jobs: int) -> Iterator[Row]:
-    """Compile all, each process at its own; in order."""
+    """Compile all in so many processes; rows come in the order of the tasks."""
     if jobs == 1:
         yield from map(compiled, tasks)
         return
@@ -198,20 +187,19 @@ def main() -> int:
     parser.add_argument("--kernel", nargs="+", help="only kernels whose name contains one of these")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes")
     args = parser.parse_args()
+    if args.kernel and not any(part in v.name for v in listed() for part in args.kernel):
+        sys.exit(f"error: no kernel's name contains {' or '.join(args.kernel)}")
     if knobs.runtime.interpret:
         sys.exit("error: TRITON_INTERPRET is set, and interpreted kernels do not compile: unset it")
 
     variants = every_variant()
-    wanted = [
-        number
+    tasks = [
+        (number, cc)
         for number, variant in enumerate(variants)
+        for cc in args.cc
         if not args.kernel or any(part in variant.name for part in args.kernel)
     ]
-    tasks = [(number, cc) for number in wanted for cc in args.cc]
-    if not tasks:
-        sys.exit(f"error: no kernel's name contains {' or '.join(args.kernel)}")
-
-    faults = [f"{name}: in no variants(), so not checked" for name in unlisted()]
+    faults = [f"{name}: missing from every variants(), so not checked" for name in unlisted()]
     form = "{:26} {:>4} {:>4} {:>6} {:>7}  {:16} {}"
     print(form.format("kernel", "cc", "regs", "spills", "shared", "tensor cores", "variant"))
     for (number, _), row in zip(tasks, rows(tasks, args.jobs), strict=True):

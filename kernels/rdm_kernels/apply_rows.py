@@ -1,20 +1,19 @@
 """Rows of a gradient from their coefficients: dp = scale N X, in p's dtype.
 
-N [v, b, k] is float32 (or float64) and X [v, k, D] mostly 16-bit, a batch as it came. A gradient
-through small singular values needs more of N than 16 bits, so N is split in registers into two
-terms that tensor cores multiply exactly, and X is loaded once for both. Products are summed in
-float32. Error of an element, in units of |scale| sum_k |N_ik| |X_kj|, u = 2^-24, before rounding to
-p's dtype:
+N [v, b, k] is float32 or float64, and X [v, k, D] is usually a 16-bit batch. A gradient through
+small singular values needs N to more than 16 bits, so the kernel splits N in registers into two
+terms that tensor cores multiply exactly, and loads X once for both. Sums are in float32. Error of
+an element in units of |scale| sum_k |N_ik| |X_kj|, u = 2^-24, before rounding to p's dtype:
 
-    X bfloat16    2^-16 + (2 k + 3) u   N in two bfloat16 terms, at the full 16-bit rate
-    X float16     2^-20 + (2 k + 3) u   N in two tf32 terms: float16 has too small a range for N,
-                                        and tf32 holds X exactly
+    X bfloat16    2^-16 + (2 k + 3) u   N as two bfloat16 terms, at the full 16-bit rate
+    X float16     2^-20 + (2 k + 3) u   N as two tf32 terms, because float16 lacks the range for N;
+                                        tf32 holds X exactly
     X float32     12 u + (k + 3) u      tf32x3
 
-A view whose loss is not finite gets zeros, whatever N and X hold.
+A view with a loss that is not finite gets zeros, whatever N and X hold.
 
-The op `rdm::apply_rows` is *defined* by its PyTorch body below, in float32, or float64 for float64
-rows. Triton registers itself as that op's CUDA kernel for all but float64 rows.
+`rdm::apply_rows` is defined by its PyTorch body, in float32, or in float64 for float64 rows; Triton
+kernels replace it on CUDA, except for float64 rows.
 """
 
 from itertools import product
@@ -25,8 +24,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rdm_kernels.tiles import PROGRAMS, padded
-from rdm_kernels.variant import POINTERS, Variant
+from rdm_kernels.ops import cuda_launcher, define_op
+from rdm_kernels.tiles import PROGRAMS, interpreter_widens, pad_rows
+from rdm_kernels.variant import FP32, POINTERS, Variant
 
 # ---- the op, defined by its body -------------------------------------------------------------
 
@@ -34,24 +34,20 @@ from rdm_kernels.variant import POINTERS, Variant
 def define_apply_rows(
     N: Tensor, X: Tensor | None, scale: Tensor, loss: Tensor, dtype: torch.dtype
 ) -> Tensor:
-    """scale N X of each view, [v, b, D] in this dtype; zero where the view's loss is not finite.
+    """scale N X for each view, [v, b, D] in this dtype; zero where the view's loss is not finite.
 
-    N: [v, b, k], float32 or float64. X: [v, k, D], any floating dtype; None is the identity.
-    scale, loss: [v], on the device.
+    Args:
+        N: [v, b, k], float32 or float64.
+        X: [v, k, D], any floating dtype; None for the identity.
+        scale, loss: [v], on the device.
     """
     wide = torch.promote_types(dtype, torch.float32)
     rows = (scale[:, None, None] * N).to(wide)
     rows = rows if X is None else rows @ X.to(wide)
-    return rows.masked_fill_(~loss.isfinite()[:, None, None], 0).to(dtype)
+    return rows.masked_fill_(~loss.isfinite()[:, None, None], 0).to(dtype).contiguous()
 
 
-apply_rows = torch.library.custom_op("rdm::apply_rows", define_apply_rows, mutates_args=())
-
-
-@apply_rows.register_fake
-def _(N: Tensor, X: Tensor | None, scale: Tensor, loss: Tensor, dtype: torch.dtype) -> Tensor:
-    shape = (N.shape[0], N.shape[1], N.shape[2] if X is None else X.shape[2])
-    return N.new_empty(shape, dtype=dtype)
+apply_rows = define_op("apply_rows", define_apply_rows)
 
 
 # ---- the Triton kernels ------------------------------------------------------------------------
@@ -59,7 +55,7 @@ def _(N: Tensor, X: Tensor | None, scale: Tensor, loss: Tensor, dtype: torch.dty
 
 @triton.jit
 def _dot(n, x, acc, WIDE: tl.constexpr):
-    """acc + n x: n float32 [BLOCK_M, BLOCK_K], x [BLOCK_K, BLOCK_D] decides the terms of n."""
+    """acc + n x for float32 n [BLOCK_M, BLOCK_K], split to suit the dtype of x."""
     if x.dtype == tl.bfloat16:
         high = n.to(tl.bfloat16)
         low = (n - high.to(tl.float32)).to(tl.bfloat16)
@@ -83,14 +79,14 @@ def _apply_kernel(
     b, k, K, W, D,
     WIDE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """A tile of view z. Rows of N hold K values, those of X hold W, zeros at the end; dp has D."""
+    """A tile of view z. Rows of N are padded to K values, rows of X to W; those of dp have D."""
     z = tl.program_id(2).to(tl.int64)
     row, col = tl.program_id(1) * BLOCK_M, tl.program_id(0) * BLOCK_D
     rows, cols = tl.arange(0, BLOCK_M)[:, None], tl.arange(0, BLOCK_D)[None, :]
     terms = tl.arange(0, BLOCK_K)
     finite = tl.abs(tl.load(loss_ptr + z)) < float("inf")
 
-    # Offsets in a tile are 32 bits wide: with 64, those of all its elements would spill.
+    # Offsets within a tile have 32 bits: 64-bit ones for all its elements would spill.
     N_ptr += (z * b + row) * K
     X_ptr += z * k * W + col
     acc = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
@@ -111,7 +107,7 @@ def _apply_kernel(
 
 @triton.jit
 def _scale_kernel(N_ptr, scale_ptr, loss_ptr, dp_ptr, size, BLOCK: tl.constexpr):
-    """Values of view z, `size` in all, without X."""
+    """scale N of view z, `size` values in all."""
     z = tl.program_id(1).to(tl.int64)
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     n = tl.load(N_ptr + z * size + at, mask=at < size, other=0.0).to(tl.float32)
@@ -137,9 +133,9 @@ SCALE = {"BLOCK": 1024, "num_warps": 4}
 
 
 def blocks(dtype: torch.dtype, v: int, b: int, D: int) -> Tiles:
-    """Tiles for X of this dtype: large ones where half a device is left with work.
+    """Tiles for X of this dtype: large ones where they still fill half a device.
 
-    With a D that is no multiple of 16, large ones would spill (Triton 3.6, sm_100).
+    Large ones spill if D is not a multiple of 16 (Triton 3.6, sm_100).
     """
     large = v * triton.cdiv(b, 128) * triton.cdiv(D, 128) >= PROGRAMS // 2 and D % 16 == 0
     if dtype == torch.bfloat16:
@@ -147,39 +143,34 @@ def blocks(dtype: torch.dtype, v: int, b: int, D: int) -> Tiles:
     return Tiles(128, 128, 16, 8, 3) if large else Tiles(64, 64, 32, 4, 3)
 
 
-@apply_rows.register_kernel("cuda")
+@cuda_launcher(apply_rows)
 def apply_rows_triton(
-    N: Tensor, X: Tensor | None, scale: Tensor, loss: Tensor, dtype: torch.dtype
+    N: Tensor,
+    X: Tensor | None,
+    scale: Tensor,
+    loss: Tensor,
+    dtype: torch.dtype,
+    block: Tiles | None = None,
 ) -> Tensor:
-    D = N.shape[2] if X is None else X.shape[2]
-    wide = X is not None and X.dtype == torch.float64
-    X = X.float() if X is not None and wide else X
-    block = blocks(torch.float32 if X is None else X.dtype, N.shape[0], N.shape[1], D)
-    return launch(N, X, scale, loss, dtype, block)
-
-
-def launch(
-    N: Tensor, X: Tensor | None, scale: Tensor, loss: Tensor, dtype: torch.dtype, block: Tiles
-) -> Tensor:
-    """The op by its kernels, with these tiles."""
+    """`define_apply_rows` by the kernels, in these tiles."""
     if dtype == torch.float64:
         return define_apply_rows(N, X, scale, loss, dtype)
     v, b, k = N.shape
-    scale, loss = scale.float().contiguous(), loss.float()
+    scale, loss = scale.float().contiguous(), loss.float().contiguous()
     if X is None:
         N = N.contiguous()
         dp = N.new_empty(N.shape, dtype=dtype)
         _scale_kernel[(triton.cdiv(b * k, SCALE["BLOCK"]), v)](N, scale, loss, dp, b * k, **SCALE)
         return dp
     D = X.shape[2]
-    N, X = padded(N.float()), padded(X)
+    N, X = pad_rows(N.float()), pad_rows(X.float() if X.dtype == torch.float64 else X)
+    block = block or blocks(X.dtype, v, b, D)
     dp = N.new_empty(v, b, D, dtype=dtype)
-    # Triton's interpreter multiplies bfloat16 as if its bits were integers.
-    wide = triton.knobs.runtime.interpret and X.dtype == torch.bfloat16
     grid = (triton.cdiv(D, block.BLOCK_D), triton.cdiv(b, block.BLOCK_M), v)
     _apply_kernel[grid](
-        N, X, scale, loss, dp, b, k, N.shape[2], X.shape[2], D, WIDE=wide, **block._asdict()
-    )
+        N, X, scale, loss, dp, b, k, N.shape[2], X.shape[2], D,
+        WIDE=interpreter_widens(X), **block._asdict(),
+    )  # fmt: skip
     return dp
 
 
@@ -187,19 +178,12 @@ def variants() -> list[Variant]:
     """Every tile that `blocks` may choose for every pair of dtypes."""
     found = []
     for dp in POINTERS.values():
-        types = {"scale_ptr": "*fp32", "loss_ptr": "*fp32", "dp_ptr": dp}
-        for N in ("*fp32", "*fp64"):
-            constants = {"BLOCK": SCALE["BLOCK"]}
-            N_types = types | {"N_ptr": N, "size": "i32"}
-            found.append(Variant(_scale_kernel, N_types, constants, SCALE["num_warps"]))
-        sizes = dict.fromkeys(("b", "k", "D"), "i32") | {"K": "i32:16", "W": "i32:16"}
+        types = {"scale_ptr": FP32, "loss_ptr": FP32, "dp_ptr": dp}
+        for N in (FP32, "*fp64"):
+            found.append(Variant(_scale_kernel, types | {"N_ptr": N, "size": "i32"}, SCALE))
+        types |= {"N_ptr": FP32, "b": "i32", "k": "i32", "K": "i32:16", "W": "i32:16"}
         for (name, X), D in product(POINTERS.items(), (1, 128 * PROGRAMS)):
-            block = blocks(getattr(torch, name), 1, 1, D)
-            constants = {"WIDE": False, "BLOCK_M": block.BLOCK_M, "BLOCK_D": block.BLOCK_D}
-            constants["BLOCK_K"] = block.BLOCK_K
-            X_types = types | sizes | {"N_ptr": "*fp32", "X_ptr": X}
-            if D % 16 == 0:
-                X_types["D"] = "i32:16"
-            options = (block.num_warps, block.num_stages)
-            found.append(Variant(_apply_kernel, X_types, constants, *options, tensor_cores=True))
+            launch = {"WIDE": False} | blocks(getattr(torch, name), 1, 1, D)._asdict()
+            sizes = {"X_ptr": X, "D": "i32" if D % 16 else "i32:16"}
+            found.append(Variant(_apply_kernel, types | sizes, launch, tensor_cores=True))
     return found

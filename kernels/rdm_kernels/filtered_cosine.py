@@ -1,8 +1,8 @@
-"""Cosine loss of spectrally filtered online rows and its exact gradient, without the rows.
+"""Cosine loss of spectrally filtered online rows and its exact gradient, without forming the rows.
 
-A filter W = X^T h X of a global batch X [B, D] acts on the online rows: y_i = p_i W, and it carries
-no gradient. Neither y nor dL/dy is ever formed: all that the loss needs of a row are two bilinear
-forms, and all that its gradient needs is one product,
+A filter W = X^T h X of a global batch X [B, D] acts on the online rows, y_i = p_i W, and carries no
+gradient. The loss needs only two bilinear forms of each row, and its gradient one product, so
+neither y nor dL/dy is formed:
 
     |y_i|^2 = <alpha_i, beta_i>     <y_i, t_i> = <alpha_i, gamma_i>     (t_i the target row)
 
@@ -10,7 +10,7 @@ forms, and all that its gradient needs is one product,
     dL/dy_i = a_i t_i + c_i y_i,   a_i = -1 / (b |y_i| |t_i|),   c_i = cos_i / (b |y_i|^2)
     dL/dp = dL/dy W = N X,   N = (diag(a) gamma + diag(c) beta) R
 
-with what the caller has at hand (X = U S V^T, G = X X^T, M = G h, rows of this rank):
+with the caller's X = U S V^T, G = X X^T and M = G h, restricted to the rows of this rank:
 
     eigenvectors, samples      alpha = beta = pV g   gamma = tV      R = diag(g) (U / S)^T   X
     eigenvectors, features     alpha = beta = pV g   gamma = tV      R = diag(g) V^T         -
@@ -18,13 +18,12 @@ with what the caller has at hand (X = U S V^T, G = X X^T, M = G h, rows of this 
     matrix function, features  alpha = beta = p W    gamma = t       R = W                   -
     h = 1, samples             alpha = G, beta = GG  gamma = t X^T   -                       X
 
-`rdm::filtered_cosine` gives the loss and N, which is of the smaller side; backward is
-`rdm::apply_rows`, N X times what comes back, in p's dtype. Only dL/dp is ever as large as p. Under
-data parallelism each rank passes its own rows and gets its own rows of the gradient of its own
-mean. Where something is not finite the loss is NaN and the gradient zero.
+`rdm::filtered_cosine` returns the loss and N, which is on the smaller side. Backward is
+`rdm::apply_rows`: N X times the incoming gradient, in p's dtype. Only dL/dp is as large as p. In
+data parallelism each rank passes its own rows and gets their gradient of its own mean. If something
+is not finite, the loss is NaN and the gradient zero.
 
-The op is *defined* by its PyTorch body below. Triton registers itself as its CUDA kernel for
-float32; float64 runs the definition on every device.
+The op is defined by its PyTorch body; a Triton kernel replaces it on CUDA for float32.
 """
 
 import torch
@@ -33,8 +32,9 @@ import triton.language as tl
 from torch import Tensor
 
 from rdm_kernels.apply_rows import apply_rows
+from rdm_kernels.ops import cuda_launcher, define_op, describe
 from rdm_kernels.product import product
-from rdm_kernels.variant import Variant
+from rdm_kernels.variant import FP32, Variant
 
 EPS = 1e-8  # smallest norm, as in torch.nn.functional.cosine_similarity
 
@@ -52,20 +52,20 @@ def filtered_cosine(
     """Mean negative cosine of each view between filtered online rows and target rows.
 
     Args:
-        p: online rows of this rank, [v, b, D], any floating dtype. Takes the gradient; its values
-            are not read.
+        p: online rows of this rank, [v, b, D], any floating dtype. It takes the gradient; its
+            values are not read.
         norm: length of each target row, [v, b].
-        alpha, beta, gamma: [v, b, n], so that <alpha_i, beta_i> is the squared length of filtered
-            row i and <alpha_i, gamma_i> its inner product with the target row. float32 or float64,
-            one dtype for them, norm and R. beta may be alpha itself.
-        R: [v, n, k]; None is the identity.
-        unit: [v], a factor of R; None is 1. So R may be a multiple of the identity.
-        X: the global batch, [v, k, D], any floating dtype; None is the identity.
+        alpha, beta, gamma: [v, b, n]; <alpha_i, beta_i> is the squared length of filtered row i,
+            and <alpha_i, gamma_i> its inner product with the target row. float32 or float64, the
+            same as norm, R and unit. beta may be alpha itself.
+        R: [v, n, k]; None for the identity.
+        X: the global batch, [v, k, D], any floating dtype; None for the identity.
+        unit: [v], a factor of R, so that R can be a multiple of the identity; None for 1.
 
     Returns:
-        [v] in alpha's dtype, in which everything is computed but the last product, that with X:
-        float64 for float64 p, else float32. NaN where a norm or a bilinear form is not finite;
-        that view's gradient is then zero, whatever X holds. Only p takes a gradient.
+        [v] in alpha's dtype, which is also that of the arithmetic, except for the product with X:
+        float64 for float64 p, else float32. If a norm or bilinear form is not finite, the view's
+        loss is NaN and its gradient zero, whatever X holds. Only p takes a gradient.
 
     Raises:
         ValueError: the shapes or dtypes do not fit together.
@@ -83,14 +83,10 @@ def filtered_cosine(
     given = {"norm": norm, "alpha": alpha, "beta": beta, "gamma": gamma, "R": R}
     dtypes = {x.dtype for x in (*given.values(), unit) if x is not None}
     if not fits or dtypes not in ({torch.float32}, {torch.float64}):
-        found = {
-            name: x for name, x in {"p": p, **given, "X": X, "unit": unit}.items() if x is not None
-        }
         raise ValueError(
-            "filtered_cosine needs p [v, b, D], norm [v, b], alpha, beta, gamma [v, b, n], "
-            "R [v, n, k], X [v, k, D], unit [v] or None for each of these three, all but p and X "
-            "float32 or all float64; got "
-            + ", ".join(f"{name} {x.dtype} {tuple(x.shape)}" for name, x in found.items())
+            "filtered_cosine needs p [v, b, D], norm [v, b], alpha, beta, gamma [v, b, n], and "
+            "R [v, n, k], X [v, k, D], unit [v] or None, all but p and X float32 or all float64, "
+            f"got {describe(p=p, **given, X=X, unit=unit)}"
         )
     fixed = [None if x is None else x.detach() for x in (*given.values(), X, unit)]
     with torch.autocast(p.device.type, enabled=False):
@@ -111,36 +107,19 @@ def define_filtered_cosine(
     X: Tensor | None,
     unit: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Loss [v] and N [v, b, k]. p is there for its gradient, X and unit are for backward."""
+    """Loss [v] and N [v, b, k]. p serves for its gradient only, X and unit for backward."""
     square, dot = (alpha * beta).sum(dim=-1), (alpha * gamma).sum(dim=-1)
-    y = square.clamp_min(0).sqrt()  # rounding may leave a square under zero
+    y = square.clamp_min(0).sqrt()  # rounding can make a square negative
     a = -1 / (p.shape[1] * y.clamp_min(EPS) * norm.clamp_min(EPS))
     c = torch.where(y > EPS, -a * dot / square, 0)  # a clamped norm has no derivative
 
     finite = square.isfinite() & dot.isfinite() & norm.isfinite()
     loss = torch.where(finite, a * dot, torch.nan).sum(dim=-1)
     N = a[..., None] * gamma + c[..., None] * beta
-    return loss, N if R is None else N @ R
+    return loss, N.contiguous() if R is None else N @ R
 
 
-filtered_cosine_op = torch.library.custom_op(
-    "rdm::filtered_cosine", define_filtered_cosine, mutates_args=()
-)
-
-
-@filtered_cosine_op.register_fake
-def _(
-    p: Tensor,
-    norm: Tensor,
-    alpha: Tensor,
-    beta: Tensor,
-    gamma: Tensor,
-    R: Tensor | None,
-    X: Tensor | None,
-    unit: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    k = alpha.shape[2] if R is None else R.shape[2]
-    return alpha.new_empty(p.shape[0]), alpha.new_empty(p.shape[0], p.shape[1], k)
+filtered_cosine_op = define_op("filtered_cosine", define_filtered_cosine)
 
 
 def _save(ctx, inputs, output):
@@ -171,7 +150,7 @@ def _rows_kernel(
     norm_ptr, alpha_ptr, beta_ptr, gamma_ptr, term_ptr, N_ptr,
     b, n, EPS: tl.constexpr, SAME: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Of one row: what it adds to the loss, and a gamma + c beta. SAME: beta is alpha."""
+    """One row per program: its term of the loss and its row of N before R. SAME: beta is alpha."""
     row = tl.program_id(0).to(tl.int64)
     alpha_ptr += row * n
     gamma_ptr += row * n
@@ -204,7 +183,7 @@ def _rows_kernel(
 ROWS = {"BLOCK": 1024, "num_warps": 4}
 
 
-@filtered_cosine_op.register_kernel("cuda")
+@cuda_launcher(filtered_cosine_op)
 def filtered_cosine_triton(
     p: Tensor,
     norm: Tensor,
@@ -227,14 +206,8 @@ def filtered_cosine_triton(
 
 
 def variants() -> list[Variant]:
+    """With and without a beta of its own."""
     names = ("norm_ptr", "alpha_ptr", "beta_ptr", "gamma_ptr", "term_ptr", "N_ptr")
-    types = dict.fromkeys(names, "*fp32") | {"b": "i32", "n": "i32"}
-    return [
-        Variant(
-            _rows_kernel,
-            types,
-            {"EPS": EPS, "SAME": same, "BLOCK": ROWS["BLOCK"]},
-            ROWS["num_warps"],
-        )
-        for same in (False, True)
-    ]
+    types = dict.fromkeys(names, FP32) | {"b": "i32", "n": "i32"}
+    same = ({"EPS": EPS, "SAME": same} for same in (False, True))
+    return [Variant(_rows_kernel, types, ROWS | each) for each in same]

@@ -2,16 +2,16 @@
 
     f(A) = V diag(f(lambda)) V^T over eigenvalues lambda > cutoff * lambda_max, 0 on the others
 
-Eigenvalues up to the cutoff, those below zero among them, are rounding noise and count as zero; so
-a negative power is the power of the pseudo-inverse, A^0 projects on the range, and log A is
-taken on the range. The exception is `matrix_log1p`, which is smooth at zero and needs no cutoff.
+Eigenvalues up to the cutoff, including negative ones, are rounding noise and count as zero. So a
+negative power is that of the pseudo-inverse, A^0 projects onto the range, and log A is taken on the
+range. `matrix_log1p` is smooth at zero and has no cutoff.
 
 The gradient is that of Daleckii and Krein (1965),
 
     dL/dA = V (Phi o (V^T dL/df V)) V^T,  Phi_ij = (f_i - f_j) / (lambda_i - lambda_j),  Phi_ii = f'
 
-exact for simple, close and repeated eigenvalues alike, as Phi is formed without subtraction of f:
-with h >= l the shifted eigenvalues (lambda, or 1 + lambda for log1p), d = (l - h) / h, x = log1p d,
+exact for simple, close and repeated eigenvalues, because Phi is formed without subtracting f: with
+h >= l the shifted eigenvalues (lambda, or 1 + lambda for log1p), d = (l - h) / h, x = log1p d,
 
     power   Phi = h^(p-1) expm1(p x) / d    (p h^(p-1) at d = 0)
     log     Phi = x / (h d)                 (1 / h at d = 0)
@@ -19,33 +19,33 @@ with h >= l the shifted eigenvalues (lambda, or 1 + lambda for log1p), d = (l - 
 Between a kept i and a cut-off j, Phi = f_i / (lambda_i - lambda_j); between two cut off, 0.
 
 Error of each function, besides rounding to its dtype: n eps lambda_max max|Phi|, eps of float64, as
-the solver is backward stable (`rdm_kernels.safe_eigh` says where it solves in float32 instead).
-Uses beside this project's: whitening, C^-1/2; Shampoo-like preconditioners, L^-1/4.
+the solver is backward stable (`rdm_kernels.safe_eigh` also solves in float32 on some GPUs). Other
+uses: whitening, C^-1/2; Shampoo-like preconditioners, L^-1/4.
 """
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from rdm_kernels.ops import define_op
 from rdm_kernels.safe_eigh import (
-    WIDE,
     check,
     default_cutoff,
+    define_eigh,
     from_basis,
     is_kept,
     solves_narrow,
-    wide_eigh,
 )
 
 
 def matrix_power(A: Tensor, exponent: float, *, cutoff: float | None = None) -> Tensor:
-    """A^exponent of symmetric positive semi-definite matrices; of A's range if exponent <= 0.
+    """A^exponent of symmetric positive semi-definite matrices, on A's range if exponent <= 0.
 
     Args:
         A: [..., n, n], any floating dtype and scale. Takes a gradient.
         exponent: any finite number.
-        cutoff: eigenvalues up to cutoff * lambda_max count as zero; None for what the dtype of A
-            can resolve (`rdm_kernels.safe_eigh.default_cutoff`).
+        cutoff: eigenvalues up to cutoff * lambda_max count as zero. By default
+            `rdm_kernels.safe_eigh.default_cutoff`, the smallest that A's dtype can resolve.
 
     Returns:
         [..., n, n] in A's dtype but at least float32, bitwise symmetric. Zero for a zero matrix,
@@ -58,7 +58,7 @@ def matrix_power(A: Tensor, exponent: float, *, cutoff: float | None = None) -> 
 
 
 def matrix_sqrt(A: Tensor, *, cutoff: float | None = None) -> Tensor:
-    """A^1/2, as `matrix_power`."""
+    """A^1/2; arguments and result as `matrix_power`."""
     return _apply(A, "power", 0.5, cutoff)
 
 
@@ -75,8 +75,8 @@ def matrix_log(A: Tensor, *, cutoff: float | None = None) -> Tensor:
 def matrix_log1p(A: Tensor) -> Tensor:
     """log(I + A), accurate for small A; arguments and result as `matrix_power`.
 
-    There is no cutoff: small eigenvalues of either sign are taken as they are. An eigenvalue of -1
-    or less is outside the domain, and the result is then not finite.
+    There is no cutoff: small eigenvalues of either sign count. The result is not finite if an
+    eigenvalue is -1 or less, outside the domain.
     """
     return _apply(A, "log1p", 0.0, 0.0)
 
@@ -93,12 +93,11 @@ def _apply(A: Tensor, kind: str, exponent: float, cutoff: float | None) -> Tenso
 # ---- the op, defined by its body -----------------------------------------------------------------
 
 
-@torch.library.custom_op("rdm::eigh_function", mutates_args=())
-def eigh_function(
+def define_eigh_function(
     A: Tensor, kind: str, exponent: float, cutoff: float, narrow: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """f(A), eigenvalues and vectors, in float64. kind: power, log or log1p."""
-    eigenvalues, V = wide_eigh(A, narrow)
+    """f(A), eigenvalues and vectors in float64, for kind power, log or log1p."""
+    eigenvalues, V = define_eigh(A, narrow)
     f = _response(eigenvalues, _kept(eigenvalues, kind, cutoff), kind, exponent)
     result = V * f[..., None, :] @ V.mT
     finite = eigenvalues.isfinite().all(dim=-1)[..., None, None]
@@ -106,15 +105,18 @@ def eigh_function(
     return result.contiguous(), eigenvalues, V
 
 
+eigh_function = define_op("eigh_function", define_eigh_function)
+
+
 def _kept(eigenvalues: Tensor, kind: str, cutoff: float) -> Tensor:
-    """The eigenvalues that f is taken of."""
+    """Mask of the eigenvalues that f applies to."""
     if kind == "log1p":
         return torch.ones_like(eigenvalues, dtype=torch.bool)
     return is_kept(eigenvalues, cutoff)
 
 
 def _response(eigenvalues: Tensor, kept: Tensor, kind: str, exponent: float) -> Tensor:
-    """f(lambda), 0 where cut off."""
+    """f(lambda), or 0 where cut off."""
     if kind == "log1p":
         return eigenvalues.log1p()
     safe = eigenvalues.where(kept, 1)
@@ -122,7 +124,7 @@ def _response(eigenvalues: Tensor, kept: Tensor, kind: str, exponent: float) -> 
 
 
 def divided_differences(eigenvalues: Tensor, kept: Tensor, kind: str, exponent: float) -> Tensor:
-    """Phi, [..., n, n], as above."""
+    """Phi, [..., n, n], as defined above."""
     shift = 1 if kind == "log1p" else 0
     safe = eigenvalues.where(kept, 1)
     high = torch.maximum(safe[..., :, None], safe[..., None, :])
@@ -142,14 +144,6 @@ def divided_differences(eigenvalues: Tensor, kept: Tensor, kind: str, exponent: 
     across = (f[..., :, None] - f[..., None, :]) / gap.where(one_kept, 1)
     both_kept = kept[..., :, None] & kept[..., None, :]
     return torch.where(both_kept, inside, across.where(one_kept, 0))
-
-
-@eigh_function.register_fake
-def _(
-    A: Tensor, kind: str, exponent: float, cutoff: float, narrow: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    result = A.new_empty(A.shape, dtype=WIDE)
-    return result, A.new_empty(A.shape[:-1], dtype=WIDE), A.new_empty(A.shape, dtype=WIDE)
 
 
 def _save(ctx, inputs, output):

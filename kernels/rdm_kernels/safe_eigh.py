@@ -2,26 +2,26 @@
 
     A = V diag(lambda) V^T
 
-`torch.linalg.eigh` refuses 16-bit inputs, reads one triangle and ignores the other, raises where
-one matrix of a batch is not finite, returns eigenvectors of either sign, and its gradient is
-infinite for repeated eigenvalues. Here every floating dtype is taken, and autocast changes
-nothing; A is made symmetric and scaled by a power of two before it is solved, so that entries of
-1e-30 or 1e30 neither vanish nor overflow; a matrix that is not finite is flagged.
+`torch.linalg.eigh` refuses 16-bit inputs, reads one triangle only, raises if one matrix of a batch
+is not finite, returns eigenvectors of either sign, and has an infinite gradient for repeated
+eigenvalues. This op takes every floating dtype and ignores autocast. It symmetrizes A and scales it
+by a power of two, so that entries of 1e-30 or 1e30 neither vanish nor overflow, and flags matrices
+that are not finite.
 
-Precision. The solve is in float64: on a CPU, and on a GPU with full-rate float64, it costs less
-than twice a float32 solve and resolves eigenvalues of 1e-15 lambda_max. On other GPUs (compute
-capability other than x.0) float64 is 32 to 64 times slower, so there inputs of at most 32 bits are
-solved in float32; eigenvalues are then refined to Rayleigh quotients v^T A v / v^T v in float64,
-whose error is eps^2 / gap (the square of that of v, times the gap), at most eps, eps of float32.
+Precision. The solver runs in float64 on CPUs and on GPUs with fast float64, where it costs less
+than twice a float32 solve and resolves eigenvalues of 1e-15 lambda_max. On other GPUs float64 is 32
+to 64 times slower, so inputs of at most 32 bits are solved in float32. Their eigenvalues are then
+refined to Rayleigh quotients v^T A v / v^T v in float64, with error eps^2 / gap (the square of v's
+error, times the gap) and at most eps, eps of float32.
 
 Gradient. With S = V^T dL/dV and F_ij = 1 / (lambda_j - lambda_i),
 
     dL/dA = V (diag(dL/dlambda) + F o S) V^T, made symmetric,
 
-and F_ij = 0 where the gap is too small to be resolved (below n eps max |lambda|). It is exact for
-functions of the matrix on simple eigenvalues, and on repeated ones as long as they treat a
-cluster alike and flat (spectral projectors, lambda^2 summed). f(A) with f' != 0 on a cluster
-needs what lambda and V no longer know: use `rdm_kernels.matrix_power` and its kin, which are exact.
+where F_ij = 0 if the gap cannot be resolved (below n eps max |lambda|). It is exact for functions
+of the matrix on simple eigenvalues, and on repeated ones for functions that treat a cluster alike
+and flat (spectral projectors, sums of lambda^2). f(A) with f' != 0 on a cluster needs what lambda
+and V no longer hold: use `rdm_kernels.matrix_power` and its relatives, which are exact.
 """
 
 import math
@@ -31,15 +31,19 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from rdm_kernels.ops import define_op, describe
+
 WIDE = torch.float64
-TIE = 2.0**-20  # components this near the largest one are as large, whatever rounding says
+TIE = 2.0**-20  # components this close to the largest one count as equally large
+# Compute capabilities with float64 at half the rate of float32: P100, V100, A100, H100, B200.
+FAST_FLOAT64 = {(6, 0), (7, 0), (8, 0), (9, 0), (10, 0)}
 
 
 class Eigh(NamedTuple):
-    """Eigendecomposition of matrices A [..., n, n]; where one is not finite, it is flagged."""
+    """Eigendecomposition of matrices A [..., n, n]."""
 
     eigenvalues: Tensor  # [..., n], ascending; NaN if not finite
-    vectors: Tensor  # [..., n, n], one a column, its largest component positive
+    vectors: Tensor  # [..., n, n], one per column, its largest component positive
     rank: Tensor  # [...] int64: eigenvalues with |lambda| > cutoff * max |lambda|
     finite: Tensor  # [...] bool
 
@@ -54,21 +58,20 @@ def safe_eigh(
     """Eigenvalues and eigenvectors of symmetric matrices, of any dtype and any scale.
 
     Args:
-        A: symmetric matrices, [..., n, n], n at least 1, any floating dtype; what is decomposed
-            is (A + A^T) / 2. Takes a gradient, finite for repeated eigenvalues (see the module).
-        cutoff: eigenvalues up to cutoff * max |lambda| are counted as zero in the rank. None for
-            what the dtype of A can resolve: see `default_cutoff`.
-        non_negative: A is known to be positive semi-definite, as a Gram matrix is: eigenvalues
-            under zero are rounding and become zero.
-        solve: float64 or float32, the dtype of the solver; None for the module's rule.
+        A: symmetric matrices, [..., n, n], n at least 1, any floating dtype; (A + A^T) / 2 is
+            decomposed. Takes a gradient, finite for repeated eigenvalues (see the module).
+        cutoff: eigenvalues up to cutoff * max |lambda| count as zero in the rank. By default
+            `default_cutoff`, the smallest that A's dtype can resolve.
+        non_negative: set if A is positive semi-definite, as a Gram matrix is: eigenvalues below
+            zero are then rounding and become zero.
+        solve: the solver's dtype, float64 or float32; None for the module's rule.
 
     Returns:
-        Eigh, in A's dtype but at least float32. Vectors: the largest component of each (the first,
-        if several are as large) is positive. Of the matrix as given, lambda is within
-        n eps lambda_max, eps of float64, before it is rounded to the result's dtype. A matrix with
-        an element that is not finite, or one on which the solver did not converge, has eigenvalues
-        NaN, the identity for vectors, rank 0, finite False and a gradient of zero; the others
-        of the batch are not touched.
+        Eigh, in A's dtype but at least float32. The largest component of each vector (the first, if
+        several are equally large) is positive. Before rounding to the result's dtype, lambda is
+        within n eps lambda_max of A's, eps of float64. A matrix that is not finite, or on which the
+        solver does not converge, has eigenvalues NaN, the identity as vectors, rank 0, finite False
+        and a gradient of zero; the others of the batch are unaffected.
 
     Raises:
         ValueError: A is not [..., n, n] of a floating dtype, or solve is another dtype.
@@ -89,29 +92,29 @@ def safe_eigh(
 
 
 def check(A: Tensor, name: str) -> None:
-    """Raise ValueError, in name's words, unless A is a stack of square floating matrices."""
+    """Raise a ValueError in this function's name unless A is [..., n, n] of a floating dtype."""
     if A.ndim < 2 or A.shape[-1] != A.shape[-2] or A.shape[-1] == 0 or not A.is_floating_point():
         raise ValueError(
-            f"{name} needs symmetric matrices [..., n, n] of a floating dtype, n at least 1, "
-            f"got {A.dtype} {tuple(A.shape)}"
+            f"{name} needs symmetric matrices A [..., n, n] of a floating dtype, n at least 1, "
+            f"got {describe(A=A)}"
         )
 
 
 def solves_narrow(A: Tensor) -> bool:
-    """Whether the rule above solves A in float32: a GPU whose float64 is slow, and no float64 A."""
+    """Whether the module's rule solves A in float32."""
     return A.dtype != WIDE and not has_fast_float64(A.device)
 
 
 def has_fast_float64(device: torch.device) -> bool:
-    """Whether float64 has at least half the rate of float32: CPUs, and GPUs of capability x.0."""
-    return device.type != "cuda" or torch.cuda.get_device_capability(device)[1] == 0
+    """Whether float64 has at least half the rate of float32."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) in FAST_FLOAT64
 
 
 def default_cutoff(A: Tensor, narrow: bool) -> float:
-    """Relative size under which an eigenvalue of A [..., n, n] may be nothing but rounding.
+    """Relative size below which an eigenvalue of A [..., n, n] may be rounding alone.
 
-    u sqrt(n) for the entries of A, as |E|_2 <= |E|_F <= u |A|_F <= u sqrt(n) lambda_max for a
-    relative error u in each; and n eps for the solver.
+    The entries of A add u sqrt(n), as |E|_2 <= |E|_F <= u |A|_F <= u sqrt(n) lambda_max for a
+    relative error u in each; the solver adds n eps.
     """
     n = A.shape[-1]
     solver = torch.finfo(torch.float32 if narrow else WIDE).eps
@@ -119,17 +122,18 @@ def default_cutoff(A: Tensor, narrow: bool) -> float:
 
 
 def is_kept(eigenvalues: Tensor, cutoff: float) -> Tensor:
-    """Which eigenvalues [..., n] lie over cutoff * the largest one; none of a zero matrix."""
+    """Mask of eigenvalues [..., n] above cutoff * the largest one; empty for a zero matrix."""
     return eigenvalues > cutoff * eigenvalues.amax(dim=-1, keepdim=True).clamp_min(0)
 
 
 # ---- the op, defined by its body -----------------------------------------------------------------
 
 
-def wide_eigh(A: Tensor, narrow: bool) -> tuple[Tensor, Tensor]:
+def define_eigh(A: Tensor, narrow: bool) -> tuple[Tensor, Tensor]:
     """Eigenvalues [..., n], ascending, and vectors [..., n, n] of (A + A^T) / 2, in float64.
 
-    All products here and in the gradient are of float64, which autocast never casts.
+    The solver runs in float32 if narrow. All products, also those of the gradient, are in float64,
+    which autocast never casts.
     """
     absmax = A.abs().amax(dim=(-2, -1)).to(WIDE)
     finite = absmax.isfinite()
@@ -146,7 +150,7 @@ def wide_eigh(A: Tensor, narrow: bool) -> tuple[Tensor, Tensor]:
 
 
 def _solve(A: Tensor) -> tuple[Tensor, Tensor]:
-    """torch.linalg.eigh; NaN and the identity for a matrix on which it does not converge."""
+    """torch.linalg.eigh, with NaN and the identity for a matrix on which it does not converge."""
     try:
         eigenvalues, vectors = torch.linalg.eigh(A)
     except torch.linalg.LinAlgError:  # type: ignore[attr-defined]
@@ -158,7 +162,7 @@ def _solve(A: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _refine(A: Tensor, eigenvalues: Tensor, vectors: Tensor) -> tuple[Tensor, Tensor]:
-    """Rayleigh quotients in float64 of float32 vectors, ascending, and the vectors normalized."""
+    """Rayleigh quotients in float64, ascending, and normalized vectors of a float32 solve."""
     vectors = vectors.to(WIDE)
     vectors = vectors / vectors.norm(dim=-2, keepdim=True)
     quotients = (vectors * (A @ vectors)).sum(dim=-2)
@@ -167,22 +171,14 @@ def _refine(A: Tensor, eigenvalues: Tensor, vectors: Tensor) -> tuple[Tensor, Te
 
 
 def _fix_signs(vectors: Tensor) -> Tensor:
-    """Columns with their largest component positive; the first of several that are as large."""
+    """Flip columns so that the largest component, the first in a tie, is positive."""
     size = vectors.abs()
     is_largest = size >= (1 - TIE) * size.amax(dim=-2, keepdim=True)
     first = is_largest.to(torch.int8).argmax(dim=-2, keepdim=True)
     return vectors * torch.where(vectors.gather(-2, first) < 0, -1.0, 1.0).to(vectors.dtype)
 
 
-@torch.library.custom_op("rdm::safe_eigh", mutates_args=())
-def eigh_op(A: Tensor, narrow: bool) -> tuple[Tensor, Tensor]:
-    """Eigenvalues and vectors in float64, solved in float32 if narrow."""
-    return wide_eigh(A, narrow)
-
-
-@eigh_op.register_fake
-def _(A: Tensor, narrow: bool) -> tuple[Tensor, Tensor]:
-    return A.new_empty(A.shape[:-1], dtype=WIDE), A.new_empty(A.shape, dtype=WIDE)
+eigh_op = define_op("safe_eigh", define_eigh)
 
 
 def _save(ctx, inputs, output):
@@ -208,7 +204,7 @@ def _backward(ctx, grad_eigenvalues, grad_vectors):
 
 
 def from_basis(inner: Tensor, eigenvalues: Tensor, V: Tensor) -> Tensor:
-    """V inner V^T, made symmetric: a gradient for A. Zero where A was not finite."""
+    """The gradient V inner V^T, made symmetric; zero where A was not finite."""
     outer = V @ inner @ V.mT
     finite = eigenvalues.isfinite().all(dim=-1)[..., None, None]
     return ((outer + outer.mT) / 2).where(finite, 0)

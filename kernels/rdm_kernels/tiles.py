@@ -1,16 +1,15 @@
-"""Tiles of matrix products, and symmetric products X Y^T or X^T Y made of those: two ops' kernels.
+"""Kernels that multiply tiles, and the launcher of symmetric products X Y^T and X^T Y.
 
-`multiplied` is the one place where tiles are multiplied, also those of product.py. For a symmetric
-product, three kernels, one after the other, none with atomics, so the same input gives the same
-bits:
+`multiply_tile` is the inner loop of `gram`, `sym_matmul` and `product`. A symmetric product takes
+three kernels:
 
-    product   tiles at or under the diagonal, each cut into chunks of the sum, to a workspace
-    finish    adds the chunks first to last, scales, and stores each element twice, mirrored: the
-              result equals its transpose bit for bit, whatever the order of sums in a tile was
-    totals    trace, Frobenius norm and a flag of what is not finite
+    product   multiplies tiles on or below the diagonal, each split into chunks of the sum
+    finish    adds the chunks in order, scales the sum and stores each element and its mirror image
+    totals    computes the trace, the Frobenius norm and the non-finite flag
 
-Storing tiles first and finishing them in smaller ones keeps the product's registers for products:
-in one kernel, the mirrored store of an n that is no multiple of 16 spills them.
+So the result equals its transpose bit for bit, and since no kernel uses atomics, the same input
+always gives the same bits. A single kernel would spill registers: the mirrored store does not fit
+beside the product where n is not a multiple of 16.
 """
 
 from typing import NamedTuple
@@ -20,18 +19,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rdm_kernels.variant import Variant
+from rdm_kernels.variant import FP32, Variant
 
-# Sums of squares are of values divided by the largest of a tile, itself held in this range, so
-# that they neither overflow nor vanish wherever the values themselves do not.
+# Squares are summed after division by the largest value of a tile, clamped to this range, so the
+# sum neither overflows nor vanishes unless the values themselves do.
 SMALLEST, LARGEST = 1e-30, 1e30
 _LOW, _HIGH = tl.constexpr(SMALLEST), tl.constexpr(LARGEST)
 
-FP32 = "*fp32"
-WIDTH = 16  # rows of X reach the kernels padded with zeros to a multiple of so many columns, W:
-# only then can tiles be copied to shared memory 16 bytes at a time, while others are multiplied
+WIDTH = 16  # rows are zero-padded to a multiple, so that tiles are copied 16 bytes at a time
 LARGE = 1024  # from this n on, larger tiles still fill a device
-PROGRAMS = 132  # streaming multiprocessors of an H100; sizes alone decide, so results do not vary
+PROGRAMS = 132  # multiprocessors of an H100; fixed, so results do not depend on the device
 MAX_PARTS = 16
 FINISH = {"SUB": 32, "num_warps": 4}
 TOTALS = {"BLOCK": 512, "num_warps": 4}
@@ -47,7 +44,7 @@ class Blocks(NamedTuple):
 
 
 class Symmetric(NamedTuple):
-    """v symmetric matrices and what their computation gives away; float32 (or 64) but the flag."""
+    """v symmetric matrices and their totals, in float32 or float64."""
 
     matrix: Tensor  # [v, n, n], bitwise symmetric
     diagonal: Tensor  # [v, n]
@@ -56,15 +53,18 @@ class Symmetric(NamedTuple):
     nonfinite: Tensor  # [v] int32: 1 if the matrix holds NaN or infinity, else 0
 
 
-def empty(like: Tensor, v: int, n: int) -> Symmetric:
-    """Room for the results."""
-    matrix = like.new_empty(v, n, n, dtype=torch.promote_types(like.dtype, torch.float32))
+def allocate(like: Tensor, v: int, n: int) -> Symmetric:
+    """Uninitialized results for v matrices n x n, on the device of `like`."""
+    matrix = like.new_empty(v, n, n, dtype=torch.float32)
     diagonal, trace, norm = matrix.new_empty(v, n), matrix.new_empty(v), matrix.new_empty(v)
     return Symmetric(matrix, diagonal, trace, norm, matrix.new_empty(v, dtype=torch.int32))
 
 
-def defined(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The fields of `Symmetric` by PyTorch, from the lower triangle of matrix [v, n, n]."""
+Fields = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # of `Symmetric`, as an op returns them
+
+
+def symmetric_from_lower(matrix: Tensor) -> Fields:
+    """The fields of `Symmetric`, computed by PyTorch from the lower triangle of [v, n, n]."""
     matrix = matrix.tril() + matrix.tril(-1).mT
     diagonal = matrix.diagonal(dim1=-2, dim2=-1).clone()
     m = matrix.abs().amax(dim=(1, 2)).clamp(SMALLEST, LARGEST)
@@ -74,39 +74,33 @@ def defined(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
 
 
 def lower_tiles(n: int, block: int) -> int:
-    """Number of tiles at or under the diagonal of an n x n matrix."""
+    """Number of tiles on or below the diagonal of an n x n matrix."""
     side = triton.cdiv(n, block)
     return side * (side + 1) // 2
 
 
-def parts(v: int, n: int, K: int, block: Blocks) -> int:
-    """In how many chunks to sum a symmetric product."""
-    return parts_of(v * lower_tiles(n, block.BLOCK), K, block)
-
-
-def parts_of(tiles: int, K: int, block: Blocks) -> int:
-    """In how many chunks to sum so that all of a device has work, each at least 4 steps long."""
+def num_parts(tiles: int, K: int, block: Blocks) -> int:
+    """Number of chunks that gives the whole device work, each at least 4 steps long."""
     return max(1, min(PROGRAMS // tiles, K // (4 * block.BLOCK_K), MAX_PARTS))
 
 
-def chunked(K: int, parts: int, block: Blocks) -> tuple[int, int]:
-    """Length of a chunk, in whole steps, and how many of them K terms then make: at most parts."""
+def chunks(K: int, parts: int, block: Blocks) -> tuple[int, int]:
+    """Length of a chunk, a whole number of steps, and how many chunks K terms need (<= parts)."""
     chunk = triton.cdiv(triton.cdiv(K, parts), block.BLOCK_K) * block.BLOCK_K
     return chunk, triton.cdiv(K, chunk)
 
 
-def padded(X: Tensor) -> Tensor:
-    """X or a copy: contiguous, 16-byte aligned, columns a multiple of WIDTH with zeros there."""
+def pad_rows(X: Tensor) -> Tensor:
+    """X, or a copy that is contiguous, 16-byte aligned and zero-padded to a multiple of WIDTH."""
     if missing := -X.shape[-1] % WIDTH:  # padding by nothing copies too
         return torch.nn.functional.pad(X, (0, missing)).contiguous()
     X = X.contiguous()
     return X.clone() if X.data_ptr() % 16 else X
 
 
-def described(**tensors: Tensor | None) -> str:
-    """What was found, for a message."""
-    given = ((name, X) for name, X in tensors.items() if X is not None)
-    return ", ".join(f"{name} {X.dtype} {tuple(X.shape)}" for name, X in given)
+def interpreter_widens(X: Tensor) -> bool:
+    """Whether to widen X before tl.dot: Triton's interpreter multiplies bfloat16 as integers."""
+    return bool(triton.knobs.runtime.interpret) and X.dtype == torch.bfloat16
 
 
 # ---- kernels -------------------------------------------------------------------------------------
@@ -114,7 +108,7 @@ def described(**tensors: Tensor | None) -> str:
 
 @triton.jit
 def _lower_tile(t):
-    """Row and column of tile t of a lower triangle, counted along its rows."""
+    """Row and column of tile t of a lower triangle, numbered row by row."""
     i = ((tl.sqrt(8.0 * t.to(tl.float32) + 1.0) - 1.0) * 0.5).to(tl.int32)
     i = tl.where(i * (i + 1) // 2 > t, i - 1, i)  # the root is rounded
     i = tl.where((i + 1) * (i + 2) // 2 <= t, i + 1, i)
@@ -122,12 +116,12 @@ def _lower_tile(t):
 
 
 @triton.jit
-def _terms(
+def _load(
     X_ptr, mean_ptr, z, line, k, stop, rows, W, group,
     COLUMNS: tl.constexpr, CENTER: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Terms k, before stop, of these lines of matrix z [rows, W], centered if asked; 0 outside."""
-    if COLUMNS:  # a line is a column, its terms go along the rows
+    """Terms k < stop of these lines of matrix z [rows, W], minus the mean if CENTER; 0 outside."""
+    if COLUMNS:  # a line is a column; its terms run along the rows
         lines, terms = W, rows
         at, mean_at = z * rows * W + k * W + line, z * W + line + 0 * k
     else:
@@ -143,23 +137,24 @@ def _terms(
 
 
 @triton.jit
-def multiplied(
+def multiply_tile(
     X_ptr, Y_ptr, mean_ptr, z, i, j, start, stop,
     x_rows, x_width, y_rows, y_width, group,
     X_COLUMNS: tl.constexpr, Y_COLUMNS: tl.constexpr, CENTER: tl.constexpr, WIDE: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Tile (i, j) of X Y^T in matrix z, of the terms from start to stop: [BLOCK, BLOCK].
+    """Tile (i, j) of X Y^T in matrix z, summed from start to stop: [BLOCK, BLOCK].
 
-    Lines of X by lines of Y, each rows or columns of what `padded` left. Means are of `group` rows.
+    Multiplies lines of X by lines of Y, which are rows or columns of padded matrices. Each `group`
+    rows share a mean.
     """
     a = i * BLOCK + tl.arange(0, BLOCK).to(tl.int64)[:, None]
     b = j * BLOCK + tl.arange(0, BLOCK).to(tl.int64)[:, None]
     k = start + tl.arange(0, BLOCK_K)[None, :]
     acc = tl.zeros((BLOCK, BLOCK), tl.float32)
     for _ in range(start, stop, BLOCK_K):
-        x = _terms(X_ptr, mean_ptr, z, a, k, stop, x_rows, x_width, group, X_COLUMNS, CENTER, WIDE)
-        y = _terms(Y_ptr, mean_ptr, z, b, k, stop, y_rows, y_width, group, Y_COLUMNS, CENTER, WIDE)
+        x = _load(X_ptr, mean_ptr, z, a, k, stop, x_rows, x_width, group, X_COLUMNS, CENTER, WIDE)
+        y = _load(Y_ptr, mean_ptr, z, b, k, stop, y_rows, y_width, group, Y_COLUMNS, CENTER, WIDE)
         acc = tl.dot(x, tl.trans(y), acc, input_precision=PRECISION)
         k += BLOCK_K
     return acc
@@ -172,12 +167,12 @@ def _product_kernel(
     FEATURES: tl.constexpr, CENTER: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Lower tile t of matrix z, of the terms in chunk s of the sum."""
+    """Lower tile t of matrix z, summed over chunk s."""
     t, s, z = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     i, j = _lower_tile(t)
     start = s.to(tl.int64) * chunk
     stop = tl.minimum(start + chunk, rows if FEATURES else W)
-    acc = multiplied(
+    acc = multiply_tile(
         X_ptr, Y_ptr, mean_ptr, z, i, j, start, stop, rows, W, rows, W, group,
         FEATURES, FEATURES, CENTER, WIDE, PRECISION, BLOCK, BLOCK_K,
     )  # fmt: skip
@@ -192,7 +187,7 @@ def _finish_kernel(
     n, parts, tiles, alpha, beta, gamma,
     BLOCK: tl.constexpr, SUB: tl.constexpr,
 ):  # fmt: skip
-    """Lower tile t, SUB x SUB, of matrix z: alpha S + beta C + gamma I, S the sum of the parts."""
+    """Tile t, SUB x SUB, of alpha S + beta C + gamma I in matrix z; S is the sum of the parts."""
     t, z = tl.program_id(0), tl.program_id(1).to(tl.int64)
     i, j = _lower_tile(t)
     rows = i * SUB + tl.arange(0, SUB).to(tl.int64)
@@ -235,7 +230,7 @@ def _finish_kernel(
 def _totals_kernel(
     diagonal_ptr, norms_ptr, trace_ptr, norm_ptr, nonfinite_ptr, n, tiles, BLOCK: tl.constexpr
 ):
-    """Of matrix z, by one program: its tiles' norms are (m, sum of (value / m)^2)."""
+    """Totals of matrix z in one program. A tile's norm is a pair (m, sum of (value / m)^2)."""
     z = tl.program_id(0).to(tl.int64)
     diagonal_ptr += z * n
     norms_ptr += z * tiles * 2
@@ -271,10 +266,10 @@ def symmetric_product(
     X: Tensor,
     Y: Tensor,
     n: int,
-    *,
-    precision: str,
     block: Blocks,
-    parts: int,
+    parts: int | None = None,
+    *,
+    precision: str = "tf32x3",
     features: bool = False,
     mean: Tensor | None = None,
     group: int = 1,
@@ -286,30 +281,28 @@ def symmetric_product(
     """alpha X Y^T (or X^T Y) + beta C + gamma I, [v, n, n]: the lower triangle, mirrored.
 
     Args:
-        X, Y: [v, rows, W], as `padded` leaves them.
-        precision: of tl.dot, for float32 values.
-        parts: largest number of chunks of the sum.
-        features: X^T Y, of columns; otherwise X Y^T, of rows.
-        mean: subtracted from rows of X and Y, [views, W], one for each `group` rows.
+        X, Y: [v, rows, W], from `pad_rows`.
+        parts: largest number of chunks of the sum; None to fill the device.
+        precision: of tl.dot.
+        features: X^T Y, a product of columns, instead of X Y^T, a product of rows.
+        mean: [views, W], subtracted from the rows of X and Y; each `group` rows share one.
         C: [v, n, n], contiguous.
     """
     v, rows, W = X.shape
-    chunk, parts = chunked(rows if features else W, parts, block)
-    tiles = lower_tiles(n, block.BLOCK)
-    out = empty(X, v, n)
+    K, tiles = rows if features else W, lower_tiles(n, block.BLOCK)
+    chunk, parts = chunks(K, parts or num_parts(v * tiles, K, block), block)
+    out = allocate(X, v, n)
     work = out.matrix.new_empty(v, parts, tiles, block.BLOCK, block.BLOCK)
-    # Triton's interpreter multiplies bfloat16 as if its bits were integers.
-    wide = mean is not None or (triton.knobs.runtime.interpret and X.dtype == torch.bfloat16)
     _product_kernel[(tiles, parts, v)](
         X, Y, X if mean is None else mean, work, rows, W, group, chunk,
-        FEATURES=features, CENTER=mean is not None, WIDE=wide, PRECISION=precision,
-        **block._asdict(),
+        FEATURES=features, CENTER=mean is not None, PRECISION=precision,
+        WIDE=mean is not None or interpreter_widens(X), **block._asdict(),
     )  # fmt: skip
     sub = min(FINISH["SUB"], block.BLOCK)
     norms = out.matrix.new_empty(v, lower_tiles(n, sub), 2)
     _finish_kernel[(norms.shape[1], v)](
         work, C, out.matrix, out.diagonal, norms, n, parts, tiles, alpha, beta, gamma,
-        BLOCK=block.BLOCK, SUB=sub, num_warps=FINISH["num_warps"],
+        **FINISH | {"BLOCK": block.BLOCK, "SUB": sub},
     )  # fmt: skip
     _totals_kernel[(v,)](
         out.diagonal, norms, out.trace, out.norm, out.nonfinite, n, norms.shape[1], **TOTALS
@@ -318,31 +311,26 @@ def symmetric_product(
 
 
 def product_variant(X: str, precision: str, block: Blocks, features: bool, center: bool) -> Variant:
-    """The product of values of Triton type X (a pointer)."""
+    """A product of elements of pointer type X."""
     types = {"X_ptr": X, "Y_ptr": X, "mean_ptr": FP32 if center else X, "work_ptr": FP32}
     types |= {"rows": "i32", "W": "i32:16", "group": "i32", "chunk": "i32:16"}
-    constants = {
-        "FEATURES": features, "CENTER": center, "WIDE": center, "PRECISION": precision,
-        "BLOCK": block.BLOCK, "BLOCK_K": block.BLOCK_K,
-    }  # fmt: skip
-    tensor_cores = precision != "ieee" or (X != FP32 and not center)
-    options = (block.num_warps, block.num_stages)
-    return Variant(_product_kernel, types, constants, *options, tensor_cores=tensor_cores)
+    launch = {"FEATURES": features, "CENTER": center, "WIDE": center, "PRECISION": precision}
+    return Variant(_product_kernel, types, launch | block._asdict(), tensor_cores=True)
 
 
 def finish_variant(block: Blocks, affine: bool) -> Variant:
-    """With beta C, if affine; alpha and gamma are always there."""
+    """The finish of a product in these blocks; with beta C if affine."""
     types = dict.fromkeys(("work_ptr", "out_ptr", "diagonal_ptr", "norms_ptr"), FP32)
     types |= dict.fromkeys(("n", "parts", "tiles"), "i32")
     types |= dict.fromkeys(("alpha", "beta", "gamma"), "fp32")
-    types |= {"C_ptr": FP32} if affine else {}
-    constants: dict[str, int | None] = {"BLOCK": block.BLOCK, "SUB": FINISH["SUB"]}
-    constants |= {} if affine else {"C_ptr": None}
-    return Variant(_finish_kernel, types, constants, FINISH["num_warps"])
+    launch = {"BLOCK": block.BLOCK, **FINISH}
+    if affine:
+        return Variant(_finish_kernel, types | {"C_ptr": FP32}, launch)
+    return Variant(_finish_kernel, types, {"C_ptr": None, **launch})
 
 
 def variants() -> list[Variant]:
-    """Of the totals; the ops that make the others list them."""
+    """The totals; products and finishes are listed by the ops that launch them."""
     types = dict.fromkeys(("diagonal_ptr", "norms_ptr", "trace_ptr", "norm_ptr"), FP32)
     types |= {"nonfinite_ptr": "*i32", "n": "i32", "tiles": "i32"}
-    return [Variant(_totals_kernel, types, {"BLOCK": TOTALS["BLOCK"]}, TOTALS["num_warps"])]
+    return [Variant(_totals_kernel, types, TOTALS)]

@@ -1,6 +1,6 @@
-"""Kernels that must not be shipped, and some that may: what rdm_kernels.aot has to tell apart.
+"""Kernels that must not ship, and some that may, for tests of rdm_kernels.aot.
 
-As a script this is `python -m rdm_kernels.aot` with these kernels in place of the package's.
+This script is `python -m rdm_kernels.aot` with these kernels in place of the package's.
 """
 
 import sys
@@ -8,7 +8,7 @@ import sys
 import triton
 import triton.language as tl
 
-from rdm_kernels import aot
+from rdm_kernels import aot, tiles
 from rdm_kernels.variant import Variant
 
 
@@ -56,7 +56,8 @@ def _forgotten_kernel(X_ptr):
 
 
 def scale(BLOCK: int) -> Variant:
-    return Variant(_scale_kernel, {"X_ptr": "*fp32", "Y_ptr": "*fp32"}, {"BLOCK": BLOCK}, 1)
+    launch = {"BLOCK": BLOCK, "num_warps": 1}
+    return Variant(_scale_kernel, {"X_ptr": "*fp32", "Y_ptr": "*fp32"}, launch)
 
 
 def product(X: str, BLOCK_K: int, PRECISION: str) -> Variant:
@@ -74,7 +75,8 @@ def variants() -> list[Variant]:
         product("*fp16", 64, "tf32"),
         product("*fp16", 512, "tf32"),
         product("*fp32", 16, "ieee"),
-        Variant(_three_sums_kernel, types, {}, 8, 2),
+        Variant(_three_sums_kernel, types, {"num_warps": 8, "num_stages": 2}),
+        *tiles.variants(),
     ]
 
 

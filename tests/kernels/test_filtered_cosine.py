@@ -1,8 +1,6 @@
 """rdm_kernels.filtered_cosine against autograd through the paper's formula, in float64."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import pytest
 import torch
@@ -20,25 +18,24 @@ from rdm_kernels.filtered_cosine import (
     filtered_cosine_op,
     filtered_cosine_triton,
 )
+from tests.kernels.common import DEVICE, Body, U, randn
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 S_MAX = 20  # largest singular value of the batches drawn here; the smallest is 1
 EXACT = 1e-11  # float64 carries 1e-16, of numbers up to S_MAX^2, and as much more by the condition
 ROUNDED = 5e-6  # float32 carries 6e-8, and so much more by sums of up to S_MAX times the result
-U = 2.0**-24  # unit roundoff of float32
 
 NAMES = ("vectors-samples", "vectors-features", "matrix-samples", "matrix-features", "power")
 ENGINES = pytest.mark.parametrize("engine", NAMES)
 BODIES = pytest.mark.parametrize(
     "body", [filtered_cosine_op, filtered_cosine_triton], ids=["definition", "kernel"]
 )
-Body = Callable[..., Any]
+BAD = pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 seeds = st.integers(0, 2**31)
 
 
 @dataclass(frozen=True)
 class Case:
-    """A batch X = U diag(s) V^T, the response g on s, targets t of b of its rows; all float64."""
+    """A batch X = U diag(s) V^T, the response g on s, and targets t of b rows, all in float64."""
 
     U: Tensor  # [v, B, n]
     s: Tensor  # [v, n]
@@ -52,7 +49,7 @@ class Case:
 
     @property
     def p(self) -> Tensor:
-        """This rank's rows: not the first of the batch, where there are others."""
+        """This rank's rows: the last of the batch."""
         return self.X[:, -self.t.shape[1] :]
 
     def W(self, engine: str) -> Tensor:
@@ -61,7 +58,7 @@ class Case:
         return (self.V * response[:, None]) @ self.V.mT
 
     def arguments(self, engine: str) -> list[Tensor | None]:
-        """What a caller fills in for p's gradient: norm, alpha, beta, gamma, R, X."""
+        """The arguments that an engine passes: norm, alpha, beta, gamma, R, X."""
         b, X, t, norm = self.t.shape[1], self.X, self.t, self.t.norm(dim=-1)
         U, s, V, g = self.U, self.s[:, None], self.V, self.g[:, None]
         if engine == "vectors-samples":
@@ -87,23 +84,19 @@ class Case:
         return -F.cosine_similarity(p @ self.W(engine), self.t, dim=-1, eps=EPS).mean(dim=-1)
 
     def unit(self, engine: str) -> Tensor:
-        """Of the gradient, 1 / |p W| times W."""
+        """The gradient's unit: 1 / |p W| times W."""
         W = self.W(engine)
         return torch.linalg.matrix_norm(W, 2).max() / (self.p @ W).norm(dim=-1).min()
 
 
 def case(v: int, b: int, B: int, D: int, seed: int = 0) -> Case:
     """b of the batch's B rows (all, if there are fewer) are this rank's."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def randn(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(DEVICE)
-
-    n = min(B, D)
-    s = torch.linspace(1, S_MAX, n, dtype=torch.float64, device=DEVICE).expand(v, n)
-    g = randn(v, n)  # of either sign, like log s
-    U, V = torch.linalg.qr(randn(v, B, n))[0], torch.linalg.qr(randn(v, D, n))[0]
-    return Case(U, s.clone(), V, g, randn(v, min(b, B), D))
+    n, wide = min(B, D), torch.float64
+    s = torch.linspace(1, S_MAX, n, dtype=wide, device=DEVICE).repeat(v, 1)
+    U = torch.linalg.qr(randn(v, B, n, seed=seed, dtype=wide))[0]
+    V = torch.linalg.qr(randn(v, D, n, seed=seed + 1, dtype=wide))[0]
+    g = randn(v, n, seed=seed + 2, dtype=wide)  # of either sign, like log s
+    return Case(U, s, V, g, randn(v, min(b, B), D, seed=seed + 3, dtype=wide))
 
 
 def both(drawn: Case, engine: str, p: Tensor | None = None) -> tuple[Tensor, ...]:
@@ -123,7 +116,7 @@ def both(drawn: Case, engine: str, p: Tensor | None = None) -> tuple[Tensor, ...
 
 
 @ENGINES
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(
     v=st.integers(1, 3),
     b=st.integers(1, 9),
@@ -131,7 +124,7 @@ def both(drawn: Case, engine: str, p: Tensor | None = None) -> tuple[Tensor, ...
     D=st.sampled_from([1, 2, 5, 16, 31, 64]),
     seed=seeds,
 )
-def test_loss_and_gradient_equal_autograd_of_the_literal_formula(
+def test_loss_and_gradient_equal_autograd_of_the_formula(
     v: int, b: int, B: int, D: int, seed: int, engine: str
 ) -> None:
     drawn = case(v, b, B, D, seed)
@@ -143,10 +136,10 @@ def test_loss_and_gradient_equal_autograd_of_the_literal_formula(
 
 @ENGINES
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_narrow_rows_cost_the_rounding_of_the_last_product_and_of_the_result(
+def test_narrow_rows_round_only_the_last_product_and_the_gradient(
     dtype: torch.dtype, engine: str
 ) -> None:
-    """p's values are not read: float64 forms of p give float64's loss whatever p's dtype."""
+    """The values of p are not read, so float64 forms give float64's loss."""
     drawn = case(2, 6, 16, 40)
     loss, grad, expected_loss, expected_grad = both(drawn, engine, drawn.p.to(dtype))
     torch.testing.assert_close(loss, expected_loss, atol=1e-12, rtol=0)
@@ -158,8 +151,8 @@ def test_narrow_rows_cost_the_rounding_of_the_last_product_and_of_the_result(
 
 @ENGINES
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_a_batch_as_it_came_in_16_bits_is_taken_as_it_is(dtype: torch.dtype, engine: str) -> None:
-    """The gradient of X rounded, where X is needed: exact products, no rounding of N."""
+def test_a_16_bit_batch_is_multiplied_exactly(dtype: torch.dtype, engine: str) -> None:
+    """The gradient is that of X as rounded; N is not rounded."""
     drawn = case(2, 6, 16, 40)
     *rest, X = drawn.arguments(engine)
     p = drawn.p.float().requires_grad_()
@@ -173,8 +166,7 @@ def test_a_batch_as_it_came_in_16_bits_is_taken_as_it_is(dtype: torch.dtype, eng
 
 
 @ENGINES
-def test_a_direction_that_is_cut_off_takes_no_part(engine: str) -> None:
-    """g = 0, and what a caller then gives is as if the direction were not in the batch."""
+def test_a_direction_that_is_cut_off_gets_no_gradient(engine: str) -> None:
     drawn = case(2, 5, 12, 20)
     drawn.g[:, 3] = 0
     loss, grad, expected_loss, expected_grad = both(drawn, engine)
@@ -186,17 +178,16 @@ def test_a_direction_that_is_cut_off_takes_no_part(engine: str) -> None:
 
 
 @ENGINES
-def test_a_row_of_zeros_adds_nothing_to_the_loss_and_its_gradient_is_finite(engine: str) -> None:
+def test_a_row_of_zeros_adds_nothing_to_the_loss(engine: str) -> None:
     drawn = case(1, 4, 12, 20)
     drawn.U[:, -4] = 0  # the first of this rank's rows; U is then not orthonormal, X as it is
-    drawn = replace(drawn, V=drawn.V)
     drawn.t[:, 1] = 0
     arguments = drawn.arguments(engine)
     p = drawn.p.clone().requires_grad_()
     loss = filtered_cosine(p, *arguments)  # type: ignore[arg-type]
     loss.sum().backward()
     assert p.grad is not None and p.grad.isfinite().all()
-    assert (p.grad[:, 1] == 0).all()  # every direction is as far from a zero target
+    assert (p.grad[:, 1] == 0).all()
     norm, alpha, beta, gamma, R, X = arguments
     rest = [x[:, 2:] for x in (norm, alpha, beta, gamma) if x is not None]
     half = filtered_cosine(p[:, 2:], *rest, R, X) / 2
@@ -204,7 +195,7 @@ def test_a_row_of_zeros_adds_nothing_to_the_loss_and_its_gradient_is_finite(engi
 
 
 @BODIES
-def test_a_square_that_rounding_left_under_zero_is_a_length_of_zero(body: Body) -> None:
+def test_a_square_that_rounding_made_negative_is_a_length_of_zero(body: Body) -> None:
     alpha, gamma = torch.ones(1, 1, 2, device=DEVICE), torch.zeros(1, 1, 2, device=DEVICE)
     beta = torch.tensor([[[1.0, -1 - 1e-6]]], device=DEVICE)
     loss, N = body(alpha, alpha.new_ones(1, 1), alpha, beta, gamma, None, None)
@@ -212,7 +203,7 @@ def test_a_square_that_rounding_left_under_zero_is_a_length_of_zero(body: Body) 
 
 
 @ENGINES
-def test_a_filter_that_lets_nothing_through_gives_zero_and_not_nan(engine: str) -> None:
+def test_a_filter_of_zeros_gives_zero(engine: str) -> None:
     drawn = case(2, 4, 12, 20)
     drawn.g.zero_()
     if engine == "power":
@@ -223,8 +214,8 @@ def test_a_filter_that_lets_nothing_through_gives_zero_and_not_nan(engine: str) 
 
 @ENGINES
 @pytest.mark.parametrize("where", ["U", "s", "V", "g", "t"])
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_a_value_that_is_not_finite_makes_its_view_s_loss_nan_and_gradient_zero(
+@BAD
+def test_a_value_that_is_not_finite_makes_the_loss_of_its_view_nan_and_the_gradient_zero(
     where: str, bad: float, engine: str
 ) -> None:
     if engine == "power" and where == "g":
@@ -241,9 +232,9 @@ def test_a_value_that_is_not_finite_makes_its_view_s_loss_nan_and_gradient_zero(
 
 @BODIES
 @pytest.mark.parametrize("where", ["norm", "alpha", "beta", "gamma"])
-@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_no_argument_s_infinity_hides_in_a_quotient(where: str, bad: float, body: Body) -> None:
-    """1 / inf is 0: an infinite length alone would look like a cosine of 0."""
+@BAD
+def test_no_infinite_argument_hides_in_a_quotient(where: str, bad: float, body: Body) -> None:
+    """1 / inf is 0, so an infinite length alone looks like a cosine of 0."""
     tensors = dict(zip(("norm", "alpha", "beta", "gamma"), bilinear(2, 3, 8), strict=True))
     tensors[where][1, 2] = bad
     loss, _ = body(torch.ones(2, 3, 8, device=DEVICE), *tensors.values(), None, None)
@@ -251,9 +242,9 @@ def test_no_argument_s_infinity_hides_in_a_quotient(where: str, bad: float, body
 
 
 @ENGINES
-@settings(max_examples=20)
+@settings(max_examples=10)
 @given(scale=st.floats(1e-3, 1e3), seed=seeds)
-def test_the_scale_of_rows_and_response_is_ignored_and_the_gradient_falls_with_that_of_the_rows(
+def test_scale_does_not_matter_and_the_gradient_falls_with_that_of_the_rows(
     scale: float, seed: int, engine: str
 ) -> None:
     drawn = case(1, 4, 12, 20, seed)
@@ -266,7 +257,7 @@ def test_the_scale_of_rows_and_response_is_ignored_and_the_gradient_falls_with_t
 
 
 @ENGINES
-def test_backward_multiplies_the_gradient_by_what_comes_back(engine: str) -> None:
+def test_backward_multiplies_by_the_incoming_gradient(engine: str) -> None:
     drawn = case(3, 4, 12, 20)
     grads = []
     weights = torch.tensor([[1.0, 1.0, 1.0], [2.0, 0.0, -4.0]], device=DEVICE)
@@ -289,15 +280,6 @@ def test_only_the_online_rows_take_a_gradient(engine: str) -> None:
     assert all(leaf is None or leaf.grad is None for leaf in leaves[1:])
 
 
-@ENGINES
-def test_the_op_is_registered_correctly(engine: str) -> None:
-    drawn = case(2, 4, 12, 20)
-    *rest, X = drawn.arguments(engine)
-    rest[2] = rest[2].clone() if rest[2] is not None else None
-    p = drawn.p.to(torch.bfloat16).requires_grad_()
-    torch.library.opcheck(filtered_cosine_op, (p, *rest, None if X is None else X.float()))
-
-
 @pytest.mark.parametrize(
     "change",
     [
@@ -311,13 +293,15 @@ def test_the_op_is_registered_correctly(engine: str) -> None:
     ],
     ids=lambda change: "-".join(change),
 )
-def test_what_does_not_fit_together_is_named(change: dict[str, Tensor | None]) -> None:
+def test_arguments_that_do_not_fit_are_named(change: dict[str, Tensor | None]) -> None:
     forms = {name: torch.ones(2, 3, 8) for name in ("alpha", "beta", "gamma")}
     fits = {"p": torch.ones(2, 3, 10), "norm": torch.ones(2, 3), **forms}
     fits |= {"R": torch.ones(2, 8, 6), "X": torch.ones(2, 6, 10)}
     filtered_cosine(**fits)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"needs p \[v, b, D\].*got p torch.float32 \(2, 3, 10\)"):
+    with pytest.raises(ValueError) as error:
         filtered_cosine(**(fits | change))  # type: ignore[arg-type]
+    for name, tensor in (fits | change).items():
+        assert tensor is None or f"{name} {tensor.dtype} {tuple(tensor.shape)}" in str(error.value)
 
 
 # ---- in float32, by the definition and by the kernels ----------------------------------------
@@ -325,18 +309,16 @@ def test_what_does_not_fit_together_is_named(change: dict[str, Tensor | None]) -
 
 def bilinear(v: int, b: int, n: int, seed: int = 0) -> list[Tensor]:
     """norm, alpha, beta, gamma in float32; |y|^2 is not small against its terms."""
-    generator = torch.Generator().manual_seed(seed)
-    alpha, noise, gamma = torch.randn(3, v, b, n, generator=generator)
-    beta = alpha * (0.5 + noise.abs())
-    norm = gamma.norm(dim=-1) * (1 + torch.rand(v, b, generator=generator))
-    return [x.to(DEVICE) for x in (norm, alpha, beta, gamma)]
+    alpha, noise, gamma = randn(3, v, b, n, seed=seed)
+    norm = gamma.norm(dim=-1) * (1.5 + randn(v, b, seed=seed).tanh() / 2)
+    return [norm, alpha, alpha * (0.5 + noise.abs()), gamma]
 
 
 def coefficients(norm: Tensor, alpha: Tensor, beta: Tensor, gamma: Tensor) -> dict[str, Tensor]:
-    """In float64: each row's term of the loss and of N, and the error allowed to float32.
+    """Each row's term of the loss and of N in float64, and their errors allowed in float32.
 
-    A sum of n products is within (n + 1) u of the sum of their magnitudes. A device's square root
-    and quotient are within 2 u, and there are few of them: 12 u in all.
+    A sum of n products is within (n + 1) u of the sum of their magnitudes. Square roots and
+    quotients are within 2 u each, and there are few: 12 u in all.
     """
     norm, alpha, beta, gamma = (x.double() for x in (norm, alpha, beta, gamma))
     b, n = alpha.shape[1:]
@@ -374,7 +356,7 @@ def check(body: Body, forms: list[Tensor], R: Tensor | None) -> None:
 
 
 @BODIES
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(
     v=st.integers(1, 3),
     b=st.sampled_from([1, 2, 7]),
@@ -383,14 +365,12 @@ def check(body: Body, forms: list[Tensor], R: Tensor | None) -> None:
     same=st.booleans(),
     seed=seeds,
 )
-def test_float32_is_within_the_bound_of_float64(
+def test_float32_is_within_its_bound(
     v: int, b: int, n: int, k: int | None, same: bool, seed: int, body: Body
 ) -> None:
     forms = bilinear(v, b, n, seed)
     forms[2] = forms[1] if same else forms[2]
-    generator = torch.Generator().manual_seed(seed)
-    R = None if k is None else torch.randn(v, n, k, generator=generator).to(DEVICE)
-    check(body, forms, R)
+    check(body, forms, None if k is None else randn(v, n, k, seed=seed))
 
 
 @BODIES
@@ -400,19 +380,12 @@ def test_rows_of_several_blocks_are_read_to_their_end(same: bool, body: Body) ->
     check(body, [norm, alpha, alpha if same else beta, gamma], None)
 
 
-def test_rows_of_this_rank_may_be_a_slice_of_all() -> None:
-    forms = bilinear(2, 9, 20)
-    R = torch.randn(2, 20, 6, device=DEVICE)
-    p = R.new_zeros(2, 4, 6)
-    sliced = [x[:, 3:7] for x in forms]
-    expected = filtered_cosine_triton(p, *(x.contiguous() for x in sliced), R, None)
-    found = filtered_cosine_triton(p, *sliced, R.mT.contiguous().mT, None)
-    sliced[2] = sliced[1]  # beta is alpha, and neither contiguous
-    torch.testing.assert_close(found, expected, atol=1e-8, rtol=1e-6)
-    check(filtered_cosine_triton, sliced, None)
+def test_rows_of_this_rank_may_be_a_slice_of_all_and_beta_may_be_alpha() -> None:
+    norm, alpha, _, gamma = (x[:, 3:7] for x in bilinear(2, 9, 20))
+    check(filtered_cosine_triton, [norm, alpha, alpha, gamma], randn(2, 20, 6))
 
 
-def test_beta_that_only_starts_where_alpha_does_is_not_taken_for_it() -> None:
+def test_beta_with_the_data_but_not_the_strides_of_alpha_is_not_alpha() -> None:
     norm, alpha, _, gamma = bilinear(1, 4, 4)
     square = alpha + 5 * torch.eye(4, device=DEVICE)
     check(filtered_cosine_triton, [norm, square, square.mT, gamma], None)
@@ -421,7 +394,7 @@ def test_beta_that_only_starts_where_alpha_does_is_not_taken_for_it() -> None:
 @ENGINES
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
 def test_the_kernels_together_give_the_literal_gradient(dtype: torch.dtype, engine: str) -> None:
-    """float32 forms of the batch, X in p's dtype: what a step is, but for the launches."""
+    """As in a training step: forms of the batch in float32, X in p's dtype."""
     drawn = case(2, 6, 16, 40)
     *_, expected_loss, expected_grad = both(drawn, engine)
     arguments = [None if x is None else x.float() for x in drawn.arguments(engine)]
@@ -442,46 +415,3 @@ def test_float64_runs_the_definition_on_every_device() -> None:
     p = forms[1]
     found = filtered_cosine_triton(p, *forms, None, None)
     assert all(map(torch.equal, found, define_filtered_cosine(p, *forms, None, None)))
-
-
-# ---- on a device -----------------------------------------------------------------------------
-
-
-def step(p: Tensor, forms: list[Tensor], R: Tensor, X: Tensor) -> tuple[Tensor, Tensor]:
-    loss = filtered_cosine(p, *forms, R, X)
-    return loss, *torch.autograd.grad(loss.sum(), p)
-
-
-def drawn_on_device(seed: int) -> tuple[Tensor, list[Tensor], Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    R = torch.randn(2, 256, 256, generator=generator)
-    X = torch.randn(2, 256, 200, generator=generator)
-    p = X[:, :64].to(DEVICE, torch.bfloat16).requires_grad_()
-    return p, bilinear(2, 64, 256, seed), R.to(DEVICE), X.to(DEVICE, torch.bfloat16)
-
-
-@pytest.mark.gpu
-def test_loss_and_gradient_wait_for_nothing() -> None:
-    arguments = drawn_on_device(0)
-    step(*arguments)  # compiles
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        step(*arguments)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-
-@pytest.mark.gpu
-def test_a_captured_graph_replays_the_same_bits() -> None:
-    p, forms, R, X = drawn_on_device(0)
-    step(p, forms, R, X)  # compiles
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        captured = step(p, forms, R, X)
-    other_p, other_forms, other_R, other_X = drawn_on_device(1)
-    others = [other_p, *other_forms, other_R, other_X]
-    with torch.no_grad():
-        for old, new in zip([p, *forms, R, X], others, strict=True):
-            old.copy_(new)
-    graph.replay()
-    assert all(map(torch.equal, captured, step(p, forms, R, X)))

@@ -18,6 +18,7 @@ import torch
 import triton
 from torch import Tensor
 
+from rdm_kernels.ops import cuda_launcher
 from rdm_kernels.variant import Variant
 from rdm_kernels.views.definition import COLUMNS, make_views
 from rdm_kernels.views.geometry import FILTERS
@@ -133,7 +134,7 @@ MAX_SIZE = 16 * BLOCK
 WARPS = 8
 
 
-@augment_views_op.register_kernel("cuda")
+@cuda_launcher(augment_views_op)
 def augment_views_triton(
     images: Tensor,
     table: Tensor,
@@ -174,19 +175,19 @@ def augment_views_triton(
 
 
 def variants() -> list[Variant]:
-    """Of each pass: either interpolation, every dtype of the views."""
+    """Each pass, with either interpolation and every dtype of the views."""
     levels = {"table_ptr": "*i32", "levels_ptr": "*u8", "sums_ptr": "*fp32"}
     sizes = dict.fromkeys(("n", "C", "H", "W", "S", "taps"), "i32")
     resize = levels | {"images_ptr": "*u8"} | sizes
+    launch = {"BLOCK": BLOCK, "num_warps": WARPS}
     found = [
-        Variant(_resize_view_kernel, resize, {"BLOCK": BLOCK, "CUBIC": cubic}, WARPS)
-        for cubic in (False, True)
+        Variant(_resize_view_kernel, resize, launch | {"CUBIC": cubic}) for cubic in (False, True)
     ]
     numbers = dict.fromkeys([f"{what}_{c}" for what in ("mean", "std") for c in "rgb"], "fp32")
     for pointer in DTYPES.values():
         types = levels | {"out_ptr": pointer} | sizes | numbers
-        constants = {"BLOCK": BLOCK, "MAX_TILES": MAX_TILES}
-        found.append(Variant(_color_view_kernel, types, constants, WARPS))
-        constants = {"BLOCK": BLOCK, "PATCH": PATCH}
-        found.append(Variant(_blur_view_kernel, types, constants, WARPS, tensor_cores=True))
+        found.append(Variant(_color_view_kernel, types, launch | {"MAX_TILES": MAX_TILES}))
+        found.append(
+            Variant(_blur_view_kernel, types, launch | {"PATCH": PATCH}, tensor_cores=True)
+        )
     return found

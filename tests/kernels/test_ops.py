@@ -1,0 +1,267 @@
+"""The contract that all ops share: registration, layouts, launches, devices and CUDA graphs."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product as pairs
+from typing import Any
+
+import pytest
+import torch
+import triton
+from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch.utils._pytree import tree_map_only
+
+from rdm_kernels import filtered_cosine, gram, neg_cosine, product, sym_matmul
+from rdm_kernels.aot import listed
+from rdm_kernels.apply_rows import apply_rows, apply_rows_triton, define_apply_rows
+from rdm_kernels.filtered_cosine import (
+    define_filtered_cosine,
+    filtered_cosine_op,
+    filtered_cosine_triton,
+)
+from rdm_kernels.gram import define_gram, gram_op, gram_triton
+from rdm_kernels.matrix_power import define_eigh_function, eigh_function
+from rdm_kernels.neg_cosine import (
+    define_row_cosine,
+    define_row_cosine_backward,
+    row_cosine,
+    row_cosine_backward,
+    row_cosine_backward_triton,
+    row_cosine_triton,
+)
+from rdm_kernels.product import define_product, product_op, product_triton
+from rdm_kernels.safe_eigh import define_eigh, eigh_op
+from rdm_kernels.sym_matmul import define_sym_matmul, sym_matmul_op, sym_matmul_triton
+from rdm_kernels.tiles import LARGE
+from rdm_kernels.variant import OPTIONS, POINTERS, Variant
+from tests.kernels.common import DEVICE, Body, Launches, randn
+
+BF16, FP32 = torch.bfloat16, torch.float32
+NARROW = (torch.float16, BF16, FP32)
+
+
+@dataclass(frozen=True)
+class Op:
+    """An op with its definition and its launcher, which is the definition where there is none."""
+
+    op: Body
+    define: Body
+    launch: Body
+
+    @property
+    def name(self) -> str:
+        return self.define.__name__.removeprefix("define_")
+
+
+GRAM = Op(gram_op, define_gram, gram_triton)
+SYM_MATMUL = Op(sym_matmul_op, define_sym_matmul, sym_matmul_triton)
+PRODUCT = Op(product_op, define_product, product_triton)
+APPLY_ROWS = Op(apply_rows, define_apply_rows, apply_rows_triton)
+COSINE = Op(row_cosine, define_row_cosine, row_cosine_triton)
+BACKWARD = Op(row_cosine_backward, define_row_cosine_backward, row_cosine_backward_triton)
+FILTERED = Op(filtered_cosine_op, define_filtered_cosine, filtered_cosine_triton)
+EIGH = Op(eigh_op, define_eigh, define_eigh)
+FUNCTION = Op(eigh_function, define_eigh_function, define_eigh_function)
+
+
+def calls() -> Iterator[tuple[Op, tuple[Any, ...]]]:
+    """Small calls of every op, with and without each optional argument."""
+    X = randn(2, 5, 9)
+    for how in ((False, False, False), (True, True, False), (False, True, True)):
+        yield from ((GRAM, (X.to(dtype), *how)) for dtype in (BF16, FP32))
+    A = randn(2, 7, 7)
+    A = A + A.mT
+    for C in (None, A.clone()):
+        yield SYM_MATMUL, (A, A.clone(), C, 1.0, 2.0, 3.0)
+        yield PRODUCT, (randn(2, 7, 5), randn(2, 5, 7), C, 1.0, 2.0)
+    scale = randn(2)
+    norm, *forms = randn(2, 4), *(randn(2, 4, 9, seed=seed) for seed in range(3))
+    for dtype in (FP32, BF16):
+        p, z, X = randn(2, 4, 9, dtype=dtype), randn(2, 4, 9, seed=1), randn(2, 6, 9, dtype=dtype)
+        yield APPLY_ROWS, (randn(2, 5, 6), X, scale, scale.clone(), dtype)
+        yield APPLY_ROWS, (randn(2, 5, 6), None, scale, scale.clone(), dtype)
+        yield COSINE, (p, z)
+        yield BACKWARD, (norm, p, z, *randn(3, 2, 4).unbind())
+        yield FILTERED, (p, norm, *forms, randn(2, 9, 6), X, scale)
+        yield FILTERED, (p, norm, *forms, None, None, None)
+    for narrow in (False, True):
+        yield EIGH, (A, narrow)
+        yield FUNCTION, (A @ A, "power", -0.5, 1e-6, narrow)
+
+
+CALLS = list(calls())
+FIRST = list({op.name: (op, args) for op, args in reversed(CALLS)}.values())
+LAUNCHED = [(op, args) for op, args in CALLS if op.launch is not op.define]
+
+
+def each(calls: list[tuple[Op, tuple[Any, ...]]]) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize(("op", "args"), calls, ids=lambda x: getattr(x, "name", ""))
+
+
+def in_layout(X: Any, layout: str) -> Any:
+    """The same values, if X is a tensor, in another layout."""
+    if not isinstance(X, Tensor):
+        return X
+    if layout == "columns" and X.ndim > 1:
+        return X.mT.contiguous().mT
+    if layout == "misaligned":
+        flat = torch.cat([X.new_full((1,), torch.nan), X.flatten()])
+        return flat[1:].view(X.shape)
+    return torch.stack([X, torch.full_like(X, torch.nan)], dim=-1)[..., 0]
+
+
+LAYOUTS = pytest.mark.parametrize("layout", ["columns", "strided", "misaligned"])
+
+
+def tensors(found: Any) -> tuple[Tensor, ...]:
+    return (found,) if isinstance(found, Tensor) else tuple(found)
+
+
+# ---- registration ----------------------------------------------------------------------------
+
+
+@each(FIRST)
+def test_the_op_is_registered_correctly(op: Op, args: tuple[Any, ...]) -> None:
+    if op in (COSINE, FILTERED, EIGH, FUNCTION):
+        args = (args[0].clone().requires_grad_(), *args[1:])
+    torch.library.opcheck(op.op, args)
+
+
+@each(CALLS)
+@LAYOUTS
+def test_definition_fake_and_kernel_agree_in_shape_dtype_and_strides(
+    op: Op, args: tuple[Any, ...], layout: str
+) -> None:
+    """Compiled code relies on the strides of the fake, whatever layout the inputs have."""
+    args = tuple(in_layout(x, layout) for x in args)
+    with FakeTensorMode() as mode:
+        fake = op.op(*tree_map_only(Tensor, mode.from_tensor, args))
+    for found in (op.define(*args), op.launch(*args)):
+        for a, b in zip(tensors(fake), tensors(found), strict=True):
+            assert (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride())
+            assert b.is_contiguous()
+
+
+@each(LAUNCHED)
+@LAYOUTS
+def test_inputs_of_any_layout_give_the_same_bits_and_are_not_written_to(
+    op: Op, args: tuple[Any, ...], layout: str
+) -> None:
+    """Values between and before those of a view are NaN here."""
+    other = tuple(in_layout(x, layout) for x in args)
+    for a, b in zip(tensors(op.launch(*other)), tensors(op.launch(*args)), strict=True):
+        assert torch.equal(a, b)
+    for a, b in zip(other, args, strict=True):
+        assert a is b or not isinstance(a, Tensor) or torch.equal(a, b)
+
+
+def test_autocast_changes_no_bit_and_only_losses_take_a_gradient() -> None:
+    X = randn(2, 8, 64).requires_grad_()
+    forms = [randn(2, 8), *(randn(2, 8, 8, seed=seed) for seed in range(3))]
+
+    def work() -> list[Tensor]:
+        products = [gram(X, side="samples").matrix, sym_matmul(X).matrix, product(X, X.mT)]
+        R = randn(2, 8, 8)
+        losses = [neg_cosine(X, X.flip(0)), filtered_cosine(X, *forms, R, X.detach())]
+        assert not any(found.requires_grad for found in products)
+        return [*products, *losses, *(torch.autograd.grad(loss.sum(), X)[0] for loss in losses)]
+
+    plain = work()
+    with torch.autocast(DEVICE.type, dtype=BF16):
+        assert all(map(torch.equal, plain, work()))
+
+
+# ---- launches --------------------------------------------------------------------------------
+
+
+def large_calls() -> Iterator[tuple[Op, tuple[Any, ...]]]:
+    """Calls over all dtypes, on both sides of every size at which a launcher decides."""
+    sides = (LARGE - 1, LARGE)
+    for dtype, n, center in pairs(NARROW, sides, (False, True)):
+        yield GRAM, (torch.ones(1, n, 33, dtype=dtype), False, center, False)
+        yield GRAM, (torch.ones(1, 3, n, dtype=dtype), True, center, False)
+    for n in sides:
+        A, B = torch.ones(1, n, 5), torch.ones(1, 5, n)
+        yield SYM_MATMUL, (A, A, torch.ones(1, n, n), 1.0, 2.0, 0.0)
+        yield from ((PRODUCT, (a, b, None, 1.0, 0.0)) for a, b in pairs((A, B.mT), (B, A.mT)))
+    for dp, X, D in pairs(NARROW, NARROW, (130, 8448, 8449)):
+        N, scale = torch.ones(1, 2, 5), torch.ones(1)
+        yield APPLY_ROWS, (N, torch.ones(1, 5, D, dtype=X), scale, scale, dp)
+        yield APPLY_ROWS, (N.double(), None, scale, scale, dp)
+    for p, z in pairs(NARROW, NARROW):
+        rows = torch.ones(2, 1025, dtype=p), torch.ones(2, 1025, dtype=z)
+        yield COSINE, rows
+        yield BACKWARD, (torch.ones(2), *rows, *(torch.ones(2) for _ in range(3)))
+
+
+def is_launched_as_listed(variant: Variant, arguments: dict[str, Any]) -> bool:
+    """Whether Triton would compile this variant for these arguments."""
+    pointers = {getattr(torch, name): pointer for name, pointer in POINTERS.items()}
+    pointers |= {torch.float64: "*fp64", torch.int32: "*i32"}
+    for name, value in arguments.items():
+        kind, _, size = variant.types.get(name, "").partition(":")
+        if name in variant.launch or name in OPTIONS:
+            fits = value == (variant.launch | variant.options)[name]
+        elif isinstance(value, Tensor):
+            fits = pointers[value.dtype] == kind and value.data_ptr() % 16 == 0
+        elif isinstance(value, int):
+            fits = kind == "i32" and (not size or (size == "16" and value % 16 == 0))
+        else:
+            fits = kind == "fp32"
+        if not fits:
+            return False
+    return True
+
+
+def test_every_launch_is_listed_and_made_on_the_device_of_its_tensors(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """So `aot` checks all that is launched. Nothing is computed here."""
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)  # which widens bfloat16
+    launches = Launches()
+    launches.record(monkeypatch)
+    for op, args in [*LAUNCHED, *large_calls()]:
+        before = len(launches)
+        op.launch(*args)
+        assert len(launches) > before, op.name
+        assert all(each["device"] == args[0].device for _, each in launches[before:]), op.name
+    variants = listed()
+    for kernel, arguments in launches:
+        del arguments["device"]
+        found = [v for v in variants if v.kernel is kernel and is_launched_as_listed(v, arguments)]
+        assert found, (kernel.__name__, arguments)
+
+
+# ---- on a GPU ----------------------------------------------------------------------------------
+
+
+def losses(p: Tensor, z: Tensor, R: Tensor, X: Tensor, norm: Tensor, *forms: Tensor) -> Any:
+    found = [neg_cosine(p, z), filtered_cosine(p, norm, *forms, R, X)]
+    return found + [torch.autograd.grad(loss.sum(), p)[0] for loss in found]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", [*dict.fromkeys(op.name for op, _ in LAUNCHED), "losses"])
+def test_nothing_waits_and_a_captured_graph_replays_the_same_bits(name: str) -> None:
+    found = {op.name: (op.op, args) for op, args in FIRST}
+    p = randn(2, 64, 256, dtype=BF16).requires_grad_()
+    forms = [randn(2, 64), *(randn(2, 64, 128, seed=seed) for seed in range(3))]
+    X, R = randn(2, 128, 256, dtype=BF16), randn(2, 128, 128)
+    found["losses"] = losses, (p, randn(2, 64, 256, seed=1), R, X, *forms)
+    work, args = found[name]
+    work(*args)  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        work(*args)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        captured = tensors(work(*args))
+    with torch.no_grad():
+        for x in args:
+            if isinstance(x, Tensor):
+                x.mul_(0.75)
+    graph.replay()
+    assert all(map(torch.equal, captured, tensors(work(*args))))
