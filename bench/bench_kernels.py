@@ -1,7 +1,7 @@
-"""Is each op worth it? Against PyTorch's own, eager and compiled, and others' kernels.
+"""Is each op worth it? It races PyTorch's own, eager and compiled, and other kernels.
 
-Every result is compared with float64 before it is timed. What an implementation needs in another
-dtype or layout is made before the clock starts, unless the op makes it too.
+Every result is compared with float64 before it is timed. Inputs are converted to the dtype and
+layout of an implementation before the clock starts, unless the op converts them too.
 """
 
 from collections.abc import Callable, Iterator
@@ -22,20 +22,20 @@ GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
 NARROW = torch.bfloat16 if GPU else torch.float32  # what autocast hands to the loss
 
-# (global batch, projection width), as in bench_spectral_loss.py, and sides n of square matrices;
-# those that matter most come first.
+# (global batch, projection width), as in bench_spectral_loss.py, and sides n of square matrices,
+# the most important first.
 SMALL = ["32x64", "64x32"]
 SHAPES = ["512x2048", "256x2048", "1024x2048", "2048x2048", "4096x2048"] if GPU else ["256x2048"]
 SIDES = ["512", "256", "1024", "2048"] if GPU else ["256"]
 
-COMPILED = ["compiled"] if GPU else []  # not worth the compiler's minute on a CPU
+COMPILED = ["compiled"] if GPU else []  # on a CPU the compiler takes a minute
 MATMUL = ["rdm", "torch_fp32", "torch_tf32"] if GPU else ["rdm", "torch_fp32"]
 IMPLEMENTATIONS = {
-    # cublas_fp32 sums 16-bit products in float32 and returns that; torch_fp32 widens first
+    # cublas_fp32 multiplies in 16 bits and returns float32; torch_fp32 widens first
     "bench_gram": ["rdm", "torch_fp32"]
     + (["cublas_fp32"] if GPU else [])
     + (["quack"] if GPU and find_spec("quack") else []),
-    "bench_sym_matmul": [*MATMUL, "rdm_tf32"],
+    "bench_sym_matmul": MATMUL,
     "bench_product": MATMUL,
     "bench_safe_eigh": ["rdm", "torch_fp32", "torch_fp64"],
     "bench_polar": ["rdm", "svd"],
@@ -53,40 +53,35 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         cases = ["32"] if small else SIDES
     else:
         cases = SMALL if small else SHAPES
-    if bench == "bench_gram":
-        cases = [case + views for case in cases for views in ("", " stacked")]
-    cases = [case for case in cases if is_possible(bench, case)]
-    chosen = [(name, case) for case in cases for name in IMPLEMENTATIONS[bench]]
-    metafunc.parametrize(("name", "case"), chosen)
-
-
-def is_possible(bench: str, case: str) -> bool:
-    """Rows are stacked, and bilinear forms are of X X^T, only on the sample side, B <= D."""
-    if bench != "bench_filtered_cosine" and "stacked" not in case:
-        return True
-    B, D = shape_of(case)
-    return B <= D
+    wide = [case for case in cases if shape_of(case)[0] <= shape_of(case)[-1]]  # B <= D
+    if bench == "bench_filtered_cosine":
+        cases = wide  # its bilinear forms are those of the sample side
+    elif bench == "bench_gram":
+        cases = [*cases, *(f"{case} stacked" for case in wide)]
+    metafunc.parametrize(
+        ("name", "case"), [(name, case) for case in cases for name in IMPLEMENTATIONS[bench]]
+    )
 
 
 def shape_of(case: str) -> tuple[int, ...]:
-    """Of a case "512x2048" or "512x2048 stacked" or "512"."""
+    """Sizes of a case such as "512x2048", "512x2048 stacked" or "512"."""
     return tuple(map(int, case.split()[0].split("x")))
 
 
 def batch(B: int, D: int) -> Tensor:
-    """Both views' projections, [2, B, D], without gradient."""
+    """Projections of both views, [2, B, D], without gradient."""
     return torch.stack([z.detach() for z in views(B, D, DEVICE, NARROW)])
 
 
 def require_close(found: Tensor, exact: Tensor, tolerance: float) -> None:
-    """That the relative error in the Frobenius norm is within the tolerance; NaN is not."""
+    """Assert that the relative error in the Frobenius norm is within the tolerance."""
     error = float((found.double() - exact.double()).norm() / exact.double().norm())
     assert error <= tolerance, f"wrong by {error:.1e} of its norm, over {tolerance:.0e}"
 
 
 @contextmanager
 def tf32(enabled: bool) -> Iterator[None]:
-    """PyTorch's float32 products on CUDA rounded to tf32 or not; put back afterwards."""
+    """Let PyTorch round float32 products on CUDA to tf32, or not, until the context ends."""
     matmul = torch.backends.cuda.matmul
     before = matmul.fp32_precision
     matmul.fp32_precision = "tf32" if enabled else "ieee"
@@ -96,15 +91,23 @@ def tf32(enabled: bool) -> Iterator[None]:
         matmul.fp32_precision = before
 
 
-def with_tf32(name: str) -> bool:
-    return name.endswith("tf32")
+def matmul(
+    measure: Measure, name: str, A: Tensor, B: Tensor, ours: Callable[[], Tensor], passes: int
+) -> None:
+    """A B by our op or by cuBLAS; the op takes so many passes of tensor cores, of n^3 each."""
+    rounds = name.endswith("tf32")
+    run = ours if name == "rdm" else lambda: torch.bmm(A, B)
+    with tf32(rounds):
+        require_close(run(), A.double() @ B.double(), 2e-3 if rounds else 1e-5)
+        flops = (passes // 3 if rounds else passes) * A.shape[-1] ** 3
+        measure(run, bytes_moved=3 * A.numel() * 4, flops={"tf32": flops}, capturable=True)
 
 
 # ---- symmetric products ------------------------------------------------------------------------
 
 
 def bench_gram(measure: Measure, name: str, case: str) -> None:
-    """The smaller Gram matrix of each view; stacked: of the rows of both views at once."""
+    """The smaller Gram matrix of each view, or one of the stacked rows of both views."""
     B, D = shape_of(case)
     X = batch(B, D)
     stacked, samples = "stacked" in case, B <= D
@@ -141,46 +144,29 @@ def bench_gram(measure: Measure, name: str, case: str) -> None:
 
 
 def squares(n: int) -> tuple[Tensor, Tensor]:
-    """Two matrices of each view that are symmetric and commute, [2, n, n] float32."""
+    """Two symmetric matrices that commute, for each view, [2, n, n] float32."""
     G = gram(batch(n, 2 * n), side="samples")
     A = G.matrix / G.norm[:, None, None]
     return A, A @ A
 
 
 def bench_sym_matmul(measure: Measure, name: str, case: str) -> None:
-    """A B of symmetric matrices that commute, half of it mirrored; float32 as three tf32."""
-    n = shape_of(case)[0]
-    A, B = squares(n)
-    run = {
-        "rdm": lambda: sym_matmul(A, B).matrix,
-        "rdm_tf32": lambda: sym_matmul(A, B, precision="tf32").matrix,
-    }.get(name, lambda: torch.bmm(A, B))
-    with tf32(with_tf32(name)):
-        require_close(run(), A.double() @ B.double(), 2e-3 if with_tf32(name) else 1e-5)
-        passes = 1 if with_tf32(name) else 3
-        measure(
-            run, bytes_moved=3 * A.numel() * 4, flops={"tf32": passes * 2 * n**3}, capturable=True
-        )
+    """A B of symmetric matrices that commute, half of it mirrored."""
+    A, B = squares(*shape_of(case))
+    matmul(measure, name, A, B, lambda: sym_matmul(A, B).matrix, passes=6)
 
 
 def bench_product(measure: Measure, name: str, case: str) -> None:
-    """A B of any matrices, float32 as three products of tf32."""
-    n = shape_of(case)[0]
-    A, B = torch.randn(2, 2, n, n, device=DEVICE)
-    with tf32(with_tf32(name)):
-        run = (lambda: product(A, B)) if name == "rdm" else (lambda: torch.bmm(A, B))
-        require_close(run(), A.double() @ B.double(), 2e-3 if with_tf32(name) else 1e-5)
-        passes = 1 if with_tf32(name) else 3
-        measure(
-            run, bytes_moved=3 * A.numel() * 4, flops={"tf32": passes * 4 * n**3}, capturable=True
-        )
+    """A B of any matrices."""
+    A, B = torch.randn(2, 2, *shape_of(case) * 2, device=DEVICE)
+    matmul(measure, name, A, B, lambda: product(A, B), passes=12)
 
 
 # ---- decompositions ------------------------------------------------------------------------------
 
 
 def bench_safe_eigh(measure: Measure, name: str, case: str) -> None:
-    """Of both views' Gram matrices. The floor is that of reducing them to tridiagonal form."""
+    """Both views' Gram matrices. The floor is that of a reduction to tridiagonal form."""
     n = shape_of(case)[0]
     A = squares(n)[0]
     wide = A.double()
@@ -198,7 +184,7 @@ def bench_safe_eigh(measure: Measure, name: str, case: str) -> None:
 
 
 def bench_polar(measure: Measure, name: str, case: str) -> None:
-    """The orthogonal factor of each view: 7 iterations of 3 products, or an SVD."""
+    """The orthogonal factor of each view, by 7 iterations of 3 products or by an SVD."""
     B, D = shape_of(case)
     X = batch(B, D).float()
     n, m = sorted((B, D))
@@ -211,12 +197,12 @@ def bench_polar(measure: Measure, name: str, case: str) -> None:
 
     with tf32(False):
         found = run().double()
-        # X^T Q is the positive semi-definite factor, its trace the sum of the singular values;
-        # singular values under 3e-4 sqrt(c) have no say in it.
+        # X^T Q is the positive semi-definite factor; its trace is the sum of the singular values,
+        # to which those under 3e-4 sqrt(c) contribute little.
         length = torch.stack([decompose(x).s.sum() for x in X])
         trace = (X.double() * found).sum(dim=(1, 2))
         assert ((trace / length - 1).abs() <= 1e-3).all(), f"wrong by {trace / length - 1}"
-        # by products: X X^T is symmetric, so is its square, and then both sides of X remain
+        # X X^T and its square are symmetric; the product with X is not
         flops = 2 * 7 * 3 * (n * n * m + n**3 + 2 * n * n * m)
         measure(run, bytes_moved=2 * X.numel() * 4, flops={"tf32": flops}, capturable=name == "rdm")
 
@@ -245,15 +231,15 @@ def bench_neg_cosine(measure: Measure, name: str, case: str) -> None:
 
 
 def filtered_eager(p: Tensor, z: Tensor, X: Tensor, h: Tensor) -> Tensor:
-    """The definition that a PyTorch user would write: y = p W = (p X^T) h X, without W."""
+    """The loss as a PyTorch user would write it: y = p W = (p X^T) h X, without W."""
     y = (p.to(X.dtype) @ X.mT) @ h @ X
     return -F.cosine_similarity(y, z.to(X.dtype), dim=-1).mean(dim=-1)
 
 
 def bench_filtered_cosine(measure: Measure, name: str, case: str) -> None:
-    """Forward and backward of both views from h, M = G h and inner products, samples.
+    """Forward and backward of both views from h, M = G h and inner products, on the sample side.
 
-    rdm from the bilinear forms; the others by forming rows.
+    rdm uses the bilinear forms; the others form filtered rows.
     """
     X = batch(*shape_of(case))
     z = X.flip(0)
@@ -263,7 +249,7 @@ def bench_filtered_cosine(measure: Measure, name: str, case: str) -> None:
     eager = torch.compile(filtered_eager) if name == "compiled" else filtered_eager
     with tf32(False):
         G = gram(X, side="samples")
-        h = G.matrix / G.norm[:, None, None]  # of the filter s^4, up to a factor
+        h = G.matrix / G.norm[:, None, None]  # the filter s^4, up to a factor
         M = G.matrix @ h
         MG, inner, norm = M @ G.matrix, z.float() @ wide.mT, z.float().norm(dim=-1)
 
