@@ -24,8 +24,8 @@ from rdm_fast.methods import build_method
 from rdm_fast.models.backbone import build_backbone
 from rdm_fast.runtime.precision import autocast, dtype_of_views
 from rdm_fast.tools.doctor.stages import without_filter
-from rdm_fast.training import TrainStep
 from rdm_fast.training.cuda_graph import WARM_UP
+from rdm_fast.training.train_step import TrainStep
 
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")

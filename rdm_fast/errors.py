@@ -8,10 +8,20 @@ exits with its code. Any other exception is a bug (code 70).
 from typing import ClassVar
 
 
+def printable(text: str) -> str:
+    r"""The text on one line, with control characters, line breaks and bad bytes as \n or \udc80."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 class UserError(Exception):
     """One sentence for the user; `code` is the process's exit status (BSD sysexits)."""
 
     code: ClassVar[int] = 70
+
+    def __init__(self, sentence: str) -> None:
+        super().__init__(printable(sentence))
 
 
 class UsageError(UserError, ValueError):
@@ -69,7 +79,7 @@ class Interrupted(UserError):
 
 
 class RankLost(UserError):
-    """Another rank hung or died."""
+    """Another rank died or hung."""
 
     code = 76
 

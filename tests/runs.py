@@ -5,6 +5,7 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,6 @@ from rdm_fast.errors import Interrupted
 from rdm_fast.run import checkpoint
 from rdm_fast.run.folder import RunFolder
 from rdm_fast.runtime.distributed import rank
-from rdm_fast.training import StepReport, TrainStep
 from rdm_fast.training.trainer import Trainer
 
 CPU = torch.device("cpu")
@@ -25,27 +25,6 @@ TIMING = ("images_per_s", "data_wait_s")
 SAFETY = 4.0
 """Of a tolerance that is the largest of a few measured deviations."""
 LAYERS = 10  # of the tiny backbone and projector, with their batch norms
-
-
-class Hooked:
-    """A train step that calls `before(batch, number)` and `after(report, number)` around itself."""
-
-    def __init__(
-        self,
-        step: TrainStep,
-        before: Callable[[Batch, int], object] = lambda *_: None,
-        after: Callable[[StepReport, int], object] = lambda *_: None,
-    ) -> None:
-        self._step, self._before, self._after = step, before, after
-
-    def __call__(self, batch: Batch, number: int) -> StepReport:
-        self._before(batch, number)
-        report = self._step(batch, number)
-        self._after(report, number)
-        return report
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._step, name)
 
 
 def with_log(config: Config, **log: Any) -> Config:
@@ -61,19 +40,27 @@ def run(path: Path, config: Config, prepare: Callable[[Trainer], object] = lambd
 
 
 def run_with_stops(path: Path, config: Config, stops: Sequence[int]) -> None:
-    """Stop after each of these steps, go on with a new trainer each time, train to the end."""
+    """Stop after each of these steps, continue with a new trainer each time, train to the end."""
     for stop in stops:
-
-        def prepare(trainer: Trainer, stop: int = stop) -> None:
-            def after(_: StepReport, number: int) -> None:
-                if number + 1 == stop:
-                    trainer.ask_to_stop()
-
-            trainer.train_step = Hooked(trainer.train_step, after=after)  # type: ignore[assignment]
-
-        with pytest.raises(Interrupted, match=f"after step {stop} of"):
-            run(path, config, prepare)
+        run_to(path, config, stop)
     run(path, config)
+
+
+def run_to(path: Path, config: Config, step: int) -> None:
+    """Train from where the folder stands until a stop after this step."""
+    with pytest.raises(Interrupted):
+        run(path, config, partial(in_step, step=step, action=Trainer.ask_to_stop))
+    assert newest(path).name == f"step-{step:08d}"
+
+
+def in_step(trainer: Trainer, step: int, action: Callable[[Trainer], object]) -> None:
+    """Call action(trainer) while step number `step` (from 1) is running."""
+
+    def before(_: Batch, number: int) -> None:
+        if number + 1 == step:
+            action(trainer)
+
+    trainer.before_step.append(before)
 
 
 # ---- what is compared ------------------------------------------------------------------------
@@ -123,7 +110,7 @@ def nudge(trainer: Trainer, seed: int) -> None:
             up = torch.randint(2, weight.shape, generator=generator) * 2 - 1
             weight.copy_(torch.nextafter(weight, up * torch.full_like(weight, math.inf)))
 
-    trainer.train_step = Hooked(trainer.train_step, before=before)  # type: ignore[assignment]
+    trainer.before_step.append(before)
 
 
 def rounding_band(path: Path, config: Config, seeds: int = 6) -> list[tuple[float, float]]:

@@ -4,28 +4,25 @@ Every user error ends in one `error:` line and an exit code for its kind (rdm_fa
 imported only after the command line has been checked.
 """
 
-import contextlib
 import os
 import signal
 import sys
-import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from types import FrameType
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
 import yaml
 
 from rdm_fast.cli.options import PreviewCommand, TrainCommand, check_resume_is_alone
 from rdm_fast.cli.parse import Command, without_nproc
-from rdm_fast.config import Config
 from rdm_fast.config.checks import did_you_mean
 from rdm_fast.config.parallel import check_ranks
 from rdm_fast.errors import Interrupted, RankLost, UsageError, UserError
 from rdm_fast.evaluation.options import EvaluateCommand
 from rdm_fast.evaluation.protocols import PROTOCOLS
+from rdm_fast.runtime.printing import launched_rank, print_error, print_line
 from rdm_fast.tools.doctor.options import DoctorCommand
 from rdm_fast.tools.export.options import ExportCommand
 from rdm_fast.tools.export.targets import TARGETS
@@ -33,9 +30,6 @@ from rdm_fast.tools.report.options import ReportCommand
 from rdm_fast.tools.sweep.grid import GRID
 from rdm_fast.tools.sweep.options import SweepCommand, check_filter_is_free
 from rdm_fast.tools.sweep.queue import LAUNCHED
-
-if TYPE_CHECKING:
-    from rdm_fast.run.folder import RunFolder, State
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -82,9 +76,8 @@ def _run(name: str, args: Sequence[str], prog: str) -> NoReturn:
     except Exception as error:
         if debug:
             raise
-        _exit_with(
-            UserError(f"{type(error).__name__}: {error}; this is a bug, --debug shows where")
-        )
+        what = " ".join(f"{type(error).__name__}: {error}".split())
+        _exit_with(UserError(f"{what}; this is a bug, --debug shows where"))
     raise SystemExit(0)
 
 
@@ -97,13 +90,9 @@ def _end_with_launcher() -> None:
 
 
 def _exit_with(error: UserError) -> NoReturn:
-    if _rank() == 0:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+    if launched_rank() == 0:
+        print_error(error)
     raise SystemExit(error.code)
-
-
-def _rank() -> int:
-    return int(os.environ.get("RANK", "0"))
 
 
 # ---- train -----------------------------------------------------------------------------------
@@ -111,7 +100,8 @@ def _rank() -> int:
 
 def _train(command: TrainCommand, args: list[str]) -> None:
     from rdm_fast.config.saved import config_to_dict
-    from rdm_fast.run.folder import RunFolder, read_config
+    from rdm_fast.run.folder import read_config
+    from rdm_fast.training import session
 
     config = command.config
     if command.resume is not None:
@@ -123,15 +113,9 @@ def _train(command: TrainCommand, args: list[str]) -> None:
         return
     if (ranks := _ranks_to_start(command.nproc)) > 1:
         check_ranks(config.optim, str(ranks))
-        _train_on_ranks(ranks, args, RunFolder.open(config.out, config, overwrite=False, rank=1))
-    rank = _rank()
-    with RunFolder.open(config.out, config, overwrite=command.overwrite, rank=rank) as folder:
-        if folder.is_new:
-            folder.write_status("running", step=0)
-        elif rank == 0:
-            folder.accept(config, command.allow_change)
-        with _reported(folder):
-            _train_in(folder, config, extend=bool(command.allow_change))
+        ranked = ["-m", "rdm_fast", "train", *without_nproc(args)]
+        session.train_on_ranks(config, ranks, ranked, quiet="--debug" not in args)
+    session.train(config, overwrite=command.overwrite, allow_change=command.allow_change)
 
 
 def _ranks_to_start(nproc: str) -> int:
@@ -141,112 +125,8 @@ def _ranks_to_start(nproc: str) -> int:
 
     ranks = ranks_on(nproc)
     if nproc == "auto":
-        print(f"--nproc auto: {ranks} rank(s)", flush=True)
+        print_line(f"--nproc auto: {ranks} rank(s)")
     return ranks
-
-
-def _train_on_ranks(ranks: int, args: Sequence[str], folder: "RunFolder") -> NoReturn:
-    """Start the ranks and exit with their code; they report their own errors."""
-    from rdm_fast.run.folder import read_status
-    from rdm_fast.runtime.launch import launch
-
-    command = ["-m", "rdm_fast", "train", *without_nproc(args)]
-    code, lost = launch(command, ranks, quiet="--debug" not in args)
-    state = ""
-    with contextlib.suppress(UserError):
-        state = read_status(folder.path)["state"]
-    if lost and state == "running":  # no rank survived to report it
-        error = RankLost(lost)
-        _write_end(folder, "failed", error)
-        raise error
-    raise SystemExit(Interrupted.code if code > 128 and state == "interrupted" else code)
-
-
-def _train_in(folder: "RunFolder", config: Config, *, extend: bool) -> None:
-    from rdm_fast.run.folder import read_status
-    from rdm_fast.runtime import distributed
-    from rdm_fast.training.trainer import Trainer
-
-    device = distributed.choose_device(config.device)
-    distributed.start(device)
-    try:
-        if read_status(folder.path)["state"] == "finished" and not extend:
-            distributed.print0(
-                f"the run in {folder.path} is finished: evaluate it with eval_linear.py, "
-                "or start anew with --overwrite or another --out"
-            )
-            return
-        with distributed.lost_ranks_told():
-            trainer = Trainer(config, folder, device)
-            signal.signal(signal.SIGTERM, _end_unless_failing)
-            trainer.fit()
-        if distributed.rank() == 0:
-            path = f"step-{trainer.step:08d}"
-            folder.write_status("finished", step=trainer.step, checkpoint=path)
-        distributed.print0(f"finished: {folder.path}")
-    finally:
-        distributed.stop()
-
-
-def _end_unless_failing(number: int, _frame: FrameType | None) -> None:
-    """SIGTERM, once the trainer no longer takes it: not before a failure under way is told.
-
-    A launcher that sees one rank die ends the others, which are about to say so.
-    """
-    if sys.exception() is None:
-        signal.signal(number, signal.SIG_DFL)
-        os.kill(os.getpid(), number)
-
-
-@contextlib.contextmanager
-def _reported(folder: "RunFolder") -> Iterator[None]:
-    """Leave in the run folder how the run ended, if not well."""
-    from rdm_fast.run.folder import read_status
-
-    try:
-        yield
-    except BaseException as error:
-        log = folder.logs / f"rank{_rank()}.err"
-        with contextlib.suppress(OSError):
-            log.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
-        if not isinstance(error, Exception):
-            raise
-        if isinstance(error, RankLost):
-            _report_loss(folder, error)
-        if not isinstance(error, UserError):
-            error = UserError(f"{type(error).__name__}: {error} (a bug; the traceback is in {log})")
-        if _rank() != 0:  # usually all ranks fail alike; rank zero then speaks for them
-            time.sleep(1.0)
-            status = read_status(folder.path)
-            if status["state"] == "running" or status["code"] == RankLost.code:
-                print(f"error: rank {_rank()}: {error}", file=sys.stderr, flush=True)
-        state: State = "interrupted" if isinstance(error, Interrupted) else "failed"
-        _write_end(folder, state, error)
-        raise error from None
-
-
-def _write_end(folder: "RunFolder", state: "State", error: UserError) -> None:
-    from rdm_fast.run.folder import read_status
-
-    with contextlib.suppress(OSError, UserError):
-        status = read_status(folder.path)
-        folder.write_status(
-            state, step=status["step"], checkpoint=status.get("checkpoint", ""), code=error.code,
-            message=str(error),
-        )  # fmt: skip
-
-
-def _report_loss(folder: "RunFolder", error: RankLost) -> NoReturn:
-    """Tell of a lost rank, unless that rank tells of a reason of its own."""
-    from rdm_fast.run.folder import read_status
-
-    first = read_status(folder.path)["state"] == "running"
-    if first:  # at once, since the launcher is about to end this rank too
-        _write_end(folder, "failed", error)
-    time.sleep(2.0)  # the rank at fault tells within one
-    if first and read_status(folder.path)["code"] == error.code:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-    raise SystemExit(error.code)
 
 
 # ---- the other commands ----------------------------------------------------------------------
@@ -296,13 +176,13 @@ def _export(command: ExportCommand, _: list[str]) -> None:
         find_checkpoint(Path(command.checkpoint)),
         Path(command.out) if command.out else None,
     )
-    print(export_checkpoint(path, command.to, out=out, overwrite=command.overwrite))
+    print_line(str(export_checkpoint(path, command.to, out=out, overwrite=command.overwrite)))
 
 
 def _report(command: ReportCommand, _: list[str]) -> None:
     from rdm_fast.tools.report.make import make_report
 
-    print(f"report: {make_report(command)}")
+    print_line(f"report: {make_report(command)}")
 
 
 def _sweep(command: SweepCommand, args: list[str]) -> None:

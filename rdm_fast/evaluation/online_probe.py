@@ -26,7 +26,6 @@ from rdm_fast.runtime.distributed import world_size
 
 LR, MOMENTUM = 0.1, 0.9
 """The released code's online classifier, at the peak of the run's own schedule."""
-STATE = "probe/"
 VIEWS = 2
 BATCH = 256
 NEIGHBORS = 20
@@ -103,15 +102,14 @@ class OnlineProbe:
 
     # ---- resuming exactly --------------------------------------------------------------------
 
-    @property
-    def state(self) -> dict[str, Tensor]:
-        """Its tensors, for a checkpoint."""
-        return {STATE + name: tensor for name, tensor in self._tensors.items()}
+    def state_dict(self) -> dict[str, Tensor]:
+        """Its tensors; none before the first step."""
+        return dict(self._tensors)
 
-    def restore(self, tensors: dict[str, Tensor]) -> None:
-        """Take up what a checkpoint has of it; one without a probe leaves it at its start."""
-        found = {n.removeprefix(STATE): t for n, t in tensors.items() if n.startswith(STATE)}
-        self._tensors = {n: t.to(self.device) for n, t in found.items()} if self.is_on else {}
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Continue from `state_dict`; without log.probe, do nothing."""
+        if self.is_on:
+            self._tensors = {name: tensor.to(self.device) for name, tensor in state.items()}
 
 
 def online_accuracies(

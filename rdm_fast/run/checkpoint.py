@@ -17,11 +17,11 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError
@@ -226,6 +226,9 @@ def load(path: Path) -> Snapshot:
     except (SafetensorError, OSError, ValueError, LookupError, AttributeError, TypeError,
             RecursionError) as error:  # fmt: skip
         raise _damaged(path, f"its content is not a checkpoint's ({error})") from error
+    if "skipped_in_a_row" in state:  # written before each part had an entry of its own
+        state["skipped"] = {"total": state["skipped"], "in_a_row": state.pop("skipped_in_a_row")}
+        state["collapse_guard"] = {"low": state.pop("collapsed_in_a_row", 0)}
     return Snapshot(step=step, state=state, **groups)
 
 
@@ -245,6 +248,37 @@ def newest(folder: Path, warn: Callable[[str], None], *, sweep: bool = False) ->
 
 
 # ---- between tensors by name and live objects ------------------------------------------------
+
+
+class Stateful(Protocol):
+    """An object whose state is tensors and JSON values, in a flat dictionary."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any], /) -> None: ...
+
+
+def flatten_parts(parts: Mapping[str, Stateful]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The state of named objects: tensors under `<name>/<key>`, other values under their names."""
+    tensors: dict[str, Tensor] = {}
+    plain: dict[str, Any] = {}
+    for name, part in parts.items():
+        state = part.state_dict()
+        tensors |= {f"{name}/{k}": v for k, v in state.items() if isinstance(v, Tensor)}
+        plain[name] = {k: v for k, v in state.items() if not isinstance(v, Tensor)}
+    return tensors, plain
+
+
+def restore_parts(parts: Mapping[str, Stateful], snapshot: Snapshot) -> None:
+    """Load the state that `flatten_parts` returned; parts without one keep theirs."""
+    for name, part in parts.items():
+        prefix = f"{name}/"
+        found = {
+            k.removeprefix(prefix): v for k, v in snapshot.extra.items() if k.startswith(prefix)
+        }
+        if state := found | snapshot.state.get(name, {}):
+            part.load_state_dict(state)
+
 
 Named = Iterable[tuple[str, nn.Parameter]]
 

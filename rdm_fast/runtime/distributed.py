@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rdm_fast.errors import RankLost, Unavailable
+from rdm_fast.runtime.printing import print_line
 
 TIMEOUT = timedelta(minutes=10)
 STORE = "RDM_FAST_STORE"
@@ -34,7 +35,7 @@ def rank() -> int:
 def print0(text: str) -> None:
     """Print on rank zero only, at once."""
     if rank() == 0:
-        print(text, flush=True)
+        print_line(text)
 
 
 def choose_device(asked: str) -> torch.device:
@@ -80,11 +81,11 @@ def stop() -> None:
 
 
 @contextmanager
-def lost_ranks_told() -> Iterator[None]:
-    """Tell a collective that failed, because another rank died or hung, from a bug.
+def raise_rank_lost() -> Iterator[None]:
+    """Convert collective failures from dead or hung ranks into RankLost.
 
     Raises:
-        RankLost: in place of what torch raises; gloo has no exception class of its own.
+        RankLost: in place of torch's error; gloo has no exception class of its own.
     """
     try:
         yield
@@ -92,7 +93,7 @@ def lost_ranks_told() -> Iterator[None]:
         if isinstance(error, dist.DistError) or "gloo" in str(error):
             raise RankLost(
                 f"rank {rank()} lost another rank, which died or hung: see logs/rank*.err in the "
-                "run folder, then run the same command again to go on from the last checkpoint"
+                "run folder, then run the same command again to continue from the last checkpoint"
             ) from error
         raise
 

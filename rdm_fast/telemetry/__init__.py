@@ -10,22 +10,22 @@ made in the same way.
 Only rank zero has writers. All others have a `Telemetry` without any, so nobody asks for the rank.
 """
 
-from rdm_fast.telemetry.clock import Clock
 from rdm_fast.telemetry.console import ConsoleLine, Plan, progress_line
 from rdm_fast.telemetry.keys import KEYS, Metrics, Value
 from rdm_fast.telemetry.lines import SPECTRUM_KEYS, JsonLines, SpectrumLines, read_spectra
+from rdm_fast.telemetry.timer import StepTimer
 from rdm_fast.telemetry.trackers import TensorBoard, Trackio, WeightsAndBiases
 from rdm_fast.telemetry.writers import Telemetry, Writer
 
 __all__ = [
     "KEYS",
     "SPECTRUM_KEYS",
-    "Clock",
     "ConsoleLine",
     "JsonLines",
     "Metrics",
     "Plan",
     "SpectrumLines",
+    "StepTimer",
     "Telemetry",
     "TensorBoard",
     "Trackio",

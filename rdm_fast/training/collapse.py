@@ -1,10 +1,10 @@
-"""The collapse guard: notices that projections use hardly any direction, and says what helps.
+"""Collapse guard: detects projections that use hardly any direction, and suggests a remedy.
 
     complete collapse      all rows alike: their standard deviation falls to 0
     dimensional collapse   rows in few directions: their effective rank falls, std need not
 
-Bounds are on the projections, which both branches are made of. Healthy runs of every digits recipe
-stay above 5 directions, and those that collapse end under 2 (docs/telemetry.md).
+The bounds apply to the projections, from which both branches are computed. Healthy runs of every
+digits recipe stay above 5 directions; collapsing ones end under 2 (docs/telemetry.md).
 """
 
 from collections.abc import Mapping
@@ -13,14 +13,14 @@ from rdm_fast.config import Config
 from rdm_fast.filters.response import advice, trend
 
 SHARE = 0.1
-"""The bound on the effective rank is at most this share of what the batch can show."""
+"""Largest bound on the effective rank, as a share of the most that a batch can show."""
 
 
 class CollapseGuard:
-    """Looks at every line of metrics; remembers how long they have been under a bound.
+    """Checks every line of metrics, and counts those in a row that violate a bound.
 
     Attributes:
-        low: lines in a row under a bound, which a checkpoint keeps.
+        low: lines in a row under a bound.
     """
 
     def __init__(self, config: Config, total_steps: int) -> None:
@@ -33,10 +33,10 @@ class CollapseGuard:
         """Whether a collapse ends the run."""
         return self.config.guard.mode == "stop"
 
-    def look(self, step: int, metrics: Mapping[str, float]) -> str | None:
-        """One sentence if these metrics make a collapse certain, once for each; else None.
+    def check(self, step: int, metrics: Mapping[str, float]) -> str | None:
+        """A sentence once `guard.patience` lines in a row are under a bound, else None.
 
-        A guard that stops also says it of every later line, should the run be resumed as it is.
+        With guard.mode=stop every further line gives one too, so a resumed run stops again.
         """
         if self.config.guard.mode == "off" or step <= self._first_step:
             return None
@@ -46,6 +46,14 @@ class CollapseGuard:
         if self.low == patience or (self.stops and self.low > patience):
             return f"the projections have collapsed at step {step}, {reason}: {remedy(self.config)}"
         return None
+
+    def state_dict(self) -> dict[str, int]:
+        """The count."""
+        return {"low": self.low}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Continue from `state_dict`."""
+        self.low = state["low"]
 
     def _reason(self, metrics: Mapping[str, float]) -> str | None:
         bounds = self.config.guard
@@ -65,10 +73,10 @@ class CollapseGuard:
 
 
 def remedy(config: Config) -> str:
-    """What to change, most likely cause first; ends the sentence."""
+    """The change that most likely helps, as the end of a sentence."""
     filtered = config.predictor == "spectral"
     if config.method == "symsimsiam":
-        return "symsimsiam is the control that RDM expects to; use simsiam or byol to train"
+        return "symsimsiam is the control and should collapse; use simsiam or byol to train"
     if filtered and trend(config.filter) == "flat":
         return "filter.sigma=0 filters nothing; use --filter.location target --filter.sigma -1"
     if filtered and (text := advice(config.filter)):
@@ -79,7 +87,7 @@ def remedy(config: Config) -> str:
             "--filter.sigma -1, or lower --optim.base-lr"
         )
     if config.method == "byol" and config.optim.ema_start < 0.9:
-        return f"the target follows at once; raise --optim.ema-start ({config.optim.ema_start:g})"
+        return f"the target moves too fast; raise --optim.ema-start ({config.optim.ema_start:g})"
     return (
         "lower --optim.base-lr, and look at two views of an image "
         "(rdm preview): they must show the same thing, differently"

@@ -1,8 +1,8 @@
 """A step as one CUDA graph: recorded once, then replayed by a single launch.
 
-A replay reads and writes the memory of the recording. So inputs are copied to fixed places, and
-outputs are tensors that the next replay overwrites. The function must not wait for the device,
-and what it does on the host happens while recording only.
+A replay reads and writes the recording's memory: inputs are copied there, and the next replay
+overwrites the outputs. The function must not wait for the device. Its work on the host happens
+only while it is recorded.
 """
 
 from collections.abc import Callable
@@ -12,14 +12,15 @@ import torch
 from torch import Tensor
 
 Out = TypeVar("Out")
-WARM_UP = 3  # calls that run as they are: libraries allocate, optimizers create their state
+WARM_UP = 3  # calls before recording: libraries allocate, optimizers create their state
 
 
 class StepGraph(Generic[Out]):
-    """`run`, from its fourth call on as a graph. Results are those of `run`, bit for bit.
+    """`run`, replayed as a graph from its fourth call on, with the same bits.
 
     Args:
-        run: from tensors of fixed shapes, dtypes and memory formats to tensors, in any structure.
+        run: takes tensors of fixed shapes, dtypes and memory formats; returns tensors in any
+            structure.
     """
 
     def __init__(self, run: Callable[..., Out]) -> None:
@@ -35,14 +36,14 @@ class StepGraph(Generic[Out]):
         return self._graph is not None
 
     def __call__(self, *inputs: Tensor) -> Out:
-        """The outputs of `run`; those of a replay are valid until the next one.
+        """The outputs of `run`, valid until the next call.
 
         Raises:
-            ValueError: inputs differ in shape or dtype from those of the recording.
+            ValueError: the inputs' shapes or dtypes differ from the recorded ones.
         """
         self.calls += 1
         if self.calls <= WARM_UP:
-            return self._beside(lambda: self._run(*inputs))
+            return self._run_on_capture_stream(lambda: self._run(*inputs))
         if self._graph is None:
             self._record(inputs)
         if [(x.shape, x.dtype) for x in inputs] != [(x.shape, x.dtype) for x in self._inputs]:
@@ -55,8 +56,8 @@ class StepGraph(Generic[Out]):
         self._graph.replay()
         return self._outputs
 
-    def _beside(self, call: Callable[[], Out]) -> Out:
-        """Run on the stream of the recording, between what the current stream did and will do."""
+    def _run_on_capture_stream(self, call: Callable[[], Out]) -> Out:
+        """Run on the recording's stream, in order with the current stream."""
         current = torch.cuda.current_stream()
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):

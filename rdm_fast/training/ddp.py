@@ -1,7 +1,7 @@
-"""One method on several ranks: how DistributedDataParallel averages their gradients.
+"""DistributedDataParallel around a method, set up from the configuration.
 
-The average is taken bucket by bucket, each as soon as backward has filled it. Gradients are views
-into the buckets, so nothing is copied on the way to the optimizer.
+Gradients are averaged bucket by bucket, each as soon as backward has filled it. They are views into
+the buckets, so the optimizer reads them without a copy.
 """
 
 from functools import cache
@@ -24,19 +24,19 @@ COMPRESSION = {
 
 
 def wrap(method: Method, config: Config, device: torch.device) -> nn.Module:
-    """The method itself on one rank; on several, one whose backward averages gradients over them.
+    """The method wrapped in DistributedDataParallel; on one rank the method itself.
 
     Args:
-        method: on `device`; its state stays the run's, the wrapper has none of its own.
-        config: `parallel` and `optim.accumulate` matter.
-        device: of this rank.
+        method: on `device`. The wrapper has no state of its own.
+        config: its `parallel` is used.
+        device: this rank's.
     """
     if world_size() == 1:
         return method
     parallel = config.parallel
     if parallel.static_graph:
         _register_outputs()
-    # torch makes its first bucket smaller only where no size is asked for
+    # torch makes the first bucket smaller only if no size is given
     size = None if parallel.bucket_mb == DEFAULT_BUCKET_MB else parallel.bucket_mb
     wrapped = DistributedDataParallel(
         method,
@@ -52,10 +52,10 @@ def wrap(method: Method, config: Config, device: torch.device) -> nn.Module:
 
 @cache
 def _register_outputs() -> None:
-    """Let torch see the tensors in a step's output.
+    """Let torch find the tensors in a step's output.
 
-    With a static graph the first backward is reduced from a node it puts behind every tensor of
-    the output. It finds none in a dataclass it does not know, and then never averages anything.
+    With a static graph, torch starts the first reduction from a node behind the output's tensors.
+    In a dataclass that it does not know it finds none, and never averages any gradient.
     """
     from torch.export import register_dataclass
 

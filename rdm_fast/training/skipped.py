@@ -1,6 +1,6 @@
-"""Steps that changed nothing because something was not finite: counted, and ended when they go on.
+"""Counts the steps that were skipped because something was not finite, and ends a run of them.
 
-A step is looked at when the next one has been started: by then it is done, and nothing waits.
+Results are read one step late, so reading them never stalls the GPU.
 """
 
 import torch
@@ -14,8 +14,8 @@ class SkippedSteps:
     """The count of one run.
 
     Attributes:
-        total: steps skipped so far, of those that were looked at.
-        in_a_row: of the last ones, with no step applied in between.
+        total: steps skipped, of those that were read.
+        in_a_row: skipped since the last step that was applied.
     """
 
     def __init__(self, config: Config, scaler: torch.amp.GradScaler) -> None:
@@ -25,12 +25,12 @@ class SkippedSteps:
         self.total = self.in_a_row = 0
 
     def watch(self, report: StepReport) -> None:
-        """Look at the step before this one, and keep this one for later."""
+        """Count the step before this one, and keep this one for later."""
         self.read()
         self._unread = report
 
     def read(self) -> None:
-        """Look at the last step now; waits for it.
+        """Count the last step now; waits for it.
 
         Raises:
             NonFinite: log.max_nonfinite steps in a row could not be applied.
@@ -42,7 +42,7 @@ class SkippedSteps:
             self.in_a_row = 0
             return
         self.total += 1
-        # fp16 finds its loss scale by overflowing; below 1 it is not the scale that overflows
+        # fp16 finds its loss scale by overflowing; a scale below 1 is not the cause
         scaling = self._scaler is not None and self._scaler.get_scale() >= 1
         self.in_a_row += 0 if scaling and report.loss_is_finite else 1
         if self.in_a_row >= self._limit:
@@ -51,3 +51,12 @@ class SkippedSteps:
                 f"row, the last one step {report.number + 1}; no weight was changed by them: lower "
                 "--optim.base-lr, or use --precision fp32"
             )
+
+    def state_dict(self) -> dict[str, int]:
+        """Both counts, the last step's included."""
+        self.read()
+        return {"total": self.total, "in_a_row": self.in_a_row}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Continue from `state_dict`."""
+        self.total, self.in_a_row = state["total"], state["in_a_row"]

@@ -1,13 +1,13 @@
 """One optimizer step: both branches, the loss, its gradient over all ranks, the update.
 
-Backbone and heads run under autocast; the criterion leaves it. A step in several parts
-(optim.accumulate) gives the gradient of the whole batch: where the criterion is a mean over rows,
-parts are simply added; where it needs all rows at once, as a spectral filter does, branches run
-once without gradient, the criterion gives dL/d online for all rows, and each part is then run
-again and differentiated from there.
+Backbone and heads run under autocast, the criterion does not. A step in several parts
+(optim.accumulate) gives the gradient of the whole batch. If the criterion is a mean over rows, the
+parts' gradients are added. A spectral filter needs all rows at once: the branches run once without
+gradient, the criterion gives dL/d online for all rows, and each part runs again and is
+differentiated from there.
 
 A step whose loss or gradient is not finite changes nothing: no weight, no running statistic. The
-device decides that by itself. Nothing in a step waits for the device, so the whole of it can be
+device decides this itself. Nothing in a step waits for the device, so the whole step can be
 recorded as one CUDA graph (`rdm_fast.training.cuda_graph`).
 """
 
@@ -35,13 +35,13 @@ from rdm_fast.training.cuda_graph import StepGraph
 from rdm_fast.training.ddp import wrap
 
 Views = tuple[Tensor, ...]
-"""This rank's views of a batch, [b, C, S, S] each: both, then any small ones."""
+"""This rank's views of a batch, [b, C, S, S] each: the two views, then any small ones."""
 COMPILE = {"default": "default", "max-autotune": "max-autotune-no-cudagraphs"}  # torch's names
 
 
 @dataclass
 class Outputs:
-    """What a step leaves on the device."""
+    """The results of a step on the device."""
 
     loss: Tensor  # scalar, this rank's
     grad_norm: Tensor  # scalar, of the gradient averaged over ranks, not scaled
@@ -51,7 +51,7 @@ class Outputs:
 
 @dataclass
 class StepReport:
-    """What a step did. Its tensors stay on the device, and may be overwritten by the next step."""
+    """What a step did. Its tensors are on the device; the next step may overwrite them."""
 
     number: int  # from 0
     loss: Tensor  # scalar, this rank's
@@ -64,26 +64,26 @@ class StepReport:
 
     @property
     def applied(self) -> bool:
-        """False: not finite, and nothing was changed. Waits for the step, if it still runs."""
+        """False if the step was not finite and changed nothing. Waits for the step to end."""
         return not self.not_finite.read().any()
 
     @property
     def loss_is_finite(self) -> bool:
-        """On every rank. Waits like `applied`."""
+        """Whether it is on every rank. Waits like `applied`."""
         return not self.not_finite.read()[1]
 
 
 class TrainStep:
-    """Method, optimizer and loss scaling of a run, and how one batch moves them.
+    """Method, optimizer and loss scaling of a run, updated by one batch at a time.
 
     Attributes:
-        method: the module whose state is the run's; not wrapped.
+        method: the unwrapped module.
         optimizer, scaler: as in torch.
         total_steps: optimizer steps of the whole run.
-        graph: the recorded step, or None where steps are not recorded.
+        graph: the step as a CUDA graph, or None if steps are not recorded.
 
     Raises:
-        Unavailable: step.graph=on, and such a step cannot be recorded.
+        Unavailable: step.graph=on, and this step cannot be recorded.
     """
 
     def __init__(
@@ -111,7 +111,7 @@ class TrainStep:
         self.selector = self.method.criterion.selector
         self.graph = self._build_graph()
 
-    def momentum(self, step: int) -> float:
+    def ema_momentum(self, step: int) -> float:
         """Momentum of the target weights in step number `step`."""
         optim = self.config.optim
         return ema_momentum(step, self.total_steps, optim.ema_start, optim.ema_end)
@@ -119,7 +119,7 @@ class TrainStep:
     def __call__(self, batch: Batch, step: int) -> StepReport:
         """Compute and, if it is finite, apply step number `step` (from 0)."""
         lr = learning_rate(step, self.steps_per_epoch, self.config.optim)
-        momentum = self.momentum(step)
+        momentum = self.ema_momentum(step)
         set_learning_rate(self.optimizer, lr)
         self._momentum.fill_(momentum)
         done = self._run(*batch.views)
@@ -135,14 +135,14 @@ class TrainStep:
         )
 
     def _step(self, *views: Tensor) -> Outputs:
-        """All that the device does in a step."""
+        """The device's work in a step."""
         torch._foreach_copy_(self._kept, self._statistics)
         with float32_products(self.config.precision, self.device):
             loss, branches = self._backward(views)
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.get_total_norm([p.grad for p in self._parameters])
         not_finite = 1 - torch.stack([norm.isfinite(), loss.isfinite()]).float()
-        if world_size() > 1:  # a loss is one rank's, the gradient already that of all
+        if world_size() > 1:  # the gradient is averaged already, the loss is this rank's
             dist.all_reduce(not_finite, op=dist.ReduceOp.MAX)
         self._skip.copy_(not_finite.amax())
         self.optimizer.step()
@@ -154,7 +154,7 @@ class TrainStep:
         return Outputs(loss, norm, not_finite, branches)
 
     def uncompiled(self) -> contextlib.AbstractContextManager[object]:
-        """A context in which modules run as written: other shapes than a step's compile nothing."""
+        """A context without torch.compile, for shapes other than a step's."""
         if self.config.step.compile == "none":
             return contextlib.nullcontext()
         return torch.compiler.set_stance("force_eager")
@@ -162,26 +162,28 @@ class TrainStep:
     # ---- recording ---------------------------------------------------------------------------
 
     def _run(self, *views: Tensor) -> Outputs:
-        """`_step`, recorded if it is to be and as long as the recorded engine is accurate."""
+        """`_step`, as a CUDA graph if there is one and its engine is accurate."""
         if self.graph and not self.graph.is_recorded:
-            self._leave_graph_with_engine()  # reads what is pending: recording must not wait
+            self._drop_graph_without_gemm()  # reads the last status: recording must not wait
         if self.graph is None:
             return self._step(*views)
         try:
             done = self.graph(*views)
-        except RuntimeError as error:  # of a library, on a device: what, cannot be known before
+        except RuntimeError as error:  # some library cannot be captured on this device
             if self.config.step.graph == "on" or self.graph.is_recorded:
                 raise
-            warnings.warn(f"steps run without a CUDA graph, which failed: {error}", stacklevel=3)
+            warnings.warn(
+                f"steps run without a CUDA graph, as recording failed: {error}", stacklevel=3
+            )
             self.graph = None
             self.optimizer.zero_grad(set_to_none=True)
             return self._step(*views)
         if self.selector and self.graph.is_recorded:
-            self._leave_graph_with_engine()  # of the step before, while this one runs
+            self._drop_graph_without_gemm()  # by the last step's status, while this one runs
             self.selector.watch_replay()
         return done
 
-    def _leave_graph_with_engine(self) -> None:
+    def _drop_graph_without_gemm(self) -> None:
         if self.selector and self.selector.current(self.device) != "gemm":
             self.graph = None
 
@@ -203,9 +205,9 @@ class TrainStep:
         if self.config.optim.accumulate > 1:
             return "in several parts (optim.accumulate)"
         if self.config.log.probe:
-            return "beside an online probe (log.probe), which listens to the backbone"
+            return "with an online probe (log.probe), which hooks into the backbone"
         if self.config.optim.backend == "apex":
-            return "with optim.backend=apex, whose settings are numbers of the host"
+            return "with optim.backend=apex, which keeps its settings on the host"
         if self.selector and (engine := self.selector.current(self.device)) != "gemm":
             return f"with filter.engine={engine}, which waits for the device"
         return None
@@ -219,7 +221,7 @@ class TrainStep:
             return module(*views, online_gradient=gradient)
 
     def _backward(self, views: Views) -> tuple[Tensor, Branches]:
-        """Leave this rank's share of the averaged gradient in `.grad`; loss and branches."""
+        """Set `.grad` to the gradient averaged over ranks; returns loss and branches."""
         parts = self.config.optim.accumulate
         if parts == 1:
             output = self._forward(self.parallel, views)
@@ -238,7 +240,7 @@ class TrainStep:
         return self._backward_through_whole_batch(split)
 
     def _backward_through_whole_batch(self, parts: list[Views]) -> tuple[Tensor, Branches]:
-        """Two passes over the parts, the criterion in between."""
+        """Two passes over the parts, with the criterion in between."""
         with torch.no_grad(), frozen_running_statistics(self.method):
             branches = _detached([self._forward(self.method, part).branches for part in parts])
         online = branches.online.requires_grad_()
@@ -258,13 +260,12 @@ class TrainStep:
 
     # ---- resuming exactly --------------------------------------------------------------------
 
-    def settle(self) -> None:
-        """Make the gradient's sum over ranks associate as it will in every later step.
+    def warm_up_ddp_buckets(self) -> None:
+        """Have DistributedDataParallel lay out its buckets for good.
 
-        DistributedDataParallel lays out its buckets anew after the first backward pass, so the
-        first step of a process would round differently from the same step of a process that has
-        run for long, and a resumed run would differ from an undisturbed one. Two backward passes
-        on noise bring every process to the final layout; they leave no trace.
+        It rebuilds them after the first backward pass, so the first step of a process rounds
+        differently from later ones, and a resumed run would differ from an undisturbed one. Two
+        backward passes on noise bring every process to the final layout and leave no trace.
         """
         if not isinstance(self.parallel, DistributedDataParallel):
             return
@@ -283,7 +284,7 @@ class TrainStep:
 
 
 def _detached(parts: list[Branches]) -> Branches:
-    """All parts' rows in one, without gradient."""
+    """The rows of all parts, without gradient."""
     return Branches(
         *(
             torch.cat([getattr(part, name) for part in parts], dim=1).detach()

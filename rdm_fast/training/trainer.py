@@ -1,42 +1,48 @@
-"""The loop and its state.
+"""The training loop and its state.
 
     for every epoch, for every batch of it:  step, log, evaluate, save
 
-State is a step number, the method's tensors and the optimizer's. Who sees which image how is a
-function of (seed, epoch, index, view), and the schedules of the step, so nothing else is needed
-to go on from a checkpoint exactly where it was left.
+Order and augmentation of the images are functions of (seed, epoch, index, view), and schedules are
+functions of the step. So an exact resume needs the step number, model, optimizer, and what
+`Trainer.parts` count.
 """
 
+from collections.abc import Callable
 from functools import cached_property
 
 import torch
 import torch.distributed as dist
 
 from rdm_fast.config import Config
-from rdm_fast.data import ImageSet, build_loader, load, require_same_images
+from rdm_fast.data import Batch, ImageSet, build_loader, load, require_same_images
 from rdm_fast.errors import Collapsed, DataError, InputMissing, Interrupted, OutputFailed
 from rdm_fast.evaluation.online_probe import OnlineProbe, online_accuracies
 from rdm_fast.filters.response import advice
 from rdm_fast.methods import build_method
 from rdm_fast.models.pretrained import load_strict, warm_start
 from rdm_fast.run import checkpoint
-from rdm_fast.run.checkpoint import Snapshot
+from rdm_fast.run.checkpoint import Snapshot, Stateful
 from rdm_fast.run.environment import describe_environment
 from rdm_fast.run.folder import RunFolder
 from rdm_fast.runtime.distributed import all_reduce_max, print0, rank, world_size
-from rdm_fast.runtime.signals import SIGNALS, StopOnSignal
+from rdm_fast.runtime.signals import StopOnSignal
 from rdm_fast.spectrum import BranchSpectra, branch_spectra
-from rdm_fast.telemetry import Clock, Plan, Telemetry
-from rdm_fast.training import SkippedSteps, StepReport, TrainStep
+from rdm_fast.telemetry import Plan, StepTimer, Telemetry
 from rdm_fast.training.collapse import CollapseGuard
-
-__all__ = ["SIGNALS", "Trainer"]
+from rdm_fast.training.skipped import SkippedSteps
+from rdm_fast.training.train_step import StepReport, TrainStep
 
 MAX_FAILED_SAVES = 3
 
 
 class Trainer:
     """One run, from its configuration to its last checkpoint.
+
+    Attributes:
+        step: optimizer steps done.
+        before_step: called with each batch and the number of its step, from 0.
+        after_step: called with the report of each step.
+        parts: what a checkpoint holds besides model and optimizer, by name.
 
     Raises:
         UserError: the data, the run folder or the configuration cannot be used (its subclasses
@@ -58,9 +64,18 @@ class Trainer:
         self.selector = self.train_step.selector
         self.collapse_guard = CollapseGuard(config, self.train_step.total_steps)
         self.probe = OnlineProbe(config, self.images, self.train_step.method.backbone, device)
-        self.step = 0
-        """Optimizer steps done."""
         self.skipped = SkippedSteps(config, self.train_step.scaler)
+        self.parts: dict[str, Stateful] = {
+            "scaler": self.train_step.scaler,
+            "skipped": self.skipped,
+            "collapse_guard": self.collapse_guard,
+            "probe": self.probe,
+        }
+        if self.selector:
+            self.parts["filter_engine"] = self.selector
+        self.step = 0
+        self.before_step: list[Callable[[Batch, int], object]] = []
+        self.after_step: list[Callable[[StepReport], object]] = []
         self._failed_saves = 0
         self._stop_asked = False
         self._last_saved = -1
@@ -68,56 +83,62 @@ class Trainer:
     # ---- the loop ----------------------------------------------------------------------------
 
     def fit(self) -> None:
-        """Train from where the run folder stands to the end.
+        """Train from the newest checkpoint, if there is one, to the end.
 
         Raises:
-            Interrupted: a signal asked to stop; the state is saved.
+            Interrupted: a signal stopped the run; the state is saved.
             NonFinite: log.max_nonfinite steps in a row could not be applied.
             Collapsed: the projections collapsed, and guard.mode=stop; the state is saved.
             OutputFailed: three checkpoints in a row could not be written, or the last one.
         """
-        self.train_step.settle()
+        self.train_step.warm_up_ddp_buckets()
         self.restore()
         if rank() == 0:
             self.folder.write_status("running", step=self.step)
-        with self._signals(), self._telemetry() as telemetry:
-            self._announce()
+        with StopOnSignal(self.ask_to_stop), self._telemetry() as telemetry:
+            self._print_summary()
             if self.step == 0 and self.config.log.knn_every:
-                self._evaluate(telemetry)  # what random weights are worth
-            clock = Clock()
+                self._evaluate(telemetry)  # of random weights, to compare with
+            timer = StepTimer()
             for epoch in range(self.step // self.loader.steps_per_epoch, self.config.optim.epochs):
                 start = self.step % self.loader.steps_per_epoch
-                for batch in clock.waits(self.loader.epoch(epoch, start)):
+                for batch in timer.waits(self.loader.epoch(epoch, start)):
+                    for before in self.before_step:
+                        before(batch, self.step)
                     report = self.train_step(batch, self.step)
+                    for after in self.after_step:
+                        after(report)
                     self.step += 1
                     self.skipped.watch(report)
                     self.probe.update(batch.labels, report.lr, report.skipped)
-                    self._tell(report, telemetry, clock)
+                    self._log(report, telemetry, timer)
                     if self._epoch_is_due(self.config.log.knn_every):
                         self._evaluate(telemetry)
-                        clock.restart()
+                        timer.restart()
                     stop = self._must_stop()
                     if stop or self._is_due(self.config.log.save_every):
-                        self.save(last=stop or self.step == self.train_step.total_steps)
-                        clock.restart()
+                        self.save(last=stop or self._is_last)
+                        timer.restart()
                     if stop:
                         raise Interrupted(
                             f"stopped by a signal after step {self.step} of "
                             f"{self.train_step.total_steps}, saved in {self.folder.path}: "
-                            "run the same command again to go on"
+                            "run the same command again to continue"
                         )
 
+    @property
+    def _is_last(self) -> bool:
+        return self.step == self.train_step.total_steps
+
     def _is_due(self, every: int) -> bool:
-        """Whether something is due that is done every so many steps and at the end; 0 is never."""
-        is_last = self.step == self.train_step.total_steps
-        return bool(every) and (self.step % every == 0 or is_last)
+        """Whether `every` steps have passed, or all; 0 stands for never."""
+        return bool(every) and (self.step % every == 0 or self._is_last)
 
     def _epoch_is_due(self, every: int) -> bool:
-        epochs, rest = divmod(self.step, self.loader.steps_per_epoch)
-        ends = rest == 0 and (epochs % every == 0 if every else False)
-        return ends or (bool(every) and self.step == self.train_step.total_steps)
+        """The same of `every` epochs."""
+        return self._is_due(every * self.loader.steps_per_epoch)
 
-    # ---- what is told ------------------------------------------------------------------------
+    # ---- telemetry ---------------------------------------------------------------------------
 
     def _telemetry(self) -> Telemetry:
         plan = Plan(
@@ -138,8 +159,8 @@ class Trainer:
     def _engine(self) -> str:
         return self.selector.current(self.device) if self.selector else "none"
 
-    def _announce(self) -> None:
-        """Say once what `auto` stands for, and what RDM thinks of the filter."""
+    def _print_summary(self) -> None:
+        """Print what `auto` stands for, and what RDM predicts for the filter."""
         config, parts = self.config, self.config.optim.accumulate
         print0(
             f"{config.method}, predictor {config.predictor}, on {len(self.images)} images of "
@@ -155,8 +176,8 @@ class Trainer:
         if self.step:
             print0(f"resumed from step {self.step}")
 
-    def _tell(self, report: StepReport, telemetry: Telemetry, clock: Clock) -> None:
-        """Log what is due of the last step; the only regular wait for the device."""
+    def _log(self, report: StepReport, telemetry: Telemetry, timer: StepTimer) -> None:
+        """Log the last step if it is due; the only regular wait for the device."""
         log = self._is_due(self.config.log.every)
         profile = self._is_due(self.config.log.spectrum_every)
         if not (log or profile):
@@ -167,23 +188,23 @@ class Trainer:
         if profile:
             telemetry.log_spectra(self.step, spectra.record())
         if log:
-            metrics = self._metrics(report, spectra, clock)
+            metrics = self._metrics(report, spectra, timer)
             telemetry.log(self.step, metrics)
-            self._heed(self.collapse_guard.look(self.step, metrics), telemetry)
+            self._handle_collapse(self.collapse_guard.check(self.step, metrics), telemetry)
 
-    def _heed(self, collapse: str | None, telemetry: Telemetry) -> None:
-        """Pass on what the guard has to say; end the run if that is asked for, on every rank."""
+    def _handle_collapse(self, collapse: str | None, telemetry: Telemetry) -> None:
+        """Log the guard's warning; with guard.mode=stop, end the run on every rank."""
         if collapse:
             telemetry.log(self.step, {"warning": collapse})
         if self.collapse_guard.stops and all_reduce_max(int(bool(collapse)), self.device):
             self.save(last=True)
             raise Collapsed(
                 f"{collapse or 'the projections have collapsed'}; the state is saved, and with "
-                "--guard warn the same command goes on"
+                "--guard warn the same command continues"
             )
 
     def _metrics(
-        self, report: StepReport, spectra: BranchSpectra, clock: Clock
+        self, report: StepReport, spectra: BranchSpectra, timer: StepTimer
     ) -> dict[str, float | int]:
         loss = report.loss.clone()
         if world_size() > 1:
@@ -196,7 +217,7 @@ class Trainer:
             "grad_norm": float(report.grad_norm),
             "skipped_steps": self.skipped.total,
             **spectra.metrics(),
-            **clock.read(self.config.optim.global_batch),
+            **timer.read(self.config.optim.global_batch),
         }
         if self.selector:
             metrics["filter_failures"] = self.selector.failures
@@ -227,16 +248,16 @@ class Trainer:
             print0(f"no kNN while training: {error}")
             return None
 
-    # ---- what is saved -----------------------------------------------------------------------
+    # ---- checkpoints -------------------------------------------------------------------------
 
     def save(self, *, last: bool) -> None:
-        """Write a checkpoint (rank zero). A failure is reported and tried again at the next one.
+        """Write a checkpoint (rank zero). A failure is a warning, unless it is the last or third.
 
         Args:
-            last: there is no next one.
+            last: no other save follows.
 
         Raises:
-            OutputFailed: it failed three times in a row, or was the last.
+            OutputFailed: the last save failed, or three in a row.
         """
         failed = 0
         self.skipped.read()
@@ -262,27 +283,18 @@ class Trainer:
     def snapshot(self) -> Snapshot:
         """Everything that the next step depends on."""
         method, optimizer = self.train_step.method, self.train_step.optimizer
-        tensors, plain = checkpoint.flatten_optimizer(optimizer, method.named_parameters())
+        optim, plain = checkpoint.flatten_optimizer(optimizer, method.named_parameters())
+        extra, state = checkpoint.flatten_parts(self.parts)
         return Snapshot(
             step=self.step,
             model=dict(method.state_dict()),
-            optim=tensors,
-            extra={"torch_rng": torch.get_rng_state(), **self.probe.state},
-            state={
-                "optimizer": plain,
-                "scaler": self.train_step.scaler.state_dict(),
-                "skipped": self.skipped.total,
-                "skipped_in_a_row": self.skipped.in_a_row,
-                "collapsed_in_a_row": self.collapse_guard.low,
-                "filter_engine": self.selector.state_dict() if self.selector else {},
-                "world_size": world_size(),
-                "data": self.images.digest,
-                "ema_momentum": self.train_step.momentum(self.step),
-            },
+            optim=optim,
+            extra={"torch_rng": torch.get_rng_state(), **extra},
+            state={"optimizer": plain, "data": self.images.digest, **state},
         )
 
     def restore(self) -> None:
-        """Take up the newest sound checkpoint of the run folder, if there is one."""
+        """Load the newest sound checkpoint of the run folder, if there is one."""
         path = checkpoint.newest(
             self.folder.checkpoints, lambda text: print0(f"warning: {text}"), sweep=rank() == 0
         )
@@ -296,7 +308,7 @@ class Trainer:
             if any(self.folder.checkpoints.glob("step-*")):
                 raise DataError(
                     f"every checkpoint in {self.folder.checkpoints} is damaged: restore one, or "
-                    "start anew with --overwrite"
+                    "start over with --overwrite"
                 )
             warm_start(self.train_step.method, self.config.model, self.config.augment.channels)
             return
@@ -308,28 +320,19 @@ class Trainer:
         checkpoint.restore_optimizer(
             optimizer, method.named_parameters(), snapshot.optim, snapshot.state["optimizer"]
         )
-        self.train_step.scaler.load_state_dict(snapshot.state["scaler"])
+        checkpoint.restore_parts(self.parts, snapshot)
         torch.set_rng_state(snapshot.extra["torch_rng"])
-        self.probe.restore(snapshot.extra)
         self.step = self._last_saved = snapshot.step
-        self.skipped.total = snapshot.state["skipped"]
-        self.skipped.in_a_row = snapshot.state["skipped_in_a_row"]
-        self.collapse_guard.low = snapshot.state.get("collapsed_in_a_row", 0)
-        if self.selector:
-            self.selector.load_state_dict(snapshot.state["filter_engine"])
 
     # ---- signals -----------------------------------------------------------------------------
 
-    def _signals(self) -> StopOnSignal:
-        return StopOnSignal(self.ask_to_stop)
-
     def ask_to_stop(self) -> None:
-        """Stop after the step that is running, saving it."""
+        """Save and stop after the current step."""
         self._stop_asked = True
 
     def _must_stop(self) -> bool:
-        """Whether any rank was asked to stop; ranks ask each other only when they log."""
-        if self.step == self.train_step.total_steps:
+        """Whether any rank got a signal; ranks ask each other only when they log."""
+        if self._is_last:
             return False
         if world_size() == 1:
             return self._stop_asked

@@ -10,10 +10,9 @@ from PIL import Image
 
 from rdm_fast.config import AugmentConfig, Config, DataConfig
 from rdm_fast.data.images.datasets import load
-from rdm_fast.errors import ConfigMismatch, Interrupted
-from rdm_fast.training.trainer import Trainer
+from rdm_fast.errors import ConfigMismatch
 from tests.data.conftest import natural
-from tests.runs import Hooked, final_state, run
+from tests.runs import final_state, run, run_to
 from tests.tiny import tiny
 
 
@@ -34,19 +33,10 @@ def config_of(root: Path) -> Config:
     )
 
 
-def stop_after_three(trainer: Trainer) -> None:
-    def after(_: object, number: int) -> None:
-        if number == 2:
-            trainer.ask_to_stop()
-
-    trainer.train_step = Hooked(trainer.train_step, after=after)  # type: ignore[assignment]
-
-
 @pytest.fixture
 def stopped(root: Path, tmp_path: Path) -> Path:
     """A run of four steps that was stopped after three."""
-    with pytest.raises(Interrupted):
-        run(tmp_path / "run", config_of(root), stop_after_three)
+    run_to(tmp_path / "run", config_of(root), 3)
     return tmp_path / "run"
 
 

@@ -8,9 +8,8 @@ import torch
 
 from rdm_fast.config import LogConfig
 from rdm_fast.run.folder import RunFolder
-from rdm_fast.training import StepReport
+from rdm_fast.training.train_step import StepReport
 from rdm_fast.training.trainer import Trainer
-from tests.runs import Hooked
 from tests.tiny import tiny
 
 STEPS, WARM = 2000, 400
@@ -27,14 +26,14 @@ def test_two_thousand_steps_are_the_planned_ones_and_need_no_more_memory(tmp_pat
     config = replace(config, log=LogConfig(every=50, knn_every=0, save_every=500))
     peaks = {}
 
-    def after(_: StepReport, number: int) -> None:
-        if number + 1 in (WARM, STEPS):
-            peaks[number + 1] = peak()
+    def after(report: StepReport) -> None:
+        if report.number + 1 in (WARM, STEPS):
+            peaks[report.number + 1] = peak()
 
     with RunFolder.open(str(tmp_path / "run"), config, overwrite=False, rank=0) as folder:
         trainer = Trainer(config, folder, torch.device("cpu"))
         assert trainer.train_step.total_steps == STEPS
-        trainer.train_step = Hooked(trainer.train_step, after=after)  # type: ignore[assignment]
+        trainer.after_step.append(after)
         trainer.fit()
     assert trainer.step == STEPS and trainer.skipped.total == 0
     assert peaks[STEPS] - peaks[WARM] < GROWTH

@@ -10,12 +10,10 @@ from torch import Tensor, nn
 
 from rdm_fast.config import Config
 from rdm_fast.data.images.datasets import load_digits
-from rdm_fast.errors import Interrupted
 from rdm_fast.evaluation.online_probe import OnlineProbe
 from rdm_fast.runtime.distributed import rank, world_size
-from rdm_fast.training.trainer import Trainer
 from tests.ranks import run_ranks
-from tests.runs import Hooked, final_state, metrics, run, run_with_stops, with_log
+from tests.runs import final_state, metrics, run, run_to, run_with_stops, with_log
 from tests.tiny import tiny
 
 CPU = torch.device("cpu")
@@ -81,14 +79,14 @@ def test_nothing_is_learnt_from_evaluation_or_from_a_step_that_was_not_applied()
     view1, view2, labels = data(0)
     backbone(view1), backbone(view2)
     probe.update(labels, lr=0.1, skipped=torch.zeros(()))
-    before = {name: tensor.clone() for name, tensor in probe.state.items()}
+    before = {name: tensor.clone() for name, tensor in probe.state_dict().items()}
     backbone(view1 * float("nan")), backbone(view2)
     probe.update(labels, lr=0.1, skipped=torch.ones(()))
-    assert all(torch.equal(before[name], tensor) for name, tensor in probe.state.items())
+    assert all(torch.equal(before[name], tensor) for name, tensor in probe.state_dict().items())
     backbone(view1), backbone(view2)
     backbone.eval()(view1 * float("nan"))
     probe.update(labels, lr=0.1, skipped=torch.zeros(()))
-    assert all(tensor.isfinite().all() for tensor in probe.state.values())
+    assert all(tensor.isfinite().all() for tensor in probe.state_dict().values())
 
 
 def test_without_the_flag_or_without_labels_there_is_no_probe() -> None:
@@ -100,7 +98,7 @@ def test_without_the_flag_or_without_labels_there_is_no_probe() -> None:
     ):
         backbone(torch.ones(2, 3))
         probe.update(torch.zeros(2).long(), lr=0.1, skipped=torch.zeros(()))
-        assert probe.classifier is None and probe.state == {}
+        assert probe.classifier is None and probe.state_dict() == {}
 
 
 # ---- in a run --------------------------------------------------------------------------------
@@ -136,15 +134,7 @@ def test_a_probe_may_be_added_to_a_run_that_goes_on(tmp_path: Path) -> None:
     plain = tiny()
     stop = with_log(plain, probe=True)
 
-    def stop_after_3(trainer: Trainer) -> None:
-        def after(_: object, number: int) -> None:
-            if number == 2:
-                trainer.ask_to_stop()
-
-        trainer.train_step = Hooked(trainer.train_step, after=after)  # type: ignore[assignment]
-
-    with pytest.raises(Interrupted):
-        run(tmp_path / "run", plain, stop_after_3)
+    run_to(tmp_path / "run", plain, 3)
     run(tmp_path / "run", stop)
     assert len(without_probe(final_state(tmp_path / "run"))) < len(final_state(tmp_path / "run"))
 
@@ -156,7 +146,7 @@ def _on_a_rank() -> dict[str, Tensor]:
         view1, view2, labels = (part.chunk(world_size())[rank()] for part in views)
         backbone(view1), backbone(view2)
         probe.update(labels, lr=probe.config.optim.lr, skipped=torch.zeros(()))
-    return probe.state
+    return probe.state_dict()
 
 
 def test_two_ranks_learn_what_one_does(tmp_path: Path) -> None:

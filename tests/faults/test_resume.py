@@ -133,11 +133,12 @@ TERMINATED_WHILE_FAILING = """
 import os, signal, sys
 from rdm_fast.cli import commands as cli
 from rdm_fast.runtime import distributed
+from rdm_fast.runtime.signals import StopOnSignal
 from rdm_fast.errors import RankLost
 from rdm_fast.training.trainer import Trainer
 
 def fit(trainer):
-    with trainer._signals():
+    with StopOnSignal(trainer.ask_to_stop):
         if sys.argv[1] == "fails":
             raise RankLost("rank 0 lost another rank")
 

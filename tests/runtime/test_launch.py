@@ -15,6 +15,7 @@ from rdm_fast.errors import Unavailable
 from rdm_fast.run.folder import RunFolder, read_status
 from rdm_fast.runtime import launch
 from rdm_fast.runtime.distributed import STORE
+from rdm_fast.training import session
 
 RANK = "import os, signal, sys, time\nrank = int(os.environ['RANK'])\n"
 
@@ -215,7 +216,7 @@ def test_auto_says_what_it_is_and_one_rank_needs_no_launcher(
 ) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     monkeypatch.setattr(launch, "launch", None)
-    monkeypatch.setattr(cli, "_train_in", lambda *_, **__: None)
+    monkeypatch.setattr(session, "_train_in", lambda *_, **__: None)
     with pytest.raises(SystemExit) as caught:
         cli.train(["--nproc", "auto", "--out", str(out.with_name("other"))])
     assert caught.value.code == 0

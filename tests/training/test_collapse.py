@@ -36,7 +36,7 @@ def line(rank: float, std: float = 1.0, attainable: float = 199) -> dict[str, fl
 
 
 def said(guard: CollapseGuard, *lines: dict[str, float]) -> list[str | None]:
-    return [guard.look(step, each) for step, each in enumerate(lines, start=1)]
+    return [guard.check(step, each) for step, each in enumerate(lines, start=1)]
 
 
 def guarded(**settings: Any) -> CollapseGuard:

@@ -14,8 +14,8 @@ from rdm_fast.config.recipes import RECIPES
 from rdm_fast.config.saved import rule
 from rdm_fast.data import Batch
 from rdm_fast.methods import build_method
-from rdm_fast.training import TrainStep
 from rdm_fast.training.ddp import wrap
+from rdm_fast.training.train_step import TrainStep
 from tests.ranks import run_ranks
 from tests.tiny import batch, rows_of, tiny
 
@@ -47,7 +47,7 @@ def new_step(config: Config) -> TrainStep:
 
 def train(step: TrainStep) -> list[Tensor]:
     """The weights after three steps."""
-    step.settle()
+    step.warm_up_ddp_buckets()
     for number in range(5, 8):
         assert step(own(batch(ROWS, seed=number)), number).applied
     return [tensor.detach().clone() for tensor in step.method.parameters()]

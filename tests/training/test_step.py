@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rdm_fast.config import Config
 from rdm_fast.methods import build_method
-from rdm_fast.training import TrainStep
+from rdm_fast.training.train_step import TrainStep
 from tests.ranks import run_ranks
 from tests.tiny import METHODS, batch, rows_of, tiny, with_small_views
 
@@ -69,7 +69,7 @@ def test_parts_give_the_update_of_the_whole_batch_with_small_views(name: str) ->
 
 def _rank_steps_with_small_views(name: str) -> list[Tensor]:
     step = new_step(with_small_views(name, global_batch=ROWS))
-    step.settle()
+    step.warm_up_ddp_buckets()
     share = ROWS // dist.get_world_size()
     rows = slice(dist.get_rank() * share, (dist.get_rank() + 1) * share)
     for i in range(5, 7):
@@ -104,7 +104,7 @@ def _rank_steps(names: list[str], accumulate: int) -> list[list[Tensor]]:
     results = []
     for name in names:
         step = new_step(tiny(name, global_batch=ROWS, accumulate=accumulate))
-        step.settle()
+        step.warm_up_ddp_buckets()
         for i in range(5, 7):
             whole = batch(ROWS, seed=i)
             report = step(rows_of(whole, rows), i)
@@ -150,7 +150,7 @@ def test_ranks_and_parts_together_take_the_step_of_parts_alone(tmp_path: Path) -
 def _rank_settles() -> list[Tensor]:
     step = new_step(tiny(global_batch=ROWS))
     before = state(step)
-    step.settle()
+    step.warm_up_ddp_buckets()
     return [*before.values(), *state(step).values()]
 
 

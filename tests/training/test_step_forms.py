@@ -15,8 +15,8 @@ from rdm_fast.data import Batch
 from rdm_fast.errors import Unavailable
 from rdm_fast.methods import Method, build_method
 from rdm_fast.runtime.host_copy import HostCopy
-from rdm_fast.training import StepReport, TrainStep
 from rdm_fast.training.cuda_graph import WARM_UP
+from rdm_fast.training.train_step import StepReport, TrainStep
 from tests.tiny import METHODS, batch, tiny, with_small_views
 
 ROWS = 32

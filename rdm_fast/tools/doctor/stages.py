@@ -35,8 +35,8 @@ from rdm_fast.data.views.sampler import ViewParameters
 from rdm_fast.filters.loss import NegativeCosine
 from rdm_fast.methods import Method, build_method
 from rdm_fast.runtime.precision import dtype_of_views
-from rdm_fast.training import TrainStep
 from rdm_fast.training import cuda_graph as graph
+from rdm_fast.training.train_step import TrainStep
 
 LIMIT_S = 15.0  # for the measured batches of one stage; a batch under way is finished
 WARM_UP = 2

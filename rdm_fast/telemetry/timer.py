@@ -7,7 +7,7 @@ from typing import TypeVar
 Item = TypeVar("Item")
 
 
-class Clock:
+class StepTimer:
     """Time spent in steps and waiting for data, since it was last read."""
 
     def __init__(self) -> None:
