@@ -1,4 +1,4 @@
-"""Checkpoints that a crash cannot damage unseen, and that cannot run code.
+"""Checkpoints: written atomically, verified by digests when read, and unable to run code.
 
 One checkpoint is one folder, `step-XXXXXXXX/`:
 
@@ -6,9 +6,9 @@ One checkpoint is one folder, `step-XXXXXXXX/`:
     state.json          the step and every plain value: counters, configuration, versions
     manifest.json       size and SHA-256 of each file above, and of itself; written last
 
-It is written under a temporary name, flushed, and renamed, so a `step-` folder is complete or not
-there; the oldest is deleted only after that. No stock format notices a flipped bit inside a
-tensor, hence the digests. There is no pickle anywhere: a checkpoint from a stranger is only data.
+It is written under a temporary name, flushed, and renamed, so a `step-` folder is complete or
+absent. Only then is the oldest deleted. No tensor format detects a flipped bit inside a tensor,
+hence the digests. Nothing is pickled: a checkpoint from a stranger is only data.
 """
 
 import errno
@@ -17,16 +17,16 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from rdm_fast.errors import DataError, InputMissing
 from rdm_fast.runtime import atomic_files
@@ -41,14 +41,14 @@ SPACE_FACTOR = 1.2  # free space wanted before a save, as a multiple of its size
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Everything a run is after some optimizer step. All tensors are on the CPU once loaded."""
+    """The whole state of a run after an optimizer step. Loaded tensors are on the CPU."""
 
     step: int
     model: dict[str, Tensor]
     optim: dict[str, Tensor]
-    """What `flatten_optimizer` returns."""
+    """By parameter and state key, as `rdm_fast.run.state.flatten_optimizer` returns them."""
     extra: dict[str, Tensor]
-    """Target weights, random-generator states, loss scale: whatever else is a tensor."""
+    """Any other tensors: the state of the random generator, of an online probe."""
     state: dict[str, Any]
     """JSON values only: finite numbers, strings, booleans, None, lists, string-keyed dicts."""
 
@@ -60,14 +60,14 @@ def save(folder: Path, snapshot: Snapshot, keep: int) -> Path:
     """Write a checkpoint durably, then delete the oldest; returns its folder.
 
     Args:
-        folder: holds all checkpoints of a run; made if missing. Only one process may save into it.
-        snapshot: tensors may lie on any device, in any layout, and share storage.
-        keep: newest sound checkpoints to keep, at least 2. Those of a later step than this one
-            belong to a continuation that was given up, and go too.
+        folder: of all checkpoints of a run; created if missing. Only one process may save there.
+        snapshot: its tensors may be on any device, have any layout, and share storage.
+        keep: how many of the newest sound checkpoints to keep, at least 2. Those of later steps
+            belong to an abandoned continuation and are deleted.
 
     Raises:
-        OSError: it could not be written, for instance for want of space. Nothing of it is left
-            and all earlier checkpoints are as they were, so a later save may be tried.
+        OSError: it could not be written, for instance on a full disk. Nothing of it remains and
+            earlier checkpoints are untouched, so a later save may succeed.
     """
     if keep < 2:
         raise ValueError(f"log.keep={keep}: at least 2, one may be damaged")
@@ -80,7 +80,7 @@ def save(folder: Path, snapshot: Snapshot, keep: int) -> Path:
     temporary = folder / f"{atomic_files.TEMPORARY}{os.getpid()}-{snapshot.step}"
     try:
         _write(temporary, tensors, state)
-        if path.exists():  # a folder cannot be renamed over another: step aside, still loadable
+        if path.exists():  # a folder cannot be renamed over another; the old one stays loadable
             shutil.rmtree(aside := path.with_name(path.name + ".old"), ignore_errors=True)
             path.rename(aside)
         temporary.rename(path)
@@ -93,7 +93,7 @@ def save(folder: Path, snapshot: Snapshot, keep: int) -> Path:
 
 
 def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous CPU copies that share no storage, as safetensors wants them."""
+    """Contiguous CPU copies that share no storage, as safetensors requires."""
     return {
         name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
         for name, tensor in tensors.items()
@@ -114,7 +114,7 @@ def _write(path: Path, tensors: dict[str, dict[str, Tensor]], state: str) -> Non
         file = path / f"{group}.safetensors"
         try:
             save_file(members, file, metadata={"format": "pt"})
-        except SafetensorError as error:  # not an OSError, though it wraps one
+        except SafetensorError as error:  # wraps an OSError, but is none
             raise OSError(errno.EIO, str(error), str(file)) from error
         atomic_files.sync(file)
     atomic_files.write(path / "state.json", state)
@@ -123,27 +123,26 @@ def _write(path: Path, tensors: dict[str, dict[str, Tensor]], state: str) -> Non
 
 
 def _entry(file: Path) -> dict[str, int | str]:
-    """What the manifest says of a file."""
+    """A file's entry in the manifest."""
     with file.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
         return {"size": stream.tell(), "sha256": digest}
 
 
 def _manifest(files: dict[str, Any]) -> str:
-    """The manifest's exact text. Its own digest is its last entry, so no bit of it goes unseen."""
+    """The manifest's exact text; its last entry is a digest of the rest."""
     body = {"format": FORMAT, "files": files}
     digest = hashlib.sha256(json.dumps(body).encode()).hexdigest()
     return json.dumps({**body, "sha256": digest}, indent=1) + "\n"
 
 
 def _prune(folder: Path, step: int, keep: int) -> None:
-    """Delete what `save` promises to delete; a deletion that fails is left for the next time."""
+    """Delete old and abandoned checkpoints; what cannot be deleted stays for the next save."""
     kept: set[int] = set()
     for at, path in _candidates(folder):
         if at > step or at in kept or len(kept) == keep:
-            gone = (
-                folder / f"{atomic_files.TEMPORARY}{os.getpid()}-gone-{path.name}"
-            )  # never half a step- folder
+            # renamed first, so that no step- folder is ever incomplete
+            gone = folder / f"{atomic_files.TEMPORARY}{os.getpid()}-gone-{path.name}"
             with suppress(OSError):
                 path.rename(gone)
             shutil.rmtree(gone, ignore_errors=True)
@@ -152,7 +151,8 @@ def _prune(folder: Path, step: int, keep: int) -> None:
 
 
 def _candidates(folder: Path) -> list[tuple[int, Path]]:
-    """(step, folder) of every checkpoint, newest first, one that stepped aside after its heir."""
+    """(step, folder) of every checkpoint, newest first; a replaced `.old` folder sorts after its
+    replacement."""
     found = []
     for path in folder.iterdir() if folder.is_dir() else ():
         if match := STEP_FOLDER.fullmatch(path.name):
@@ -167,13 +167,13 @@ def verify(path: Path) -> None:
     """Read every byte of a checkpoint and compare it with the manifest.
 
     Raises:
-        InputMissing: there is nothing at this path.
-        DataError: it is no checkpoint, or a file of it is missing, cut or changed.
+        InputMissing: nothing is at this path.
+        DataError: it is not a checkpoint, or one of its files is missing, cut short or changed.
     """
     if not path.exists():
-        raise InputMissing(f"there is no checkpoint {path}: name an existing step- folder")
+        raise InputMissing(f"checkpoint {path} does not exist: give an existing step- folder")
     if not path.is_dir():
-        raise DataError(f"{path} is a file: a checkpoint is a folder step-XXXXXXXX of files")
+        raise DataError(f"{path} is a file: give a checkpoint, which is a folder step-XXXXXXXX")
     try:
         text = (path / MANIFEST).read_bytes().decode()
         files = json.loads(text)["files"]
@@ -181,7 +181,7 @@ def verify(path: Path) -> None:
     except (OSError, ValueError, TypeError, LookupError, RecursionError) as error:
         raise _damaged(path, f"{MANIFEST} cannot be read ({error!r})") from error
     if not intact:
-        raise _damaged(path, f"{MANIFEST} was changed, or is not of format {FORMAT}")
+        raise _damaged(path, f"{MANIFEST} was changed, or has a format other than {FORMAT}")
     for name, promised in files.items():
         try:
             entry = _entry(path / name)
@@ -192,14 +192,14 @@ def verify(path: Path) -> None:
 
 
 def _damaged(path: Path, what: str) -> DataError:
-    return DataError(f"checkpoint {path} is damaged: {what}; an older one beside it may be sound")
+    return DataError(f"checkpoint {path} is damaged: {what}; use an older one beside it")
 
 
 def _is_sound(path: Path, warn: Callable[[str], None] = lambda _: None) -> bool:
     try:
         verify(path)
     except (DataError, InputMissing) as error:
-        warn(f"passed over: {error}")
+        warn(f"skipped: {error}")
         return False
     return True
 
@@ -208,8 +208,8 @@ def load(path: Path) -> Snapshot:
     """Verify a checkpoint and read it.
 
     Returns:
-        the snapshot that was saved, bit for bit, contiguous and on the CPU. Its `state` has lists
-        where tuples were given.
+        the saved snapshot, bit for bit, contiguous and on the CPU. Tuples in its `state` have
+        become lists.
 
     Raises:
         InputMissing, DataError: as `verify`.
@@ -218,14 +218,14 @@ def load(path: Path) -> Snapshot:
     try:
         state = json.loads((path / "state.json").read_bytes())
         step = state.pop("step")
-        # load_file maps the file into memory: copy, so that deleting it cannot pull it away
+        # load_file maps the file into memory; copies survive its deletion
         groups = {
             group: {n: t.clone() for n, t in load_file(path / f"{group}.safetensors").items()}
             for group in GROUPS
         }
     except (SafetensorError, OSError, ValueError, LookupError, AttributeError, TypeError,
             RecursionError) as error:  # fmt: skip
-        raise _damaged(path, f"its content is not a checkpoint's ({error})") from error
+        raise _damaged(path, f"its content is not that of a checkpoint ({error})") from error
     if "skipped_in_a_row" in state:  # written before each part had an entry of its own
         state["skipped"] = {"total": state["skipped"], "in_a_row": state.pop("skipped_in_a_row")}
         state["collapse_guard"] = {"low": state.pop("collapsed_in_a_row", 0)}
@@ -236,112 +236,11 @@ def newest(folder: Path, warn: Callable[[str], None], *, sweep: bool = False) ->
     """The newest sound checkpoint of a run, or None.
 
     Args:
-        folder: holds the `step-` folders; it need not exist.
-        warn: called once for each damaged checkpoint that is passed over, with a sentence that
-            names it.
-        sweep: delete what killed saves left behind. Only for the process that holds the run.
+        folder: of the `step-` folders; it need not exist.
+        warn: called with one sentence for each damaged checkpoint that is skipped.
+        sweep: delete the remains of killed saves. Only for the process that holds the run.
     """
     if sweep and folder.is_dir():
         for path in folder.glob(f"{atomic_files.TEMPORARY}*"):
             shutil.rmtree(path, ignore_errors=True)
     return next((path for _, path in _candidates(folder) if _is_sound(path, warn)), None)
-
-
-# ---- between tensors by name and live objects ------------------------------------------------
-
-
-class Stateful(Protocol):
-    """An object whose state is tensors and JSON values, in a flat dictionary."""
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: dict[str, Any], /) -> None: ...
-
-
-def flatten_parts(parts: Mapping[str, Stateful]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The state of named objects: tensors under `<name>/<key>`, other values under their names."""
-    tensors: dict[str, Tensor] = {}
-    plain: dict[str, Any] = {}
-    for name, part in parts.items():
-        state = part.state_dict()
-        tensors |= {f"{name}/{k}": v for k, v in state.items() if isinstance(v, Tensor)}
-        plain[name] = {k: v for k, v in state.items() if not isinstance(v, Tensor)}
-    return tensors, plain
-
-
-def restore_parts(parts: Mapping[str, Stateful], snapshot: Snapshot) -> None:
-    """Load the state that `flatten_parts` returned; parts without one keep theirs."""
-    for name, part in parts.items():
-        prefix = f"{name}/"
-        found = {
-            k.removeprefix(prefix): v for k, v in snapshot.extra.items() if k.startswith(prefix)
-        }
-        if state := found | snapshot.state.get(name, {}):
-            part.load_state_dict(state)
-
-
-Named = Iterable[tuple[str, nn.Parameter]]
-
-
-def flatten_optimizer(
-    optimizer: torch.optim.Optimizer, named_parameters: Named
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """An optimizer's state, by parameter name.
-
-    Args:
-        optimizer: of any class whose state holds tensors and plain values.
-        named_parameters: names of all its parameters, as `module.named_parameters()` gives them.
-
-    Returns:
-        tensors and plain values (numbers, None), both under `<parameter name>/<state key>`.
-        Hyper-parameters are not among them: the configuration and the schedule set those.
-    """
-    names = {id(parameter): name for name, parameter in named_parameters}
-    tensors: dict[str, Tensor] = {}
-    plain: dict[str, Any] = {}
-    for parameter, state in optimizer.state.items():
-        for key, value in state.items():
-            target = tensors if isinstance(value, Tensor) else plain
-            target[f"{names[id(parameter)]}/{key}"] = value
-    return tensors, plain
-
-
-def restore_optimizer(
-    optimizer: torch.optim.Optimizer,
-    named_parameters: Named,
-    tensors: dict[str, Tensor],
-    plain: dict[str, Any],
-) -> None:
-    """Give an optimizer the state that `flatten_optimizer` returned, bit for bit.
-
-    Tensors of a parameter's shape take its device and memory layout, as a running optimizer's
-    have; a step counter lives where torch wants it (on the host unless fused or capturable).
-
-    Raises:
-        DataError: the state is of other parameters.
-    """
-    named = dict(named_parameters)
-    on_device = {
-        id(parameter): bool(group.get("fused") or group.get("capturable"))
-        for group in optimizer.param_groups
-        for parameter in group["params"]
-    }
-    state: dict[Tensor, dict[str, Any]] = {}
-    for path, value in (tensors | plain).items():
-        name, _, key = path.rpartition("/")
-        parameter = named.get(name)
-        if parameter is None or id(parameter) not in on_device:
-            raise DataError(f"the checkpoint's optimizer state {path} is of no parameter here")
-        if isinstance(value, Tensor):
-            if key == "step":
-                value = value.to(parameter.device if on_device[id(parameter)] else "cpu", copy=True)
-            elif value.shape == parameter.shape:
-                value = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
-            else:
-                raise DataError(
-                    f"the checkpoint's optimizer state {path} has shape {list(value.shape)}, "
-                    f"its parameter here {list(parameter.shape)}"
-                )
-        state.setdefault(parameter, {})[key] = value
-    optimizer.state.clear()
-    optimizer.state.update(state)

@@ -21,9 +21,16 @@ from rdm_fast.filters.response import advice
 from rdm_fast.methods import build_method
 from rdm_fast.models.pretrained import load_strict, warm_start
 from rdm_fast.run import checkpoint
-from rdm_fast.run.checkpoint import Snapshot, Stateful
+from rdm_fast.run.checkpoint import Snapshot
 from rdm_fast.run.environment import describe_environment
 from rdm_fast.run.folder import RunFolder
+from rdm_fast.run.state import (
+    Stateful,
+    flatten_optimizer,
+    flatten_parts,
+    restore_optimizer,
+    restore_parts,
+)
 from rdm_fast.runtime.distributed import all_reduce_max, print0, rank, world_size
 from rdm_fast.runtime.signals import StopOnSignal
 from rdm_fast.spectrum import BranchSpectra, branch_spectra
@@ -283,8 +290,8 @@ class Trainer:
     def snapshot(self) -> Snapshot:
         """Everything that the next step depends on."""
         method, optimizer = self.train_step.method, self.train_step.optimizer
-        optim, plain = checkpoint.flatten_optimizer(optimizer, method.named_parameters())
-        extra, state = checkpoint.flatten_parts(self.parts)
+        optim, plain = flatten_optimizer(optimizer, method.named_parameters())
+        extra, state = flatten_parts(self.parts)
         return Snapshot(
             step=self.step,
             model=dict(method.state_dict()),
@@ -317,10 +324,10 @@ class Trainer:
         self.images.require_digest(data, self.folder.path, self.config.data.root)
         method, optimizer = self.train_step.method, self.train_step.optimizer
         load_strict(method, snapshot.model, f"checkpoint {path}")
-        checkpoint.restore_optimizer(
+        restore_optimizer(
             optimizer, method.named_parameters(), snapshot.optim, snapshot.state["optimizer"]
         )
-        checkpoint.restore_parts(self.parts, snapshot)
+        restore_parts(self.parts, snapshot)
         torch.set_rng_state(snapshot.extra["torch_rng"])
         self.step = self._last_saved = snapshot.step
 

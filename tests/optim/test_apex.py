@@ -13,7 +13,7 @@ from rdm_fast.config import OptimConfig
 from rdm_fast.errors import Unavailable
 from rdm_fast.optim import apex as apex_optim
 from rdm_fast.optim import build_optimizer, set_learning_rate
-from rdm_fast.run.checkpoint import flatten_optimizer, restore_optimizer
+from rdm_fast.run.state import flatten_optimizer, restore_optimizer
 
 GPU = torch.device("cuda")  # only asked for its type: the stand-ins below run anywhere
 
