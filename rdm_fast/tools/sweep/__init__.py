@@ -1,10 +1,10 @@
-"""The paper's grid of filters on one machine: a run each, one table and one figure.
+"""`rdm sweep`: the paper's grid of filters on one machine, with one table and one figure.
 
-    grid      names of filters, and what they make of a configuration
-    options   what `rdm sweep` was asked to do
-    queue     commands as processes, some at a time
+    grid      names of filters, and the configurations they make
+    options   options of the command
+    queue     runs commands as processes, several at a time
     results   rows, table, figure
-    make      all of it
+    make      the whole sweep
 
 Nothing here imports torch: the runs are processes of their own.
 """

@@ -1,24 +1,18 @@
-"""A sweep from its command to its table and figure."""
+"""Runs a whole sweep: prepares the folders, completes the runs, writes table and figure."""
 
 import json
 import os
 import time
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
 from rdm_fast.config import Config
-from rdm_fast.config.saved import config_to_dict, flat, rule
-from rdm_fast.errors import (
-    CannotCreate,
-    ConfigMismatch,
-    DataError,
-    OutputFailed,
-    UsageError,
-    UserError,
-)
+from rdm_fast.config.saved import deciding_changes
+from rdm_fast.errors import CannotCreate, ConfigMismatch, DataError, OutputFailed, UserError
 from rdm_fast.run.folder import LOCK, PROJECT, RunFolder, read_config
 from rdm_fast.runtime import atomic_files
 from rdm_fast.tools.report import style
@@ -28,21 +22,20 @@ from rdm_fast.tools.sweep.options import SweepCommand
 from rdm_fast.tools.sweep.queue import Failure, run_all
 
 MARK = "sweep.json"
-"""Marks a folder as a sweep's, and holds its results."""
+"""Marks a folder as a sweep and holds its results."""
 GRACE = 60.0
-"""Seconds in which a run whose sweep was killed saves its last step and lets go of its folder."""
+"""Seconds that a run gets to save and unlock its folder after its sweep was killed."""
 
 
 def make_sweep(command: SweepCommand) -> None:
-    """Complete all runs of a sweep, then write sweep.json, sweep.md and sweep.png into its folder.
+    """Complete all runs of a sweep, then write sweep.json, sweep.md and sweep.png to its folder.
 
     Raises:
-        UserError: the folder cannot be used, a run in it has other settings, a signal asked to
-            stop, or some runs failed; the others are then complete, and table and figure written.
+        UserError: the folder cannot be used, a run in it has other settings, a signal asked the
+            sweep to stop, or some runs failed. Failed runs are reported last: the others are then
+            complete, and table and figure are written.
     """
     style.require_matplotlib("rdm sweep")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UsageError("rdm sweep starts processes of its own: leave torchrun out, see --jobs")
     folder = Path(command.config.out)
     _claim(folder)
     paths = {name: Path(config.out) for name, config in command.runs.items()}
@@ -64,10 +57,10 @@ def make_sweep(command: SweepCommand) -> None:
 
 
 def visible_gpus(device: str) -> list[str]:
-    """The GPUs that runs may use, as CUDA_VISIBLE_DEVICES names them; none on a CPU."""
+    """GPUs that runs may use, by their names in CUDA_VISIBLE_DEVICES; none on a CPU."""
     if device == "cpu":
         return []
-    import torch  # only to count, which leaves the GPUs as they are
+    import torch  # counting does not initialize the GPUs
 
     count = torch.cuda.device_count()
     named = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
@@ -78,11 +71,14 @@ def visible_gpus(device: str) -> list[str]:
 
 
 def _claim(folder: Path) -> None:
-    """Make the folder, unless it holds something else."""
+    """Create the folder and mark it as a sweep.
+
+    Raises:
+        CannotCreate: it holds other files, or cannot be written.
+    """
     if folder.is_dir() and any(folder.iterdir()) and not (folder / MARK).exists():
         raise CannotCreate(
-            f"--out {folder} holds files of something else and no sweep of ours, so nothing is "
-            "written there: name a new or empty folder"
+            f"--out {folder} holds other files and no sweep: name a new or empty folder"
         )
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -90,15 +86,15 @@ def _claim(folder: Path) -> None:
             atomic_files.replace(folder / MARK, json.dumps({"project": PROJECT, "rows": []}) + "\n")
     except OSError as error:
         raise CannotCreate(
-            f"--out {folder} cannot be written ({error.strerror}): give a folder that can"
+            f"--out {folder} cannot be written ({error.strerror}): name another folder"
         ) from error
 
 
 def _prepare_all(command: SweepCommand) -> dict[str, Failure]:
-    """Every run's folder; those that cannot be used, and why.
+    """Make or reopen every run folder; returns the runs whose folder cannot be used, and why.
 
     Raises:
-        ConfigMismatch: one was started with another configuration.
+        ConfigMismatch: a run was started with another configuration.
     """
     failed = {}
     for name, config in command.runs.items():
@@ -110,7 +106,6 @@ def _prepare_all(command: SweepCommand) -> dict[str, Failure]:
 
 
 def _prepare(config: Config, *, overwrite: bool) -> None:
-    """A run folder with this configuration, new or taken up again."""
     path = Path(config.out)
     with suppress(Timeout):
         if (path / LOCK).exists():
@@ -118,14 +113,11 @@ def _prepare(config: Config, *, overwrite: bool) -> None:
     with RunFolder.open(config.out, config, overwrite=overwrite, rank=0) as run:
         if run.is_new:
             return
-        before = flat(config_to_dict(read_config(path)))
-        after = flat(config_to_dict(config))
-        changed = [n for n in after if before[n] != after[n] and rule(n) != "free"]
-        if changed:
-            listed = ", ".join(f"{name} {before[name]} -> {after[name]}" for name in changed)
+        if changed := deciding_changes(read_config(path), config):
+            listed = ", ".join(f"{name} {change}" for name, change in changed.items())
             raise ConfigMismatch(
                 f"the run in {path} was started with another configuration ({listed}): give "
-                "another --out, or start the whole sweep anew with --overwrite"
+                "another --out, or restart the whole sweep with --overwrite"
             )
         run.write_config(config)
 
@@ -136,15 +128,11 @@ def _prepare(config: Config, *, overwrite: bool) -> None:
 def _write(
     folder: Path, runs: Mapping[str, Run], failed: Mapping[str, Failure], *, threads: int, jobs: int
 ) -> str:
-    """All that a sweep leaves besides its runs; the table."""
+    """Write table, figure and results; returns the table."""
     rows = [results.row(run, name, failed.get(name)) for name, run in runs.items()]
     conditions = results.conditions(runs, threads, jobs)
     table = results.markdown(rows, conditions)
-    plain = {
-        "project": PROJECT,
-        "conditions": conditions,
-        "rows": [row.as_dict() for row in rows],
-    }
+    plain = {"project": PROJECT, "conditions": conditions, "rows": [asdict(row) for row in rows]}
     with style.applied():
         picture = results.figure(rows, runs)
     try:
@@ -158,7 +146,7 @@ def _write(
 
 
 def _raise(failed: Mapping[str, Failure]) -> None:
-    """Name what failed, with the exit code of the first."""
+    """Raise an error that lists the failed runs, with the exit code of the first."""
     listed = "; ".join(f"{name}: {failure.sentence}" for name, failure in failed.items())
     code = next(iter(failed.values())).code
     kinds = (kind for kind in UserError.__subclasses__() if kind.code == code)

@@ -1,8 +1,7 @@
-"""Commands as processes, some at a time, each on a GPU or a share of the cores of its own.
+"""Runs commands as processes, several at a time, each on its own GPU or share of the cores.
 
-A run is trained and then evaluated, each by the command a user would give: `rdm train --resume RUN`
-and `rdm eval RUN`. What is left to do is read from the run folder, so that nothing has to be
-remembered: a run that is finished and evaluated needs no command at all.
+A run is trained and then evaluated with the commands that a user would give: `rdm train --resume
+RUN` and `rdm eval RUN`. The run folder tells which command is next, so the queue keeps no state.
 """
 
 import os
@@ -14,7 +13,7 @@ from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rdm_fast.errors import Interrupted, RankLost, UserError
 from rdm_fast.run.folder import read_status
@@ -22,21 +21,19 @@ from rdm_fast.runtime.signals import StopOnSignal
 
 PROGRAM = "from rdm_fast.cli.commands import main; main()"
 LAUNCHED = "RDM_LAUNCHED"
-"""Process id of the one that started this one, which is to save and stop when that is gone."""
-POLL = 0.1  # seconds between two looks at the processes
+"""Environment variable: process id of the launcher; the process saves and stops if it dies."""
+POLL = 0.1  # seconds between two checks of the processes
 
 
-@dataclass(frozen=True)
-class Failure:
-    """Why a run is not complete."""
+class Failure(NamedTuple):
+    """Why a run is not complete: the exit code of its command, and its error."""
 
     code: int
-    """Exit code of its command."""
     sentence: str
 
 
 def next_command(run: Path, device: str) -> list[str] | None:
-    """What is left to do for a run, as words for `rdm`; None if it is complete."""
+    """Arguments of the next `rdm` command for a run; None if it is complete."""
     status = read_status(run)
     if status["state"] != "finished":
         return ["train", "--resume", str(run)]
@@ -47,12 +44,12 @@ def next_command(run: Path, device: str) -> list[str] | None:
 
 @dataclass
 class _Job:
-    """A run that is being worked on."""
+    """A run under way."""
 
     name: str
     run: Path
     slot: int
-    words: list[str] = field(default_factory=list)
+    args: list[str] = field(default_factory=list)
     process: Any = None
     started: float = field(default_factory=time.monotonic)
     log_start: int = 0
@@ -61,12 +58,12 @@ class _Job:
     def log(self) -> Path:
         return self.run / "logs" / "sweep.log"
 
-    def start(self, words: list[str], environment: Mapping[str, str]) -> None:
-        self.words = words
+    def start(self, args: list[str], environment: Mapping[str, str]) -> None:
+        self.args = args
         with self.log.open("ab") as log:
             self.log_start = log.tell()
             self.process = subprocess.Popen(
-                [sys.executable, "-c", PROGRAM, *words],
+                [sys.executable, "-c", PROGRAM, *args],
                 env=environment,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -74,11 +71,11 @@ class _Job:
             )
 
     def failure(self, code: int) -> Failure:
-        """What the command said last, and what it ended with."""
+        """The command's exit code and its last error."""
         text = self.log.read_bytes()[self.log_start :].decode("utf-8", "replace")
         errors = [line for line in text.splitlines() if line.startswith("error: ")]
         if code < 0:
-            killed = f"{self.words[0]} was killed by {signal.Signals(-code).name}"
+            killed = f"{self.args[0]} was killed by {signal.Signals(-code).name}"
             return Failure(RankLost.code, f"{killed}: run the same command again")
         said = errors[-1].removeprefix("error: ") if errors else f"see {self.log}"
         return Failure(code, said)
@@ -87,33 +84,33 @@ class _Job:
 def run_all(
     runs: Mapping[str, Path], *, jobs: int, device: str, gpus: Sequence[str], threads: int
 ) -> dict[str, Failure]:
-    """Complete every run; one that fails does not keep the others from being run.
+    """Complete every run; a failed one does not stop the others.
 
     Args:
-        runs: folders that hold a configuration, by name, in the order in which they are started.
-        jobs: runs at a time.
-        device: as in --device, for evaluations; a run's own is in its configuration.
-        gpus: as CUDA_VISIBLE_DEVICES names them; a run gets one. None: runs see what we see.
-        threads: of a process on a CPU.
+        runs: run folders by name, in starting order.
+        jobs: number of runs at a time.
+        device: --device of evaluations; training reads it from the run's configuration.
+        gpus: names for CUDA_VISIBLE_DEVICES, one per run; empty to leave the variable alone.
+        threads: OMP_NUM_THREADS of each process, unless it is set.
 
     Returns:
         The runs that are not complete, and why.
 
     Raises:
-        Interrupted: a signal asked to stop; all runs under way have saved.
+        Interrupted: a signal asked the sweep to stop; all runs under way have saved.
     """
     waiting, free = deque(runs), deque(range(jobs))
     working: list[_Job] = []
     failed: dict[str, Failure] = {}
 
-    def go_on(job: _Job) -> bool:
+    def start_next(job: _Job) -> bool:
         """Start the run's next command; False if there is none."""
-        words = next_command(job.run, device)
-        if words is None or words == job.words:
-            if words is not None:
-                failed[job.name] = Failure(UserError.code, f"rdm {words[0]} has not completed it")
+        args = next_command(job.run, device)
+        if args is None or args == job.args:
+            if args is not None:
+                failed[job.name] = Failure(UserError.code, f"rdm {args[0]} did not complete it")
             return False
-        job.start(words, _environment(gpus[job.slot % len(gpus)] if gpus else None, threads))
+        job.start(args, _environment(gpus[job.slot % len(gpus)] if gpus else None, threads))
         return True
 
     stop: list[bool] = []
@@ -122,22 +119,28 @@ def run_all(
             while waiting and free:
                 name = waiting.popleft()
                 job = _Job(name, runs[name], free.popleft())
-                if go_on(job):
-                    _say(f"{name}: {job.words[0]} ({len(runs) - len(waiting)} of {len(runs)})")
+                if start_next(job):
+                    print(
+                        f"{name}: {job.args[0]} ({len(runs) - len(waiting)} of {len(runs)})",
+                        flush=True,
+                    )
                     working.append(job)
                 else:
-                    _say(f"{name}: complete already")
+                    print(f"{name}: already complete", flush=True)
                     free.append(job.slot)
             time.sleep(POLL)
             for job in [job for job in working if job.process.poll() is not None]:
                 code = job.process.returncode
-                if code == 0 and go_on(job):
+                if code == 0 and start_next(job):
                     continue
                 if code != 0:
                     failed[job.name] = job.failure(code)
                 why = failed.get(job.name)
                 took = f"{time.monotonic() - job.started:.0f} s"
-                _say(f"{job.name}: {f'failed: {why.sentence}' if why else f'complete, {took}'}")
+                print(
+                    f"{job.name}: {f'failed: {why.sentence}' if why else f'complete, {took}'}",
+                    flush=True,
+                )
                 working.remove(job)
                 free.append(job.slot)
         if waiting or working:
@@ -150,7 +153,7 @@ def run_all(
 
 
 def _environment(gpu: str | None, threads: int) -> dict[str, str]:
-    """Of a process that imports what we import, and is no rank of anybody's."""
+    """For a process that imports the same modules and is not a rank."""
     ranks = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
     kept = {name: value for name, value in os.environ.items() if name not in ranks}
     kept["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
@@ -159,7 +162,3 @@ def _environment(gpu: str | None, threads: int) -> dict[str, str]:
     if gpu is not None:
         kept["CUDA_VISIBLE_DEVICES"] = gpu
     return kept
-
-
-def _say(text: str) -> None:
-    print(text, flush=True)

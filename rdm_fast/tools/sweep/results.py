@@ -1,8 +1,8 @@
-"""What a sweep found: one row a filter, as JSON, as a Markdown table, and as a figure."""
+"""Results of a sweep, one row per filter, as a Markdown table and as a figure."""
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from rdm_fast.tools.report.page import number
@@ -19,7 +19,7 @@ DASHES = ("-", (0, (5, 2)), (0, (1.5, 1.2)), (0, (6, 1.5, 1.5, 1.5)))
 
 @dataclass(frozen=True)
 class Row:
-    """One run of a sweep. Values of the last logged batch, or None where there is none."""
+    """One run of a sweep. Values are of the last logged batch; None if there is none."""
 
     name: str
     filter: str
@@ -29,24 +29,20 @@ class Row:
     knn_top1: float | None
     """Percent."""
     probe_top1: float | None
-    """Percent, by `protocol`."""
+    """Percent, with `protocol`."""
     protocol: str | None
     effective_rank: dict[str, float | None]
-    """Of the outputs of both branches and of the projections."""
+    """Of both branches' outputs and of the projections."""
     rank_difference: float | None
     rank_difference_lowest: float | None
     """Of all logged batches."""
     seconds: float | None
-    """In training steps."""
+    """Spent in training steps."""
     failure: str | None
-
-    def as_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        return asdict(self)
 
 
 def row(run: Run, name: str, failure: Failure | None) -> Row:
-    """What a run folder says of one filter."""
+    """The results of one run."""
     difference = run.series("rank_difference")
     finite = [value for value in difference.values if math.isfinite(value)]
     config = run.config
@@ -71,11 +67,11 @@ def row(run: Run, name: str, failure: Failure | None) -> Row:
 
 
 def markdown(rows: Sequence[Row], conditions: str) -> str:
-    """The table, and under it what it was measured on.
+    """The table, followed by its conditions.
 
     Args:
         rows: in the order of the sweep.
-        conditions: one sentence.
+        conditions: from `conditions`.
     """
     lines = [
         "| filter | RDM predicts | kNN top-1 (%) | linear top-1 (%) | effective rank, online "
@@ -101,10 +97,10 @@ def markdown(rows: Sequence[Row], conditions: str) -> str:
 
 
 def conditions(runs: Mapping[str, Run], threads: int, jobs: int) -> str:
-    """What the numbers were measured on and mean, in one paragraph."""
+    """How the numbers were measured, in one paragraph."""
     known = [run for run in runs.values() if run.config]
     if not known:
-        return "Nothing is known of these runs."
+        return "These runs left no configuration."
     run, config = known[0], known[0].config
     assert config is not None
     environment = run.environment
@@ -112,12 +108,12 @@ def conditions(runs: Mapping[str, Run], threads: int, jobs: int) -> str:
     epochs = "1 epoch" if config.optim.epochs == 1 else f"{config.optim.epochs} epochs"
     return (
         f"{config.data.name}, {epochs}, batch {config.optim.global_batch}, seed {config.seed}, one "
-        f"run a filter; {jobs} at a time with {threads} thread(s) each. Device: "
+        f"run per filter; {jobs} at a time with {threads} thread(s) each. Device: "
         f"{environment.get('device', 'unknown')}; torch {environment.get('torch', 'unknown')}. "
         "Effective ranks and rank difference (target minus online) are of the last logged batch, "
         "lowest of all logged batches; kNN and linear probe "
-        f"({', '.join(sorted(protocols)) or 'none yet'}) of the test images; seconds in training "
-        "steps."
+        f"({', '.join(sorted(protocols)) or 'none yet'}) on the test images; seconds are spent in "
+        "training steps."
     )
 
 
@@ -125,8 +121,9 @@ def conditions(runs: Mapping[str, Run], threads: int, jobs: int) -> str:
 
 
 def figure(rows: Sequence[Row], runs: Mapping[str, Run]) -> Picture | None:
-    """Ranks of both branches and accuracy at the end, rank difference over time; None without
-    any finite rank. Call it inside `style.applied()`."""
+    """Final ranks and accuracy, and the rank difference over time; None if no run has ranks.
+
+    Call it inside `style.applied()`."""
     shown = [each for each in rows if each.rank_difference is not None]
     if not shown:
         return None
@@ -150,7 +147,7 @@ def figure(rows: Sequence[Row], runs: Mapping[str, Run]) -> Picture | None:
 
 
 def _colors(rows: Sequence[Row]) -> dict[str, str]:
-    """Blues for the online branch, reds for the target, grey for what filters nothing."""
+    """Blues for the online branch, reds for the target, gray for no filter."""
     counts = {"online": 0, "target": 0}
     found = {}
     for each in rows:
