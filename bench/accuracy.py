@@ -3,21 +3,21 @@
     python -m bench.accuracy [--engine gemm eigh auto] [--dtype float32 bfloat16]
                              [--shape 128 384] [--device cpu] [--write FILE] [--json FILE]
 
-Prints a table in Markdown for each engine and dtype. A cell is 1 - cos(dP, exact dP), the larger of
-two views; exact is the float64 gradient of the engine's own definition on the same inputs: the
-paper's, without directions under the cutoff, or damped (gemm). What else a cell may say:
+Prints a Markdown table for each engine and dtype. A cell is 1 - cos(dP, exact dP), the larger of
+two views. Exact is the float64 gradient of the engine's own definition on the same inputs: the
+paper's, without directions below the cutoff, or the damped one (gemm). Other cells:
 
-    0          rank 1 and zero have no gradient, and what came out is 0 but for rounding (below)
-    size x     it is not: there the definition itself makes a gradient of the inputs' rounding; x is
-               the length of its longest row in units of 1 / (2 B |p_i|)
-    flagged    the engine reported that it is not accurate here: no gradient in this step; in the
-               next, `auto` takes eigh (its result stands behind the word), `gemm` ends the run
+    0          rank 1 and zero have no gradient, and the result is 0 within rounding (below)
+    size x     the result is not 0, because the definition itself amplifies the rounding of its
+               inputs; x is the length of the longest row in units of 1 / (2 B |p_i|)
+    flagged    the engine reported that it is inaccurate here: no gradient in this step; in the
+               next, `auto` takes eigh (its result follows the word), `gemm` ends the run
 
-Exits with 1 if something is less accurate than `fault` allows, or NaN comes of what is finite.
+Exits with 1 if a cell exceeds the limit in `fault`, or finite inputs give NaN.
 
 Rounding of 0. Sums of up to m = max(B, D) terms are rounded by (m + 2) u. A filter amplifies that
-by at most A = max(1, |g(cutoff s_1) / g(s_1)|) beside what is left of a row: once in filtered rows
-and, online, once more in what comes back through W. x is "0" up to (m + 2) u A^2 (target: A).
+by at most A = max(1, |g(cutoff s_1) / g(s_1)|) relative to the rest of a row: once in filtered rows
+and, online, again in the gradient through W. "0" means x <= (m + 2) u A^2 (target: A).
 """
 
 import argparse
@@ -69,8 +69,8 @@ COLLAPSED = {"rank 8 + noise"} | NO_GRADIENT
 class Cell:
     """One filter of one batch."""
 
-    error: float  # 1 - cosine; where there is no gradient, the size of what came out, or 0
-    limit: float | None  # where there is none: twice what the inputs' rounding makes by definition
+    error: float  # 1 - cosine; without a gradient, the size of the result, or 0
+    limit: float | None  # without a gradient: twice the size that the definition itself gives
     loss_error: float
     finite: bool
     flagged: bool
@@ -88,7 +88,7 @@ class Cell:
 
 
 def filters() -> dict[str, FilterConfig]:
-    """The rows: every filter by its name."""
+    """Every filter by its name, a row each."""
     logs = {f"online {kind}": FilterConfig(kind=kind) for kind in LOGS}
     powers = {f"online s^{sigma:g}": FilterConfig(sigma=sigma) for sigma in ONLINE}
     targets = {
@@ -99,7 +99,7 @@ def filters() -> dict[str, FilterConfig]:
 
 @cache
 def batch(spectrum: str, B: int, D: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Two correlated views [B, D] whose singular values are as the column's name says.
+    """Two correlated views [B, D] with the singular values that the column names.
 
     duplicates: the second half of the rows equals the first. rank 1: of both views together.
     rank 8 + noise: 1/k for k <= 8, then 1e-4, a tenth of the cutoff.
@@ -129,9 +129,9 @@ def batch(spectrum: str, B: int, D: int, dtype: torch.dtype) -> tuple[Tensor, Te
 
 
 def fault(config: FilterConfig, spectrum: str, cell: Cell) -> str:
-    """What is wrong with a cell, or nothing."""
+    """Description of a cell's fault, or an empty string."""
     if not cell.finite:
-        return "not finite, of finite inputs"
+        return "not finite for finite inputs"
     if cell.limit is not None:
         limit = cell.limit
     elif not config.is_falling:
@@ -187,23 +187,23 @@ def measure(config: FilterConfig, spectrum: str, z1: Tensor, z2: Tensor, device:
 
 
 def normalized(filter_of: FilterOf, X: Tensor, config: FilterConfig) -> Tensor:
-    """W, but |W| = 1 for a power of s: its factor is not to matter, not even for tiny rows."""
+    """W, scaled to |W| = 1 for a power of s, so that a cosine's eps does not matter."""
     W = filter_of(X, config)
     return W / torch.linalg.matrix_norm(W, 2) if config.kind == "poly" else W
 
 
 def rounding_of_zero(config: FilterConfig, X: Tensor) -> float:
-    """x of a gradient that is 0 but for rounding (see above), of a batch of rank 1."""
+    """Largest x that rounding explains for a batch of rank 1 (see the module)."""
     s_1 = X.double().norm()
     amplified = max(1.0, abs(float(g(config, config.cutoff * s_1) / g(config, s_1))))
     passes = 2 if config.location == "online" else 1
     return (max(X.shape) + 2) * 2.0**-24 * amplified**passes
 
 
-def is_told_of(
+def flags_bad_value(
     config: FilterConfig, bad: float, shape: tuple[int, int], dtype: torch.dtype, device: str
 ) -> bool:
-    """Whether one value that is not finite makes the loss NaN, and no gradient NaN."""
+    """Whether a value that is not finite makes the loss NaN and leaves the gradient finite."""
     z1, z2 = (z.to(device).clone() for z in batch("k^-1/2", *shape, dtype))
     z1[1, 2] = bad
     loss, *grads = gradients(z1, z2, config)
@@ -221,7 +221,7 @@ class Report:
     dtype: str
     shape: tuple[int, int]
     cells: dict[str, dict[str, Cell]]  # by filter and spectrum
-    unflagged: list[str]  # filters that do not tell of a value that is not finite
+    unflagged: list[str]  # filters that do not flag a value that is not finite
 
     @property
     def faults(self) -> list[str]:
@@ -239,20 +239,26 @@ class Report:
         B, D = self.shape
         header = ["filter", *SPECTRA, "loss, worst"]
         rows = [
-            [name, *(cell.text for cell in row.values()), worst_loss(row)]
+            [
+                name,
+                *(cell.text for cell in row.values()),
+                f"{max(cell.loss_error for cell in row.values()):.0e}",
+            ]
             for name, row in self.cells.items()
         ]
-        told = "the loss is NaN, so the step is skipped, and the gradient finite; for every filter."
+        flagged = (
+            "the loss is NaN, so the step is skipped, and the gradient is finite, for every filter."
+        )
         if self.unflagged:
-            told = f"NOT told of by {', '.join(self.unflagged)}."
+            flagged = f"NOT flagged by {', '.join(self.unflagged)}."
         return (
             f"engine={self.engine}, {self.dtype} ({B}, {D}):\n\n{table(header, rows)}\n\n"
-            f"One NaN or one infinity in a batch: {told}"
+            f"With one NaN or infinity in a batch, {flagged}"
         )
 
 
 def report(engine: str, dtype: str, shape: tuple[int, int], device: str) -> Report:
-    """All filters and spectra, measured."""
+    """Measurements of all filters and spectra."""
     configs = {name: replace(config, engine=engine) for name, config in filters().items()}
     cells: dict[str, dict[str, Cell]] = {name: {} for name in configs}
     narrow = getattr(torch, dtype)
@@ -264,14 +270,9 @@ def report(engine: str, dtype: str, shape: tuple[int, int], device: str) -> Repo
         f"{name} ({bad})"
         for name, config in configs.items()
         for bad in (math.nan, math.inf)
-        if not is_told_of(config, bad, shape, narrow, device)
+        if not flags_bad_value(config, bad, shape, narrow, device)
     ]
     return Report(engine, dtype, shape, cells, unflagged)
-
-
-def worst_loss(row: dict[str, Cell]) -> str:
-    """The largest error of the loss of a filter, over all spectra."""
-    return f"{max(cell.loss_error for cell in row.values()):.0e}"
 
 
 def main() -> int:
@@ -280,8 +281,10 @@ def main() -> int:
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--shape", nargs=2, type=int, default=[128, 384], metavar=("B", "D"))
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--write", type=Path, help="Markdown file whose accuracy table this is")
-    parser.add_argument("--json", type=Path, help="file for all numbers")
+    parser.add_argument(
+        "--write", type=Path, help="Markdown file with an accuracy table to replace"
+    )
+    parser.add_argument("--json", type=Path, help="JSON file for all numbers")
     args = parser.parse_args()
     warnings.filterwarnings("ignore", message="filter.")
     torch.set_num_threads(1)

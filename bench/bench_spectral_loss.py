@@ -1,12 +1,12 @@
 """Does the filter disappear in the step? The filtered loss, forward and backward of both views.
 
-    svd                the loss as the paper's code writes it
-    gram_eigh          the same by an eigendecomposition of the smaller Gram matrix
-    compiled           the same under torch.compile
+    svd                the loss as in the paper's code
+    gram_eigh          an eigendecomposition of the smaller Gram matrix
+    compiled           gram_eigh under torch.compile
     eigh, gemm, auto   rdm_fast.spectral_loss with this engine
 
-Each implementation's gradient is compared with the float64 gradient of its own definition
-(`bench.exact`) before it is timed.
+Before it is timed, each implementation's gradient is compared with the float64 gradient of its own
+definition (`bench.exact`).
 """
 
 from collections.abc import Callable
@@ -30,8 +30,7 @@ DEVICE = torch.device("cuda" if GPU else "cpu")
 DTYPE = torch.bfloat16 if GPU else torch.float32  # what autocast hands to the loss
 
 # (global batch, projection width): SimSiam's on ImageNet, BYOL's and SimSiam's CIFAR recipes, and
-# batches up to where the features become the smaller side. The first that fit in a campaign's
-# time are those that matter most.
+# larger batches, up to where the features become the smaller side. The most important come first.
 SMALL = [(32, 64), (64, 32)]
 CPU = [(256, 2048), (256, 256)]
 CUDA = [(512, 2048), *CPU, (1024, 2048)]
@@ -46,19 +45,20 @@ ENGINES = ["auto", "gemm", "eigh"]
 OPPONENTS = {"svd": svd_loss, "gram_eigh": gram_eigh_loss}
 Loss = Callable[[Tensor, Tensor, FilterConfig], Tensor]
 
-# Where the time does not depend on g, and is long, these stand for all: from a smaller side on.
+# From this smaller side on, an implementation is slow and its time independent of g, so that
+# ONE_OF_EACH stands for all filters.
 ONE_OF_EACH = ["online1", "target-1"]
 SLOW = {"svd": 1024, "gram_eigh": 4096, "eigh": 4096}
-COMPILED = [(512, 2048), (256, 2048), (2048, 2048)]  # each takes the compiler half a minute
+COMPILED = [(512, 2048), (256, 2048), (2048, 2048)]  # half a minute of compilation each
 
-# Cosine of a gradient with the exact one of its definition. In float32 (gram_eigh) directions just
-# over the cutoff have a few correct digits.
+# Least cosine of a gradient with the exact one of its definition. In float32 (gram_eigh) directions
+# just above the cutoff have only a few correct digits.
 AGREEMENT = {"gram_eigh": 0.995, "compiled": 0.995, "gemm": 0.99, "eigh": 0.9999}
 LOSS_ERROR = 0.02
 
 
 def cases(small: bool) -> list[tuple[str, str, tuple[int, int]]]:
-    """(implementation, filter, shape) of all that this machine can time."""
+    """All (implementation, filter, shape) that this machine can time."""
     shapes = SMALL if small else CUDA + LARGE if GPU else CPU
     return [
         (name, filtered, shape)
@@ -86,14 +86,14 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def gradient(loss: Loss, z1: Tensor, z2: Tensor, config: FilterConfig) -> tuple[Tensor, Tensor]:
-    """The loss and d loss / d (z1, z2), [2 B D], both float64."""
+    """The loss and its gradient for (z1, z2), [2 B D], both in float64."""
     value = loss(z1, z2, config)
     gradients = torch.autograd.grad(value, (z1, z2))
     return value.detach().double(), torch.stack(gradients).flatten().double()
 
 
 def check(name: str, loss: Loss, z1: Tensor, z2: Tensor, config: FilterConfig) -> None:
-    """That it computes what it is timed for."""
+    """Assert that loss and gradient are those of the implementation's definition."""
     engine = choose(config, z1.device) if name == "auto" else name
     definition: Definition = "damped" if engine == "gemm" else "cutoff"
     value, found = gradient(loss, z1, z2, config)
@@ -107,11 +107,11 @@ def check(name: str, loss: Loss, z1: Tensor, z2: Tensor, config: FilterConfig) -
 
 
 def without_cutoff(config: FilterConfig, n: int) -> float:
-    """What the paper's gradient can agree with one that leaves out directions of rounding error.
+    """Least cosine of the paper's gradient with one that omits directions of rounding error.
 
-    Features are centered, so one of n is always such a direction, sometimes more: most of the
-    gradient under a falling online filter, of which nothing can be asked then; a share 1 / n each
-    of that from targets of sigma -1.
+    Features are centered, so at least one of n directions is rounding error. Under a falling online
+    filter it makes most of the gradient, so nothing can be asked; from targets of sigma -1 it has
+    a share of 1 / n.
     """
     is_noise = config.location == "online" and (config.kind == "log" or config.is_falling)
     return -1.0 if is_noise else 1 - 4 / n
@@ -132,8 +132,8 @@ def bench_forward_backward(measure: Callable[..., None], name: str, case: str) -
         loss = OPPONENTS[name]
     check(name, loss, z1, z2, config)
 
-    # The least that any method needs: a Gram matrix of both views, half of it mirrored, and one
-    # product a view with the rows, or on the feature side two.
+    # The minimum for any method: a Gram matrix of both views, half of it mirrored, and one product
+    # with the rows per view, or two on the feature side.
     flops = 8 * B * B * D if B <= D else 10 * B * D * D
     measure(
         lambda: torch.autograd.grad(loss(z1, z2, config), (z1, z2)),

@@ -1,12 +1,12 @@
-"""How close is a training step to what the machine can do? Each method, filter on and off.
+"""How close is a training step to what the machine can do, with and without its filter?
 
-The supervised roof takes turns with every step: the same backbone, channels-last and under the same
-autocast, with a linear classifier and cross-entropy, on made images. A step of ours sees two views
-of an image, the roof one, so at the roof's speed per view a step takes twice the roof's time. On a
-GPU the roof of small images is the faster of the eager step and of its CUDA graph.
+The supervised roof takes turns with every step. It has the same backbone, channels-last, under the
+same autocast, with a linear classifier and cross-entropy, on made images. A step of a method sees
+two views of each image and the roof one, so a step at the roof's speed takes twice its time. On a
+GPU the roof of small images is the faster of the eager step and its CUDA graph.
 
-    simsiam, byol, rdm_...          as the recipes have them
-    rdm_..._unfiltered              the same step without its filter, projections as predictions
+    simsiam, byol, rdm_...          as in the recipes
+    rdm_..._unfiltered              the same step with projections as predictions
     symsimsiam                      without predictor and stop-gradient
 """
 
@@ -65,7 +65,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def roof_of(case: Case) -> Call:
-    """The supervised step, as a CUDA graph if that is faster: where launches matter."""
+    """The supervised step, as a CUDA graph where launches matter and that is faster."""
     eager = supervised_step(case)
     if not GPU or case.side > LAUNCHES_MATTER:
         return eager
@@ -85,7 +85,7 @@ def bench_train_step(
 ) -> None:
     torch.backends.cudnn.deterministic = True  # as in training
     if GPU:
-        torch.cuda.empty_cache()  # the case before may have taken nearly all
+        torch.cuda.empty_cache()  # the previous case may hold nearly all memory
     shape = CASES[case]
     try:
         step = our_step(shape.config(name), filtered=not name.endswith(UNFILTERED))
@@ -125,7 +125,7 @@ def bench_train_step(
 
 
 def percent(roof: list[float], step: list[float]) -> float:
-    """A step's speed per view as a share of the roof's: the median over rounds."""
+    """A step's speed per view in percent of the roof's, the median over rounds."""
     return 100 * ratio([2 * theirs for theirs in roof], step)
 
 

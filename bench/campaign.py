@@ -1,16 +1,16 @@
-"""Everything that a GPU machine should answer, in stages of at most nine minutes each.
+"""All measurements that a lent GPU should answer, in stages of at most nine minutes each.
 
     python -m bench.campaign [STAGE ...] --out DIR [--wheels DIR]     on the machine
     python -m bench.campaign --smoke --out DIR      each stage in its smallest form, on any CPU
     python -m bench.campaign table                  bench/results/*/*.json into bench/README.md
 
 In a checkout that is not installed, put `PYTHONPATH=kernels` before it. A stage writes
-DIR/STAGE.json as soon as it ends: the machine, its commands, what they measured, and whether they
-passed. One that fails, or is stopped at its limit, is recorded with what it had measured, and the
-next one goes on.
+DIR/STAGE.json when it ends: the machine, its commands, what they measured, and whether they passed.
+If it fails or is stopped at its limit, that is recorded with the measurements so far, and the next
+stage starts.
 
-It needs torch, torchvision, triton and the packages of `NEEDED`, says which of them are missing,
-and fetches nothing: `--wheels` names a folder with wheels of those.
+The machine needs torch, torchvision, triton and the packages in `NEEDED`. The campaign reports
+those that are missing and downloads nothing: `--wheels` names a folder with their wheels.
 """
 
 import argparse
@@ -42,13 +42,13 @@ NEEDED = {  # import name: distribution
     "hypothesis": "hypothesis",
     "sortedcontainers": "sortedcontainers",
 }
-LIMIT_S = 520.0  # of a stage; a lent machine may end a command after ten minutes
-TAIL = 6000  # characters of output kept
+LIMIT_S = 520.0  # of a stage; a lent machine ends a command after ten minutes
+TAIL = 6000  # characters of output to keep
 
 
 @dataclass(frozen=True)
 class Stage:
-    """Commands to run one after the other, and where they leave what they measured."""
+    """Commands to run one after the other, and a reader of their measurements."""
 
     commands: list[list[str]]
     smoke: list[list[str]]
@@ -57,18 +57,18 @@ class Stage:
 
 
 def rows(scratch: Path) -> list[dict[str, Any]]:
-    """The results of benchmarks, one a line."""
+    """The rows that benchmarks wrote."""
     path = scratch / "rows.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def numbers(scratch: Path) -> dict[str, Any]:
-    """What bench.accuracy wrote: by file, for it is called once a shape."""
+    """The JSON files that other commands wrote, by name."""
     return {path.stem: json.loads(path.read_text()) for path in sorted(scratch.glob("*.json"))}
 
 
 def outcomes(scratch: Path) -> dict[str, Any]:
-    """Number of tests by outcome, and the names of those that failed, by test run."""
+    """Numbers of tests by outcome and names of failed tests, for each test run."""
     found = {}
     for path in sorted(scratch.glob("*.xml")):
         cases = ElementTree.parse(path).getroot().iter("testcase")
@@ -84,7 +84,7 @@ def outcomes(scratch: Path) -> dict[str, Any]:
 
 
 def tests(name: str, *arguments: str) -> list[str]:
-    """pytest; {scratch} is the stage's folder."""
+    """A run of pytest; {scratch} stands for the stage's folder here and below."""
     report = f"--junitxml={{scratch}}/{name}.xml"
     return ["-m", "pytest", "-q", "--continue-on-collection-errors", report, *PARALLEL, *arguments]
 
@@ -94,31 +94,24 @@ def benchmarks(file: str, *arguments: str) -> list[str]:
     return ["-m", "pytest", "-q", f"bench/{file}", *report, *arguments]
 
 
-def accuracy(name: str, *arguments: str) -> list[str]:
-    return ["-m", "bench.accuracy", "--json", f"{{scratch}}/{name}.json", *arguments]
-
-
-def peers(*arguments: str) -> list[str]:
-    return ["-m", "bench.compare_peers", "--json", "{scratch}/peers.json", *arguments]
-
-
-def learning(*arguments: str) -> list[str]:
-    return ["-m", "bench.learning", "--json", "{scratch}/learning.json", *arguments]
+def script(module: str, name: str, *arguments: str) -> list[str]:
+    """A run of a module of bench that writes {scratch}/name.json."""
+    return ["-m", f"bench.{module}", "--json", f"{{scratch}}/{name}.json", *arguments]
 
 
 def kernel_tests() -> list[list[str]]:
-    """Those of the ops, compiled for real; file by file, so that what is done is kept."""
+    """The tests of the compiled kernels, one run a file, so that finished files are recorded."""
     files = sorted((ROOT / "tests" / "kernels").glob("test_*.py"))
     return [tests(path.stem, str(path.relative_to(ROOT))) for path in files]
 
 
 def marked(marker: str) -> list[str]:
-    """Test files that hold tests of this marker: others may need what the machine has not."""
+    """Test files with tests of this marker; others may import what the machine lacks."""
     files = sorted((ROOT / "tests").rglob("test_*.py"))
     return [str(f.relative_to(ROOT)) for f in files if f"mark.{marker}" in f.read_text("utf-8")]
 
 
-# Triton compiles for minutes, each variant on one core.
+# Triton compiles for minutes, on one core per process.
 PARALLEL = ["-n", "8"] if find_spec("xdist") and (os.cpu_count() or 1) >= 16 else []
 TINY = ["--small", "--seconds=0.002"]
 KEPT = ["--out=runs/learning", "--minutes=8"]
@@ -138,11 +131,21 @@ STAGES: dict[str, Stage] = {
     ),
     "accuracy": Stage(
         [
-            accuracy("wide", "--engine", "gemm", "auto", "eigh"),
-            accuracy("tall", "--engine", "gemm", "--shape", "384", "128"),
-            accuracy("large", "--engine", "gemm", "--dtype", "bfloat16", "--shape", "512", "2048"),
+            script("accuracy", "wide", "--engine", "gemm", "auto", "eigh"),
+            script("accuracy", "tall", "--engine", "gemm", "--shape", "384", "128"),
+            script(
+                "accuracy",
+                "large",
+                "--engine",
+                "gemm",
+                "--dtype",
+                "bfloat16",
+                "--shape",
+                "512",
+                "2048",
+            ),
         ],
-        [accuracy("wide", "--engine", "gemm", "--shape", "24", "40")],
+        [script("accuracy", "wide", "--engine", "gemm", "--shape", "24", "40")],
         numbers,
     ),
     "kernels": Stage(
@@ -171,7 +174,11 @@ STAGES: dict[str, Stage] = {
         for name, recipes in (("step", "cifar10"), ("step-imagenet", "imagenet"))
     },
     **{
-        name: Stage([peers("--case", *cases)], [peers("--case", SMALLEST, "--rounds=1")], numbers)
+        name: Stage(
+            [script("compare_peers", "peers", "--case", *cases)],
+            [script("compare_peers", "peers", "--case", SMALLEST, "--rounds=1")],
+            numbers,
+        )
         for name, cases in PEERS.items()
     },
     "augment": Stage(
@@ -187,9 +194,17 @@ STAGES: dict[str, Stage] = {
         [benchmarks("bench_data_wait.py", "--benchmark-disable")],
         rows,
     ),
-    "learning": Stage(  # of RDM_CIFAR10_NPZ; runs go on where an earlier call left them
-        [learning("--data", os.environ.get("RDM_CIFAR10_NPZ", "cifar10_jpeg.npz"), *KEPT)],
-        [learning("--smoke", "--epochs=1", "--out={scratch}/runs")],
+    "learning": Stage(  # on RDM_CIFAR10_NPZ; a later call continues its runs
+        [
+            script(
+                "learning",
+                "learning",
+                "--data",
+                os.environ.get("RDM_CIFAR10_NPZ", "cifar10_jpeg.npz"),
+                *KEPT,
+            )
+        ],
+        [script("learning", "learning", "--smoke", "--epochs=1", "--out={scratch}/runs")],
         numbers,
     ),
 }
@@ -199,12 +214,12 @@ STAGES: dict[str, Stage] = {
 
 
 def missing() -> list[str]:
-    """Distributions that are needed and cannot be imported."""
+    """Needed distributions that cannot be imported."""
     return sorted(name for module, name in NEEDED.items() if find_spec(module) is None)
 
 
 def install(wheels: Path, site: Path) -> None:
-    """Unpack the wheels of a folder into another one, without asking anyone for anything."""
+    """Install the wheels of a folder into another one, without network."""
     files = sorted(str(path) for path in wheels.glob("*.whl"))
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps"]
     subprocess.run([*pip, "--target", str(site), *files], check=True)
@@ -212,13 +227,13 @@ def install(wheels: Path, site: Path) -> None:
 
 
 def environment(site: Path | None) -> dict[str, str]:
-    """That of the stages: this checkout first, then what was brought."""
+    """Environment of the stages: this checkout first, then installed wheels."""
     paths = [str(ROOT), str(ROOT / "kernels"), str(site or ""), os.environ.get("PYTHONPATH", "")]
     return os.environ | {"PYTHONPATH": os.pathsep.join(p for p in paths if p)}
 
 
 def run(command: list[str], log: Path, env: dict[str, str], limit_s: float) -> int | None:
-    """Exit status of a command, its output appended to a file; None if its time ran out."""
+    """Run a command with its output appended to a file; its exit status, or None at the limit."""
     with log.open("ab") as output:
         process = subprocess.Popen(
             command, cwd=ROOT, env=env, stdout=output, stderr=output, start_new_session=True
@@ -226,7 +241,7 @@ def run(command: list[str], log: Path, env: dict[str, str], limit_s: float) -> i
         try:
             return process.wait(timeout=max(limit_s, 1))
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)  # its own group, with all that it started
+            os.killpg(process.pid, signal.SIGKILL)  # with all processes that it started
             process.wait()
             return None
 
@@ -234,7 +249,7 @@ def run(command: list[str], log: Path, env: dict[str, str], limit_s: float) -> i
 def run_stage(
     name: str, out: Path, env: dict[str, str], *, smoke: bool, commit: str | None = None
 ) -> dict[str, Any]:
-    """Run a stage, write its JSON, and return that."""
+    """Run a stage, write its JSON file, and return the content."""
     stage, started = STAGES[name], time.monotonic()
     ended = []
     with tempfile.TemporaryDirectory() as folder:
@@ -265,23 +280,20 @@ def run_stage(
 def main() -> int:
     parser = argparse.ArgumentParser(prog="bench.campaign", description=__doc__.split("\n")[0])
     parser.add_argument("stages", nargs="*", metavar="STAGE", help=f"of {', '.join(STAGES)}; table")
-    parser.add_argument("--out", type=Path, help="folder for one JSON file a stage")
-    parser.add_argument("--wheels", type=Path, help="folder of wheels that this machine lacks")
-    parser.add_argument("--commit", help="of this checkout, where its .git is left behind")
-    parser.add_argument("--smoke", action="store_true", help="the smallest form of every stage")
+    parser.add_argument("--out", type=Path, help="folder for a JSON file per stage")
+    parser.add_argument("--wheels", type=Path, help="folder with wheels that this machine lacks")
+    parser.add_argument("--commit", help="commit of a checkout without .git")
+    parser.add_argument("--smoke", action="store_true", help="run the smallest form of every stage")
     args = parser.parse_args()
     if args.stages == ["table"]:
         write_table(RESULTS, ROOT / "bench" / "README.md")
         return 0
     if unknown := set(args.stages) - {*STAGES}:
-        parser.error(
-            f"no stage is called {', '.join(sorted(unknown))}: choose of {', '.join(STAGES)}"
-        )
+        parser.error(f"no stage {', '.join(sorted(unknown))}: choose from {', '.join(STAGES)}")
     if args.out is None:
-        parser.error("give --out, a folder for the results")
-
+        parser.error("--out is missing: give a folder for the results")
     if find_spec("tests.spectra") is None:
-        parser.error("this checkout's tests/ is hidden by an installed package of that name")
+        parser.error("an installed package `tests` hides this checkout's: uninstall it")
 
     with tempfile.TemporaryDirectory() as folder:
         site = Path(folder) if args.wheels else None
@@ -289,8 +301,8 @@ def main() -> int:
             install(args.wheels, site)
         if lacking := missing():
             parser.error(
-                f"{', '.join(lacking)} cannot be imported: bring their wheels, which are pure "
-                "Python, in a folder and name it with --wheels"
+                f"cannot import {', '.join(lacking)}: put their wheels, which are pure Python, "
+                "into a folder and pass it as --wheels"
             )
         passed = True
         for name in args.stages or STAGES:

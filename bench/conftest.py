@@ -14,11 +14,11 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 from bench.machine import device_name, floor, peak
 
-ROUND_S = 0.02  # a round is long beside the clock and the one wait for the GPU that it contains
-RIVALS = ("name", "loader")  # parameters that say whose time it is
+ROUND_S = 0.02  # so that the clock and the one wait for the GPU do not matter
+RIVALS = ("name", "loader")  # parameters that name an implementation
 WARM_S, WARM_CALLS = 1.0, 4
 MIN_ROUNDS, MAX_ROUNDS = 5, 30
-SLOW_S, SLOW_ROUNDS = 3.0, 3  # of what is as slow as that, so many rounds are enough
+SLOW_S, SLOW_ROUNDS = 3.0, 3  # from so many seconds a call on, so few rounds are enough
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -29,21 +29,20 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if config.getoption("benchmark_disable"):  # nothing is timed: leave the other cores alone
+    if config.getoption("benchmark_disable"):  # nothing is timed, so one core is enough
         torch.set_num_threads(1)
 
 
 def is_small(config: pytest.Config) -> bool:
-    """Whether every case is wanted in its smallest form, as where nothing is timed."""
+    """Whether to run the smallest form of every case, as is enough where nothing is timed."""
     return bool(config.getoption("small") or config.getoption("benchmark_disable"))
 
 
 def synced_clock() -> float:
-    """Seconds now, once the GPU is idle.
+    """Time in seconds, read when the GPU is idle.
 
-    pytest-benchmark reads its timer only at the two ends of a round and divides by the calls in
-    between, so the wait is shared by the whole round: neither the launch alone (no wait) nor the
-    idle gap after every call (a wait each) is what gets measured.
+    pytest-benchmark reads its timer at both ends of a round and divides by the calls in between, so
+    a round has one wait. No wait would measure launches alone; a wait per call, idle gaps.
     """
     if torch.cuda.is_available():
         torch.cuda.synchronize()
@@ -56,7 +55,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def group_of(item: pytest.Item) -> str:
-    """What is compared in one table: a benchmark's rivals with the same parameters otherwise."""
+    """Name of a table: rivals in one benchmark that agree in all other parameters."""
     callspec = getattr(item, "callspec", None)
     parameters: dict[str, object] = callspec.params if callspec else {}
     others = [f"{key}={value}" for key, value in parameters.items() if key not in RIVALS]
@@ -69,7 +68,7 @@ def _seed() -> None:
 
 
 def warmed(fn: Callable[[], object]) -> float:
-    """Seconds of the fastest of up to four calls, which warm up, too."""
+    """Seconds of the fastest of up to four warm-up calls."""
     times: list[float] = []
     while len(times) < WARM_CALLS and sum(times) < WARM_S:
         times += timeit.repeat(fn, timer=synced_clock, number=1, repeat=1)
@@ -77,17 +76,17 @@ def warmed(fn: Callable[[], object]) -> float:
 
 
 def plan(once: float, seconds: float) -> tuple[int, int]:
-    """Rounds, and calls in each, that fit into so many seconds."""
+    """Numbers of rounds and of calls per round that fit into so many seconds."""
     iterations = max(1, round(min(ROUND_S, seconds) / once))
     fewest = MIN_ROUNDS if once < SLOW_S else SLOW_ROUNDS
     return min(MAX_ROUNDS, max(fewest, round(seconds / (once * iterations)))), iterations
 
 
 def replay(fn: Callable[[], object]) -> Callable[[], None]:
-    """fn as a CUDA graph: without the launches, which a captured training step has not either."""
+    """fn as a CUDA graph, without launches, as in a captured training step."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):  # capture wants what is made once to be made already
+    with torch.cuda.stream(stream):  # make what is made once before the capture
         for _ in range(3):
             fn()
     torch.cuda.current_stream().wait_stream(stream)
@@ -101,7 +100,7 @@ def replay(fn: Callable[[], object]) -> Callable[[], None]:
 def record(
     benchmark: BenchmarkFixture, request: pytest.FixtureRequest
 ) -> Callable[[dict[str, Any]], None]:
-    """record(values): write them as a row of `--rows`, with the case's parameters."""
+    """A function that writes values as a row of `--rows`, with the case's parameters."""
     params = request.node.callspec.params
     row: dict[str, Any] = {"bench": request.function.__name__, **params}
 
@@ -121,14 +120,12 @@ def measure(
     request: pytest.FixtureRequest,
     record: Callable[[dict[str, Any]], None],
 ) -> Callable[..., None]:
-    """measure(fn, bytes_moved=, flops=, capturable=): times fn after warm-up, in rounds.
+    """A function that times another one in rounds, after warm-up, and writes a row of `--rows`.
 
-    Args of it:
-        bytes_moved, flops: the least that the case needs, as for `bench.machine.floor`.
-        capturable: also time it as a CUDA graph, where there is a GPU.
-
-    Writes a row of `--rows`: medians and inter-quartile ranges in seconds, number of rounds and of
-    calls in each, and the share of the floor where the device's peaks are known.
+    Its arguments are the function, `bytes_moved` and `flops` (the least that the case needs, as for
+    `bench.machine.floor`), and `capturable`, to time it also as a CUDA graph where there is a GPU.
+    A row has medians and inter-quartile ranges in seconds, numbers of rounds and of calls in each,
+    and the share of the floor where the device's peaks are known.
     """
 
     def run(
@@ -165,7 +162,7 @@ def measure(
 
 
 def _captured(fn: Callable[[], object], seconds: float) -> dict[str, Any]:
-    """The same of fn's CUDA graph, or why there is none."""
+    """Median and inter-quartile range of fn's CUDA graph, or the error of its capture."""
     try:
         again = replay(fn)
     except RuntimeError as error:

@@ -1,9 +1,8 @@
-"""What rdm_fast.spectral_loss is raced against: the loss as the RDM paper's code writes it, and
-as a careful PyTorch user would.
+"""Rivals of rdm_fast.spectral_loss: the RDM paper's formulation, and a careful PyTorch user's.
 
-Both take projections z1, z2 [B, D] of one rank and compute in float32 whatever their dtype
-(float64 for float64), outside autocast. Filters are detached. A loss is called twice a step,
-once for each direction, and each call decomposes a matrix of its own.
+Both take projections z1, z2 [B, D] of one rank and compute in float32, or float64 for float64,
+outside autocast. Filters are detached. The loss has two directions, and each decomposes a matrix of
+its own.
 """
 
 import torch
@@ -28,11 +27,11 @@ def response(config: FilterConfig, s: Tensor) -> Tensor:
 
 
 def svd_loss(z1: Tensor, z2: Tensor, config: FilterConfig) -> Tensor:
-    """The paper's formulation: a thin SVD of the online rows, or of the targets themselves.
+    """The paper's formulation: a thin SVD of the online or the target rows.
 
         online: p <- p V g(S) V^T        target (poly only): z <- U S^(1 + sigma) V^T
 
-    Every direction is kept, also those that are nothing but rounding error.
+    It keeps every direction, even those of pure rounding error.
     """
 
     def direction(p: Tensor, z: Tensor) -> Tensor:
@@ -52,7 +51,7 @@ def svd_loss(z1: Tensor, z2: Tensor, config: FilterConfig) -> Tensor:
 
 
 def gram_eigh_loss(z1: Tensor, z2: Tensor, config: FilterConfig) -> Tensor:
-    """The same by an eigendecomposition of the smaller Gram matrix, with the rule of `cutoff`.
+    """The same by an eigendecomposition of the smaller Gram matrix, without weak directions.
 
     W = V g(S) V^T, with V^T = S^-1 U^T X from X X^T = U S^2 U^T where B <= D
     """
