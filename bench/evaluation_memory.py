@@ -1,7 +1,7 @@
-"""How much memory the evaluation of cached embeddings takes: `python -m bench.evaluation_memory`.
+"""Memory and time of evaluating cached embeddings: `python -m bench.evaluation_memory`.
 
-Made embeddings of a given size are probed by one protocol, and by kNN; printed is the largest
-resident size of the process (getrusage) before they are made, with them, and at the end.
+Scores random embeddings by one protocol and by kNN, and prints the peak resident size of the
+process (getrusage) before they exist, with them, and at the end.
 """
 
 import argparse
@@ -12,16 +12,16 @@ import time
 import torch
 
 from rdm_fast.evaluation.protocols import PROTOCOLS
-from rdm_fast.evaluation.score import evaluate
+from rdm_fast.evaluation.score import score
 
 
 def peak_mib() -> float:
-    """Largest resident size of this process so far, in MiB."""
+    """Peak resident size of this process so far, in MiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
-def made(n: int, d: int, classes: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Embeddings [n, d] around one center a class, and labels [n]."""
+def clusters(n: int, d: int, classes: int, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Embeddings [n, d] around one center for each class, and labels [n]."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.arange(n) % classes
     centers = torch.randn(classes, d, generator=torch.Generator().manual_seed(0))
@@ -38,22 +38,19 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=2048, help="dimensions of an embedding")
     parser.add_argument("--classes", type=int, default=100, help="classes")
     parser.add_argument("--protocol", choices=list(PROTOCOLS), default="closed-form")
-    arguments = parser.parse_args()
+    args = parser.parse_args()
     before = peak_mib()
-    train = made(arguments.train, arguments.width, arguments.classes, 1)
-    test = made(arguments.test, arguments.width, arguments.classes, 2)
+    train = clusters(args.train, args.width, args.classes, 1)
+    test = clusters(args.test, args.width, args.classes, 2)
     loaded, start = peak_mib(), time.perf_counter()
-    protocol = PROTOCOLS[arguments.protocol]
-    result = evaluate(*train, *test, protocol, classes=arguments.classes, seed=0)
-    told = {
-        "protocol": protocol.name, "train": arguments.train, "test": arguments.test,
-        "width": arguments.width, "classes": arguments.classes,
+    result = score(train, test, PROTOCOLS[args.protocol], classes=args.classes, seed=0)
+    measured = {
         "imports_mib": round(before), "embeddings_mib": round(loaded - before),
         "peak_mib": round(peak_mib()), "seconds": round(time.perf_counter() - start, 1),
         "threads": torch.get_num_threads(), "torch": torch.__version__,
         "top1": result.top1, "knn_top1": result.knn_top1,
     }  # fmt: skip
-    print(json.dumps(told))
+    print(json.dumps(vars(args) | measured))
 
 
 if __name__ == "__main__":

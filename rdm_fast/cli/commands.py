@@ -142,14 +142,14 @@ def _evaluate(command: EvaluateCommand, args: list[str]) -> None:
             raise RankLost(lost)
         raise SystemExit(code)
 
-    from rdm_fast.evaluation.loaded_backbone import find_subject
-    from rdm_fast.evaluation.run import evaluate_subject
+    from rdm_fast.evaluation.loaded_backbone import load_for_evaluation
+    from rdm_fast.evaluation.run import evaluate
     from rdm_fast.runtime import distributed
 
     device = distributed.choose_device(command.device)
     distributed.start(device)
     try:
-        evaluate_subject(find_subject(command), command, device)
+        evaluate(load_for_evaluation(command), command, device)
     finally:
         distributed.stop()
 

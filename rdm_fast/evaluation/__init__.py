@@ -1,7 +1,7 @@
-"""How good the embeddings of a frozen backbone are: linear probes and nearest neighbors.
+"""Linear probes and nearest neighbors on the embeddings of a frozen backbone.
 
-`features` embeds every image exactly once and caches the result, `probe` fits linear
-classifiers, `knn` votes among neighbors, `protocols` names the settings of published
-evaluations, and `evaluate` puts them together. Importing this package, or `protocols`, does not
-import torch: a command line is checked before torch is loaded.
+`features` embeds every image once and caches the result, `probe` and `logistic` fit linear
+classifiers, `knn` votes among neighbors, `protocols` holds the settings of published evaluations,
+`score` measures, and `run` is the whole command. This package and `protocols` do not import torch,
+so a command line is checked before torch loads.
 """

@@ -1,23 +1,24 @@
-"""Top-k accuracy: the one place that orders classes and counts hits."""
+"""Top-k accuracy: the one place that ranks classes and counts hits."""
 
 import torch
 from torch import Tensor
 
 TOP = 5
-"""Longest ranking that is reported."""
+"""The longest ranking that is reported."""
 
 
 def rank_classes(scores: Tensor, k: int = TOP) -> Tensor:
-    """The best classes of each row, best first; equal scores go to the lower class id.
+    """The best classes of each row, best first; equal scores rank by class id.
 
     Args:
         scores: [M, K], higher is better.
-        k: how many classes; all of them where K is smaller.
+        k: how many classes to return; all of them if K is smaller.
 
     Returns:
         [M, min(k, K)] int64 class ids.
     """
-    # Not topk: its order of equal scores is unspecified, so a vote of 0 would rank by chance.
+    # topk leaves the order of equal scores unspecified, so classes without a vote would rank by
+    # chance.
     return scores.argsort(dim=1, descending=True, stable=True)[:, :k]
 
 
@@ -25,11 +26,11 @@ def topk_accuracy(ranking: Tensor, labels: Tensor, k: int) -> float:
     """Percentage of rows whose label is among the first k classes of their ranking.
 
     Args:
-        ranking: [M, r] class ids, best first; r below k means that all classes were ranked.
+        ranking: [M, r] class ids, best first; r < k means that all classes are ranked.
         labels: [M] class ids.
 
     Raises:
-        ValueError: there are no rows, or not one label for each.
+        ValueError: there are no rows, or the number of labels differs.
     """
     if ranking.ndim != 2 or labels.shape != ranking.shape[:1] or len(labels) == 0:
         raise ValueError(
@@ -41,16 +42,16 @@ def topk_accuracy(ranking: Tensor, labels: Tensor, k: int) -> float:
 
 
 def check_labels(features: Tensor, labels: Tensor, classes: int, where: str) -> None:
-    """Refuse embeddings and labels that do not belong together.
+    """Check the shapes, dtypes and class ids of a set of labeled embeddings.
 
     Args:
         features: [N, d] floating.
         labels: [N] int64, from 0 to classes - 1.
         classes: number of classes K.
-        where: what to call the set in the message, such as "training".
+        where: name of the set in the message, such as "training".
 
     Raises:
-        ValueError: the shapes, dtypes or class ids do not fit.
+        ValueError: features and labels do not match.
     """
     if features.ndim != 2 or not features.is_floating_point() or 0 in features.shape:
         raise ValueError(

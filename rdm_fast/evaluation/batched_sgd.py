@@ -1,20 +1,21 @@
-"""Every pair of learning rate and weight decay at once: k linear probes in one pass.
+"""The sgd-sweep protocol: every pair of learning rate and weight decay, trained in one pass.
 
-All k probes see the same batches, so their weights are one tensor [k, K, d] and their logits one
-matrix product of a batch with k K rows. The gradient of the sum of their losses is each one's own.
+All k probes see the same batches, so their weights form one tensor [k, K, d] and their logits are
+one matrix product of a batch with k K rows. The gradient of the summed losses is each probe's own.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rdm_fast.evaluation.accuracy import check_labels, rank_classes, topk_accuracy
+from rdm_fast.evaluation.accuracy import check_labels
 from rdm_fast.evaluation.probe import (
     LinearClassifier,
-    fit_sgd,
+    choose_on_held_out,
+    fit_iterated,
     fold,
     initial_weights,
     standardization,
@@ -25,10 +26,10 @@ Setting = tuple[float, float]
 """Learning rate of the first epoch, and weight decay."""
 
 
-def fit_sweep(
+def fit_best_sgd(
     features: Tensor, labels: Tensor, *, classes: int, protocol: Protocol, seed: int
 ) -> tuple[LinearClassifier, Setting]:
-    """The best of protocol.lrs x protocol.weight_decays on a held-out tenth, fitted to all images.
+    """Choose from protocol.lrs x protocol.weight_decays on a held-out tenth, then fit all images.
 
     Args:
         features: embeddings, [N, d]; the fit runs on their device.
@@ -38,38 +39,29 @@ def fit_sweep(
         seed: of the held-out tenth, the initial weights and the order of images.
 
     Returns:
-        The classifier, and what was chosen: of equally good settings the one with the largest
+        The classifier and the chosen setting: of equally good ones the one with the largest
         decay, then the smallest rate.
 
     Raises:
-        ValueError: features and labels do not fit together, or there are fewer than 2 images.
+        ValueError: features and labels do not match, or there are fewer than 2 images.
     """
     check_labels(features, labels, classes, "training")
-    n = len(features)
-    if n < 2:
-        raise ValueError(f"a sweep holds out a tenth of the training images: got {n} image")
-    order = torch.randperm(n, generator=torch.Generator().manual_seed(seed)).to(features.device)
-    held_out, kept = order[: max(1, n // 10)], order[max(1, n // 10) :]
-    settings = [
-        (lr, decay)
-        for decay in sorted(protocol.weight_decays, reverse=True)
-        for lr in sorted(protocol.lrs)
-    ]
-    candidates = fit_settings(
-        features[kept], labels[kept], settings, classes=classes, protocol=protocol, seed=seed
-    )
-    best, best_accuracy = settings[0], -1.0
-    for setting, classifier in zip(settings, candidates, strict=True):
-        logits = classifier.logits(features[held_out])
-        if bool(logits.isfinite().all()):  # a rate too high for these features diverges
-            accuracy = topk_accuracy(rank_classes(logits, 1), labels[held_out], 1)
-            if accuracy > best_accuracy:
-                best, best_accuracy = setting, accuracy
-    chosen = replace(protocol, solver="sgd", lr=best[0], weight_decay=best[1])
-    return fit_sgd(features, labels, classes=classes, protocol=chosen, seed=seed), best
+    decays, rates = sorted(protocol.weight_decays, reverse=True), sorted(protocol.lrs)
+    settings = [(lr, decay) for decay in decays for lr in rates]
+
+    def fit_candidates(kept: Tensor) -> Iterable[tuple[Setting, LinearClassifier]]:
+        found = fit_together(
+            features[kept], labels[kept], settings, classes=classes, protocol=protocol, seed=seed
+        )
+        return zip(settings, found, strict=True)
+
+    lr, decay = choose_on_held_out(features, labels, seed, fit_candidates)
+    chosen = replace(protocol, solver="sgd", lr=lr, weight_decay=decay)
+    classifier = fit_iterated(features, labels, classes=classes, protocol=chosen, seed=seed)
+    return classifier, (lr, decay)
 
 
-def fit_settings(
+def fit_together(
     features: Tensor,
     labels: Tensor,
     settings: Sequence[Setting],
@@ -78,10 +70,10 @@ def fit_settings(
     protocol: Protocol,
     seed: int,
 ) -> list[LinearClassifier]:
-    """What `fit_sgd` returns for each setting, up to rounding, from one pass over the images.
+    """A classifier for each setting, as `fit_iterated` by SGD returns it up to rounding.
 
-    Memory beyond the features is that of 4 k K d numbers and of k K logits for each image of a
-    batch. Arguments as in `fit_sweep`.
+    Takes memory for 4 k K d numbers and for k K logits of each image in a batch. Arguments are
+    those of `fit_best_sgd`.
     """
     generator = torch.Generator().manual_seed(seed)
     features, mean, scale = standardization(features.float(), protocol)
@@ -96,7 +88,7 @@ def fit_settings(
     with torch.enable_grad():
         for epoch in range(protocol.epochs):
             order = torch.randperm(n, generator=generator).to(features.device)
-            lr = rates * protocol.share_at(epoch)
+            lr = rates * protocol.decay_at(epoch)
             for rows in order[: n - n % batch].split(batch):
                 flat = F.linear(features[rows], weight.flatten(0, 1), bias.flatten())
                 logits = flat.view(-1, k, classes).transpose(1, 2)  # [b, K, k]

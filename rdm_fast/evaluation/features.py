@@ -1,14 +1,12 @@
 """Embeddings of a frozen backbone: every image exactly once, on any number of ranks, cached.
 
-A rank writes the rows of its own images into a matrix of zeros; the sum over ranks is then the
-whole matrix, whatever share each rank had, and the sum of the counts proves that no image was
-missed or embedded twice.
+Each rank writes the rows of its own images into a matrix of zeros, and the sum over ranks is the
+whole matrix, whatever each rank's share. The summed counts prove that no image was missed or
+embedded twice.
 """
 
 import json
-import os
 from collections.abc import Callable, Collection, Iterable
-from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -21,11 +19,14 @@ from rdm_fast.config import Config, Precision
 from rdm_fast.data import ImageSet, evaluation_batches
 from rdm_fast.data.images.bad_files import LostImages
 from rdm_fast.errors import DataError
+from rdm_fast.runtime import atomic_files
 from rdm_fast.runtime.distributed import all_reduce_max, print0, rank, world_size
 from rdm_fast.runtime.precision import autocast, float32_products
 
 ROWS = 16_384
-"""Rows that travel in one collective, which bounds its device memory."""
+"""Rows in one collective, which bounds its device memory."""
+Labeled = tuple[Tensor, Tensor]
+"""Embeddings [N, d] float32 and labels [N] int64."""
 
 
 def embed(
@@ -40,18 +41,18 @@ def embed(
 
     Args:
         backbone: on the device, as for `extract`.
-        images: to be embedded, as evaluation shows them.
-        config: augment's normalization, precision, and data.max_bad, the share of the images that
-            may turn out to be unreadable; they are left out, with a warning.
+        images: shown as evaluation shows them.
+        config: augment's normalization, precision, and data.max_bad, the share of images that may
+            be unreadable; they are skipped, with a warning.
         device: where the backbone is.
-        batch: images of a rank at a time.
+        batch: images on a rank at a time.
 
     Returns:
-        [m, d_emb] float32 on the CPU, and of which images they are, [m] int64, rising; the same on
-        every rank.
+        [m, d_emb] float32 on the CPU, and the indices of these images, [m] int64, ascending; the
+        same on every rank.
 
     Raises:
-        DataError: too many images cannot be read, or one and data.on_bad_image is stop.
+        DataError: too many images cannot be read, or any while data.on_bad_image is stop.
     """
     lost = LostImages(images, config.data, "evaluation leaves it out")
     batches = evaluation_batches(
@@ -80,17 +81,17 @@ def extract(
     """Embeddings of a whole data set, from the backbone in evaluation mode.
 
     Args:
-        backbone: images [b, C, S, S] -> embeddings [b, d_emb]. Its modules' training flags are
-            as before afterwards, and nothing in it changes.
+        backbone: images [b, C, S, S] -> embeddings [b, d_emb]. Its weights do not change, and its
+            modules' training flags are restored.
         batches: this rank's share as (images, indices [b] int64), images on the backbone's
-            device. All ranks' shares together hold each of 0 .. n - 1 once, in any order.
+            device. The shares of all ranks together hold each of 0 .. n - 1 once, in any order.
         n: images in the data set.
         precision: arithmetic of the backbone, as in `rdm_fast.runtime.precision`.
-        left_out: of this rank's share, images that the batches do not hold; read after them.
+        left_out: images of this rank's share that the batches skipped; read after them.
 
     Returns:
         [n, d_emb] float32 on the CPU, row i from image i, or zero if it was left out; the same on
-        every rank. A rank needs memory for this matrix once.
+        every rank. A rank needs memory for one such matrix.
 
     Raises:
         ValueError: an image was missing, came twice or is not one of the n.
@@ -131,15 +132,15 @@ def _check_batch(rows: Tensor, indices: Tensor, n: int) -> None:
 
 @torch.no_grad()
 def gather_features(features: Tensor, counts: Tensor) -> Tensor:
-    """All ranks' rows on every rank, once it is certain that each image was embedded once.
+    """All ranks' rows on every rank, after checking that each image was embedded once.
 
     Args:
-        features: [n, d_emb] float32 on the CPU, zero in the rows of other ranks' images; with
-            no image of its own a rank may pass [0, 0].
+        features: [n, d_emb] float32 on the CPU, zero in the rows of other ranks' images; a rank
+            without images may pass [0, 0]. May be overwritten.
         counts: [n] int64, how often this rank embedded each image.
 
     Returns:
-        [n, d_emb], complete and the same on every rank. The input may be overwritten.
+        [n, d_emb], complete and the same on every rank.
 
     Raises:
         ValueError: the counts of all ranks do not sum to 1 for each image.
@@ -159,7 +160,7 @@ def gather_features(features: Tensor, counts: Tensor) -> Tensor:
 
 
 def _collective_device() -> torch.device:
-    """Where tensors must lie to travel between ranks."""
+    """Where tensors must be for a collective."""
     nccl = world_size() > 1 and dist.get_backend() == "nccl"
     return torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
 
@@ -173,22 +174,25 @@ def _sum_over_ranks(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor
 
 
+# ---- cache -------------------------------------------------------------------------------------
+
+
 def cached_features(
     path: Path,
     key: dict[str, object],
-    compute: Callable[[], tuple[Tensor, Tensor]],
+    compute: Callable[[], Labeled],
     whole: int | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Embeddings and labels from a file, if it was written for the same key, else computed.
+) -> Labeled:
+    """Embeddings and labels from a file that was written for the same key, else computed.
 
     Args:
-        path: a .safetensors file. A cache: it may be deleted at any time, and one that is
-            damaged or was written for another key is replaced.
+        path: a .safetensors file. It may be deleted at any time; a damaged file, or one with
+            another key, is replaced.
         key: everything the embeddings depend on, as JSON values: digests of checkpoint and
             data, view size, split, precision.
-        compute: returns features [n, d_emb] and labels [n]. Under several ranks it is called on
-            all of them or on none, so it may contain collectives.
-        whole: rows of all images; fewer are not written, as the others may be read again.
+        compute: returns features [n, d_emb] and labels [n]. Either all ranks call it or none, so
+            it may contain collectives.
+        whole: number of images. Fewer rows are not written, since a later run may read the rest.
 
     Returns:
         (features, labels) on the CPU, the same bits as `compute` returned.
@@ -198,12 +202,15 @@ def cached_features(
     if all_reduce_max(int(found is None), _collective_device()) == 0 and found is not None:
         return found
     features, labels = compute()
-    if rank() == 0 and len(labels) == (len(labels) if whole is None else whole):
-        _write(path, wanted, features, labels)
+    if rank() == 0 and (whole is None or len(labels) == whole):
+        try:
+            write_tensors(path, {"features": features, "labels": labels}, {"key": wanted})
+        except (SafetensorError, OSError) as error:
+            print0(f"{path} cannot be written ({error}): the next evaluation embeds again")
     return features, labels
 
 
-def _read(path: Path, wanted: str) -> tuple[Tensor, Tensor] | None:
+def _read(path: Path, wanted: str) -> Labeled | None:
     if not path.is_file():
         return None
     try:
@@ -216,15 +223,15 @@ def _read(path: Path, wanted: str) -> tuple[Tensor, Tensor] | None:
         return None
 
 
-def _write(path: Path, key: str, features: Tensor, labels: Tensor) -> None:
-    """Write atomically. Without room for the cache the evaluation is as good, so it goes on."""
-    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        tensors = {"features": features.contiguous(), "labels": labels.contiguous()}
-        save_file(tensors, partial, metadata={"key": key})
-        partial.replace(path)
-    except (SafetensorError, OSError) as error:
-        with suppress(OSError):
-            partial.unlink()
-        print0(f"{path} cannot be written ({error}): the next evaluation embeds the images again")
+def write_tensors(
+    path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
+) -> None:
+    """Write a .safetensors file atomically, in a folder that is created where it is missing.
+
+    Raises:
+        OSError, SafetensorError: it cannot be written; the old file is untouched.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with atomic_files.replacing(path) as partial:
+        plain = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+        save_file(plain, partial, metadata)

@@ -11,10 +11,10 @@ from torch import Tensor
 from rdm_fast.evaluation.accuracy import TOP, check_labels, rank_classes, topk_accuracy
 
 MAX_SIMILARITIES = 2**26
-"""Similarities held at a time by default: 256 MiB of float32."""
+"""Default limit on the similarities held at a time: 256 MiB of float32."""
 SMALLEST_NORM = 1e-12
 ROWS = 16_384
-"""Rows of the bank that are brought to unit length at a time."""
+"""Rows of the bank that are normalized at a time."""
 
 
 @torch.no_grad()
@@ -36,18 +36,18 @@ def knn_predict(
         bank_labels: [N] int64 class ids.
         queries: embeddings to classify, [M, d], on the bank's device.
         classes: number of classes K, the largest label of bank and queries + 1.
-        k: neighbors that vote.
-        temperature: T > 0; the smaller, the more the nearest ones count.
-        chunk: queries compared with the bank at a time. By default as many as keep the chunk's
+        k: number of neighbors that vote.
+        temperature: T > 0; the smaller, the more the nearest neighbors count.
+        chunk: queries compared with the bank at a time; by default as many as keep the chunk's
             similarities within MAX_SIMILARITIES, and at least one.
         dtype: of the cosines: float32, or float16, which a GPU multiplies many times faster; by
-            default float16 on a GPU. Rounding them to 11 bits swaps neighbors whose cosines
-            differ by less than 5e-4.
+            default float16 on a GPU. Its 11 bits swap neighbors whose cosines differ by less than
+            5e-4.
 
     Returns:
         [M, min(5, K)] int64 class ids. Beyond the inputs, memory is bounded by
         chunk * (2 N + d + 2 K + O(k)) + N numbers, whatever M is (the factors 2 are the working
-        space of a top-k and of a sort), and with float16 by N d numbers of 16 bits more.
+        space of top-k and sort); float16 adds N d numbers of 16 bits.
 
     Raises:
         ValueError: the bank has fewer than k images, or shapes, labels or temperature are wrong.
@@ -58,10 +58,7 @@ def knn_predict(
             f"queries must be [M, {bank.shape[1]}] like the bank: got {tuple(queries.shape)}"
         )
     if not 1 <= k <= len(bank):
-        raise ValueError(
-            f"kNN with k={k} needs a bank of at least {k} images, and k at least 1: "
-            f"the bank has {len(bank)}"
-        )
+        raise ValueError(f"kNN needs 1 <= k <= images in the bank: got k={k} and {len(bank)}")
     if temperature <= 0:
         raise ValueError(f"kNN temperature={temperature} is not positive: use 0.07, for instance")
     chunk = max(1, MAX_SIMILARITIES // len(bank)) if chunk is None else chunk
@@ -83,7 +80,7 @@ def knn_predict(
         cosine = F.normalize(part.float(), dim=1).to(dtype) @ bank.mT  # [chunk, N]
         nearest, neighbors = cosine.mul_(inverse_norms).topk(k, dim=1)  # [chunk, k]
         nearest = nearest.float()
-        # Relative to the nearest one, which changes no ranking and cannot overflow.
+        # Relative to the nearest neighbor, which changes no ranking and cannot overflow.
         votes = ((nearest - nearest[:, :1]) / temperature).exp()
         totals = votes.new_zeros(len(part), classes)
         totals.scatter_add_(1, bank_labels[neighbors], votes)
@@ -100,23 +97,15 @@ def knn_accuracy(
     classes: int,
     k: int = 20,
     temperature: float = 0.07,
-    chunk: int | None = None,
-    dtype: torch.dtype | None = None,
-) -> dict[str, float]:
-    """Accuracy of `knn_predict`, in percent.
+) -> tuple[float, float]:
+    """Top-1 and top-5 accuracy of `knn_predict` in percent; with fewer classes, over all of them.
 
     Args:
         query_labels: [M] int64 class ids of the queries; the rest as in `knn_predict`.
 
-    Returns:
-        {"top1": ..., "top5": ...}; with fewer than 5 classes, top5 is over all of them.
-
     Raises:
-        ValueError: as `knn_predict`, or the query labels do not fit the queries.
+        ValueError: as `knn_predict`, or the query labels do not match the queries.
     """
     check_labels(queries, query_labels, classes, "query")
-    ranking = knn_predict(
-        bank, bank_labels, queries, classes=classes, k=k, temperature=temperature, chunk=chunk,
-        dtype=dtype,
-    )  # fmt: skip
-    return {f"top{best}": topk_accuracy(ranking, query_labels, best) for best in (1, TOP)}
+    ranking = knn_predict(bank, bank_labels, queries, classes=classes, k=k, temperature=temperature)
+    return topk_accuracy(ranking, query_labels, 1), topk_accuracy(ranking, query_labels, TOP)

@@ -1,4 +1,4 @@
-"""What is evaluated: the backbone of a run's checkpoint, or of a file of any trainer."""
+"""Loading the backbone to evaluate: of a run's checkpoint, or of a file from any trainer."""
 
 import hashlib
 from dataclasses import dataclass, replace
@@ -18,20 +18,20 @@ from rdm_fast.run.folder import read_config
 from rdm_fast.runtime.distributed import print0
 
 FOLDER = "evaluation"
-"""Inside the run folder: cached embeddings, and one JSON file of results a protocol and step."""
+"""Inside the run folder: cached embeddings, and a JSON file for each step and protocol."""
 
 
 @dataclass(frozen=True, slots=True)
-class Subject:
-    """A backbone, and the data and views it is evaluated with.
+class LoadedBackbone:
+    """A backbone with its data and views.
 
     Attributes:
         backbone: on the CPU, in evaluation mode.
-        projector: of the same checkpoint, for the spectrum of its projections; files have none.
-        config: of the run, or of the recipe that was named.
-        key: what its weights are: changes with any of them.
-        name: begins the names of the files that are written of it.
-        folder: where those go.
+        projector: of the same checkpoint, for the spectrum of its projections; None for files.
+        config: of the run, or of the named recipe.
+        key: identifies the weights: it changes with any of them.
+        name: prefix of the files that an evaluation writes.
+        folder: where those files go.
     """
 
     backbone: nn.Module
@@ -42,34 +42,33 @@ class Subject:
     folder: Path
 
 
-def find_subject(command: EvaluateCommand) -> Subject:
-    """What the command names, loaded strictly.
+def load_for_evaluation(command: EvaluateCommand) -> LoadedBackbone:
+    """The backbone that a command names, loaded strictly.
 
     Raises:
-        InputMissing: there is nothing, or no sound checkpoint.
-        DataError: it cannot be used.
-        UsageError: flags that are for files alone, or one of those missing.
+        InputMissing: the path does not exist, or has no sound checkpoint.
+        DataError: the weights cannot be used.
+        UsageError: a flag for files is given with a run, or one that a file needs is missing.
     """
     path = Path(command.checkpoint)
     if path.is_file():
-        return _of_file(path, command)
-    given = {
+        return _load_file(path, command)
+    for_files = {
         "--recipe": command.recipe, "--arch": command.arch != "auto",
         "--stem": command.stem != "auto", "--prefix": command.prefix,
     }  # fmt: skip
-    if any(given.values()):
-        flag = next(flag for flag, value in given.items() if value)
-        raise UsageError(f"{flag} is for a file of weights: {path} has a configuration of its own")
+    if flag := next((flag for flag, value in for_files.items() if value), None):
+        raise UsageError(f"{flag} is for a file of weights, and {path} has its own configuration")
     path = find_checkpoint(path)
     run = path.parent.parent
-    config = _changed(read_config(run), command)
-    method = load_method(path, config)
+    config = _override(read_config(run), command)
+    method, _ = load_method(path, config)
     folder = Path(command.out) if command.out else run / FOLDER
     key = (path / checkpoint.MANIFEST).read_text(encoding="utf-8")
-    return Subject(method.backbone, method.projector, config, key, path.name, folder)
+    return LoadedBackbone(method.backbone, method.projector, config, key, path.name, folder)
 
 
-def _changed(config: Config, command: EvaluateCommand) -> Config:
+def _override(config: Config, command: EvaluateCommand) -> Config:
     if command.precision != "auto":
         config = replace(config, precision=command.precision)
     if command.data_root is not None:
@@ -77,13 +76,13 @@ def _changed(config: Config, command: EvaluateCommand) -> Config:
     return config
 
 
-def _of_file(path: Path, command: EvaluateCommand) -> Subject:
+def _load_file(path: Path, command: EvaluateCommand) -> LoadedBackbone:
     if not command.recipe:
         raise UsageError(
-            f"{path} is a file of weights, which says nothing of images: name a recipe whose data "
-            f"set and views to use, such as --recipe {next(reversed(RECIPES))}"
+            f"{path} has weights but no data set: name a recipe whose data set and views to use, "
+            f"such as --recipe {next(reversed(RECIPES))}"
         )
-    config = _changed(RECIPES[command.recipe](), command)
+    config = _override(RECIPES[command.recipe](), command)
     found = read_backbone(path, command.prefix)
     try:
         model = replace(
@@ -101,32 +100,32 @@ def _of_file(path: Path, command: EvaluateCommand) -> Subject:
     with path.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     folder = Path(command.out) if command.out else path.with_name(f"{path.name}-{FOLDER}")
-    return Subject(
+    return LoadedBackbone(
         backbone.eval(), None, replace(config, model=model),
         f"{digest} {model.backbone} {model.stem} {command.prefix}", path.stem, folder,
     )  # fmt: skip
 
 
 def find_checkpoint(path: Path) -> Path:
-    """The step folder that a run folder's newest sound checkpoint is, or `path` itself.
+    """The step folder of a run folder's newest sound checkpoint, or `path` if it is one.
 
     Raises:
-        InputMissing: there is no checkpoint there.
+        InputMissing: there is no checkpoint.
     """
     if not path.exists():
         raise InputMissing(f"{path} does not exist: give a run folder, or a step folder inside it")
-    if (path / "manifest.json").exists() or path.name.startswith("step-"):
+    if (path / checkpoint.MANIFEST).exists() or path.name.startswith("step-"):
         return path
     if not (path / "config.yaml").exists():
-        raise InputMissing(f"{path} is neither a run folder nor a checkpoint of one")
+        raise InputMissing(f"{path} is neither a run folder nor a checkpoint: give one of them")
     found = checkpoint.newest(path / "checkpoints", lambda text: print0(f"warning: {text}"))
     if found is None:
         raise InputMissing(f"the run in {path} has no sound checkpoint: train it first")
     return found
 
 
-def load_method(path: Path, config: Config) -> Method:
-    """The method of a step folder, in evaluation mode on the CPU; says how many tensors matched.
+def load_method(path: Path, config: Config) -> tuple[Method, int]:
+    """The method of a step folder, in evaluation mode on the CPU, and its step.
 
     Raises:
         DataError: the checkpoint is damaged, or of another architecture.
@@ -136,4 +135,4 @@ def load_method(path: Path, config: Config) -> Method:
     what = f"checkpoint {path} (read as a {config.model.backbone} with a {config.method} head)"
     count = load_strict(method, snapshot.model, what)
     print0(f"{path}: {count} of {count} tensors matched, 0 missing, step {snapshot.step}")
-    return method.eval()
+    return method.eval(), snapshot.step

@@ -1,6 +1,6 @@
 """Logistic regression to convergence: the strongest linear probe where images are few.
 
-scikit-learn's, on standardized embeddings, with the strength of the penalty by cross-validation.
+scikit-learn's solver on standardized embeddings, with the penalty chosen by cross-validation.
 """
 
 import numpy as np
@@ -27,14 +27,14 @@ def fit_logistic(
     Args:
         features: embeddings, [N, d].
         labels: [N] int64 class ids; at least FOLDS images of every class that occurs.
-        classes: number of classes K. One that does not occur is never predicted.
+        classes: number of classes K. A class that does not occur is never predicted.
         seed: of the folds.
 
     Returns:
-        The classifier of embeddings as they are, and the chosen C.
+        The classifier of raw embeddings, and the chosen C.
 
     Raises:
-        ValueError: features and labels do not fit together, or a class has too few images.
+        ValueError: features and labels do not match, or a class has too few images.
     """
     check_labels(features, labels, classes, "training")
     fewest = int(torch.bincount(labels)[labels.unique()].min())
@@ -57,7 +57,5 @@ def fit_logistic(
     weight = np.zeros((classes, features.shape[1]))
     bias = np.full(classes, -np.inf)
     weight[model.classes_], bias[model.classes_] = rows, offsets
-    device = features.device
-    return LinearClassifier(
-        torch.from_numpy(weight).float().to(device), torch.from_numpy(bias).float().to(device)
-    ), float(model.C)
+    classifier = LinearClassifier(torch.from_numpy(weight).float(), torch.from_numpy(bias).float())
+    return classifier.to(features.device), float(model.C)

@@ -1,8 +1,8 @@
-"""A linear classifier that learns beside a run, on the embeddings that the run makes anyway.
+"""A linear classifier that trains during a run, on the embeddings of its training steps.
 
-It reads the backbone's outputs as they pass, detached, and is trained on them by SGD from the
-gradient in closed form, so nothing of it is in the run's autograd graph, in its parameters or in
-its random state: the run's weights are the same bits with it and without.
+It reads the backbone's outputs, detached, and trains by SGD with the gradient in closed form. It
+adds nothing to the run's autograd graph, parameters or random state, so the run's weights are
+bitwise the same with and without it.
 
     dL/dW = (softmax(e W^T + b) - onehot(y))^T e / n,    over the labeled rows e of all ranks
 """
@@ -25,24 +25,24 @@ from rdm_fast.evaluation.probe import LinearClassifier
 from rdm_fast.runtime.distributed import world_size
 
 LR, MOMENTUM = 0.1, 0.9
-"""The released code's online classifier, at the peak of the run's own schedule."""
+"""As the released code's online classifier, at the peak of the run's schedule."""
 VIEWS = 2
 BATCH = 256
 NEIGHBORS = 20
 
 
 class OnlineProbe:
-    """The classifier of one run; without log.probe or labels it does nothing."""
+    """The online classifier of a run; without log.probe or labels it does nothing."""
 
     def __init__(
         self, config: Config, images: ImageSet, backbone: nn.Module, device: torch.device
     ) -> None:
-        """Listen to `backbone`, which is in training mode during steps and only then."""
+        """Record the outputs of `backbone`, which is in training mode during steps only."""
         self.config, self.device = config, device
         self.classes = len(images.classes) if images.labels is not None else 0
         self.is_on = config.log.probe and self.classes > 0
         self._tensors: dict[str, Tensor] = {}
-        # Both views of every accumulated part; what passes before, only to look ahead, falls out.
+        # Both views of every accumulated part. Earlier outputs, such as warm-up's, are dropped.
         self._seen: deque[Tensor] = deque(maxlen=VIEWS * config.optim.accumulate)
         if self.is_on:
             backbone.register_forward_hook(self._listen)
@@ -60,13 +60,13 @@ class OnlineProbe:
 
     @torch.no_grad()
     def update(self, labels: Tensor, lr: float, skipped: Tensor) -> None:
-        """Learn from the embeddings of the step that was just done.
+        """Train on the embeddings of the last step.
 
         Args:
-            labels: of this rank's images, [b] int64, -1 without one.
-            lr: the run's learning rate in that step, whose schedule the probe follows.
-            skipped: 0-d, on the device, not zero for a step that was not finite: nothing is learnt
-                from it either, and nothing waits to know.
+            labels: of this rank's images, [b] int64, -1 for no label.
+            lr: the run's learning rate in that step; the probe follows its schedule.
+            skipped: 0-d, on the device, not zero if the step was skipped; then the probe skips it
+                too, without waiting for the device.
         """
         if not self.is_on:
             return
@@ -77,7 +77,7 @@ class OnlineProbe:
         if not self._tensors:
             self._tensors = self._start(embedding.shape[1])
         t = self._tensors
-        counts = (target >= 0).float()[:, None]  # a mask: to select rows would wait for the device
+        counts = (target >= 0).float()[:, None]  # selecting rows would wait for the device
         with torch.autocast(self.device.type, enabled=False):
             shares = F.linear(embedding, t["weight"], t["bias"]).softmax(dim=1)
             error = (shares - F.one_hot(target.clamp_min(0), self.classes)) * counts
@@ -95,7 +95,7 @@ class OnlineProbe:
 
     @property
     def classifier(self) -> LinearClassifier | None:
-        """As it stands, on the CPU; None before the first step or where there is none."""
+        """The current classifier, on the CPU; None before the first step or without a probe."""
         if not self._tensors:
             return None
         return LinearClassifier(self._tensors["weight"].cpu(), self._tensors["bias"].cpu())
@@ -123,10 +123,9 @@ def online_accuracies(
     """Top-1 accuracies in percent on the test images; every rank embeds its share.
 
     Returns:
-        `knn_top1`, weighted kNN on a bank of log.knn_bank labeled training images at most, evenly
-        spread, so that memory does not grow with the data set; and `probe_top1`, of the probe if
-        one is given. Images that cannot be read are left out. Empty where training or test images
-        have no labels.
+        `knn_top1`, of weighted kNN with a bank of at most log.knn_bank labeled training images,
+        evenly spread; and `probe_top1`, of the probe if one is given. Unreadable images are
+        skipped. Empty if training or test images have no labels.
     """
     if train.labels is None or test is None or test.labels is None:
         return {}
@@ -140,16 +139,12 @@ def online_accuracies(
     queries, test_images = embed(backbone, test, config, device, batch=BATCH)
     if len(bank) < NEIGHBORS:
         return {}
+    bank_labels = torch.from_numpy(train.labels[chosen])[bank_images]
     labels = torch.from_numpy(test.labels)[test_images]
-    accuracy = knn_accuracy(
-        bank,
-        torch.from_numpy(train.labels[chosen])[bank_images],
-        queries,
-        labels,
-        classes=len(train.classes),
-        k=NEIGHBORS,
+    top1, _ = knn_accuracy(
+        bank, bank_labels, queries, labels, classes=len(train.classes), k=NEIGHBORS
     )
-    found = {"knn_top1": accuracy["top1"]}
+    found = {"knn_top1": top1}
     if probe is not None:
         found["probe_top1"] = topk_accuracy(rank_classes(probe.logits(queries), 1), labels, 1)
     return found

@@ -1,4 +1,4 @@
-"""What `eval_linear` can be asked to do. Nothing here imports torch."""
+"""Command line of `eval_linear`. Nothing here imports torch."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -8,47 +8,47 @@ from typing import Literal
 import tyro
 
 from rdm_fast.config import BackboneName, Precision, Stem
+from rdm_fast.config.checks import require, require_choices
 from rdm_fast.config.parallel import check_nproc
 from rdm_fast.config.recipes import RECIPES
 from rdm_fast.errors import UsageError
-from rdm_fast.evaluation.protocols import FINETUNE, ITERATED, PROTOCOLS, Protocol, find_protocol
+from rdm_fast.evaluation.protocols import AUTO, FINETUNE, ITERATED, PROTOCOLS, Protocol
 
 FEATURE_SUFFIXES = (".npz", ".safetensors")
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateCommand:
-    """What `eval_linear` was asked to do."""
+    """Score a backbone by a linear probe and kNN."""
 
     checkpoint: tyro.conf.Positional[str]
     """A run folder (its newest checkpoint), one step folder inside its checkpoints, or a file of
-    weights of this or another trainer."""
+    weights from this or another trainer."""
     protocol: str = "auto"
     """Linear probe on frozen features, by name; auto chooses by data set."""
     epochs: int = 0
-    """Passes over the training images, for protocols that have them; 0 takes the protocol's."""
+    """Passes over the training images; 0 takes the protocol's."""
     lr: float = 0.0
-    """Learning rate of the first epoch, for such protocols; 0 takes the protocol's."""
+    """Learning rate of the first epoch; 0 takes the protocol's."""
     augment: bool = False
-    """Train the probe on random crops and flips, embedded anew in every epoch, as the published
+    """Train the probe on a new random crop and flip of each image in every epoch, as the published
     protocols do, instead of on cached features."""
     finetune: bool = False
     """Train the backbone too, from the checkpoint, on random crops and flips."""
     recipe: str = ""
-    """Of a file of weights: the recipe whose data set and views it is evaluated with."""
+    """For a file of weights: the recipe whose data set and views to use."""
     arch: Literal[BackboneName, "auto"] = "auto"
-    """Of a file of weights: its backbone, which auto reads from the tensors."""
+    """For a file of weights: its backbone; auto reads it from the tensors."""
     stem: Literal[Stem, "auto"] = "auto"
-    """Of a file of weights: its first layers. Tensors do not tell cifar from cifar_pad2: auto takes
-    what an export noted, else cifar_pad2 for solo-learn and cifar for others."""
+    """For a file of weights: its first layers. Tensors do not distinguish cifar from cifar_pad2:
+    auto takes what an export noted, else cifar_pad2 for solo-learn and cifar for others."""
     prefix: str | None = None
-    """Of a file of weights: what the names of the backbone's tensors begin with, if that is no
-    layout known here."""
+    """For a file of weights in an unknown layout: the prefix of the backbone's tensor names."""
     features_out: str = ""
     """Also write embeddings and labels of both sets to this new .npz or .safetensors file."""
     out: str = ""
-    """Folder of cached embeddings and results; by default evaluation/ in the run folder, or FILE's
-    name with -evaluation beside a file of weights."""
+    """Folder for cached embeddings and results; by default evaluation/ in the run folder, or
+    FILE-evaluation beside a file of weights."""
     data_root: str | None = None
     """Where the data set is now, if not where the run found it."""
     batch: int = 256
@@ -58,67 +58,68 @@ class EvaluateCommand:
     seed: int = 0
     """Seed of the probe."""
     nproc: str = "1"
-    """Ranks to start on this machine: a number, gpu (one a GPU), or auto (gpu, or 1 without)."""
-    device: str = "auto"
-    """auto, cpu or cuda."""
+    """Ranks to start on this machine: a number, gpu (one for each GPU), or auto (gpu, or 1 without
+    GPUs)."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to run; auto takes a GPU if there is one."""
     debug: bool = False
     """Show the traceback of an error."""
 
     def __post_init__(self) -> None:
         check_nproc(self.nproc)
-        if self.protocol != "auto" and self.protocol not in PROTOCOLS:
-            raise ValueError(f"protocol={self.protocol} is unknown: use auto, {_or(PROTOCOLS)}")
-        if self.device not in ("auto", "cpu", "cuda"):
-            raise ValueError(f"device={self.device} is unknown: use auto, cpu or cuda")
-        if self.recipe and self.recipe not in RECIPES:
-            raise ValueError(f"recipe={self.recipe} is unknown: use {_or(RECIPES)}")
-        if self.batch < 1:
-            raise ValueError(f"batch={self.batch}: give 1 or more images")
-        if self.epochs < 0 or self.lr < 0:
-            raise ValueError(
-                f"epochs={self.epochs} and lr={self.lr}: give numbers above 0, or leave them out"
-            )
-        if self.finetune and (self.augment or self.protocol != "auto"):
-            raise ValueError("finetune has a protocol of its own: leave out protocol and augment")
-        if self.finetune and self.precision == "fp16":
-            raise ValueError("finetune with precision=fp16 has no loss scaling: use bf16 or fp32")
-        if self.features_out and Path(self.features_out).suffix not in FEATURE_SUFFIXES:
-            raise ValueError(
-                f"features_out={self.features_out}: name a file {_or(FEATURE_SUFFIXES)}"
-            )
+        require_choices("", self)
+        require(
+            self.protocol in ("auto", *PROTOCOLS),
+            f"protocol={self.protocol} is unknown: use auto, {_or(PROTOCOLS)}",
+        )
+        require(
+            not self.recipe or self.recipe in RECIPES,
+            f"recipe={self.recipe} is unknown: use {_or(RECIPES)}",
+        )
+        require(self.batch >= 1, f"batch={self.batch}: give 1 or more images")
+        require(
+            self.epochs >= 0 and self.lr >= 0,
+            f"epochs={self.epochs} and lr={self.lr}: give numbers above 0, or leave them out",
+        )
+        require(
+            not self.finetune or (self.protocol == "auto" and not self.augment),
+            "finetune has its own protocol: leave out protocol and augment",
+        )
+        require(
+            not self.finetune or self.precision != "fp16",
+            "finetune with precision=fp16 has no loss scaling: use bf16 or fp32",
+        )
+        require(
+            not self.features_out or Path(self.features_out).suffix in FEATURE_SUFFIXES,
+            f"features_out={self.features_out}: name a file {_or(FEATURE_SUFFIXES)}",
+        )
 
     def protocol_for(self, data: str) -> Protocol:
-        """The protocol that is meant, for a data set.
+        """The protocol for a data set, with this command's changes.
 
         Raises:
-            UsageError: epochs, lr or augment are given to one that is not trained in epochs.
+            UsageError: epochs, lr or augment are given for a protocol without epochs.
         """
         if self.finetune:
             protocol = FINETUNE
-        elif self.augment and self.protocol == "auto":
-            protocol = PROTOCOLS["reference-cifar"]
+        elif self.protocol != "auto":
+            protocol = PROTOCOLS[self.protocol]
         else:
-            protocol = find_protocol(self.protocol, data)
-        changes: dict[str, float] = {}
-        if self.epochs:
-            changes["epochs"] = self.epochs
-        if self.lr:
-            changes["lr"] = self.lr
-        if (self.augment or "lr" in changes) and protocol.solver not in ITERATED:
-            raise UsageError(
-                f"--augment and --lr are for protocols that are trained in epochs, and "
-                f"{protocol.name} is not: use --protocol {_or(_iterated())}"
-            )
-        if changes and protocol.epochs == 0:
-            raise UsageError(
-                f"--epochs: {protocol.name} is not trained in epochs; "
-                f"use --protocol {_or(_iterated())}"
-            )
-        return replace(protocol, **changes)  # type: ignore[arg-type]
-
-
-def _iterated() -> list[str]:
-    return [name for name, protocol in PROTOCOLS.items() if protocol.solver in ITERATED]
+            name = "reference-cifar" if self.augment else AUTO.get(data, "reference-cifar")
+            protocol = PROTOCOLS[name]
+        has_rate = protocol.solver in ITERATED
+        for flag, given, allowed in (
+            ("--augment", self.augment, has_rate),
+            ("--lr", self.lr > 0, has_rate),
+            ("--epochs", self.epochs > 0, protocol.epochs > 0),
+        ):
+            if given and not allowed:
+                iterated = [p.name for p in PROTOCOLS.values() if p.solver in ITERATED]
+                raise UsageError(
+                    f"{flag} is for protocols that train in epochs, and {protocol.name} does not: "
+                    f"use --protocol {_or(iterated)}"
+                )
+        return replace(protocol, epochs=self.epochs or protocol.epochs, lr=self.lr or protocol.lr)
 
 
 def _or(names: Iterable[str]) -> str:

@@ -1,20 +1,20 @@
 """Named settings of linear evaluation. Nothing here imports torch.
 
 The reference protocols are those of the RDM paper's released code (arXiv:2303.02387;
-PKU-ML/Rank-Differential-Mechanism), with one difference: embeddings are computed once, from the
-evaluation view of each image, and cached. With --augment the training images are cropped and
-flipped anew in every epoch, as the reference does (`rdm_fast.evaluation.train_on_views`).
+PKU-ML/Rank-Differential-Mechanism), with one difference: each image is embedded once, from its
+evaluation view, and cached. --augment draws a new crop and flip of every training image in each
+epoch, as the reference does (`rdm_fast.evaluation.train_on_views`).
 """
 
 import math
 from dataclasses import dataclass
 from typing import Literal
 
-from rdm_fast.errors import UsageError
+from rdm_fast.config.checks import require
 
 Solver = Literal["sgd", "lars", "sgd-sweep", "closed-form", "logistic"]
 ITERATED = ("sgd", "lars")
-"""Those with one learning rate, which can also be trained on views that are drawn anew."""
+"""Solvers with one learning rate, which can also train on random views (--augment)."""
 Schedule = Literal["steps", "cosine"]
 Init = Literal["default", "normal"]
 
@@ -23,7 +23,7 @@ Init = Literal["default", "normal"]
 class Protocol:
     """How a linear classifier is fitted to frozen embeddings, and how neighbors vote.
 
-    The closed form uses `standardize` and the kNN fields only, the logistic probe only the latter.
+    The closed form uses only `standardize` and the kNN fields, the logistic probe only the latter.
     """
 
     name: str
@@ -34,72 +34,70 @@ class Protocol:
     epochs: int = 0
     """Passes over the training embeddings."""
     batch: int = 256
-    """Embeddings in one update; a smaller training set is one batch. See `batch_for`."""
+    """Embeddings in one update; see `batch_for`."""
     lr: float = 0.0
-    """Learning rate of the first epoch, for `batch` as it stands here; never rescaled."""
+    """Learning rate of the first epoch, for `batch` images; never rescaled."""
     schedule: Schedule = "cosine"
-    """cosine falls to 0; steps multiplies by 0.1 at each milestone. Both move once an epoch."""
+    """cosine falls to 0, steps multiplies by 0.1 at each milestone; both change once an epoch."""
     milestones: tuple[float, ...] = ()
-    """Shares of the epochs after which schedule=steps lowers the learning rate."""
+    """Fractions of the epochs after which schedule=steps lowers the learning rate."""
     weight_decay: float = 0.0
     """Weight decay of weight and bias."""
     lrs: tuple[float, ...] = ()
-    """Candidates for lr, of solver=sgd-sweep."""
+    """Candidates for lr in solver=sgd-sweep."""
     weight_decays: tuple[float, ...] = ()
-    """Candidates for weight_decay, of solver=sgd-sweep."""
+    """Candidates for weight_decay in solver=sgd-sweep."""
     momentum: float = 0.9
     """Momentum of SGD and LARS."""
     init: Init = "default"
-    """default is torch.nn.Linear's uniform one; normal draws N(0, 0.01^2) with zero bias."""
+    """default is torch.nn.Linear's uniform; normal is N(0, 0.01^2) with zero bias."""
     standardize: bool = False
-    """Fit on embeddings with zero mean and unit variance in each dimension of the training set."""
+    """Fit to embeddings with zero mean and unit variance in each dimension."""
     trust_coefficient: float = 0.001
-    """Trust coefficient of LARS, whose learning rate is not clipped (apex's LARC, clip=False)."""
+    """Trust coefficient of LARS without clipping (apex's LARC, clip=False)."""
     knn_k: int = 20
-    """Neighbors that vote."""
+    """Number of neighbors that vote."""
     knn_temperature: float = 0.07
     """Temperature T of a vote exp(cosine / T)."""
 
     def __post_init__(self) -> None:
-        if self.solver in ITERATED and (self.epochs < 1 or self.batch < 1 or self.lr <= 0):
-            raise ValueError(
-                f"protocol {self.name} has epochs={self.epochs}, batch={self.batch} and "
-                f"lr={self.lr}: solver={self.solver} needs at least 1 epoch, a batch of at least "
-                "1 and a positive lr"
-            )
-        if self.solver == "sgd-sweep" and (
-            self.epochs < 1 or self.batch < 1 or not self.lrs or not self.weight_decays
-        ):
-            raise ValueError(
-                f"protocol {self.name}: solver=sgd-sweep needs epochs, a batch, and candidates in "
-                "lrs and weight_decays"
-            )
-        if (self.schedule == "steps") != bool(self.milestones):
-            raise ValueError(
-                f"protocol {self.name} has schedule={self.schedule} with "
-                f"milestones={self.milestones}: steps needs milestones, cosine has none"
-            )
+        has_epochs = self.epochs >= 1 and self.batch >= 1
+        require(
+            self.solver not in ITERATED or (has_epochs and self.lr > 0),
+            f"protocol {self.name} has epochs={self.epochs}, batch={self.batch} and lr={self.lr}: "
+            f"solver={self.solver} needs 1 or more epochs and images, and a positive lr",
+        )
+        require(
+            self.solver != "sgd-sweep" or (has_epochs and bool(self.lrs and self.weight_decays)),
+            f"protocol {self.name}: solver=sgd-sweep needs epochs, a batch, and candidates in lrs "
+            "and weight_decays",
+        )
+        require(
+            (self.schedule == "steps") == bool(self.milestones),
+            f"protocol {self.name} has schedule={self.schedule} with milestones={self.milestones}: "
+            "steps needs milestones, cosine has none",
+        )
 
     def lr_at(self, epoch: int) -> float:
-        """Learning rate of an epoch, counted from 0."""
-        return self.lr * self.share_at(epoch)
+        """Learning rate in an epoch, counted from 0."""
+        return self.lr * self.decay_at(epoch)
 
-    def share_at(self, epoch: int) -> float:
-        """What an epoch's learning rate is of the first one's."""
+    def decay_at(self, epoch: int) -> float:
+        """Learning rate in an epoch divided by that of the first."""
         if self.schedule == "cosine":
             return (1 + math.cos(math.pi * epoch / self.epochs)) / 2
         return 0.1 ** sum(epoch >= round(share * self.epochs) for share in self.milestones)
 
     def batch_for(self, images: int) -> int:
-        """Images of one update on a training set of this size.
+        """Images in one update on a training set of this size.
 
-        A set smaller than `batch` is one batch, at the same learning rate; results say which
-        batch was used. Solvers without epochs use all images at once.
+        A set smaller than `batch` is one batch, at the same learning rate. Solvers without epochs
+        use all images at once.
         """
         return min(self.batch, images) if self.epochs else images
 
 
-def _imagenet100(name: str, lr: float) -> Protocol:
+def _steps(name: str, lr: float) -> Protocol:
     return Protocol(
         name=name, solver="sgd", epochs=100, lr=lr, schedule="steps", milestones=(0.6, 0.8)
     )
@@ -110,20 +108,12 @@ PROTOCOLS: dict[str, Protocol] = {
     for protocol in (
         Protocol(name="closed-form", solver="closed-form"),
         Protocol(name="logistic", solver="logistic", standardize=True),
-        # The reference reports its online classifier for CIFAR and ships no offline probe; this
-        # one has that classifier's learning rate and batch, without warm-up.
+        # The reference has no offline probe for CIFAR: these are the learning rate and batch of
+        # its online classifier, without warm-up.
         Protocol(name="reference-cifar", solver="sgd", epochs=100, lr=0.1),
-        # solo-learn has no script for CIFAR: its general_linear.sh, as it stands
-        Protocol(
-            name="solo-cifar",
-            solver="sgd",
-            epochs=100,
-            lr=0.1,
-            schedule="steps",
-            milestones=(0.6, 0.8),
-        ),
-        _imagenet100("reference-imagenet100", lr=30.0),  # rdmsimsiam_linear.sh
-        _imagenet100("reference-imagenet100-byol", lr=0.3),  # rdmbyol_linear.sh
+        _steps("solo-cifar", lr=0.1),  # solo-learn's general_linear.sh; it has none for CIFAR
+        _steps("reference-imagenet100", lr=30.0),  # rdmsimsiam_linear.sh
+        _steps("reference-imagenet100-byol", lr=0.3),  # rdmbyol_linear.sh
         Protocol(  # main_lincls.py --lars: lr is 0.1 * batch / 256
             name="reference-imagenet", solver="lars", epochs=90, batch=4096, lr=1.6, init="normal"
         ),
@@ -137,30 +127,10 @@ PROTOCOLS: dict[str, Protocol] = {
         ),
     )
 }
-"""Every named protocol of frozen embeddings."""
+"""Every named protocol for frozen embeddings."""
 
 FINETUNE = Protocol(name="finetune", solver="sgd", epochs=50, lr=0.02)
-"""All weights trained on views drawn anew, from the checkpoint; settings that suit most, and are
-nobody's published ones."""
+"""Trains all weights on random views, from the checkpoint; not a published setting."""
 
-
-def find_protocol(name: str, data: str) -> Protocol:
-    """The protocol of that name.
-
-    Args:
-        name: one of PROTOCOLS, or auto: logistic for digits, which are few; the closed form for
-            one's own images, as it has no setting that might not suit them; else the reference's
-            for CIFAR.
-        data: the data set that is evaluated.
-
-    Raises:
-        UsageError: there is none; the message names those there are.
-    """
-    if name == "auto":
-        own = {"digits": "logistic", "folder": "closed-form", "webdataset": "closed-form"}
-        name = own.get(data, "reference-cifar")
-    if name not in PROTOCOLS:
-        raise UsageError(
-            f"--protocol {name} is not a protocol: choose one of {', '.join(PROTOCOLS)}"
-        )
-    return PROTOCOLS[name]
+AUTO = {"digits": "logistic", "folder": "closed-form", "webdataset": "closed-form"}
+"""Default protocol by data set: few images, or no setting to tune; else reference-cifar."""

@@ -1,99 +1,94 @@
-"""Evaluating a backbone from its images to the saved result: what eval_linear.py does."""
+"""The whole evaluation of a backbone, from images to the saved result."""
 
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
-from safetensors.torch import save
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from rdm_fast.data import ImageSet, load
 from rdm_fast.data.images.sets import Subset
 from rdm_fast.errors import CannotCreate, DataError
-from rdm_fast.evaluation.features import cached_features, embed
-from rdm_fast.evaluation.loaded_backbone import Subject
+from rdm_fast.evaluation.features import Labeled, cached_features, embed, write_tensors
+from rdm_fast.evaluation.loaded_backbone import LoadedBackbone
 from rdm_fast.evaluation.options import EvaluateCommand
-from rdm_fast.evaluation.score import Result, evaluate
+from rdm_fast.evaluation.score import Result, score
 from rdm_fast.evaluation.train_on_views import train_on_views
 from rdm_fast.runtime import atomic_files
 from rdm_fast.runtime.distributed import print0, rank
 from rdm_fast.spectrum import effective_rank, eigenvalues
 
 FIT = 4
-"""Copies of the embeddings that a solver may hold, with room to spare."""
-Sets = tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]
-"""(features, labels) of the training and of the test images."""
+"""GPU memory that scoring needs, as a multiple of the embeddings."""
+SPLITS: tuple[Literal["train", "test"], ...] = ("train", "test")
 
 
-def evaluate_subject(
-    subject: Subject, command: EvaluateCommand, device: torch.device
+def evaluate(
+    loaded: LoadedBackbone, command: EvaluateCommand, device: torch.device
 ) -> Result | None:
-    """Embed all labeled images once, probe the embeddings, print and save the result.
+    """Embed all labeled images once, score the embeddings, print and save the result.
 
     Args:
-        subject: what is evaluated; fine-tuning changes its backbone.
-        command: how.
+        loaded: the backbone and its data; fine-tuning changes its weights.
+        command: protocol, outputs and so on.
         device: where the backbone and the probe run.
 
     Returns:
         The result on rank zero, None on the others.
 
     Raises:
-        UserError: the data, the protocol or an output cannot be used (its subclasses say which).
+        UserError: the data, the protocol or an output cannot be used (see its subclasses).
     """
-    protocol = command.protocol_for(subject.config.data.name)
-    if command.features_out and Path(command.features_out).exists():
-        raise CannotCreate(f"--features-out {command.features_out} exists: name a new file")
-    _require_writable(subject.folder, command)
-    data = subject.config.data
-    train, test = _labeled(load(data, "train")), _labeled(load(data, "test"))
-    subject.backbone.to(device)
+    data = loaded.config.data
+    protocol = command.protocol_for(data.name)
+    _require_outputs(loaded.folder, command)
+    sets = [_labeled(load(data, split)) for split in SPLITS]
+    classes = len(sets[0].classes)
+    loaded.backbone.to(device)
     classifier = None
     if command.augment or command.finetune:
         classifier = train_on_views(
-            subject.backbone, train, subject.config, protocol, classes=len(train.classes),
+            loaded.backbone, sets[0], loaded.config, protocol, classes=classes,
             seed=command.seed, device=device, finetune=command.finetune,
         )  # fmt: skip
-    embedded = _embed(subject, (train, test), command, device)
-    spectrum = _spectrum(subject, test, command, device)
+    embedded = [
+        _embed(loaded, split, images, command, device)
+        for split, images in zip(SPLITS, sets, strict=True)
+    ]
+    spectrum = _spectrum(loaded, sets[1], command, device)
     if rank() != 0:
         return None
-    (train_features, train_labels), (test_features, test_labels) = embedded
     if command.features_out:
         _write_features(Path(command.features_out), embedded)
-    place = _place_for(embedded, device)
-    result = evaluate(
-        train_features.to(place),
-        train_labels.to(place),
-        test_features.to(place),
-        test_labels.to(place),
-        protocol,
-        classes=len(train.classes),
-        seed=command.seed,
-        classifier=classifier.to(place) if classifier is not None else None,
-        trained_on="views" if command.augment or command.finetune else "features",
-    )
-    _report(result, spectrum, subject)
+    place = _choose_place(embedded, device)
+    train, test = ((features.to(place), labels.to(place)) for features, labels in embedded)
+    if classifier is not None:
+        classifier = classifier.to(place)
+    result = score(train, test, protocol, classes=classes, seed=command.seed, classifier=classifier)
+    _report(result, spectrum, loaded)
     return result
 
 
-def _require_writable(folder: Path, command: EvaluateCommand) -> None:
-    """Before hours of embedding: its result has to go somewhere."""
+def _require_outputs(folder: Path, command: EvaluateCommand) -> None:
+    """Find out before hours of embedding whether the results can be written."""
+    if command.features_out and Path(command.features_out).exists():
+        raise CannotCreate(f"--features-out {command.features_out} exists: name a new file")
     try:
         if rank() == 0:
             folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        flag = f"--out {folder}" if command.out else f"{folder}"
         raise CannotCreate(
-            f"{flag} cannot be made ({error.strerror}): give --out a folder that can"
+            f"{'--out ' if command.out else ''}{folder} cannot be created ({error.strerror}): "
+            "give --out a writable folder"
         ) from error
 
 
 def _labeled(images: ImageSet) -> ImageSet:
-    """The images with a label, which a probe needs."""
+    """The images with a label."""
     if images.labels is None or not (images.labels >= 0).any():
         raise DataError(
             "a linear probe needs labels and these images have none: "
@@ -104,43 +99,39 @@ def _labeled(images: ImageSet) -> ImageSet:
 
 
 def _embed(
-    subject: Subject,
-    sets: tuple[ImageSet, ImageSet],
+    loaded: LoadedBackbone,
+    split: str,
+    images: ImageSet,
     command: EvaluateCommand,
     device: torch.device,
-) -> Sets:
-    """Embeddings and labels of both sets, from the cache if it was made for the same everything."""
-    config, found = subject.config, []
-    for split, images in zip(("train", "test"), sets, strict=True):
+) -> Labeled:
+    """Embeddings and labels of a set; cached, unless the backbone has just been fine-tuned."""
 
-        def compute(images: ImageSet = images) -> tuple[Tensor, Tensor]:
-            assert images.labels is not None
-            features, kept = embed(subject.backbone, images, config, device, batch=command.batch)
-            return features, torch.from_numpy(images.labels)[kept]
+    def compute() -> Labeled:
+        assert images.labels is not None
+        features, kept = embed(loaded.backbone, images, config, device, batch=command.batch)
+        return features, torch.from_numpy(images.labels)[kept]
 
-        key: dict[str, object] = {
-            "checkpoint": subject.key,
-            "data": images.digest,
-            "size": config.augment.size,
-            "interpolation": config.augment.interpolation,
-            "mean": config.augment.mean,
-            "std": config.augment.std,
-            "split": split,
-            "precision": config.precision,
-            "device": device.type,
-        }
-        file = subject.folder / f"{subject.name}-{split}.safetensors"
-        # what was fine-tuned just now is no checkpoint's, and is not kept
-        found.append(
-            compute()
-            if command.finetune
-            else cached_features(file, key, compute, whole=len(images))
-        )
-    return found[0], found[1]
+    config = loaded.config
+    key: dict[str, object] = {
+        "checkpoint": loaded.key,
+        "data": images.digest,
+        "size": config.augment.size,
+        "interpolation": config.augment.interpolation,
+        "mean": config.augment.mean,
+        "std": config.augment.std,
+        "split": split,
+        "precision": config.precision,
+        "device": device.type,
+    }
+    if command.finetune:
+        return compute()
+    file = loaded.folder / f"{loaded.name}-{split}.safetensors"
+    return cached_features(file, key, compute, whole=len(images))
 
 
-def _place_for(embedded: Sets, device: torch.device) -> torch.device:
-    """Where probe and kNN run: with the backbone, if the embeddings fit there a few times over."""
+def _choose_place(embedded: list[Labeled], device: torch.device) -> torch.device:
+    """The device for scoring: that of the backbone, if the embeddings fit there FIT times."""
     if device.type != "cuda":
         return device
     size = sum(tensor.nbytes for pair in embedded for tensor in pair)
@@ -155,46 +146,44 @@ def _place_for(embedded: Sets, device: torch.device) -> torch.device:
 
 
 def _spectrum(
-    subject: Subject, test: ImageSet, command: EvaluateCommand, device: torch.device
+    loaded: LoadedBackbone, test: ImageSet, command: EvaluateCommand, device: torch.device
 ) -> Tensor | None:
-    """Eigenvalues of the test images' projections, where there is a projector for them."""
-    if subject.projector is None or command.finetune:
+    """Eigenvalues of the test images' projections; None without a projector."""
+    if loaded.projector is None or command.finetune:
         return None
-    whole = nn.Sequential(subject.backbone, subject.projector.to(device))
-    projections, _ = embed(whole, test, subject.config, device, batch=command.batch)
+    whole = nn.Sequential(loaded.backbone, loaded.projector.to(device))
+    projections, _ = embed(whole, test, loaded.config, device, batch=command.batch)
     return eigenvalues(projections)
 
 
-def _write_features(file: Path, embedded: Sets) -> None:
+def _write_features(file: Path, embedded: list[Labeled]) -> None:
     tensors = {
-        f"{split}_{what}": tensor.cpu().contiguous()
-        for split, pair in zip(("train", "test"), embedded, strict=True)
-        for what, tensor in zip(("features", "labels"), pair, strict=True)
+        f"{split}_{name}": tensor
+        for split, pair in zip(SPLITS, embedded, strict=True)
+        for name, tensor in zip(("features", "labels"), pair, strict=True)
     }
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
         if file.suffix == ".npz":
-            partial = file.with_name(f"{atomic_files.TEMPORARY}{file.name}")
+            file.parent.mkdir(parents=True, exist_ok=True)
             arrays: dict[str, Any] = {name: tensor.numpy() for name, tensor in tensors.items()}
-            np.savez(partial, **arrays)
-            partial.replace(file)
+            with atomic_files.replacing(file) as partial:
+                np.savez(partial, **arrays)
         else:
-            atomic_files.replace(file, save(tensors))
-    except OSError as error:
+            write_tensors(file, tensors)
+    except (SafetensorError, OSError) as error:
         raise CannotCreate(
-            f"--features-out {file} cannot be written ({error.strerror}): name a file that can"
+            f"--features-out {file} cannot be written ({error}): name another file"
         ) from error
     print0(f"embeddings and labels of both sets are in {file}")
 
 
-def _report(result: Result, spectrum: Tensor | None, subject: Subject) -> None:
+def _report(result: Result, spectrum: Tensor | None, loaded: LoadedBackbone) -> None:
     """Print the result and save it, with the eigenvalues of the test images' projections."""
-    file = subject.folder / f"{subject.name}-{result.label}.json"
+    file = loaded.folder / f"{loaded.name}-{result.label}.json"
     plain: dict[str, object] = asdict(result)
     lines = [
         f"{result.test_images} test images of {result.classes} classes, protocol {result.protocol}",
-        f"  linear probe    top-1 {result.top1:6.2f} %   top-5 {result.top5:6.2f} %"
-        + result.chosen_in_words,
+        f"  linear probe    top-1 {result.top1:6.2f} %   top-5 {result.top5:6.2f} %{result.chosen}",
         f"  kNN             top-1 {result.knn_top1:6.2f} %   top-5 {result.knn_top5:6.2f} %",
     ]
     if spectrum is not None:

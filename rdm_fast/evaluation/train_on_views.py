@@ -1,11 +1,12 @@
-"""A probe, or the whole network, trained on views that are drawn anew in every epoch.
+"""Training a probe, or the whole network, on a new random view of each image in every epoch.
 
-The published protocols crop and flip the training images of their probes: each epoch embeds every
-image again, from another crop. As everywhere here, who is seen how is a function of (seed, epoch,
-index). With several ranks each trains on its share of a batch, and gradients are averaged.
+The published protocols crop and flip the training images of their probes, so each epoch embeds
+every image again. As everywhere in this package, a view depends only on (seed, epoch, index). With
+several ranks, each trains on its share of a batch and gradients are averaged.
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -19,17 +20,16 @@ from rdm_fast.data import ImageSet
 from rdm_fast.data.loaders.torch_loader import in_workers
 from rdm_fast.data.views.augment import normalize, view_of_image, views_of_batch
 from rdm_fast.data.views.sampler import ViewParameters, draw_views, epoch_order, step_indices
-from rdm_fast.evaluation.probe import LinearClassifier, initial_weights
+from rdm_fast.evaluation.probe import LinearClassifier, build_optimizer, initial_weights
 from rdm_fast.evaluation.protocols import Protocol
 from rdm_fast.models.batchnorm import synchronize
-from rdm_fast.optim import Lars
 from rdm_fast.runtime.distributed import print0, rank, world_size
 from rdm_fast.runtime.precision import autocast
 
 VIEW = ViewConfig(crop_scale=(0.08, 1.0), flip=0.5)
 """torchvision's RandomResizedCrop and RandomHorizontalFlip with their defaults."""
 LINES = 10
-"""Epochs are reported that often, all in all."""
+"""Number of epochs whose loss is printed."""
 
 
 def train_on_views(
@@ -44,33 +44,34 @@ def train_on_views(
     finetune: bool = False,
     view: ViewConfig = VIEW,
 ) -> LinearClassifier:
-    """Train a linear classifier on random views, and with `finetune` the backbone under it.
+    """Train a linear classifier on random views, and with `finetune` the backbone too.
 
     Args:
-        backbone: on the device, in evaluation mode. Frozen and left as it is, or trained.
-        images: every one with a label.
-        config: side and normalization of the views, precision of the backbone, worker processes.
-        protocol: solver sgd or lars.
+        backbone: on the device, in evaluation mode. Unchanged without `finetune`.
+        images: labeled images.
+        config: size and normalization of the views, precision of the backbone, worker processes.
+        protocol: with solver sgd or lars.
         classes: number of classes K.
         seed: of initial weights, order and views.
         device: where everything runs.
         finetune: train all weights; batch norms then use the batch (over all ranks).
-        view: how a view is drawn.
+        view: distribution of the views.
 
     Returns:
-        The classifier, the same on every rank, for embeddings of the backbone as it is afterwards
-        (in evaluation mode again).
+        The classifier, the same on every rank, for embeddings of the returned backbone (which is
+        in evaluation mode again).
     """
-    d_emb = _width(backbone, config.augment, device)
+    augment = config.augment
+    with torch.no_grad():
+        blank = torch.zeros(1, augment.channels, augment.size, augment.size, device=device)
+        d_emb = int(backbone(blank).shape[1])
     head = nn.Linear(d_emb, classes)
     weight, bias = initial_weights(d_emb, classes, protocol, torch.Generator().manual_seed(seed))
-    with torch.no_grad():
-        head.weight.copy_(weight)
-        head.bias.copy_(bias)
+    head.load_state_dict({"weight": weight, "bias": bias})
     head.to(device)
     backbone.requires_grad_(finetune)
     model: nn.Module = head
-    if finetune:  # laid out as its views are
+    if finetune:  # in the memory format of its views
         model = nn.Sequential(backbone, head).to(memory_format=torch.channels_last)
     if finetune and world_size() > 1:
         model = synchronize(model, device)
@@ -78,7 +79,7 @@ def train_on_views(
     if world_size() > 1:
         devices = [device] if device.type == "cuda" else None
         parallel = DistributedDataParallel(model, device_ids=devices)
-    optimizer = _optimizer(model, protocol)
+    optimizer = build_optimizer([p for p in model.parameters() if p.requires_grad], protocol)
     batch = protocol.batch_for(len(images))
     batch = max(batch - batch % world_size(), world_size())  # the same share for every rank
     if finetune:
@@ -107,28 +108,6 @@ def train_on_views(
     return LinearClassifier(head.weight.detach().float(), head.bias.detach().float())
 
 
-def _width(backbone: nn.Module, augment: AugmentConfig, device: torch.device) -> int:
-    blank = torch.zeros(1, augment.channels, augment.size, augment.size, device=device)
-    with torch.no_grad():
-        return int(backbone(blank).shape[1])
-
-
-def _optimizer(model: nn.Module, protocol: Protocol) -> torch.optim.Optimizer:
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    if protocol.solver == "lars":
-        return Lars(
-            parameters,
-            lr=protocol.lr,
-            momentum=protocol.momentum,
-            weight_decay=protocol.weight_decay,
-            trust_coefficient=protocol.trust_coefficient,
-            clip=False,
-        )
-    return torch.optim.SGD(
-        parameters, protocol.lr, protocol.momentum, weight_decay=protocol.weight_decay
-    )
-
-
 def view_batches(
     images: ImageSet,
     config: Config,
@@ -138,15 +117,15 @@ def view_batches(
     batch: int,
     device: torch.device,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """This rank's share of every whole batch of an epoch.
+    """This rank's share of every full batch of an epoch.
 
     Args:
-        images: to be shown; those that fill no batch are dropped.
-        config: side, interpolation and normalization of a view, and worker processes.
-        view: how a view is drawn.
-        seed, epoch: decide, with an image's index, how it is shown.
+        images: labeled images; those that fill no batch are dropped.
+        config: size, interpolation and normalization of a view, and worker processes.
+        view: distribution of the views.
+        seed, epoch: with an image's index they determine its view.
         batch: images over all ranks.
-        device: where they go.
+        device: where views and labels go.
 
     Yields:
         Views [b, C, S, S], channels_last, and labels [b] int64, on the device.
@@ -157,7 +136,7 @@ def view_batches(
         for step in range(len(order) // batch)
     ]
     assert images.labels is not None
-    make = _OneView(images, config.augment, view, seed, epoch)
+    make = _MakeViews(images, config.augment, view, seed, epoch)
     if images.pixels is not None:
         for part in parts:
             pixels = torch.from_numpy(images.pixels[part]).to(device)
@@ -170,14 +149,15 @@ def view_batches(
         yield normalize(planes, config.augment), labels.to(device, non_blocking=True)
 
 
-class _OneView:
-    """Makes one view of some images, as uint8 [b, S, S, C], and passes their indices on."""
+@dataclass(frozen=True)
+class _MakeViews:
+    """Called in a worker: one view of each image, uint8 [b, S, S, C], and their indices."""
 
-    def __init__(
-        self, images: ImageSet, augment: AugmentConfig, view: ViewConfig, seed: int, epoch: int
-    ) -> None:
-        self.images, self.augment, self.view = images, augment, view
-        self.seed, self.epoch = seed, epoch
+    images: ImageSet
+    augment: AugmentConfig
+    view: ViewConfig
+    seed: int
+    epoch: int
 
     def draw(self, indices: NDArray[np.int64]) -> ViewParameters:
         heights, widths = self.images.sizes[indices].T

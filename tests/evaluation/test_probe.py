@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression, Ridge, RidgeClassifier
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -18,40 +17,18 @@ from rdm_fast.evaluation.probe import (
     LinearClassifier,
     choose_ridge,
     fit_closed_form,
-    fit_lars,
-    fit_sgd,
+    fit_iterated,
 )
 from rdm_fast.evaluation.protocols import PROTOCOLS, Protocol
+from tests.evaluation.embeddings import blobs, digits
 
-TRAIN = 1400
 SGD = PROTOCOLS["reference-cifar"]
 LARS = replace(PROTOCOLS["reference-imagenet"], batch=64)  # its 4096 is for a million images
 
 
-def digits(standard: bool = False) -> tuple[Tensor, Tensor]:
-    """Raw pixels in [0, 1] and labels of all 1797 digits, shuffled; the last 397 are the test."""
-    pixels, labels = load_digits(return_X_y=True)
-    order = np.random.default_rng(0).permutation(len(labels))
-    return torch.tensor(pixels[order] / 16, dtype=torch.float32), torch.tensor(labels[order])
-
-
-def relu_features(d: int = 512) -> tuple[Tensor, Tensor]:
-    """A fixed random hidden layer over the pixels: unlike them, almost linearly separable."""
-    pixels, labels = digits()
-    weight = torch.randn(pixels.shape[1], d, generator=torch.Generator().manual_seed(0))
-    return ((pixels - pixels[:TRAIN].mean(dim=0)) @ weight / 8**0.5).relu(), labels
-
-
-def blobs(n: int = 120, d: int = 5, classes: int = 3) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    labels = torch.arange(n) % classes
-    centers = torch.randn(classes, d, generator=generator)
-    return centers[labels] + torch.randn(n, d, generator=generator), labels
-
-
-def accuracy(classifier: LinearClassifier, features: Tensor, labels: Tensor) -> float:
-    ranking = rank_classes(classifier.logits(features))
-    return topk_accuracy(ranking, labels, 1)
+def fit(features: Tensor, labels: Tensor, protocol: Protocol, seed: int = 0) -> LinearClassifier:
+    classes = int(labels.max()) + 1
+    return fit_iterated(features, labels, classes=classes, protocol=protocol, seed=seed)
 
 
 def closed_form(features: Tensor, labels: Tensor, *, seed: int = 0) -> LinearClassifier:
@@ -59,14 +36,18 @@ def closed_form(features: Tensor, labels: Tensor, *, seed: int = 0) -> LinearCla
     return fit_closed_form(features, labels, classes=10, ridge=ridge)
 
 
+def accuracy(classifier: LinearClassifier, features: Tensor, labels: Tensor) -> float:
+    return topk_accuracy(rank_classes(classifier.logits(features)), labels, 1)
+
+
 # ---- closed form -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("standardize", [False, True])
-@pytest.mark.parametrize("ridge", [1e-2, 1.0, 300.0])
-@pytest.mark.parametrize("n", [40, TRAIN], ids=["N < d", "N > d"])
+@pytest.mark.parametrize("ridge", [1e-2, 300.0])
+@pytest.mark.parametrize("n", [40, 1400], ids=["N < d", "N > d"])
 def test_closed_form_equals_scikit_learns_ridge(n: int, ridge: float, standardize: bool) -> None:
-    features, labels = digits()
+    features, labels = digits()[0]
     features, labels = features[:n] + 3, labels[:n]  # off center, so that the intercept counts
     found = fit_closed_form(features, labels, classes=10, ridge=ridge, standardize=standardize)
     model = Ridge(alpha=ridge)
@@ -83,25 +64,23 @@ def test_closed_form_equals_scikit_learns_ridge(n: int, ridge: float, standardiz
 
 
 def test_predictions_are_those_of_scikit_learns_ridge_classifier() -> None:
-    features, labels = digits()
-    found = fit_closed_form(features[:TRAIN], labels[:TRAIN], classes=10, ridge=1.0)
-    model = RidgeClassifier(alpha=1.0).fit(features[:TRAIN], labels[:TRAIN])
-    test = features[TRAIN:]
+    train, (test, _) = digits()
+    found = fit_closed_form(*train, classes=10, ridge=1.0)
+    model = RidgeClassifier(alpha=1.0).fit(*train)
     assert rank_classes(found.logits(test), 1)[:, 0].tolist() == model.predict(test).tolist()
 
 
 def test_closed_form_sums_moments_over_parts(monkeypatch: pytest.MonkeyPatch) -> None:
-    features, labels = digits()
-    whole = fit_closed_form(features, labels, classes=10, ridge=1.0)
+    train, _ = digits()
+    whole = fit_closed_form(*train, classes=10, ridge=1.0)
     monkeypatch.setattr("rdm_fast.evaluation.probe.ROWS", 100)
-    parts = fit_closed_form(features, labels, classes=10, ridge=1.0)
+    parts = fit_closed_form(*train, classes=10, ridge=1.0)
     torch.testing.assert_close(parts.weight, whole.weight, atol=1e-6, rtol=0)
     torch.testing.assert_close(parts.bias, whole.bias, atol=1e-6, rtol=0)
 
 
 def test_chosen_lambda_is_the_best_on_the_held_out_tenth() -> None:
-    features, labels = digits()
-    features, labels = features[:300], labels[:300]
+    features, labels = (part[:300] for part in digits()[0])
     grid = (1e-6, 1e-2, 1.0, 100.0, 1e4)
     found = choose_ridge(features, labels, classes=10, seed=3, grid=grid)
 
@@ -129,8 +108,8 @@ def test_of_equally_good_lambdas_the_largest_wins() -> None:
     assert found == pytest.approx(1e-1 * 25)  # both eigenvalues are on average 100 * 1/4
 
 
-def test_lambda_follows_the_scale_of_the_embeddings() -> None:
-    features, labels = digits()
+def test_lambda_scales_with_the_embeddings() -> None:
+    features, labels = digits()[0]
     ridge = choose_ridge(features, labels, classes=10, seed=0)
     scaled = choose_ridge(8 * features, labels, classes=10, seed=0)
     assert scaled == pytest.approx(64 * ridge, rel=1e-6)
@@ -151,8 +130,8 @@ def test_sgd_reaches_the_optimum_that_scikit_learn_finds() -> None:
     features, labels = blobs()
     decay = 0.05
     protocol = replace(SGD, epochs=600, batch=len(features), lr=0.5, weight_decay=decay)
-    found = fit_sgd(features, labels, classes=3, protocol=protocol, seed=0)
-    # Ours also decays the bias: for scikit-learn it is the weight of a constant feature.
+    found = fit(features, labels, protocol)
+    # Weight decay includes the bias: for scikit-learn it is the weight of a constant feature.
     X = F.pad(features, (0, 1), value=1.0).double().numpy()
     model = LogisticRegression(
         C=1 / (decay * len(X)), fit_intercept=False, tol=1e-10, max_iter=10_000
@@ -162,22 +141,14 @@ def test_sgd_reaches_the_optimum_that_scikit_learn_finds() -> None:
     np.testing.assert_allclose(parameters.numpy(), model.coef_, atol=1e-5)
 
 
-def initial(fit: Callable[..., LinearClassifier], protocol: Protocol, seed: int = 0) -> Tensor:
-    """Weights [K, d] with the bias as a last column, before the first step that moves anything."""
-    features, labels = blobs()
-    still = replace(protocol, lr=1e-30, epochs=1)
-    start = fit(features, labels, classes=3, protocol=still, seed=seed)
-    return torch.cat([start.weight, start.bias[:, None]], dim=1)
-
-
 def test_lars_follows_larc_with_clip_false() -> None:
     features, labels = blobs()
     n, epochs, decay = len(features), 6, 0.01
     protocol = replace(LARS, epochs=epochs, batch=n, lr=100.0, weight_decay=decay)
-    found = fit_lars(features, labels, classes=3, protocol=protocol, seed=0)
+    found = fit(features, labels, protocol)
 
-    start = initial(fit_lars, protocol).double().numpy()
-    parameters = [start[:, :-1].copy(), np.zeros(3)]
+    start = fit(features, labels, replace(protocol, lr=1e-30, epochs=1)).weight.double().numpy()
+    parameters = [start.copy(), np.zeros(3)]
     buffers = [np.zeros_like(p) for p in parameters]
     X, Y = features.double().numpy(), np.eye(3)[labels.numpy()]
     for epoch in range(epochs):
@@ -194,7 +165,7 @@ def test_lars_follows_larc_with_clip_false() -> None:
             buffer *= 0.9
             buffer += gradient
             p -= lr * buffer
-    assert np.abs(parameters[0] - start[:, :-1]).max() > 0.1 * np.abs(start[:, :-1]).max()
+    assert np.abs(parameters[0] - start).max() > 0.1 * np.abs(start).max()
     # Six steps in float32, whose gradients of order 1 round by 1e-7 relative to the largest
     scale = max(np.abs(p).max() for p in parameters)
     np.testing.assert_allclose(found.weight.numpy(), parameters[0], atol=1e-5 * scale)
@@ -204,8 +175,10 @@ def test_lars_follows_larc_with_clip_false() -> None:
 def test_normal_start_is_small_with_zero_bias_and_default_is_uniform() -> None:
     features, labels = torch.zeros(20, 400), torch.arange(20) % 10
     still = replace(SGD, lr=1e-30, epochs=1)
-    normal = fit_sgd(features, labels, classes=10, protocol=replace(still, init="normal"), seed=0)
-    default = fit_sgd(features, labels, classes=10, protocol=still, seed=0)
+    normal, default = (
+        fit(features, labels, replace(still, init="normal")),
+        fit(features, labels, still),
+    )
     assert normal.bias.abs().max() < 1e-20
     # The deviation of 4000 draws is known to 1 / sqrt(8000) of itself: five of these are allowed.
     assert float(normal.weight.std()) == pytest.approx(0.01, rel=5 / 8000**0.5)
@@ -214,14 +187,11 @@ def test_normal_start_is_small_with_zero_bias_and_default_is_uniform() -> None:
     assert default.bias.abs().max() > 0
 
 
-@pytest.mark.parametrize("fit", [fit_sgd, fit_lars])
-def test_a_fit_is_a_function_of_its_seed(fit: Callable[..., LinearClassifier]) -> None:
-    features, labels = blobs()
-    protocol = replace(SGD, epochs=3, batch=32)
+@pytest.mark.parametrize("solver", ["sgd", "lars"])
+def test_a_fit_depends_on_its_seed_alone(solver: str) -> None:
+    protocol = replace(SGD, epochs=3, batch=32, solver=solver)  # type: ignore[arg-type]
     state = torch.get_rng_state()
-    first, again, other = (
-        fit(features, labels, classes=3, protocol=protocol, seed=seed) for seed in (7, 7, 8)
-    )
+    first, again, other = (fit(*blobs(), protocol, seed) for seed in (7, 7, 8))
     assert torch.equal(torch.get_rng_state(), state)
     assert torch.equal(first.weight, again.weight) and torch.equal(first.bias, again.bias)
     assert not torch.equal(first.weight, other.weight)
@@ -230,20 +200,17 @@ def test_a_fit_is_a_function_of_its_seed(fit: Callable[..., LinearClassifier]) -
 def test_one_batch_of_all_images_does_not_depend_on_their_order() -> None:
     features, labels = blobs()
     protocol = replace(SGD, epochs=20, batch=10_000)  # more than there are
-    found = fit_sgd(features, labels, classes=3, protocol=protocol, seed=0)
-    turned = fit_sgd(features.flip(0), labels.flip(0), classes=3, protocol=protocol, seed=0)
+    turned = fit(features.flip(0), labels.flip(0), protocol)
+    found = fit(features, labels, protocol)
     torch.testing.assert_close(found.weight, turned.weight, atol=1e-5, rtol=0)
 
 
-def test_the_rest_of_an_epoch_that_fills_no_batch_is_dropped() -> None:
+def test_images_that_fill_no_batch_are_dropped() -> None:
     features, labels = torch.ones(10, 1), torch.zeros(10, dtype=torch.int64)
     features[0] = float("nan")  # one bad image poisons the weights as soon as it is used
     protocol = replace(SGD, epochs=1, batch=6)
-    poisoned = [
-        bool(fit_sgd(features, labels, classes=2, protocol=protocol, seed=s).weight.isnan().any())
-        for s in range(20)
-    ]
-    assert True in poisoned and False in poisoned  # used in 6 of 10 orders, dropped in 4
+    poisoned = {bool(fit(features, labels, protocol, s).weight.isnan().any()) for s in range(20)}
+    assert poisoned == {True, False}  # used in 6 of 10 orders, dropped in 4
 
 
 def test_standardized_sgd_does_not_depend_on_scale_and_offset_of_a_dimension() -> None:
@@ -251,72 +218,51 @@ def test_standardized_sgd_does_not_depend_on_scale_and_offset_of_a_dimension() -
     features = torch.cat([features, torch.full((len(features), 1), 0.7)], dim=1)  # and a constant
     protocol = replace(SGD, epochs=10, standardize=True)
     moved = features * torch.tensor([1.0, 4.0, 0.5, 16.0, 1.0, 1.0]) + 2
-    found = fit_sgd(features, labels, classes=3, protocol=protocol, seed=0).logits(features)
-    same = fit_sgd(moved, labels, classes=3, protocol=protocol, seed=0).logits(moved)
+    found = fit(features, labels, protocol).logits(features)
+    same = fit(moved, labels, protocol).logits(moved)
     torch.testing.assert_close(found, same, atol=1e-4, rtol=0)  # an offset of 2 costs a digit
 
 
 # ---- together ----------------------------------------------------------------------------------
 
 
-def test_the_three_solvers_agree_on_features_that_are_almost_separable() -> None:
-    features, labels = relu_features()
-    train, test = (features[:TRAIN], labels[:TRAIN]), (features[TRAIN:], labels[TRAIN:])
-    found = [
-        accuracy(classifier, *test)
-        for classifier in (
-            fit_sgd(*train, classes=10, protocol=SGD, seed=0),
-            fit_lars(*train, classes=10, protocol=LARS, seed=0),
-            closed_form(*train),
-        )
-    ]
-    assert min(found) >= 96 and max(found) - min(found) <= 1.5, found
+def test_on_raw_digits_sgd_and_lars_are_as_good_as_scikit_learns_logistic_regression() -> None:
+    train, test = digits()
+    expected = 100 * LogisticRegression(C=10, max_iter=2000).fit(*train).score(*test)
+    found = [accuracy(fit(*train, protocol), *test) for protocol in (SGD, LARS)]
+    assert min(found) >= 94 and max(abs(top1 - expected) for top1 in found) <= 1.5, found
 
 
+@pytest.mark.slow  # 12 fits
 def test_the_three_solvers_agree_within_half_a_point() -> None:
-    """Cross-entropy and squared error, each with some decay, on all digits by four folds."""
-    features, labels = relu_features()
-    decayed = replace(SGD, lr=1.0, weight_decay=1e-3)
+    """Cross-entropy and squared error, each with some decay, by four folds over all digits.
+
+    The features are a fixed random hidden layer over the pixels: almost linearly separable.
+    """
+    ((X, Y), _), generator = digits(0), torch.Generator().manual_seed(0)
+    weight = torch.randn(X.shape[1], 512, generator=generator)
+    X = ((X - X.mean(dim=0)) @ weight / 8**0.5).relu()
     solvers: list[Callable[[Tensor, Tensor], LinearClassifier]] = [
-        lambda x, y: fit_sgd(x, y, classes=10, protocol=decayed, seed=0),
-        lambda x, y: fit_lars(x, y, classes=10, protocol=LARS, seed=0),
+        lambda x, y: fit(x, y, replace(SGD, lr=1.0, weight_decay=1e-3)),
+        lambda x, y: fit(x, y, LARS),
         closed_form,
     ]
-    folds = torch.arange(len(labels)) % 4
-    found = []
-    for fit in solvers:
-        shares = [
-            accuracy(fit(features[folds != k], labels[folds != k]), features[folds == k],
-                     labels[folds == k]) * float((folds == k).sum())
-            for k in range(4)
-        ]  # fmt: skip
-        found.append(sum(shares) / len(labels))
+    folds = [torch.arange(len(Y)) % 4 == k for k in range(4)]
+    found = [
+        sum(accuracy(solve(X[~k], Y[~k]), X[k], Y[k]) * float(k.sum()) for k in folds) / len(Y)
+        for solve in solvers
+    ]
     assert min(found) > 97.5 and max(found) - min(found) <= 0.5, found
 
 
-def test_on_raw_digits_sgd_and_lars_are_as_good_as_scikit_learns_logistic_regression() -> None:
-    features, labels = digits()
-    train, test = (features[:TRAIN], labels[:TRAIN]), (features[TRAIN:], labels[TRAIN:])
-    logistic = LogisticRegression(C=10, max_iter=2000).fit(*train)
-    expected = 100 * logistic.score(*test)
-    for fit, protocol in ((fit_sgd, SGD), (fit_lars, LARS)):
-        found = accuracy(fit(*train, classes=10, protocol=protocol, seed=0), *test)
-        assert found >= 94 and abs(found - expected) <= 1.5, (fit.__name__, found, expected)
-
-
-@pytest.mark.parametrize("fit", [fit_sgd, fit_lars])
-def test_labels_that_do_not_fit_are_named(fit: Callable[..., LinearClassifier]) -> None:
+def test_labels_that_do_not_match_and_impossible_lambdas_are_errors() -> None:
     features, labels = blobs()
-    with pytest.raises(ValueError, match="training labels must be int64, one for each of 120"):
-        fit(features, labels[1:], classes=3, protocol=SGD, seed=0)
-    with pytest.raises(ValueError, match="but 2 classes have ids 0 to 1"):
-        fit(features, labels, classes=2, protocol=SGD, seed=0)
-
-
-def test_a_lambda_that_is_not_positive_is_refused() -> None:
-    features, labels = blobs()
+    for solver in ("sgd", "lars"):
+        protocol = replace(SGD, solver=solver)  # type: ignore[arg-type]
+        with pytest.raises(ValueError):
+            fit(features, labels[1:], protocol)
     for ridge in (0.0, -1.0, float("nan")):
-        with pytest.raises(ValueError, match=f"ridge={ridge} is not a positive number"):
+        with pytest.raises(ValueError):
             fit_closed_form(features, labels, classes=3, ridge=ridge)
-    with pytest.raises(ValueError, match="got 1 image"):
+    with pytest.raises(ValueError):
         choose_ridge(features[:1], labels[:1], classes=3, seed=0)

@@ -1,11 +1,10 @@
-"""rdm_fast.evaluation.train_on_views: each epoch other views, the same on any number of ranks."""
+"""rdm_fast.evaluation.train_on_views: new views in each epoch, the same on any number of ranks."""
 
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
 from torch import Tensor, nn
 
@@ -38,6 +37,7 @@ def make_backbone(config: Config) -> nn.Module:
 
 
 def train(finetune: bool, protocol: Protocol = SGD, n: int = 200, seed: int = 0) -> dict[str, Any]:
+    """The trained classifier and backbone, as tensors, and their accuracy on the same images."""
     config = tiny()
     backbone = make_backbone(config)
     classifier = train_on_views(
@@ -46,11 +46,21 @@ def train(finetune: bool, protocol: Protocol = SGD, n: int = 200, seed: int = 0)
     )  # fmt: skip
     assert not any(module.training for module in backbone.modules())
     assert not any(parameter.requires_grad for parameter in backbone.parameters())
+    whole = ViewConfig(crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0))
+    part = digits(128)
+    ((views, labels),) = view_batches(part, config, whole, 0, 0, len(part), CPU)
+    with torch.no_grad():
+        hits = classifier.logits(backbone(views)).argmax(1) == labels
     return {
         "weight": classifier.weight,
         "bias": classifier.bias,
-        "backbone": torch.cat([t.float().flatten() for t in backbone.state_dict().values()]),
+        "backbone": flat(backbone),
+        "accuracy": float(hits.float().mean()),
     }
+
+
+def flat(backbone: nn.Module) -> Tensor:
+    return torch.cat([t.float().flatten() for t in backbone.state_dict().values()])
 
 
 def test_every_epoch_shows_each_image_once_in_other_crops() -> None:
@@ -66,7 +76,7 @@ def test_every_epoch_shows_each_image_once_in_other_crops() -> None:
     assert (first[back[0]] - second[back[1]]).abs().flatten(1).amax(1).min() > 0.1
 
 
-def test_images_that_are_decoded_one_by_one_give_torchvisions_views() -> None:
+def test_images_decoded_one_by_one_give_torchvisions_views() -> None:
     class OneByOne(Subset):
         pixels = None
 
@@ -82,45 +92,23 @@ def test_images_that_are_decoded_one_by_one_give_torchvisions_views() -> None:
     assert isinstance(load_digits("test"), PixelImages)
 
 
-def test_a_frozen_backbone_stays_as_it_is_bit_for_bit() -> None:
-    config = tiny()
-    fresh = torch.cat([t.float().flatten() for t in make_backbone(config).state_dict().values()])
+def test_a_frozen_backbone_does_not_change_and_the_seed_decides_the_probe() -> None:
     first, again, other = train(False), train(False), train(False, seed=1)
-    assert torch.equal(first["backbone"], fresh)
+    assert torch.equal(first["backbone"], flat(make_backbone(tiny())))
     assert torch.equal(first["weight"], again["weight"])
     assert not torch.equal(first["weight"], other["weight"])
-
-
-def accuracy(found: dict[str, Any], finetuned: bool, n: int = 200) -> float:
-    config = tiny()
-    backbone = make_backbone(config)
-    if finetuned:
-        flat, start = found["backbone"], 0
-        for tensor in backbone.state_dict().values():
-            tensor.copy_(flat[start : start + tensor.numel()].view(tensor.shape))
-            start += tensor.numel()
-    blank = ViewConfig(crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0))
-    ((views, labels),) = view_batches(digits(n), config, blank, 0, 0, n, CPU)
-    with torch.no_grad():
-        logits = backbone(views) @ found["weight"].T + found["bias"]
-    return float((logits.argmax(1) == labels).float().mean())
+    lars = train(False, replace(SGD, solver="lars"))
+    assert not torch.equal(first["weight"], lars["weight"])
 
 
 def test_fine_tuning_learns_what_a_probe_of_random_weights_cannot() -> None:
-    longer = replace(SGD, epochs=20)
+    longer = replace(SGD, epochs=16)
     probe, tuned = train(False, longer), train(True, longer)
     assert not torch.equal(probe["backbone"], tuned["backbone"])
-    assert accuracy(tuned, True) > accuracy(probe, False) + 0.1 > 0.3
+    assert tuned["accuracy"] > 0.7 > probe["accuracy"] + 0.2
 
 
-@pytest.mark.parametrize("solver", ["sgd", "lars"])
-def test_the_protocols_solver_trains(solver: str) -> None:
-    protocol = replace(SGD, solver=solver, epochs=1)  # type: ignore[arg-type]
-    other = replace(protocol, solver="lars" if solver == "sgd" else "sgd")
-    assert not torch.equal(train(False, protocol)["weight"], train(False, other)["weight"])
-
-
-SHORT = replace(SGD, epochs=1, lr=0.02)  # long training amplifies rounding
+SHORT = replace(SGD, epochs=1, lr=0.02)  # longer training amplifies rounding
 
 
 def _on_a_rank() -> list[dict[str, Tensor]]:
@@ -128,14 +116,16 @@ def _on_a_rank() -> list[dict[str, Tensor]]:
     return [train(finetune, SHORT) for finetune in (False, True)]
 
 
-def test_two_ranks_train_what_one_does(tmp_path: Path) -> None:
+def test_two_ranks_train_the_same_as_one(tmp_path: Path) -> None:
     alone = [train(finetune, SHORT) for finetune in (False, True)]
     one, two = run_ranks(2, _on_a_rank, tmp_path=tmp_path)
     for finetune in (False, True):
-        for name, expected in alone[finetune].items():
+        for name in ("weight", "bias", "backbone"):
             assert torch.equal(one[finetune][name], two[finetune][name])
             # three steps, whose sums over a batch associate differently
-            torch.testing.assert_close(one[finetune][name], expected, atol=1e-4, rtol=0)
-    # and that is no empty bound: without the other rank's half it is far from there
+            torch.testing.assert_close(
+                one[finetune][name], alone[finetune][name], atol=1e-4, rtol=0
+            )
+    # The bound is not empty: without the other rank's half the result is far off.
     half = train(False, replace(SHORT, batch=32))
     assert (half["weight"] - alone[0]["weight"]).abs().max() > 1e-3
