@@ -1,4 +1,4 @@
 """A run's backbone for other programs: `rdm export RUN --to torchvision`.
 
-`targets` names them, `write` writes the files. `rdm_fast.models.pretrained` is the way back.
+`targets` lists the programs, `write` writes the files. `rdm_fast.models.pretrained` reads them.
 """

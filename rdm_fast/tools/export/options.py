@@ -1,4 +1,4 @@
-"""What `rdm export` can be asked to do. Nothing here imports torch."""
+"""Command line of `rdm export`. Nothing here imports torch."""
 
 from dataclasses import dataclass
 
@@ -9,15 +9,15 @@ from rdm_fast.tools.export.targets import Target
 
 @dataclass(frozen=True, kw_only=True)
 class ExportCommand:
-    """What `rdm export` was asked to do."""
+    """Write a run's backbone for another program."""
 
     checkpoint: tyro.conf.Positional[str]
     """A run folder (its newest checkpoint), or one step folder inside its checkpoints."""
     to: Target
-    """What shall load the weights."""
+    """The program that will load the weights."""
     out: str | None = None
     """File to write (for hf a folder); by default export/STEP-TARGET in the run folder."""
     overwrite: bool = False
-    """Replace what an earlier export wrote there."""
+    """Replace an earlier export."""
     debug: bool = False
     """Show the traceback of an error."""

@@ -1,4 +1,4 @@
-"""For whom a backbone can be exported. Nothing here imports torch."""
+"""The programs that a backbone can be exported to. Nothing here imports torch."""
 
 from typing import Literal
 
@@ -7,9 +7,9 @@ Target = Literal["torchvision", "timm", "safetensors", "simsiam", "solo", "hf"]
 TARGETS: dict[Target, str] = {
     "torchvision": "safetensors with torchvision's names",
     "timm": "safetensors with timm's names",
-    "safetensors": "backbone and projector with the names they have here, any backbone",
-    "simsiam": ".pth as SimSiam's main_lincls.py reads it",
-    "solo": ".ckpt as solo-learn's main_linear.py reads it",
+    "safetensors": "backbone and projector with rdm-fast's names, any backbone",
+    "simsiam": ".pth for SimSiam's main_lincls.py",
+    "solo": ".ckpt for solo-learn's main_linear.py",
     "hf": "folder for the Hugging Face hub, which timm loads",
 }
-"""What is written for each."""
+"""The format for each."""

@@ -1,4 +1,4 @@
-"""Embeddings in two dimensions: t-SNE of scikit-learn, or UMAP where asked for and installed."""
+"""Embeddings in two dimensions, by scikit-learn's t-SNE or by UMAP."""
 
 import importlib
 import importlib.util
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from rdm_fast.errors import Unavailable
 
 FEWEST = 10
-"""Images under which a map says nothing."""
+"""Fewest images of a meaningful map."""
 NEIGHBORS = 15
 PERPLEXITY = 30.0
 DIMENSIONS = 50
@@ -19,7 +19,7 @@ DIMENSIONS = 50
 
 
 def require_umap() -> None:
-    """Make sure that UMAP can be imported, before anything takes time.
+    """Check that UMAP can be imported, before anything takes time.
 
     Raises:
         Unavailable: it is not installed.
@@ -34,9 +34,9 @@ def require_umap() -> None:
 def flatten(
     rows: NDArray[np.float32], how: Literal["tsne", "umap"], seed: int
 ) -> NDArray[np.float64]:
-    """Two coordinates a row: a function of the arguments and of the libraries' versions.
+    """Two coordinates for each row, reproducible for the same arguments and library versions.
 
-    Rows are scaled to length one, as kNN compares them, and reduced to 50 principal components.
+    Rows are normalized, as for kNN, and reduced to 50 principal components.
 
     Args:
         rows: embeddings, [n, d_emb] with n >= FEWEST, finite.
@@ -60,7 +60,7 @@ def flatten(
     else:
         umap: Any = importlib.import_module("umap")
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that a seed costs it its threads
+            warnings.simplefilter("ignore")  # UMAP warns that a seed costs it its threads
             neighbors = min(NEIGHBORS, len(points) - 1)
             mapped = umap.UMAP(n_neighbors=neighbors, random_state=seed).fit_transform(points)
     return np.asarray(mapped, dtype=np.float64)

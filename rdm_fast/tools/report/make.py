@@ -1,11 +1,9 @@
-"""From run folders to the page and its figures."""
+"""The whole command: from run folders to the page and its figures."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from rdm_fast.errors import CannotCreate, UserError
 from rdm_fast.runtime import atomic_files
@@ -14,7 +12,7 @@ from rdm_fast.tools.report import curves, snapshots, style
 from rdm_fast.tools.report.layout import FEWEST, flatten, require_umap
 from rdm_fast.tools.report.measure import Embeddings, Spectra, measure, recorded
 from rdm_fast.tools.report.options import ReportCommand
-from rdm_fast.tools.report.page import Section, render
+from rdm_fast.tools.report.page import render
 from rdm_fast.tools.report.read import Run, find_runs, read_runs, sentence
 from rdm_fast.tools.report.style import Picture
 
@@ -24,7 +22,7 @@ METHODS = {"tsne": "t-SNE", "umap": "UMAP"}
 
 
 def make_report(command: ReportCommand) -> Path:
-    """Read, measure, draw and write; what cannot be read is told in the page and on the console.
+    """Read, measure, draw and write; defects of a run are listed in the page and printed.
 
     Returns:
         The page.
@@ -35,86 +33,64 @@ def make_report(command: ReportCommand) -> Path:
     style.require_matplotlib("rdm report")
     if command.map == "umap":
         require_umap()
-    device = choose_device(command.device)
     paths = find_runs(command.runs)
-    page = _page(command.out, paths)
+    page = Path("report.html") if len(paths) > 1 else paths[0] / "report.html"
+    page = page if command.out is None else Path(command.out)
     runs = read_runs(paths)
-    measured = _measure(runs, command, device)
+    spectra, embeddings = _measure(runs, command)
     with style.applied():
-        sections = [*_over_time(runs), *_measured(runs, measured, command)]
+        pictures = [
+            *(draw(runs) for draw in curves.OVER_TIME),
+            snapshots.spectra(spectra),
+            snapshots.responses(runs, spectra),
+            _map(embeddings, command),
+        ]
     for run in runs:
         for note in run.notes:
             print0(f"warning: {run.label}: {note}")
-    _write(page, render(runs, sections), sections)
+    _write(page, render(runs, pictures), pictures)
     return page
 
 
-def _page(out: str | None, paths: Sequence[Path]) -> Path:
-    if out is not None:
-        return Path(out)
-    return (paths[0] if len(paths) == 1 else Path()) / "report.html"
+def _measure(
+    runs: Sequence[Run], command: ReportCommand
+) -> tuple[list[tuple[Run, list[Spectra]]], list[tuple[Run, Embeddings]]]:
+    """Spectra in the order of steps, and embeddings, of the runs that have any.
 
-
-@dataclass
-class Measured:
-    """Of the runs for which there are any: spectra in the order of steps, and embeddings."""
-
-    spectra: list[tuple[Run, list[Spectra]]] = field(default_factory=list)
-    embeddings: list[tuple[Run, Embeddings]] = field(default_factory=list)
-
-
-def _measure(runs: Sequence[Run], command: ReportCommand, device: torch.device) -> Measured:
-    """What training recorded, else what a checkpoint shows; what is lacking becomes a note."""
-    measured = Measured()
+    Spectra are those that training recorded, else those of a checkpoint. What is missing becomes
+    a note of the run.
+    """
+    all_spectra, all_embeddings = [], []
+    device = choose_device(command.device)
     images = 0 if command.map == "none" else command.images
     for run in runs:
+        spectra: list[Spectra] = []
         try:
             spectra = recorded(run)
         except UserError as error:
-            spectra = []
             run.notes.append(sentence(error))
         if not spectra or images:
             try:
-                found = measure(
+                fresh, embeddings = measure(
                     run, device, data_root=command.data_root, images=images, spectra=not spectra
                 )
             except UserError as error:
-                lacking = "No map" if spectra else "No spectra and no map"
-                run.notes.append(sentence(f"{lacking}: {error}"))
+                missing = "No map" if spectra else "No spectra and no map"
+                run.notes.append(sentence(f"{missing}: {error}"))
             else:
-                if found.spectra:
-                    spectra = [found.spectra]
-                if found.embeddings:
-                    measured.embeddings.append((run, found.embeddings))
+                if fresh:
+                    spectra = [fresh]
+                if embeddings:
+                    all_embeddings.append((run, embeddings))
         if spectra:
-            measured.spectra.append((run, spectra))
-    return measured
+            all_spectra.append((run, spectra))
+    return all_spectra, all_embeddings
 
 
-# ---- sections --------------------------------------------------------------------------------
-
-
-def _over_time(runs: Sequence[Run]) -> list[Section]:
-    names = ("rank-difference", "effective-rank", "loss", "accuracy", "throughput")
-    titles = ("Rank difference", "Effective rank", "Loss", "Accuracy", "Throughput")
-    drawn = [draw(runs) for draw in curves.OVER_TIME]
-    return [Section(*each) for each in zip(names, titles, drawn, strict=True)]
-
-
-def _measured(runs: Sequence[Run], found: Measured, command: ReportCommand) -> list[Section]:
-    absent = "No spectra were recorded, and no checkpoint could be used."
-    spectra = snapshots.spectra(found.spectra) if found.spectra else absent
-    response = snapshots.responses(runs, found.spectra) if found.spectra else absent
-    return [
-        Section("spectra", "Eigenvalue spectra", spectra),
-        Section("response", "Filter response", response),
-        Section("map", "Map of embeddings", _map(found.embeddings, command)),
-    ]
-
-
-def _map(found: Sequence[tuple[Run, Embeddings]], command: ReportCommand) -> Picture | str:
+def _map(found: Sequence[tuple[Run, Embeddings]], command: ReportCommand) -> Picture:
+    name, title = "map", "Map of embeddings"
     if command.map == "none":
-        return "Not asked for (--map none)."
+        return Picture(name, title, "Not asked for (--map none).")
     maps = []
     for run, embeddings in found:
         rows = embeddings.rows
@@ -125,23 +101,20 @@ def _map(found: Sequence[tuple[Run, Embeddings]], command: ReportCommand) -> Pic
         else:
             maps.append((run, flatten(rows, command.map, command.seed), embeddings))
     if not maps:
-        return "There are no embeddings that could be drawn."
+        return Picture(name, title, "There are no embeddings to draw.")
     return snapshots.embedding_map(maps, METHODS[command.map])
 
 
-# ---- files -----------------------------------------------------------------------------------
-
-
-def _write(page: Path, html: str, sections: Sequence[Section]) -> None:
-    """The page, and its figures as figures/<page>-<name>.png beside it."""
+def _write(page: Path, html: str, pictures: Sequence[Picture]) -> None:
+    """Write the page, and beside it its figures as figures/<page>-<name>.png."""
     folder = page.parent / FIGURES
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for section in sections:
-            if isinstance(section.figure, Picture):
-                atomic_files.replace(folder / f"{page.stem}-{section.name}.png", section.figure.png)
+        for picture in pictures:
+            if picture.png:
+                atomic_files.replace(folder / f"{page.stem}-{picture.name}.png", picture.png)
         atomic_files.replace(page, html)
     except OSError as error:
         raise CannotCreate(
-            f"{page} cannot be written ({error.strerror}): give --out a name in a folder that can"
+            f"{page} cannot be written ({error.strerror}): give --out a name in a writable folder"
         ) from error

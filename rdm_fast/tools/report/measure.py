@@ -1,8 +1,8 @@
 """Spectra, the filter's response and embeddings of a run.
 
 Spectra are those that training recorded. For a run without them, and for embeddings, the newest
-sound checkpoint is loaded: spectra are then of views as training draws them, in training mode, of
-whole global batches; embeddings are those of evaluation.
+sound checkpoint is loaded. Its spectra are those of training views in training mode, over whole
+global batches; its embeddings are those of evaluation.
 """
 
 from collections.abc import Iterator
@@ -19,17 +19,15 @@ from rdm_fast.data import ImageSet, build_loader, evaluation_batches, load
 from rdm_fast.data.images.sets import Subset
 from rdm_fast.errors import DataError, InputMissing
 from rdm_fast.evaluation.features import extract
-from rdm_fast.evaluation.loaded_backbone import find_checkpoint
-from rdm_fast.methods import Branches, Method, build_method
-from rdm_fast.models.pretrained import load_strict
-from rdm_fast.run import checkpoint
+from rdm_fast.evaluation.loaded_backbone import find_checkpoint, load_method
+from rdm_fast.methods import Branches, Method
 from rdm_fast.runtime.precision import autocast
 from rdm_fast.spectrum import branch_spectra
 from rdm_fast.telemetry import read_spectra
 from rdm_fast.tools.report.read import Run
 
 BATCHES = 4
-"""Global batches over which spectra of a checkpoint are averaged."""
+"""Global batches over which the spectra of a checkpoint are averaged."""
 ROWS = 256
 """Images in one forward pass of the backbone for embeddings."""
 
@@ -44,8 +42,8 @@ class Spectra:
     online: Array  # eigenvalues of the online branch's output
     target: Array
     projection: Array
-    s: Array  # singular values of the rows that the predictor or filter takes
-    response: Array  # by what it scales these directions; NaN for those that are cut off
+    s: Array  # singular values of the input of predictor or filter
+    response: Array  # factor of each of these directions; NaN for those that are cut off
 
 
 @dataclass(frozen=True)
@@ -57,29 +55,21 @@ class Embeddings:
     classes: list[str]
 
 
-@dataclass(frozen=True)
-class Measurement:
-    """What a checkpoint was run for."""
-
-    spectra: Spectra | None
-    embeddings: Embeddings | None
-
-
 def recorded(run: Run) -> list[Spectra]:
-    """The spectra that training left in `spectrum.jsonl`, in the order of steps; [] without it.
+    """The spectra in a run's `spectrum.jsonl`, in the order of steps; [] without that file.
 
     Raises:
         DataError: the file is damaged beyond a line or two.
     """
     file = run.path / "spectrum.jsonl"
     try:
-        found = [_of_record(record) for record in read_spectra(file)]
+        found = [_parse(record) for record in read_spectra(file)]
     except (OSError, KeyError, TypeError, ValueError) as error:
         raise DataError(f"{file} cannot be used ({type(error).__name__})") from error
     return [spectra for spectra in found if np.isfinite(spectra.projection).all()]
 
 
-def _of_record(record: dict[str, Any]) -> Spectra:
+def _parse(record: dict[str, Any]) -> Spectra:
     names = ("online", "target", "projection", "s", "response")
     arrays = {name: np.asarray(record[name], dtype=np.float64) for name in names}
     if any(array.ndim != 1 or not len(array) for array in arrays.values()):
@@ -89,41 +79,36 @@ def _of_record(record: dict[str, Any]) -> Spectra:
 
 def measure(
     run: Run, device: torch.device, *, data_root: str | None, images: int, spectra: bool
-) -> Measurement:
+) -> tuple[Spectra | None, Embeddings | None]:
     """Run a checkpoint over some of its data.
 
     Args:
         run: its configuration must be known.
-        device: where to run it.
-        data_root: where the data set is, if it has moved.
-        images: most test images to embed; 0 for none.
-        spectra: whether to take spectra.
+        device: where the checkpoint runs.
+        data_root: where the data set is now, if it has moved.
+        images: largest number of test images to embed; 0 for none.
+        spectra: whether to measure spectra.
 
     Raises:
-        UserError: there is no sound checkpoint, or its data are not there.
+        UserError: there is no sound checkpoint, or its data set is missing.
     """
     if run.config is None:
         raise InputMissing("without a configuration its checkpoint cannot be run")
     config = replace(run.config, data=replace(run.config.data, loader="auto", download=False))
     if data_root is not None:
         config = replace(config, data=replace(config.data, root=data_root))
-    path = find_checkpoint(run.path)
-    snapshot = checkpoint.load(path)
-    method = build_method(config)
-    load_strict(method, snapshot.model, f"checkpoint {path}")
+    method, step = load_method(find_checkpoint(run.path), config)
     method = method.to(device)
-    return Measurement(
-        _spectra(method, _branches(method, config, device), snapshot.step) if spectra else None,
-        _embeddings(method, config, device, images) if images else None,
-    )
-
-
-# ---- spectra ---------------------------------------------------------------------------------
+    # Embeddings first: batches in training mode move the running statistics of batch norms.
+    embeddings = _embeddings(method, config, device, images) if images else None
+    if not spectra:
+        return None, embeddings
+    return _spectra(method, _branches(method, config, device), step), embeddings
 
 
 @torch.no_grad()
 def _branches(method: Method, config: Config, device: torch.device) -> Iterator[Branches]:
-    """Both branches for the first batches of an epoch that training does not reach."""
+    """Both branches for the first batches of the epoch after the last one."""
     images = load(config.data, "train")
     loader = build_loader(config, images, rank=0, world_size=1, device=device)
     method.train()
@@ -133,39 +118,27 @@ def _branches(method: Method, config: Config, device: torch.device) -> Iterator[
 
 
 def _spectra(method: Method, batches: Iterator[Branches], step: int) -> Spectra:
-    """The mean over batches of what training records of one."""
+    """The mean over batches of the spectra that training records for one batch."""
+    config = method.criterion.filter
     records = [
-        branch_spectra(
-            b.online, b.target, b.projection, method.criterion.filter, profile=True
-        ).record()
+        branch_spectra(b.online, b.target, b.projection, config, profile=True).record()
         for b in batches
     ]
     stacks = {name: [np.asarray(record[name]) for record in records] for name in records[0]}
     means = {name: np.mean(stack, axis=0) for name, stack in stacks.items()}
-    return _of_record(means | {"step": step})
-
-
-# ---- embeddings ------------------------------------------------------------------------------
+    return _parse(means | {"step": step})
 
 
 def _embeddings(method: Method, config: Config, device: torch.device, most: int) -> Embeddings:
-    every = _shown(config)
+    """Of test images, evenly spread; of training images if there is no test set."""
+    every: ImageSet
+    try:
+        every = load(config.data, "test")
+    except InputMissing:
+        every = load(config.data, "train")
     chosen = np.linspace(0, len(every) - 1, min(most, len(every))).round().astype(np.int64)
     images = Subset(every, chosen)
-    batches = evaluation_batches(
-        images,
-        config.augment,
-        batch=ROWS,
-        device=device,
-        workers=0 if images.pixels is not None else config.data.workers,
-    )
+    workers = 0 if images.pixels is not None else config.data.workers
+    batches = evaluation_batches(images, config.augment, batch=ROWS, device=device, workers=workers)
     rows = extract(method.backbone, batches, len(images), precision=config.precision)
     return Embeddings(rows.numpy(), images.labels, list(images.classes))
-
-
-def _shown(config: Config) -> ImageSet:
-    """The test images; those of training where there are none."""
-    try:
-        return load(config.data, "test")
-    except InputMissing:
-        return load(config.data, "train")

@@ -1,4 +1,4 @@
-"""What `rdm report` was asked to do. Nothing here imports torch."""
+"""Command line of `rdm report`. Nothing here imports torch."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -12,22 +12,22 @@ Layout = Literal["tsne", "umap", "none"]
 
 @dataclass(frozen=True, kw_only=True)
 class ReportCommand:
-    """What `report` was asked to do."""
+    """Draw runs: a page of HTML with their curves, spectra and embeddings."""
 
     runs: tyro.conf.Positional[tuple[str, ...]] = ()
-    """Run folders, or folders that hold several, such as a sweep's."""
+    """Run folders, or folders of them, such as a sweep's."""
     out: str | None = None
-    """The page; by default report.html in the run folder, with several runs in this folder."""
+    """The page; by default report.html in the run folder, or for several runs in this folder."""
     map: Layout = "tsne"
-    """Embeddings in two dimensions by t-SNE, by UMAP (extra rdm-fast[umap]), or not at all."""
+    """Draw embeddings by t-SNE, by UMAP (extra rdm-fast[umap]), or not at all."""
     images: int = 1000
-    """Most images on a map, evenly spread over the test set."""
+    """Largest number of images on a map, evenly spread over the test set."""
     data_root: str | None = None
-    """Where the data set of all these runs is now, if not where they found it."""
+    """Where the data set of these runs is now, if not where they found it."""
     seed: int = 0
-    """Seed of the map; with it a report is reproducible."""
+    """Seed of the map."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where checkpoints are run: auto takes a GPU if there is one."""
+    """Where checkpoints run; auto takes a GPU if there is one."""
     debug: bool = False
     """Show the traceback of an error."""
 
@@ -36,7 +36,7 @@ class ReportCommand:
         require(bool(self.runs), "name one or more run folders, such as runs/digits_rdm_simsiam")
         require(
             self.out is None or self.out.endswith(".html"),
-            f"--out {self.out} is not the name of a page: let it end in .html",
+            f"--out {self.out} is not a page: give a name that ends in .html",
         )
         require(self.images >= 10, f"--images {self.images}: give 10 or more, or --map none")
         require(self.seed >= 0, f"--seed {self.seed}: give 0 or more")

@@ -1,4 +1,4 @@
-"""The page: a summary, the figures, the settings, in one file that fetches nothing."""
+"""The page: a summary, the figures and the settings, in one file that fetches nothing."""
 
 import base64
 import math
@@ -13,47 +13,38 @@ from rdm_fast.tools.report.read import Run, differences
 from rdm_fast.tools.report.style import Picture
 
 TEMPLATE = Path(__file__).with_name("page.html")
-NONE = "–"  # noqa: RUF001  a value that is not there
+NONE = "–"  # noqa: RUF001  for a missing value
 
 
 @dataclass(frozen=True)
 class Table:
-    """Cells as text; the first column names its row."""
+    """Cells as text; the first column names the row."""
 
     caption: str
     columns: list[str]
     rows: list[list[str]]
     numbers: frozenset[int] = frozenset()
-    """Columns that are set as numbers."""
+    """Columns that are right-aligned, as numbers."""
 
 
-@dataclass(frozen=True)
-class Section:
-    """A figure, or a sentence in its place."""
-
-    name: str
-    title: str
-    figure: Picture | str
-
-
-def render(runs: Sequence[Run], sections: Sequence[Section]) -> str:
+def render(runs: Sequence[Run], pictures: Sequence[Picture]) -> str:
     """The page as HTML text.
 
     Args:
         runs: in the order of the figures' colors.
-        sections: what to show below the summary.
+        pictures: in the order of the page, below the summary.
     """
     import jinja2
 
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    one = len(runs) == 1
+    title = runs[0].label if len(runs) == 1 else f"{len(runs)} runs"
     return (
         environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(
-            title=f"Report on {runs[0].label if one else f'{len(runs)} runs'}",
+            title=f"Report on {title}",
             lead=_lead(runs),
             notes=[(run.label, note) for run in runs for note in run.notes],
             summary=summary(runs),
-            sections=[_section(section) for section in sections],
+            sections=[_section(picture) for picture in pictures],
             differing=_differing(runs),
             environment=_environment(runs),
             configuration=_configuration(runs),
@@ -67,31 +58,21 @@ def render(runs: Sequence[Run], sections: Sequence[Section]) -> str:
 def _lead(runs: Sequence[Run]) -> str:
     data = dict.fromkeys(run.config.data.name for run in runs if run.config)
     titles = dict.fromkeys(run.title for run in runs)
-    what = "; ".join(titles) if len(titles) <= 3 else f"{len(titles)} configurations"
-    return f"{what}. Data: {', '.join(data) or 'unknown'}."
+    trained = "; ".join(titles) if len(titles) <= 3 else f"{len(titles)} configurations"
+    return f"{trained}. Data: {', '.join(data) or 'unknown'}."
 
 
-def _section(section: Section) -> dict[str, Any]:
-    plain = {"name": section.name, "title": section.title}
-    if isinstance(section.figure, str):
-        return {**plain, "png": "", "caption": section.figure}
-    png = section.figure.png
-    width, height = struct.unpack(">II", png[16:24])  # of the IHDR chunk, the first one
-    return {
-        **plain,
-        "png": base64.b64encode(png).decode(),
-        "caption": section.figure.caption,
-        "alt": section.figure.alt,
-        "width": width,
-        "height": height,
-    }
+def _section(picture: Picture) -> dict[str, Any]:
+    width, height = struct.unpack(">II", picture.png[16:24] or bytes(8))  # of the IHDR chunk
+    png = base64.b64encode(picture.png).decode()
+    return {**vars(picture), "png": png, "width": width, "height": height}
 
 
-# ---- tables ----------------------------------------------------------------------------------
+# ---- tables ------------------------------------------------------------------------------------
 
 
 def summary(runs: Sequence[Run]) -> Table:
-    """One row a run."""
+    """One row for each run."""
     columns = [
         "run", "method", "state", "epochs", "loss", "kNN top-1 (%)", "linear top-1 (%)",
         "effective rank, online", "target", "projec\u00adtions", "rank differ\u00adence",
@@ -99,7 +80,7 @@ def summary(runs: Sequence[Run]) -> Table:
     ]  # fmt: skip
     caption = (
         "Last logged values; effective ranks are of the last logged batch. Linear probe: of the "
-        "newest evaluation. Images/s: median. Time: in training steps, on the device named below."
+        "newest evaluation. Images/s: median. Time: in training steps, on the device below."
     )
     return Table(caption, columns, [_summary(run) for run in runs], frozenset(range(3, 13)))
 
@@ -126,14 +107,14 @@ def _summary(run: Run) -> list[str]:
 
 
 def number(value: Any, digits: int) -> str:
-    """A value with that many digits after the point, or a dash if there is none."""
+    """A value with that many decimals, or a dash if there is none."""
     if not isinstance(value, int | float) or not math.isfinite(value):
         return NONE
     return f"{round(value, digits) + 0.0:,.{digits}f}"  # no -0.00
 
 
 def clock(seconds: float | None) -> str:
-    """A duration in the unit that suits it."""
+    """A duration in seconds, minutes or hours."""
     if seconds is None:
         return NONE
     if seconds < 600:
@@ -155,7 +136,7 @@ def _configuration(runs: Sequence[Run]) -> Table:
 
 
 def _environment(runs: Sequence[Run]) -> Table:
-    """Versions and machine; one row for all runs that share them."""
+    """Versions and machine; runs that share them share a column."""
     names = (
         "device", "world_size", "global_batch", "precision", "loader", "engine", "torch",
         "torchvision", "triton", "python", "rdm_fast", "git",
@@ -168,7 +149,7 @@ def _environment(runs: Sequence[Run]) -> Table:
         [name.replace("_", " "), *(values[i] for values in shared)] for i, name in enumerate(names)
     ]
     heads = ["all runs"] if len(shared) == 1 else [", ".join(group) for group in shared.values()]
-    return Table("Where the runs were trained, when last resumed.", ["environment", *heads], rows)
+    return Table("Where the runs were last started.", ["environment", *heads], rows)
 
 
 def _cell(value: Any) -> str:

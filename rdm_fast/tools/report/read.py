@@ -1,12 +1,13 @@
-"""A run folder as far as it can be read. What is missing or damaged becomes a sentence.
+"""Reading a run folder, as far as possible. Missing or damaged parts become sentences.
 
-A report is asked for when something went wrong as often as when all went well: a run may be
+People ask for a report when something went wrong as often as when all went well: a run may be
 unfinished, killed in the middle of a line, or have lost a file. Nothing here imports torch.
 """
 
 import json
 import math
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
@@ -35,7 +36,7 @@ class Series:
 
 @dataclass
 class Run:
-    """What is known of a run; `notes` says in whole sentences what could not be read."""
+    """The contents of a run folder; `notes` lists in whole sentences what could not be read."""
 
     path: Path
     label: str
@@ -44,7 +45,7 @@ class Run:
     environment: dict[str, Any] = field(default_factory=dict)
     lines: list[dict[str, Any]] = field(default_factory=list)
     evaluation: dict[str, Any] = field(default_factory=dict)
-    """Of the newest step that was evaluated; as in its JSON file."""
+    """The result of the newest evaluated step, as in its JSON file."""
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -58,25 +59,24 @@ class Run:
 
     @property
     def steps_per_epoch(self) -> float:
-        """From the first line that has both; 1 if none has."""
+        """From the first line with both; 1 without any."""
         pairs = [(line["step"], line.get("epoch")) for line in self.lines]
         return next((step / e for step, e in pairs if isinstance(e, int | float) and e > 0), 1.0)
 
     @property
     def title(self) -> str:
-        """Method and predictor in a few words."""
+        """Method and predictor, in short."""
         return describe(self.config) if self.config else "unknown configuration"
 
     def series(self, key: str) -> Series:
-        """A metric over epochs. Lines without it are left out."""
+        """A metric over epochs. Lines without it are skipped."""
         rows = [line for line in self.lines if key in line]
-        steps_per_epoch = self.steps_per_epoch
-        return Series(
-            [row["step"] / steps_per_epoch for row in rows], [_number(row[key]) for row in rows]
-        )
+        per_epoch = self.steps_per_epoch
+        epochs = [row["step"] / per_epoch for row in rows]
+        return Series(epochs, [_number(row[key]) for row in rows])
 
     def seconds(self) -> float | None:
-        """Time in training steps, without evaluations and saving, over all starts of the run."""
+        """Time in training steps, without evaluation and saving, over all starts of the run."""
         batch = self.config.optim.global_batch if self.config else None
         before, total = 0, 0.0
         for line in self.lines:
@@ -87,7 +87,7 @@ class Run:
         return total or None
 
     def median_speed(self) -> float | None:
-        """Images a second, the median of all logged intervals."""
+        """Images per second, the median of all logged intervals."""
         values = [v for v in self.series("images_per_s").values if math.isfinite(v)]
         return median(values) if values else None
 
@@ -98,7 +98,7 @@ def _number(value: Any) -> float:
 
 
 def describe(config: Config) -> str:
-    """Method and predictor in a few words, as in "SimSiam, target s^-1"."""
+    """Method and predictor in short, as in "SimSiam, target s^-1"."""
     name = METHODS[config.method]
     if config.predictor == "none":
         return f"{name}, no predictor"
@@ -115,22 +115,22 @@ def describe_filter(config: FilterConfig) -> str:
     return f"{config.location} {g.get(config.kind, f's^{config.sigma:g}')}"
 
 
-# ---- which folders ---------------------------------------------------------------------------
+# ---- folders -----------------------------------------------------------------------------------
 
 
 def find_runs(names: Sequence[str]) -> list[Path]:
     """Run folders, each once, in the order given; a folder of run folders stands for all of them.
 
     Raises:
-        InputMissing: one of them is neither.
+        InputMissing: a name is neither.
     """
     found: dict[Path, Path] = {}
     for path in map(Path, names):
         if not path.is_dir():
-            raise InputMissing(f"{path} is not a folder: name run folders")
+            raise InputMissing(f"{path} is not a folder: give run folders")
         inside = [path] if _is_run(path) else sorted(p for p in path.iterdir() if _is_run(p))
         if not inside:
-            raise InputMissing(f"{path} is not a run folder, and holds none: it has no run.json")
+            raise InputMissing(f"{path} has no run.json, nor a folder with one: give run folders")
         found |= {each.resolve(): each for each in inside}
     return list(found.values())
 
@@ -140,12 +140,12 @@ def _is_run(path: Path) -> bool:
 
 
 def read_runs(paths: Sequence[Path]) -> list[Run]:
-    """Every run, with the shortest labels that tell them apart."""
+    """Every run, with the shortest labels that distinguish them."""
     return [read_run(*pair) for pair in zip(paths, labels(paths), strict=True)]
 
 
 def labels(paths: Sequence[Path]) -> list[str]:
-    """For each path as many of its last parts as no other path ends in."""
+    """For each path, as few of its last parts as are unique."""
     parts = [path.resolve().parts for path in paths]
 
     def label(own: tuple[str, ...]) -> str:
@@ -157,7 +157,7 @@ def labels(paths: Sequence[Path]) -> list[str]:
     return [label(own) for own in parts]
 
 
-# ---- one folder ------------------------------------------------------------------------------
+# ---- one run -----------------------------------------------------------------------------------
 
 
 def read_run(path: Path, label: str) -> Run:
@@ -168,7 +168,9 @@ def read_run(path: Path, label: str) -> Run:
         run.config = read_config(path)
     except UserError as error:
         run.notes.append(sentence(error))
-        _take_logged_config(run)
+        with suppress(UserError, KeyError):
+            run.config = config_from_dict(run.environment["config"])
+            run.notes.append("Its configuration is taken from metrics.jsonl.")
     try:
         run.status = read_status(path)
     except UserError as error:
@@ -192,7 +194,7 @@ def _read_metrics(run: Run) -> None:
     except OSError as error:
         run.notes.append(f"There are no metrics: {file} cannot be read ({error.strerror}).")
         return
-    whole, _, _torn = raw.rpartition(b"\n")  # the last line may be being written
+    whole, _, _torn = raw.rpartition(b"\n")  # the last line may be incomplete
     damaged = 0
     for text in whole.split(b"\n") if whole else ():
         line = _json(text)
@@ -203,7 +205,7 @@ def _read_metrics(run: Run) -> None:
         else:
             damaged += 1
     if damaged:
-        run.notes.append(f"{damaged} line(s) of {file} are damaged and left out.")
+        run.notes.append(f"{damaged} line(s) of {file} are damaged and skipped.")
     if not run.lines:
         run.notes.append(f"{file} has no metrics yet.")
 
@@ -215,17 +217,8 @@ def _json(text: bytes) -> Any:
         return None
 
 
-def _take_logged_config(run: Run) -> None:
-    """The configuration that the environment's line repeats."""
-    try:
-        run.config = config_from_dict(run.environment["config"])
-    except (UserError, KeyError):
-        return
-    run.notes.append("Its configuration is taken from metrics.jsonl.")
-
-
 def _read_evaluation(run: Run) -> None:
-    """The newest step's result; of several protocols the one that was saved last."""
+    """The newest step's result; of several protocols the one saved last."""
     files = [*(run.path / "evaluation").glob("step-*.json")]
     newest = max((file.name.split("-")[1] for file in files), default="")
     same = [file for file in files if file.name.split("-")[1] == newest]
@@ -234,17 +227,17 @@ def _read_evaluation(run: Run) -> None:
         if isinstance(result, dict):
             run.evaluation = result
             return
-        run.notes.append(f"{file} is damaged and left out.")
+        run.notes.append(f"{file} is damaged and skipped.")
 
 
-# ---- several runs ----------------------------------------------------------------------------
+# ---- several runs ------------------------------------------------------------------------------
 
 
 def differences(runs: Iterable[Run]) -> dict[str, list[Any]]:
-    """Settings that are not the same in all runs whose configuration is known, but for `out`.
+    """Settings that differ between the runs with a known configuration, except `out`.
 
     Returns:
-        Dotted name to one value a run; None where the configuration is unknown.
+        From dotted name to the value of each run; None if its configuration is unknown.
     """
     settings = [run.settings for run in runs]
     known = [each for each in settings if each]

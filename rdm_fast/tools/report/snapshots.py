@@ -1,4 +1,4 @@
-"""Figures of moments: spectra, what a filter does to them, embeddings."""
+"""Figures of one moment: spectra, a filter's effect on them, embeddings."""
 
 import math
 from collections.abc import Sequence
@@ -17,57 +17,63 @@ from rdm_fast.tools.report.style import (
     label_left,
     legend_above,
     line_style,
-    panel_title,
     panels,
     png,
 )
 
 EARLIER = 4
-"""Earlier spectra that are drawn beside the newest."""
+"""Number of earlier spectra beside the newest."""
 FLOOR = 1e-10
-"""Shares of variance under it are not drawn: rounding."""
+"""Smaller shares of variance are rounding and not drawn."""
+ABSENT = "No spectra were recorded, and no checkpoint could be used."
 
 
 def spectra(pairs: Sequence[tuple[Run, Sequence[Spectra]]]) -> Picture:
-    """Eigenvalues of both branches' outputs, the newest in full; one panel a run."""
-    figure, all_axes = panels(len(pairs), 3.4 if len(pairs) == 1 else 2.7, sharex=True, sharey=True)
-    for axes, (run, records) in zip(all_axes, pairs, strict=True):
+    """Eigenvalues of both branches' outputs, one panel for each run."""
+    name, title = "spectra", "Eigenvalue spectra"
+    if not pairs:
+        return Picture(name, title, ABSENT)
+    figure, all_axes = panels([run.label for run, _ in pairs], (3.4, 2.7), sharex=True, sharey=True)
+    for axes, (_, records) in zip(all_axes, pairs, strict=True):
         *earlier, newest = records
         for record in earlier[:: max(1, math.ceil(len(earlier) / EARLIER))]:
             thin = {"color": "#9A9A9A", "linewidth": 0.7, "zorder": 1.2}
             axes.plot(*_shares(record.projection), label="projections earlier", **thin)
-        for branch, name, style in BRANCHES:
-            axes.plot(*_shares(getattr(newest, branch)), label=name, **style)
+        for branch, label, style in BRANCHES:
+            axes.plot(*_shares(getattr(newest, branch)), label=label, **style)
         axes.set_yscale("log")
         axes.tick_params(labelbottom=True)
-        axes.set_title(panel_title(run.label, len(pairs)))
         axes.set(xlabel="direction, strongest first")
     label_left(all_axes, "share of variance")
     legend_above(figure, all_axes)
     steps = {run.label: f"{records[-1].step:,}" for run, records in pairs}
-    alike = len({*steps.values()}) == 1
-    told = steps[pairs[0][0].label] if alike else ", ".join(map(" ".join, steps.items()))
+    one = len({*steps.values()}) == 1
+    when = steps[pairs[0][0].label] if one else ", ".join(map(" ".join, steps.items()))
     return Picture(
-        "spectra",
-        "Eigenvalue spectra",
-        "Eigenvalues of the correlation matrix of the online branch's output, of the target "
-        "branch's and of the projections, as shares of their sum, in a training batch (mean over "
-        f"views; over four batches where training recorded none). Thin: up to {EARLIER} earlier "
-        f"moments. Shares under {FLOOR:.0e} are rounding and not drawn. Step: {told}.",
+        name,
+        title,
+        "Eigenvalues of the correlation matrices of the online branch's output, the target "
+        "branch's output and the projections, as shares of their sum, in a training batch (mean "
+        "over views; over four batches if training recorded none). Thin: up to "
+        f"{EARLIER} earlier steps. Shares under {FLOOR:.0e} are rounding and not drawn. Step: "
+        f"{when}.",
         "Falling lines; the flatter one is the branch with the higher effective rank",
         png(figure),
     )
 
 
 def _shares(eigenvalues: Array) -> tuple[Array, Array]:
-    """Number of a direction, from 1, and its share of the sum, of those that are not rounding."""
+    """Numbers of the directions, from 1, and their shares of the sum, above FLOOR."""
     share = eigenvalues / max(eigenvalues.sum(), np.finfo(np.float64).tiny)
     drawn = share > FLOOR
     return np.arange(1.0, len(share) + 1)[drawn], share[drawn]
 
 
 def responses(runs: Sequence[Run], pairs: Sequence[tuple[Run, Sequence[Spectra]]]) -> Picture:
-    """g(s), as it acts on the projections' directions."""
+    """g(s), measured on the projections' directions."""
+    name, title = "response", "Filter response"
+    if not pairs:
+        return Picture(name, title, ABSENT)
     figure, (axes,) = canvas(1, 1, 3.6)
     labels = [run.label for run in runs]
     for run, records in pairs:
@@ -84,29 +90,28 @@ def responses(runs: Sequence[Run], pairs: Sequence[tuple[Run, Sequence[Spectra]]
     axes.set_ylabel("|g(s)| / |g(s_max)|")
     legend_above(figure, [axes])
     return Picture(
-        "response",
-        "Filter response",
-        "By what the predictor or filter scales each principal direction of its input, relative to "
-        "the strongest one: the slope of the outcome's coordinate on the input's along that "
-        "direction, which for a spectral filter is g(s). Rising is low-pass (strong directions "
-        "are amplified), falling is what RDM wants on the target. Dots: a learned predictor. Cut "
-        "off directions are not drawn; log s is negative under s = 1.",
+        name,
+        title,
+        "How much the predictor or filter scales each principal direction of its input, relative "
+        "to the strongest: the slope of output against input along that direction, which for a "
+        "spectral filter is g(s). Rising is low-pass (strong directions are amplified); on the "
+        "target, RDM asks for falling. Dots: a learned predictor. Directions that are cut off are "
+        "not drawn; log s is negative for s under 1.",
         "Lines of g over s on logarithmic axes",
         png(figure),
     )
 
 
 def embedding_map(maps: Sequence[tuple[Run, Array, Embeddings]], method: str) -> Picture:
-    """Embeddings in two dimensions, one panel a run.
+    """Embeddings in two dimensions, one panel for each run.
 
     Args:
-        maps: run, points [n, 2] and whose they are.
+        maps: run, points [n, 2] and their embeddings.
         method: name of the layout, for the caption.
     """
-    figure, all_axes = panels(len(maps), 5.6 if len(maps) == 1 else 4.2 if len(maps) == 2 else 2.7)
-    for axes, (run, points, embeddings) in zip(all_axes, maps, strict=True):
+    figure, all_axes = panels([run.label for run, *_ in maps], (5.6, 4.2, 2.7))
+    for axes, (_, points, embeddings) in zip(all_axes, maps, strict=True):
         _scatter(axes, points, embeddings.labels, embeddings.classes)
-        axes.set_title(panel_title(run.label, len(maps)))
         axes.set(xticks=[], yticks=[])
         axes.set_box_aspect(1)
         axes.grid(visible=False)
@@ -118,13 +123,13 @@ def embedding_map(maps: Sequence[tuple[Run, Array, Embeddings]], method: str) ->
         "Map of embeddings",
         f"Embeddings of {counts} test images in two dimensions by {method}, colored by class; "
         "labels were not used. Axes have no unit, and distances between groups no meaning.",
-        "Points in groups; how far they are of one class each is what kNN accuracy measures",
+        "Points in groups; kNN accuracy measures how pure the groups are",
         png(figure),
     )
 
 
 def _scatter(axes: Any, points: Any, labels: Any, classes: Sequence[str]) -> None:
-    """Up to ten classes have colors of their own and their names at their medians."""
+    """Points by class; up to ten classes have their own colors, and names at their medians."""
     dots = {"s": 60_000 / (len(points) + 2000), "linewidths": 0, "alpha": 0.85}
     if labels is None or (labels < 0).all():
         axes.scatter(*points.T, color=PROJECTION, **dots)

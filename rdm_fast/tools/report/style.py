@@ -1,7 +1,7 @@
-"""How every figure looks: colors that color-blind readers tell apart, sizes, file format.
+"""The look of every figure: colors that color-blind readers can tell apart, sizes, file format.
 
-Colors are never the only sign: runs differ in line style too once colors repeat, branches in line
-style, classes in their names on the map.
+Nothing is shown by color alone: runs also differ in line style once colors repeat, branches in
+line style, and classes are named on the map.
 """
 
 import importlib.util
@@ -15,7 +15,7 @@ from typing import Any
 from rdm_fast.errors import Unavailable
 
 RUNS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#4D4D4D")
-"""Okabe and Ito's, without the yellow that is too pale for lines; black as grey."""
+"""Okabe and Ito's colors, without the yellow that is too pale for lines; grey for black."""
 ONLINE, TARGET, PROJECTION = "#0072B2", "#D55E00", "#C4C4C4"
 CLASSES = (
     *("#332288", "#CC6677", "#117733", "#DDCC77", "#88CCEE"),
@@ -27,11 +27,11 @@ BRANCHES = (
     ("target", "target branch", {"color": TARGET, "linestyle": (0, (5, 2))}),
     ("projection", "projections", {"color": PROJECTION, "linewidth": 5, "zorder": 1.5}),
 )
-"""The projections are one of the two where only the other is filtered: a band under it."""
+"""The projections equal the branch without a filter, so they are a wide band under its line."""
 DASHES = ("-", (0, (5, 2)), (0, (1.5, 1.5)))
 
 WIDTH = 10.0
-"""Inches of every figure, which a page shows at its full width."""
+"""Inches of every figure, shown at the full width of the page."""
 DPI = 144
 PARAMETERS: Any = {
     "font.family": "DejaVu Sans",
@@ -56,20 +56,20 @@ PARAMETERS: Any = {
 
 @dataclass(frozen=True)
 class Picture:
-    """A drawn figure."""
+    """A figure, or the sentence that takes its place."""
 
     name: str
-    """Of its file."""
+    """Of its file, and of its place in the page."""
     title: str
     caption: str
-    """What is shown, in whole sentences."""
-    alt: str
-    """What a reader who does not see it should know."""
-    png: bytes
+    """What the figure shows, or why there is none; whole sentences."""
+    alt: str = ""
+    """What a reader who cannot see the figure should know."""
+    png: bytes = b""
 
 
 def require_matplotlib(command: str) -> None:
-    """Make sure that figures can be drawn, before anything takes time.
+    """Check that figures can be drawn, before anything takes time.
 
     Raises:
         Unavailable: matplotlib or jinja2 is not installed.
@@ -77,51 +77,63 @@ def require_matplotlib(command: str) -> None:
     missing = [name for name in ("matplotlib", "jinja2") if importlib.util.find_spec(name) is None]
     if missing:
         raise Unavailable(
-            f"{command} draws with {' and '.join(missing)}, which is not installed: "
+            f"{command} needs {' and '.join(missing)}, which is not installed: "
             'pip install "rdm-fast[plot]"'
         )
 
 
 def applied() -> AbstractContextManager[None]:
-    """The context in which figures are made; matplotlib's own settings are as before after it."""
+    """The context in which to draw figures; it restores matplotlib's own settings."""
     from matplotlib import rc_context
 
     return rc_context(PARAMETERS)
 
 
 def canvas(rows: int, columns: int, height: float, **options: Any) -> tuple[Any, list[Any]]:
-    """A figure and its axes in reading order. Nothing global is changed, no window opens."""
+    """A figure and its axes in reading order. It changes nothing global and opens no window."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(WIDTH, height), layout="constrained")
     return figure, [*figure.subplots(rows, columns, squeeze=False, **options).flat]
 
 
-def panels(count: int, height: float, **options: Any) -> tuple[Any, list[Any]]:
-    """A figure with one axes a run, up to five side by side; the legend's room is on top."""
+def panels(
+    titles: Sequence[str], heights: Sequence[float], **options: Any
+) -> tuple[Any, list[Any]]:
+    """A figure with one titled panel for each run, up to five side by side.
+
+    Args:
+        titles: labels of the runs, cut to the width of a panel.
+        heights: of a row, in inches: with one run, with two, ...; the last one is for any more.
+        options: of matplotlib's subplots.
+    """
+    count = len(titles)
     rows = math.ceil(count / (5 if count > 8 else 4))
-    columns = math.ceil(count / rows)
-    figure, axes = canvas(rows, columns, rows * height, **options)
+    height = rows * heights[min(count, len(heights)) - 1]
+    figure, axes = canvas(rows, math.ceil(count / rows), height, **options)
     for spare in axes[count:]:
         spare.remove()
+    width = 60 if count <= 2 else 110 // math.ceil(count / math.ceil(count / 5))
+    for each, text in zip(axes, titles, strict=False):
+        each.set_title(text if len(text) <= width else f"{text[: width - 1]}…")
     return figure, axes[:count]
 
 
 def png(figure: Any) -> bytes:
-    """The file, the same bytes every time."""
+    """The file's content; the same bytes every time."""
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=DPI, metadata={"Software": None})
     return file.getvalue()
 
 
 def line_style(number: int) -> dict[str, Any]:
-    """Color and dashes of the run of that number, from 0."""
+    """Color and dashes of a run, by its number from 0."""
     dashes = DASHES[number // len(RUNS) % len(DASHES)]
     return {"color": RUNS[number % len(RUNS)], "linestyle": dashes}
 
 
 def legend_above(figure: Any, axes: Sequence[Any], columns: int = 5) -> None:
-    """One legend for all axes, over them."""
+    """One legend for all axes, above them."""
     handles: dict[str, Any] = {}
     for each in axes:
         for handle, label in zip(*each.get_legend_handles_labels(), strict=True):
@@ -131,14 +143,8 @@ def legend_above(figure: Any, axes: Sequence[Any], columns: int = 5) -> None:
         figure.legend(handles.values(), handles, **place)
 
 
-def panel_title(text: str, count: int) -> str:
-    """A run's label, cut to the width of one of so many panels."""
-    width = 60 if count <= 2 else 110 // math.ceil(count / math.ceil(count / 5))
-    return text if len(text) <= width else f"{text[: width - 1]}…"
-
-
 def label_left(all_axes: Sequence[Any], text: str) -> None:
-    """Name the vertical axis that panels share, once a row."""
+    """Label the shared vertical axis once in each row of panels."""
     for axes in all_axes:
         if axes.get_subplotspec().is_first_col():
             axes.set_ylabel(text)

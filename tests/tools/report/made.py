@@ -1,4 +1,4 @@
-"""Run folders written by hand: what training leaves, without training."""
+"""Run folders as training leaves them, without training."""
 
 import json
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ STEPS_PER_EPOCH = 4
 
 
 def line(step: int, **values: Any) -> dict[str, Any]:
-    """Metrics of a step whose numbers can be told apart."""
+    """Metrics of a step, all different."""
     plain = {
         "step": step,
         "epoch": step / STEPS_PER_EPOCH,

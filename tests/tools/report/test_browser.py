@@ -1,20 +1,16 @@
-"""The page in a real browser, without network: headless Chromium draws it, and it is not blank."""
+"""Headless Chromium, without network, draws the page, and it is not blank."""
 
 import shutil
 import subprocess
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from rdm_fast.tools.report import style
 from tests.tools.report.made import make_run
-from tests.tools.report.test_page import Page, report
-
-__all__ = ["report"]  # a fixture
+from tests.tools.report.test_page import report
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 WIDTH, HEIGHT = 1100, 3000
@@ -24,14 +20,14 @@ WIDTH, HEIGHT = 1100, 3000
 def browser() -> str:
     found = next(filter(None, map(shutil.which, NAMES)), None)
     if found is None:
-        reason = f"no page was looked at: none of {', '.join(NAMES)} is installed"
+        reason = f"no page was drawn: none of {', '.join(NAMES)} is installed"
         warnings.warn(reason, stacklevel=1)
         pytest.skip(reason)
     return found
 
 
 def screenshot(browser: str, page: Path, folder: Path) -> np.ndarray:
-    """What the browser shows of a file, [H, W, 3]; no name can be resolved."""
+    """What the browser shows of a file, [H, W, 3]; it can resolve no name."""
     picture = folder / "screenshot.png"
     flags = [
         "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
@@ -39,19 +35,17 @@ def screenshot(browser: str, page: Path, folder: Path) -> np.ndarray:
         "--disable-component-update", "--disable-sync", "--host-resolver-rules=MAP * ~NOTFOUND",
         f"--user-data-dir={folder / 'profile'}", f"--window-size={WIDTH},{HEIGHT}",
     ]  # fmt: skip
-    words = [browser, *flags, f"--screenshot={picture}", page.resolve().as_uri()]
-    done = subprocess.run(words, capture_output=True, text=True, timeout=180)
+    command = [browser, *flags, f"--screenshot={picture}", page.resolve().as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=180)
     assert picture.exists(), done.stderr[-2000:]
     with Image.open(picture) as image:
         return np.asarray(image.convert("RGB"))
 
 
-def test_chromium_shows_the_page_and_its_figures(
-    browser: str, tmp_path: Path, report: Callable[..., Page], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Text and lines cover some of the paper, in the colors of figures as well as of text."""
-    monkeypatch.setattr(style, "DPI", 144)
-    report(make_run(tmp_path / "a"), make_run(tmp_path / "b"), "--out", "page.html")
+@pytest.mark.slow  # starts a browser
+def test_chromium_shows_the_page_and_its_figures(browser: str, tmp_path: Path) -> None:
+    """Text and lines cover part of the page, in the colors of the figures too."""
+    report(tmp_path, make_run(tmp_path / "a"), make_run(tmp_path / "b"), "--out", "page.html")
     pixels = screenshot(browser, tmp_path / "page.html", tmp_path)
     assert pixels.shape == (HEIGHT, WIDTH, 3)
     paper = pixels[0, 0]

@@ -1,4 +1,4 @@
-"""rdm_fast.tools.report.read: what a run folder says, also when much of it is gone."""
+"""rdm_fast.tools.report.read: the contents of a run folder, even if much of it is gone."""
 
 import json
 import math
@@ -61,7 +61,7 @@ def test_the_metrics_that_are_read_are_those_that_are_logged() -> None:
     assert {*line(1)} - {"step"} <= {*KEYS}
 
 
-# ---- what is damaged -------------------------------------------------------------------------
+# ---- damage ------------------------------------------------------------------------------------
 
 
 def test_damaged_lines_are_counted_and_a_torn_last_one_is_only_left_out(tmp_path: Path) -> None:
@@ -73,7 +73,7 @@ def test_damaged_lines_are_counted_and_a_torn_last_one_is_only_left_out(tmp_path
 
     path.write_bytes(good.replace(b'{"step": 4,', b"\xff\x00", 1) + b"[1]\n{}\n" + b"[" * 9999)
     run = read_run(path.parent, "run")
-    assert run.notes == [f"3 line(s) of {path} are damaged and left out."]
+    assert len(run.notes) == 1 and f"3 line(s) of {path}" in run.notes[0]
     assert run.series("loss").epochs == [0.5, 1.5, 2.0]
 
 
@@ -82,11 +82,10 @@ def test_without_its_configuration_a_run_has_the_one_that_was_logged(tmp_path: P
     (path / "config.yaml").write_text("{")
     run = read_run(path, "run")
     assert run.config == replace(tiny(), out=str(path))
-    assert "config.yaml cannot be read" in run.notes[0]
-    assert run.notes[1] == "Its configuration is taken from metrics.jsonl."
+    assert "config.yaml" in run.notes[0] and "metrics.jsonl" in run.notes[1]
 
 
-def test_an_empty_folder_of_a_run_is_told_in_sentences(tmp_path: Path) -> None:
+def test_an_empty_run_folder_has_notes_in_sentences(tmp_path: Path) -> None:
     path = make_run(tmp_path / "run")
     for name in ("config.yaml", "status.json", "metrics.jsonl"):
         (path / name).unlink()
@@ -111,10 +110,10 @@ def test_the_evaluation_is_the_newest_steps_and_of_these_the_last_saved(tmp_path
     assert read_run(path, "run").evaluation["top1"] == 2.0
     (path / "evaluation" / "step-00000008-logistic.json").write_text("{")
     run = read_run(path, "run")
-    assert run.evaluation["top1"] == 3.0 and "is damaged" in run.notes[0]
+    assert run.evaluation["top1"] == 3.0 and "logistic.json" in run.notes[0]
 
 
-# ---- which runs ------------------------------------------------------------------------------
+# ---- several runs ------------------------------------------------------------------------------
 
 
 def test_a_folder_of_runs_stands_for_all_of_them_and_each_is_taken_once(tmp_path: Path) -> None:
@@ -128,14 +127,15 @@ def test_a_folder_of_runs_stands_for_all_of_them_and_each_is_taken_once(tmp_path
 
 
 @pytest.mark.parametrize("name", ["absent", "file", "empty"])
-def test_what_is_no_run_is_refused_by_name(name: str, tmp_path: Path) -> None:
+def test_a_path_that_is_no_run_is_an_error(name: str, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     (tmp_path / "empty").mkdir()
-    with pytest.raises(InputMissing, match=str(tmp_path / name)):
+    with pytest.raises(InputMissing) as error:
         find_runs([str(tmp_path / name)])
+    assert str(tmp_path / name) in str(error.value)
 
 
-def test_labels_are_as_short_as_tells_runs_apart() -> None:
+def test_labels_are_the_shortest_that_distinguish_runs() -> None:
     assert labels([Path("/x/a"), Path("/x/b")]) == ["a", "b"]
     assert labels([Path("/x/s/a"), Path("/x/t/a"), Path("/x/t/b")]) == ["s/a", "t/a", "b"]
     assert labels([Path("/x/a"), Path("/y/x/a")]) == ["/x/a", "y/x/a"]
@@ -153,14 +153,11 @@ def test_differences_are_the_settings_that_differ_but_for_the_folder(tmp_path: P
     assert differences(read_runs([*paths, broken]))["seed"] == [0, 7, None]
 
 
-def test_every_recipe_is_described_differently_from_its_twins() -> None:
+def test_recipes_and_filters_have_distinct_descriptions() -> None:
     names = [name for name in RECIPES if name.startswith("digits")]
     texts = {describe(RECIPES[name]()) for name in names}
     assert len(texts) == len(names)
     assert "SimSiam, target s^-1" in texts and "BYOL, learned predictor" in texts
-
-
-def test_a_filter_is_described_by_branch_and_g() -> None:
     assert describe_filter(FilterConfig(kind="log_2")) == "online log(1 + s^2)"
     assert describe_filter(FilterConfig(location="target", sigma=-0.5)) == "target s^-0.5"
     assert describe_filter(FilterConfig(sigma=0)) == "no filter"
