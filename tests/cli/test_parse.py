@@ -155,7 +155,7 @@ def test_evaluation_has_flags_of_its_own() -> None:
         ("eval", "x y", "y", "--help"),
         ("eval", "x --protocol closed", "protocol=closed", "closed-form"),
         ("eval", "x --batch 0", "batch=0", "1 or more"),
-        ("eval", "x --device gpu", "device=gpu", "cpu"),
+        ("eval", "x --device gpu", "--device", "cpu"),
         ("eval", "x --batch-size 3", "--batch-size", "--batch?"),
         ("eval", "--checkpoint x", "--checkpoint", "--help"),
         ("export", "x", "to", "--help"),
