@@ -1,4 +1,4 @@
-"""rdm_fast.filters.loss against the paper's formulas in float64 and autograd (tests/spectra.py)."""
+"""filters.loss against the paper's formulas in float64 and autograd (tests/spectra.py)."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -81,22 +81,19 @@ def noise_as_cutoff(config: FilterConfig, z: torch.Tensor) -> FilterConfig:
 
 @pytest.mark.parametrize("config", ONLINE + TARGET, ids=name)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_separate_targets_take_the_place_of_the_other_view(
-    config: FilterConfig, shape: tuple[int, int]
-) -> None:
+def test_targets_replace_the_other_view(config: FilterConfig, shape: tuple[int, int]) -> None:
     z1, z2 = two_views(*shape, "k^-1/2")
-    t1, t2 = two_views(*shape, "flat")
-    a, b = z1.clone().requires_grad_(), z2.clone().requires_grad_()
-    loss = spectral_loss(a, b, config, targets=(t1, t2))
-    loss.backward()
-    expected, grad1, grad2 = paper_loss(z1, z2, config, (t1, t2))
-    assert abs(loss.detach() - expected) <= 1e-6
-    assert relative(a.grad, grad1) <= 1e-5 and relative(b.grad, grad2) <= 1e-5
+    targets = two_views(*shape, "flat")
+    loss, *grads = gradients(z1, z2, config, targets)
+    assert torch.equal(loss, spectral_loss(z1, z2, config, targets=targets))
+    expected, *expected_grads = paper_loss(z1, z2, config, targets)
+    assert abs(loss - expected) <= 1e-6
+    assert all(relative(*pair) <= 1e-5 for pair in zip(grads, expected_grads, strict=True))
 
 
 @pytest.mark.parametrize("config", [c for c in ONLINE + TARGET if c.kind != "log"], ids=name)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_reference_engine_agrees_where_the_reference_is_well_defined(
+def test_the_reference_engine_agrees_where_it_is_well_defined(
     config: FilterConfig, shape: tuple[int, int]
 ) -> None:
     """All singular values are far from zero, so nothing is cut off; its SVD is in float32."""
@@ -104,40 +101,36 @@ def test_reference_engine_agrees_where_the_reference_is_well_defined(
     loss, *grads = gradients(z1, z2, config)
     reference, *reference_grads = gradients(z1, z2, replace(config, engine="reference"))
     assert abs(loss - reference) <= 1e-5
-    for grad, other in zip(grads, reference_grads, strict=True):
-        assert relative(grad, other) <= 1e-4
-
-
-# ---- the module, the names, the errors ---------------------------------------------------------
+    assert all(relative(*pair) <= 1e-4 for pair in zip(grads, reference_grads, strict=True))
 
 
 @pytest.mark.parametrize("config", ONLINE + TARGET + VARIANTS[2:4], ids=name)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_predictor_in_a_plain_simsiam_gives_the_gradient_of_the_fused_loss(
+def test_a_predictor_in_a_plain_simsiam_has_the_gradient_of_the_fused_loss(
     config: FilterConfig, shape: tuple[int, int]
 ) -> None:
     z1, z2 = two_views(*shape, "k^-1/2")
-    predictor = SpectralPredictor(config)
+    predictor, online = SpectralPredictor(config), config.location == "online"
     a, b = z1.clone().requires_grad_(), z2.clone().requires_grad_()
-    if config.location == "online":
-        loss = -F.cosine_similarity(predictor(a), z2).mean() / 2
-        loss = loss - F.cosine_similarity(predictor(b), z1).mean() / 2
-    else:
-        loss = -F.cosine_similarity(a, predictor(z2)).mean() / 2
-        loss = loss - F.cosine_similarity(b, predictor(z1)).mean() / 2
+    loss = torch.zeros(())
+    for p, z in ((a, z2), (b, z1)):
+        y, t = (predictor(p), z) if online else (p, predictor(z))
+        loss = loss - F.cosine_similarity(y, t).mean() / 2
     loss.backward()
     fused, grad1, grad2 = gradients(z1, z2, config)
     assert abs(loss.detach() - fused) <= 1e-6
     assert relative(a.grad, grad1) <= 1e-5 and relative(b.grad, grad2) <= 1e-5
+    assert predictor(z1.bfloat16()).dtype == torch.bfloat16
 
 
-def test_predictor_keeps_the_dtype_of_its_input() -> None:
-    z = two_views(16, 32, "flat", torch.bfloat16)[0]
-    assert SpectralPredictor(FilterConfig())(z).dtype == torch.bfloat16
-
-
-def test_the_fused_op_was_really_taken(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a last product by the samples' side, without one by the features'."""
+@pytest.mark.parametrize(
+    ("shape", "engine", "expected"),
+    [((16, 32), "auto", [True]), ((32, 16), "auto", [False]), ((32, 16), "reference", [])],
+)
+def test_the_fused_op_is_used(
+    shape: tuple[int, int], engine: Any, expected: list[bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a last product on the samples' side, without one on the features'."""
     taken: list[bool] = []
     original = eigh.filtered_cosine
 
@@ -146,21 +139,24 @@ def test_the_fused_op_was_really_taken(monkeypatch: pytest.MonkeyPatch) -> None:
         return original(*args)
 
     monkeypatch.setattr(eigh, "filtered_cosine", counted)
-    spectral_loss(*two_views(16, 32, "flat"), FilterConfig())
-    spectral_loss(*two_views(32, 16, "flat"), FilterConfig())
-    spectral_loss(*two_views(32, 16, "flat"), FilterConfig(engine="reference"))
-    assert taken == [True, False]
+    gradients(*two_views(*shape, "flat"), FilterConfig(engine=engine))
+    assert taken == expected
 
 
-def test_mismatched_branches_are_named() -> None:
-    with pytest.raises(ValueError, match=r"got online torch.float32 \(2, 4, 8\) and target"):
-        SpectralCosine(FilterConfig())(torch.zeros(2, 4, 8), torch.zeros(2, 4, 9))
+@pytest.mark.parametrize("target", [(2, 4, 9), (3, 4, 8), (4, 8)], ids=str)
+def test_branches_that_do_not_fit_are_refused(target: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError) as error:
+        SpectralCosine(FilterConfig())(torch.zeros(2, 4, 8), torch.zeros(target))
+    assert "(2, 4, 8)" in str(error.value) and str(target) in str(error.value)
 
 
-def test_a_filter_on_the_wrong_branch_is_allowed_with_one_warning() -> None:
+def test_a_filter_on_the_wrong_branch_warns_at_the_callers_line() -> None:
     config = FilterConfig(location="target", sigma=0.123)
-    with pytest.warns(UserWarning, match="RDM predicts dimensional collapse"):
+    z1, z2 = two_views(8, 4, "flat")
+    with pytest.warns(UserWarning) as caught:
         SpectralPredictor(config)
+        spectral_loss(z1, z2, config)
+    assert [warning.filename for warning in caught] == [__file__] * 2
 
 
 # ---- several ranks -----------------------------------------------------------------------------
@@ -172,84 +168,62 @@ RANK_CONFIGS = [
     FilterConfig(center=True),
     FilterConfig(engine="reference"),
 ]
+RANK_SHAPES = [(24, 64), (64, 24)]
 
 
-def _rank_gradients(shape: tuple[int, int]) -> list[torch.Tensor]:
+def _on_one_rank() -> list[Any]:
+    """Gradients of good batches, of batches with a NaN on rank 0, and the collectives of a step."""
     rank, world = dist.get_rank(), dist.get_world_size()
-    z1, z2 = two_views(*shape, "k^-1/2")
-    results = []
-    for config in RANK_CONFIGS:
-        rows = [z.chunk(world)[rank] for z in (z1, z2)]
-        results += [*gradients(*rows, config)]
-    return results
 
+    def mine(shape: tuple[int, int], kind: str) -> list[torch.Tensor]:
+        return [z.chunk(world)[rank].clone() for z in two_views(*shape, kind)]
 
-def _rank_collectives() -> list[int]:
-    """Calls of each collective in forward and in backward of one SimSiam step."""
-    counts = {"forward": 0, "backward": 0}
-    phase = "forward"
+    good = [gradients(*mine(s, "k^-1/2"), c) for s in RANK_SHAPES for c in RANK_CONFIGS]
+    bad = []
+    for shape in RANK_SHAPES:
+        for config in RANK_CONFIGS[:3]:
+            z1, z2 = mine(shape, "flat")
+            if rank == 0:
+                z1[1, 2] = float("nan")
+            bad.append(gradients(z1, z2, config))
+    calls: list[str] = []
     gather = dist.all_gather_into_tensor
 
-    def counted(*args: object, **kwargs: object) -> object:
-        counts[phase] += 1
-        return gather(*args, **kwargs)
+    def counted(*args: Any) -> Any:
+        calls.append("gather")
+        return gather(*args)
 
     dist.all_gather_into_tensor = counted  # type: ignore[assignment]
     for other in ("all_reduce", "all_gather", "reduce_scatter_tensor", "broadcast"):
         setattr(dist, other, None)  # anything else would fail
-    z1, z2 = (z.chunk(dist.get_world_size())[dist.get_rank()] for z in two_views(24, 64, "flat"))
+    z1, z2 = mine((24, 64), "flat")
     loss = spectral_loss(z1.requires_grad_(), z2.requires_grad_(), FilterConfig())
-    phase = "backward"
+    calls.append("backward")
     loss.backward()
-    return [counts["forward"], counts["backward"]]
+    return [good, bad, calls]
 
 
-def test_one_gather_forward_and_no_collective_backward(tmp_path: Path) -> None:
-    """Trap 24: projections are gathered with autograd, twice a loss, which all-reduces backward."""
-    assert run_ranks(2, _rank_collectives, tmp_path=tmp_path) == [[1, 0], [1, 0]]
-
-
-@pytest.mark.parametrize(("world", "shape"), [(2, (24, 64)), (4, (24, 64)), (2, (64, 24))])
-def test_ranks_together_have_the_gradient_of_the_global_batch(
-    world: int, shape: tuple[int, int], tmp_path: Path
-) -> None:
+@pytest.mark.parametrize("world", [2, 4])
+def test_ranks_together_have_the_gradient_of_the_global_batch(world: int, tmp_path: Path) -> None:
     """Each rank differentiates its own rows' mean, so its rows are `world` times the global ones,
-    and the mean over ranks that data parallelism takes makes them equal."""
-    ranks = run_ranks(world, _rank_gradients, shape, tmp_path=tmp_path)
-    z1, z2 = two_views(*shape, "k^-1/2")
-    for i, config in enumerate(RANK_CONFIGS):
-        expected = gradients(z1, z2, config)
-        loss = torch.stack([r[3 * i] for r in ranks]).mean()
-        assert abs(loss - expected[0]) <= 1e-6
-        for view in (1, 2):
-            rows = torch.cat([r[3 * i + view] for r in ranks]) / world
-            assert relative(rows, expected[view]) <= 1e-5
-
-
-def _loss_and_gradients_with_one_bad_rank(bad: float, shape: tuple[int, int]) -> list[torch.Tensor]:
-    rank, world = dist.get_rank(), dist.get_world_size()
-    results = []
-    for config in RANK_CONFIGS[:3]:
-        z1, z2 = (z.chunk(world)[rank].clone() for z in two_views(*shape, "flat"))
-        if rank == 0:
-            z1[1, 2] = bad
-        results += [*gradients(z1, z2, config)]
-    return results
-
-
-@pytest.mark.parametrize("shape", [(24, 64), (64, 24)], ids=str)
-def test_a_value_that_is_not_finite_on_one_rank_makes_every_rank_s_loss_nan(
-    shape: tuple[int, int], tmp_path: Path
-) -> None:
-    """Otherwise some ranks would skip the step and others not."""
-    bad = float("nan")
-    for rank in run_ranks(2, _loss_and_gradients_with_one_bad_rank, bad, shape, tmp_path=tmp_path):
-        for loss, *grads in zip(rank[::3], rank[1::3], rank[2::3], strict=True):
-            assert loss.isnan() and all(grad.isfinite().all() for grad in grads)
+    and the mean over ranks that data parallelism takes makes them equal. A batch that is not finite
+    on one rank is NaN on all, so that all skip the step. Trap 24: the reference gathers projections
+    twice a loss, with autograd, which all-reduces backward."""
+    goods, bads, calls = zip(*run_ranks(world, _on_one_rank, tmp_path=tmp_path), strict=True)
+    cases = [(shape, config) for shape in RANK_SHAPES for config in RANK_CONFIGS]
+    for (shape, config), of_ranks in zip(cases, zip(*goods, strict=True), strict=True):
+        expected = gradients(*two_views(*shape, "k^-1/2"), config)
+        losses, *views = zip(*of_ranks, strict=True)
+        assert abs(torch.stack(losses).mean() - expected[0]) <= 1e-6
+        for rows, grad in zip(views, expected[1:], strict=True):
+            assert relative(torch.cat(rows) / world, grad) <= 1e-5
+    for loss, *grads in (each for bad in bads for each in bad):
+        assert loss.isnan() and all(grad.isfinite().all() for grad in grads)
+    assert list(calls) == [["gather", "backward"]] * world
 
 
 @pytest.mark.parametrize("shape", [(24, 64), (64, 64)], ids=str)
-def test_centering_a_gram_matrix_is_that_of_centered_samples(shape: tuple[int, int]) -> None:
+def test_centering_a_gram_matrix_centers_the_samples(shape: tuple[int, int]) -> None:
     X = two_views(*shape, "k^-1/2", torch.float64)[0][None] + 3.0
     centered = smaller_gram(X - X.mean(dim=1, keepdim=True))
     torch.testing.assert_close(center_samples(smaller_gram(X)), centered, rtol=0, atol=1e-9)
