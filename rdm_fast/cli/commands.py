@@ -101,7 +101,6 @@ def _exit_with(error: UserError) -> NoReturn:
 def _train(command: TrainCommand, args: list[str]) -> None:
     from rdm_fast.config.saved import config_to_dict
     from rdm_fast.run.folder import read_config
-    from rdm_fast.training import session
 
     config = command.config
     if command.resume is not None:
@@ -111,6 +110,9 @@ def _train(command: TrainCommand, args: list[str]) -> None:
     if command.print_config:
         print(yaml.safe_dump(config_to_dict(config), sort_keys=False), end="")
         return
+
+    from rdm_fast.training import session
+
     if (ranks := _ranks_to_start(command.nproc)) > 1:
         check_ranks(config.optim, str(ranks))
         ranked = ["-m", "rdm_fast", "train", *without_nproc(args)]
@@ -158,8 +160,9 @@ def _doctor(command: DoctorCommand, _: list[str]) -> None:
     from rdm_fast.runtime.distributed import choose_device
     from rdm_fast.tools.doctor.diagnosis import diagnose
 
-    config, path = command.config, Path(command.json) if command.json else None
-    diagnose(config, choose_device(config.device), batches=command.batches, path=path)
+    device = choose_device(command.config.device)
+    path = Path(command.json) if command.json else None
+    diagnose(command.config, device, batches=command.batches, path=path)
 
 
 def _preview(command: PreviewCommand, _: list[str]) -> None:
@@ -172,10 +175,8 @@ def _export(command: ExportCommand, _: list[str]) -> None:
     from rdm_fast.evaluation.loaded_backbone import find_checkpoint
     from rdm_fast.tools.export.write import export_checkpoint
 
-    path, out = (
-        find_checkpoint(Path(command.checkpoint)),
-        Path(command.out) if command.out else None,
-    )
+    path = find_checkpoint(Path(command.checkpoint))
+    out = Path(command.out) if command.out else None
     print_line(str(export_checkpoint(path, command.to, out=out, overwrite=command.overwrite)))
 
 
@@ -201,7 +202,10 @@ COMMANDS = {
         _evaluate,
     ),
     "doctor": Command(
-        DoctorCommand, "Time the parts of a step of RECIPE and name the bottleneck.", _doctor
+        DoctorCommand,
+        "Show what this machine has and lacks, time the parts of a step of RECIPE, and name the "
+        "bottleneck.",
+        _doctor,
     ),
     "preview": Command(
         PreviewCommand,

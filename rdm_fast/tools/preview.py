@@ -21,6 +21,7 @@ from rdm_fast.data.loaders.batch import Batch
 from rdm_fast.data.loaders.build import build_loader
 from rdm_fast.errors import CannotCreate, Unavailable, UsageError
 from rdm_fast.runtime.distributed import choose_device
+from rdm_fast.runtime.printing import print_line
 
 LOADERS: tuple[Literal["torch", "resident", "dali"], ...] = ("torch", "resident", "dali")
 """The first is the one that the others are compared with."""
@@ -48,14 +49,14 @@ def preview(config: Config, *, images: int, path: Path) -> None:
     expected = np.concatenate([view.ravel() for view in views[LOADERS[0]]]).astype(float)
     for name, made in list(views.items())[1:]:
         off = np.abs(np.concatenate([view.ravel() for view in made]) - expected)
-        print(f"{name}: {off.mean():.2f} of 255 levels from {LOADERS[0]}, on average")
+        print_line(f"{name}: {off.mean():.2f} of 255 levels from {LOADERS[0]}, on average")
     chosen = batches[LOADERS[0]].indices.tolist()
     sheet = contact_sheet([source.read(i) for i in chosen], views)
     try:
         sheet.save(path, optimize=True)
     except (OSError, ValueError) as error:
         raise CannotCreate(f"--sheet {path} cannot be written ({error})") from error
-    print(f"{path}: {len(chosen)} images of {config.data.name}, {', '.join(views)}")
+    print_line(f"{path}: {len(chosen)} images of {config.data.name}, {', '.join(views)}")
 
 
 def first_batches(config: Config, images: ImageSet, device: torch.device) -> dict[str, Batch]:
@@ -70,7 +71,7 @@ def first_batches(config: Config, images: ImageSet, device: torch.device) -> dic
         except (Unavailable, UsageError) as error:
             if name == LOADERS[0]:
                 raise
-            print(f"no {name}: {error}")
+            print_line(f"no {name}: {error}")
             continue
         batches[name] = next(iter(loader.epoch(0)))
     return batches

@@ -15,6 +15,7 @@ from rdm_fast.config.saved import deciding_changes
 from rdm_fast.errors import CannotCreate, ConfigMismatch, DataError, OutputFailed, UserError
 from rdm_fast.run.folder import LOCK, PROJECT, RunFolder, read_config
 from rdm_fast.runtime import atomic_files
+from rdm_fast.runtime.printing import print_line
 from rdm_fast.tools.report import style
 from rdm_fast.tools.report.read import Run, read_run
 from rdm_fast.tools.sweep import results
@@ -45,13 +46,13 @@ def make_sweep(command: SweepCommand) -> None:
     jobs = min(command.jobs or len(gpus) or cores or 1, len(command.runs))
     threads = int(os.environ.get("OMP_NUM_THREADS") or max(1, (cores or 1) // jobs))
     where = f"on {len(gpus)} GPU(s)" if gpus else f"{threads} CPU thread(s) each"
-    print(f"{len(command.runs)} runs in {folder}, {jobs} at a time, {where}", flush=True)
+    print_line(f"{len(command.runs)} runs in {folder}, {jobs} at a time, {where}")
     started = time.monotonic()
     ready = {name: path for name, path in paths.items() if name not in failed}
     failed |= run_all(ready, jobs=jobs, device=command.config.device, gpus=gpus, threads=threads)
     runs = {name: read_run(path, name) for name, path in paths.items()}
-    print("\n" + _write(folder, runs, failed, threads=threads, jobs=jobs))
-    print(f"sweep: {folder / 'sweep.md'} and sweep.png, {time.monotonic() - started:.0f} s")
+    print_line("\n" + _write(folder, runs, failed, threads=threads, jobs=jobs))
+    print_line(f"sweep: {folder / 'sweep.md'} and sweep.png, {time.monotonic() - started:.0f} s")
     if failed:
         _raise(failed)
 

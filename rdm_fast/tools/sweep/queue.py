@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from rdm_fast.errors import Interrupted, RankLost, UserError
 from rdm_fast.run.folder import read_status
+from rdm_fast.runtime.printing import print_line
 from rdm_fast.runtime.signals import StopOnSignal
 
 PROGRAM = "from rdm_fast.cli.commands import main; main()"
@@ -120,13 +121,10 @@ def run_all(
                 name = waiting.popleft()
                 job = _Job(name, runs[name], free.popleft())
                 if start_next(job):
-                    print(
-                        f"{name}: {job.args[0]} ({len(runs) - len(waiting)} of {len(runs)})",
-                        flush=True,
-                    )
+                    print_line(f"{name}: {job.args[0]} ({len(runs) - len(waiting)} of {len(runs)})")
                     working.append(job)
                 else:
-                    print(f"{name}: already complete", flush=True)
+                    print_line(f"{name}: already complete")
                     free.append(job.slot)
             time.sleep(POLL)
             for job in [job for job in working if job.process.poll() is not None]:
@@ -135,12 +133,10 @@ def run_all(
                     continue
                 if code != 0:
                     failed[job.name] = job.failure(code)
-                why = failed.get(job.name)
-                took = f"{time.monotonic() - job.started:.0f} s"
-                print(
-                    f"{job.name}: {f'failed: {why.sentence}' if why else f'complete, {took}'}",
-                    flush=True,
-                )
+                ended = f"complete, {time.monotonic() - job.started:.0f} s"
+                if job.name in failed:
+                    ended = f"failed: {failed[job.name].sentence}"
+                print_line(f"{job.name}: {ended}")
                 working.remove(job)
                 free.append(job.slot)
         if waiting or working:
