@@ -77,7 +77,7 @@ class Case:
         return [norm, G[:, -b:], (G @ G)[:, -b:], t @ X.mT, None, X]
 
     def loss(self, engine: str, p: Tensor) -> Tensor:
-        return filtered_cosine(p, *self.arguments(engine))  # type: ignore[arg-type]
+        return filtered_cosine(p, *self.arguments(engine))
 
     def literal(self, engine: str, p: Tensor) -> Tensor:
         """-mean cos(p W, t); autograd does the rest."""
@@ -139,42 +139,30 @@ def test_loss_and_gradient_equal_autograd_of_the_formula(
 def test_narrow_rows_round_only_the_last_product_and_the_gradient(
     dtype: torch.dtype, engine: str
 ) -> None:
-    """The values of p are not read, so float64 forms give float64's loss."""
-    drawn = case(2, 6, 16, 40)
-    loss, grad, expected_loss, expected_grad = both(drawn, engine, drawn.p.to(dtype))
-    torch.testing.assert_close(loss, expected_loss, atol=1e-12, rtol=0)
-    assert loss.dtype == torch.float64 and grad.dtype == dtype
-    rounding = 0 if dtype == torch.float32 else torch.finfo(dtype).eps / 2
-    error = (grad.double() - expected_grad).norm() / expected_grad.norm()
-    assert error <= ROUNDED + rounding
-
-
-@ENGINES
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_a_16_bit_batch_is_multiplied_exactly(dtype: torch.dtype, engine: str) -> None:
-    """The gradient is that of X as rounded; N is not rounded."""
+    """The values of p are not read, and those of X are multiplied as they are, by N in full."""
     drawn = case(2, 6, 16, 40)
     *rest, X = drawn.arguments(engine)
-    p = drawn.p.float().requires_grad_()
-    narrow = None if X is None else X.to(dtype)
-    filtered_cosine(p, *rest, narrow).sum().backward()  # type: ignore[arg-type]
-    q = drawn.p.clone().requires_grad_()
-    exact = None if narrow is None else narrow.double()
-    filtered_cosine(q, *rest, exact).sum().backward()  # type: ignore[arg-type]
-    assert p.grad is not None and q.grad is not None
-    assert (p.grad - q.grad).norm() <= ROUNDED * q.grad.norm()
+    found = []
+    for rows, batch in ((dtype, dtype), (torch.float64, torch.float64)):
+        p = drawn.p.to(rows).requires_grad_()
+        loss = filtered_cosine(p, *rest, None if X is None else X.to(dtype).to(batch))
+        found += [loss, *torch.autograd.grad(loss.sum(), p)]
+    loss, grad, exact_loss, exact = found
+    assert torch.equal(loss, exact_loss) and loss.dtype == torch.float64 and grad.dtype == dtype
+    rounding = 0 if dtype == torch.float32 else torch.finfo(dtype).eps / 2
+    assert (grad.double() - exact).norm() <= (ROUNDED + rounding) * exact.norm()
 
 
-@ENGINES
-def test_a_direction_that_is_cut_off_gets_no_gradient(engine: str) -> None:
+@pytest.mark.parametrize("engine", NAMES[:-1])
+def test_directions_that_are_cut_off_get_no_gradient(engine: str) -> None:
+    """View 1 is cut off as a whole."""
     drawn = case(2, 5, 12, 20)
-    drawn.g[:, 3] = 0
+    drawn.g[:, 3] = drawn.g[1] = 0
     loss, grad, expected_loss, expected_grad = both(drawn, engine)
     torch.testing.assert_close(loss, expected_loss, atol=EXACT, rtol=0)
     torch.testing.assert_close(grad, expected_grad, atol=EXACT, rtol=0)
-    if engine != "power":
-        along = grad @ drawn.V[:, :, 3:4]
-        torch.testing.assert_close(along, torch.zeros_like(along), atol=1e-14, rtol=0)
+    assert ((grad @ drawn.V[:, :, 3:4]).abs() <= 1e-14).all()
+    assert loss[1] == 0 and (grad[1] == 0).all()
 
 
 @ENGINES
@@ -184,7 +172,7 @@ def test_a_row_of_zeros_adds_nothing_to_the_loss(engine: str) -> None:
     drawn.t[:, 1] = 0
     arguments = drawn.arguments(engine)
     p = drawn.p.clone().requires_grad_()
-    loss = filtered_cosine(p, *arguments)  # type: ignore[arg-type]
+    loss = filtered_cosine(p, *arguments)
     loss.sum().backward()
     assert p.grad is not None and p.grad.isfinite().all()
     assert (p.grad[:, 1] == 0).all()
@@ -200,16 +188,6 @@ def test_a_square_that_rounding_made_negative_is_a_length_of_zero(body: Body) ->
     beta = torch.tensor([[[1.0, -1 - 1e-6]]], device=DEVICE)
     loss, N = body(alpha, alpha.new_ones(1, 1), alpha, beta, gamma, None, None)
     assert loss.item() == 0 and (N == 0).all()
-
-
-@ENGINES
-def test_a_filter_of_zeros_gives_zero(engine: str) -> None:
-    drawn = case(2, 4, 12, 20)
-    drawn.g.zero_()
-    if engine == "power":
-        drawn.s.zero_()
-    loss, grad, *_ = both(drawn, engine)
-    assert (loss == 0).all() and (grad == 0).all()
 
 
 @ENGINES
@@ -242,66 +220,13 @@ def test_no_infinite_argument_hides_in_a_quotient(where: str, bad: float, body: 
 
 
 @ENGINES
-@settings(max_examples=10)
-@given(scale=st.floats(1e-3, 1e3), seed=seeds)
-def test_scale_does_not_matter_and_the_gradient_falls_with_that_of_the_rows(
-    scale: float, seed: int, engine: str
-) -> None:
-    drawn = case(1, 4, 12, 20, seed)
-    loss, grad, *_ = both(drawn, engine)
-    scaled = replace(drawn, s=drawn.s * scale, t=drawn.t / scale, g=drawn.g * scale)
-    scaled_loss, scaled_grad, *_ = both(scaled, engine)
-    torch.testing.assert_close(scaled_loss, loss, atol=1e-9, rtol=0)
-    unit = float(drawn.unit(engine))
-    torch.testing.assert_close(scaled_grad * scale, grad, atol=1e-9 * unit, rtol=0)
-
-
-@ENGINES
-def test_backward_multiplies_by_the_incoming_gradient(engine: str) -> None:
-    drawn = case(3, 4, 12, 20)
-    grads = []
-    weights = torch.tensor([[1.0, 1.0, 1.0], [2.0, 0.0, -4.0]], device=DEVICE)
-    for weight in weights:
-        p = drawn.p.clone().requires_grad_()
-        drawn.loss(engine, p).backward(weight.double())
-        assert p.grad is not None
-        grads.append(p.grad)
-    expected = weights[1, :, None, None] * grads[0]
-    torch.testing.assert_close(grads[1], expected, atol=0, rtol=1e-15)
-
-
-@ENGINES
 def test_only_the_online_rows_take_a_gradient(engine: str) -> None:
     drawn = case(2, 4, 12, 20)
     given = [drawn.p, *drawn.arguments(engine)]
     leaves = [None if x is None else x.clone().requires_grad_() for x in given]
-    filtered_cosine(*leaves).sum().backward()  # type: ignore[arg-type]
+    filtered_cosine(*leaves).sum().backward()
     assert leaves[0] is not None and leaves[0].grad is not None
     assert all(leaf is None or leaf.grad is None for leaf in leaves[1:])
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"norm": torch.ones(2, 4)},
-        {"alpha": torch.ones(2, 3, 9)},
-        {"gamma": torch.ones(2, 3, 8, dtype=torch.float64)},
-        {"beta": torch.ones(2, 3, 8, dtype=torch.bfloat16)},
-        {"R": torch.ones(2, 9, 6)},
-        {"X": torch.ones(2, 8, 10)},
-        {"R": None, "X": None},
-    ],
-    ids=lambda change: "-".join(change),
-)
-def test_arguments_that_do_not_fit_are_named(change: dict[str, Tensor | None]) -> None:
-    forms = {name: torch.ones(2, 3, 8) for name in ("alpha", "beta", "gamma")}
-    fits = {"p": torch.ones(2, 3, 10), "norm": torch.ones(2, 3), **forms}
-    fits |= {"R": torch.ones(2, 8, 6), "X": torch.ones(2, 6, 10)}
-    filtered_cosine(**fits)  # type: ignore[arg-type]
-    with pytest.raises(ValueError) as error:
-        filtered_cosine(**(fits | change))  # type: ignore[arg-type]
-    for name, tensor in (fits | change).items():
-        assert tensor is None or f"{name} {tensor.dtype} {tuple(tensor.shape)}" in str(error.value)
 
 
 # ---- in float32, by the definition and by the kernels ----------------------------------------

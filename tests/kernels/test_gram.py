@@ -8,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rdm_kernels import gram
 from rdm_kernels.gram import DTYPES, gram_op, gram_triton, is_narrow
 from rdm_kernels.tiles import WIDTH, Symmetric, pad_rows
 from tests.kernels.common import INTERPRETED, Body, U, bodies, check_totals, randn
@@ -98,14 +97,6 @@ def test_the_launcher_splits_a_long_sum_and_loses_no_term() -> None:
     check(Symmetric(*gram_triton(X, *astuple(ROWS))), X, ROWS)
 
 
-def test_stacked_views_give_the_blocks_of_each_and_of_both() -> None:
-    X = batch(2, 5, 7)
-    K = gram(X, side="samples", stacked=True, center=True).matrix[0].double()
-    x, y = X.double() - X.double().mean(dim=1, keepdim=True)
-    expected = torch.cat([torch.cat([x @ x.mT, x @ y.mT], 1), torch.cat([y @ x.mT, y @ y.mT], 1)])
-    torch.testing.assert_close(K, expected, atol=1e-5, rtol=0)
-
-
 @BODIES
 @pytest.mark.parametrize("center", [False, True], ids=["plain", "centered"])
 @pytest.mark.parametrize(
@@ -151,20 +142,3 @@ def test_padding_aligns_rows_and_fills_them_with_zeros() -> None:
         assert found.is_contiguous() and found.data_ptr() % 16 == 0
         assert found.shape[2] % WIDTH == 0 and not found[:, :, odd.shape[2] :].any()
         assert torch.equal(found[:, :, : odd.shape[2]], odd)
-
-
-@pytest.mark.parametrize(
-    ("X", "options", "found"),
-    [
-        (torch.zeros(4, 8), {"side": "samples"}, "(4, 8)"),
-        (torch.zeros(1, 4, 8).double(), {"side": "samples"}, "float64"),
-        (torch.zeros(1, 0, 8), {"side": "samples"}, "(1, 0, 8)"),
-        (torch.zeros(1, 4, 8), {"side": "rows"}, "side='rows'"),
-        (torch.zeros(1, 4, 8), {"side": "features", "stacked": True}, "stacked=True"),
-    ],
-    ids=["2d", "dtype", "empty", "side", "stacked"],
-)
-def test_an_argument_that_does_not_fit_is_named(X: Tensor, options: dict, found: str) -> None:
-    with pytest.raises(ValueError) as error:
-        gram(X, **options)
-    assert found in str(error.value)

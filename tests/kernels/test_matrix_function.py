@@ -92,16 +92,6 @@ def test_in_float64_only_the_series_errs(
     assert ratio <= tolerance * max(span, 1)
 
 
-@ALL
-def test_the_definition_is_the_filter_itself(name: str) -> None:
-    """X W = M X for W = X^T h X, and M = G h."""
-    X = with_spectrum(16, 30, spectrum("k^-1/2", 16))
-    G = X @ X.mT
-    result = matrix_function(G, RESPONSES[name], cutoff=0.01)
-    torch.testing.assert_close(result.M, G @ result.h, atol=1e-10, rtol=0)
-    torch.testing.assert_close(X @ (X.mT @ result.h @ X), result.M @ X, atol=1e-9, rtol=0)
-
-
 @pytest.mark.parametrize("name", [*RESPONSES, "s^-0.5", "s^-0.3"])
 @HEALTHY
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
@@ -286,24 +276,6 @@ def test_zero_and_rank_one_are_finite(name: str) -> None:
     assert found.M[0].abs().max() <= 1e-4
 
 
-@pytest.mark.parametrize(
-    ("G", "options", "found"),
-    [
-        (torch.eye(3), {"cutoff": 0.0}, "cutoff in (0, 0.1], got 0.0"),
-        (torch.eye(3), {"cutoff": 0.2}, "cutoff in (0, 0.1], got 0.2"),
-        (torch.zeros(2, 3), {}, "G torch.float32 (2, 3)"),
-        (torch.zeros(2, 3, 3), {"floor": torch.zeros(3)}, "floor torch.float32 (3,)"),
-    ],
-    ids=["zero", "large", "oblong", "floor"],
-)
-def test_an_argument_that_does_not_fit_is_named(
-    G: Tensor, options: dict[str, Any], found: str
-) -> None:
-    with pytest.raises(ValueError) as error:
-        matrix_function(G, torch.sqrt, **options)
-    assert found in str(error.value)
-
-
 class Multiplied(TorchDispatchMode):
     """Counts PyTorch's own products below float64."""
 
@@ -338,25 +310,3 @@ def test_kernels_do_every_multiplication(monkeypatch: pytest.MonkeyPatch) -> Non
     assert kernels.count == 0
     for a, b in zip(found, expected, strict=True):
         assert relative(a, b) <= 1e-4
-
-
-@pytest.mark.gpu
-def test_nothing_waits_and_a_captured_graph_repeats_it_bit_for_bit() -> None:
-    views = [with_spectrum(64, 128, spectrum("k^-1", 64), seed) for seed in range(2)]
-    X = torch.stack(views).float()
-
-    def work() -> list[Tensor]:
-        filtered = matrix_function(X @ X.mT, torch.log1p, floor=X.abs().amax(dim=(1, 2)) / 100)
-        return [*filtered, polar(X)]
-
-    eager = work()  # also puts the constants of the series on the device
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        work()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-        captured = work()
-    graph.replay()
-    assert all(map(torch.equal, eager, captured))

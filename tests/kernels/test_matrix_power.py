@@ -221,9 +221,3 @@ def test_one_matrix_that_is_not_finite_leaves_the_others_exact(name: str) -> Non
 def test_log1p_outside_its_domain_is_not_finite() -> None:
     A = torch.diag(torch.tensor([-2.0, 1.0], device=DEVICE))
     assert not matrix_log1p(A).isfinite().any()
-
-
-def test_an_argument_that_does_not_fit_is_named() -> None:
-    with pytest.raises(ValueError) as error:
-        matrix_power(torch.zeros(2, 3), 0.5)
-    assert "A torch.float32 (2, 3)" in str(error.value)

@@ -12,7 +12,17 @@ from torch import Tensor
 from torch._subclasses import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
-from rdm_kernels import filtered_cosine, gram, neg_cosine, product, sym_matmul
+from rdm_kernels import (
+    filtered_cosine,
+    gram,
+    matrix_function,
+    matrix_power,
+    neg_cosine,
+    polar,
+    product,
+    safe_eigh,
+    sym_matmul,
+)
 from rdm_kernels.aot import listed
 from rdm_kernels.apply_rows import apply_rows, apply_rows_triton, define_apply_rows
 from rdm_kernels.filtered_cosine import (
@@ -172,6 +182,65 @@ def test_autocast_changes_no_bit_and_only_losses_take_a_gradient() -> None:
         assert all(map(torch.equal, plain, work()))
 
 
+Z = torch.zeros
+FORMS = [torch.ones(2, 3, 8) for _ in range(3)]
+R, X = torch.ones(2, 8, 6), torch.ones(2, 6, 10)
+ROWS = torch.ones(2, 3, 10)
+REFUSED: list[tuple[Any, tuple[Any, ...], dict[str, Any], str]] = [
+    (gram, (Z(4, 8),), {"side": "samples"}, "X torch.float32 (4, 8)"),
+    (gram, (Z(1, 4, 8).double(),), {"side": "samples"}, "X torch.float64"),
+    (gram, (Z(1, 0, 8),), {"side": "samples"}, "(1, 0, 8)"),
+    (gram, (Z(1, 4, 8),), {"side": "rows"}, "side='rows'"),
+    (gram, (Z(1, 4, 8),), {"side": "features", "stacked": True}, "stacked=True"),
+    (sym_matmul, (Z(4, 4),), {}, "A torch.float32 (4, 4)"),
+    (sym_matmul, (Z(1, 4, 5),), {"beta": 1.0}, "C torch.float32 (1, 4, 5)"),
+    (sym_matmul, (Z(1, 4, 4).half(),), {}, "A torch.float16"),
+    (sym_matmul, (Z(1, 4, 4),), {"C": Z(1, 4, 4).double()}, "C torch.float64"),
+    (sym_matmul, (Z(1, 4, 4), Z(1, 5, 5)), {}, "B torch.float32 (1, 5, 5)"),
+    (product, (Z(4, 4), Z(4, 4)), {}, "A torch.float32 (4, 4)"),
+    (product, (Z(1, 4, 5), Z(1, 4, 5)), {}, "B torch.float32 (1, 4, 5)"),
+    (product, (Z(1, 4, 4), Z(2, 4, 4)), {}, "B torch.float32 (2, 4, 4)"),
+    (product, (Z(1, 0, 4), Z(1, 4, 4)), {}, "A torch.float32 (1, 0, 4)"),
+    (product, (Z(1, 4, 4), Z(1, 4, 4).double()), {}, "B torch.float64"),
+    (product, (Z(1, 4, 4).half(), Z(1, 4, 4).half()), {}, "A torch.float16"),
+    (product, (Z(1, 4, 4), Z(1, 4, 4)), {"C": Z(1, 4, 5)}, "C torch.float32 (1, 4, 5)"),
+    (neg_cosine, (Z(4, 8), Z(4, 9)), {}, "z torch.float32 (4, 9)"),
+    (neg_cosine, (Z(4, 8), Z(4, 8).int()), {}, "z torch.int32"),
+    (neg_cosine, (Z(8), Z(8)), {}, "p torch.float32 (8,)"),
+    (filtered_cosine, (ROWS, Z(2, 4), *FORMS, R, X), {}, "norm torch.float32 (2, 4)"),
+    (filtered_cosine, (ROWS, Z(2, 3), Z(2, 3, 9), *FORMS[1:], R, X), {}, "(2, 3, 9)"),
+    (filtered_cosine, (ROWS, Z(2, 3), *FORMS[1:], FORMS[0].double(), R, X), {}, "float64"),
+    (filtered_cosine, (ROWS, Z(2, 3), *FORMS, Z(2, 9, 6), X), {}, "R torch.float32 (2, 9, 6)"),
+    (filtered_cosine, (ROWS, Z(2, 3), *FORMS, R, Z(2, 8, 10)), {}, "X torch.float32 (2, 8, 10)"),
+    (filtered_cosine, (ROWS, Z(2, 3), *FORMS, R, X, Z(3)), {}, "unit torch.float32 (3,)"),
+    (filtered_cosine, (ROWS, Z(2, 3), *FORMS), {}, "p torch.float32 (2, 3, 10)"),
+    (polar, (torch.eye(3),), {"lower": 0.0}, "lower=0.0"),
+    (polar, (torch.eye(3),), {"lower": 1.0}, "lower=1.0"),
+    (polar, (torch.eye(3),), {"iterations": 0}, "iterations=0"),
+    (polar, (Z(3),), {}, "X torch.float32 (3,)"),
+    (matrix_function, (torch.eye(3), torch.sqrt), {"cutoff": 0.0}, "(0, 0.1], got 0.0"),
+    (matrix_function, (torch.eye(3), torch.sqrt), {"cutoff": 0.2}, "(0, 0.1], got 0.2"),
+    (matrix_function, (Z(2, 3), torch.sqrt), {}, "G torch.float32 (2, 3)"),
+    (matrix_function, (Z(2, 3, 3), torch.sqrt), {"floor": Z(3)}, "floor torch.float32 (3,)"),
+    (safe_eigh, (Z(3),), {}, "A torch.float32 (3,)"),
+    (safe_eigh, (Z(2, 3),), {}, "A torch.float32 (2, 3)"),
+    (safe_eigh, (Z(3, 3).int(),), {}, "A torch.int32"),
+    (safe_eigh, (Z(0, 0),), {}, "A torch.float32 (0, 0)"),
+    (safe_eigh, (torch.eye(2),), {"solve": BF16}, "torch.bfloat16"),
+    (matrix_power, (Z(2, 3), 0.5), {}, "A torch.float32 (2, 3)"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("function", "args", "options", "found"), REFUSED)
+def test_an_argument_that_does_not_fit_is_named(
+    function: Body, args: tuple[Any, ...], options: dict[str, Any], found: str
+) -> None:
+    with pytest.raises(ValueError) as error:
+        function(*args, **options)
+    assert function.__name__ in str(error.value) or "=" in found
+    assert found in str(error.value)
+
+
 # ---- launches --------------------------------------------------------------------------------
 
 
@@ -241,14 +310,23 @@ def losses(p: Tensor, z: Tensor, R: Tensor, X: Tensor, norm: Tensor, *forms: Ten
     return found + [torch.autograd.grad(loss.sum(), p)[0] for loss in found]
 
 
+def spectral_filter(X: Tensor) -> Any:
+    G = sym_matmul(X).matrix
+    floor = X.abs().amax(dim=(1, 2)) / 100
+    return *matrix_function(G, torch.log1p, floor=floor), polar(X)
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", [*dict.fromkeys(op.name for op, _ in LAUNCHED), "losses"])
+@pytest.mark.parametrize(
+    "name", [*dict.fromkeys(op.name for op, _ in LAUNCHED), "losses", "filter"]
+)
 def test_nothing_waits_and_a_captured_graph_replays_the_same_bits(name: str) -> None:
     found = {op.name: (op.op, args) for op, args in FIRST}
-    p = randn(2, 64, 256, dtype=BF16).requires_grad_()
-    forms = [randn(2, 64), *(randn(2, 64, 128, seed=seed) for seed in range(3))]
-    X, R = randn(2, 128, 256, dtype=BF16), randn(2, 128, 128)
-    found["losses"] = losses, (p, randn(2, 64, 256, seed=1), R, X, *forms)
+    X = randn(2, 64, 256, dtype=BF16)
+    forms = [randn(2, 64), *(randn(2, 64, 64, seed=seed) for seed in range(3))]
+    p = X.clone().requires_grad_()
+    found["losses"] = losses, (p, X.flip(0), randn(2, 64, 64), X, *forms)
+    found["filter"] = spectral_filter, (X.float(),)  # its first call copies constants
     work, args = found[name]
     work(*args)  # compiles
     torch.cuda.set_sync_debug_mode("error")

@@ -141,20 +141,3 @@ def test_the_bound_is_at_least_lambda_max_and_at_most_a_fourth_root_of_n_above_i
     c = float(bound((X @ X.mT)[None]))
     largest = float(s[0] ** 2)
     assert largest * (1 - 1e-12) <= c <= n**0.25 * largest * (1 + 1e-12)
-
-
-@pytest.mark.parametrize(
-    ("X", "options", "found"),
-    [
-        (torch.eye(3), {"lower": 0.0}, "lower=0.0"),
-        (torch.eye(3), {"lower": 1.0}, "lower=1.0"),
-        (torch.eye(3), {"iterations": 0}, "iterations=0"),
-        (torch.ones(3), {}, "X torch.float32 (3,)"),
-    ],
-)
-def test_an_argument_that_does_not_fit_is_named(
-    X: Tensor, options: dict[str, float], found: str
-) -> None:
-    with pytest.raises(ValueError) as error:
-        polar(X, **options)
-    assert found in str(error.value)

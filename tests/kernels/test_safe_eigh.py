@@ -301,22 +301,3 @@ def test_float64_is_fast_on_data_center_gpus_only(
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     assert has_fast_float64(torch.device("cuda", 0)) == fast
     assert has_fast_float64(torch.device("cpu"))
-
-
-@pytest.mark.parametrize(
-    ("A", "solve", "found"),
-    [
-        (torch.zeros(3), None, "A torch.float32 (3,)"),
-        (torch.zeros(2, 3), None, "A torch.float32 (2, 3)"),
-        (torch.zeros(3, 3, dtype=torch.int64), None, "A torch.int64"),
-        (torch.zeros(0, 0), None, "(0, 0)"),
-        (torch.eye(2), torch.bfloat16, "torch.bfloat16"),
-    ],
-    ids=["1d", "oblong", "dtype", "empty", "solve"],
-)
-def test_an_argument_that_does_not_fit_is_named(
-    A: Tensor, solve: torch.dtype | None, found: str
-) -> None:
-    with pytest.raises(ValueError) as error:
-        safe_eigh(A, solve=solve)
-    assert found in str(error.value)

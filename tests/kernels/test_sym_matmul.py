@@ -1,7 +1,5 @@
 """rdm_kernels.sym_matmul against float64: its definition and its kernels."""
 
-from typing import Any
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -94,22 +92,3 @@ def test_a_value_that_is_not_finite_flags_its_matrix_only(value: float, body: Bo
     found = Symmetric(*body(A, A, None, 1.0, 0.0, 0.0))
     assert found.nonfinite.tolist() == [0, 1]
     assert found.matrix[0].isfinite().all() and not found.norm[1].isfinite()
-
-
-@pytest.mark.parametrize(
-    ("A", "options", "found"),
-    [
-        (torch.zeros(4, 4), {}, "A torch.float32 (4, 4)"),
-        (torch.zeros(1, 4, 5), {"beta": 1.0}, "C torch.float32 (1, 4, 5)"),
-        (torch.zeros(1, 4, 4).half(), {}, "float16"),
-        (torch.zeros(1, 4, 4), {"C": torch.zeros(1, 4, 4).double()}, "C torch.float64"),
-        (torch.zeros(1, 4, 4), {"B": torch.zeros(1, 5, 5)}, "B torch.float32 (1, 5, 5)"),
-    ],
-    ids=["2d", "oblong", "dtype", "dtypes", "B"],
-)
-def test_an_argument_that_does_not_fit_is_named(
-    A: Tensor, options: dict[str, Any], found: str
-) -> None:
-    with pytest.raises(ValueError) as error:
-        sym_matmul(A, **options)
-    assert found in str(error.value)
