@@ -49,17 +49,7 @@ def spectrum(name: str, n: int) -> Tensor:
     return s * math.sqrt(n)
 
 
-SPECTRA = [
-    "flat",
-    "k^-1/2",
-    "k^-1",
-    "k^-2",
-    "clusters",
-    "rank 1",
-    "rank 8",
-    "rank B-1",
-    "straddling",
-]
+SPECTRA = "flat", "k^-1/2", "k^-1", "k^-2", "clusters", "rank 1", "rank 8", "rank B-1", "straddling"
 
 
 def two_views(

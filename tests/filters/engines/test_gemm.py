@@ -29,7 +29,7 @@ DTYPES = [torch.float32, torch.bfloat16]
 
 
 def least_cosine(config: FilterConfig) -> float:
-    """What the gradient's direction is promised to be worth."""
+    """Agreement that is promised for the direction of the gradient."""
     if not config.is_falling:
         return 0.9999
     return 0.999 if config.location == "target" else 0.99
@@ -94,28 +94,22 @@ def test_any_scale_gives_a_finite_and_right_gradient(config: FilterConfig, scale
 
 @pytest.mark.parametrize("config", ONLINE + FALLING + TARGET + CROSSED, ids=name)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_a_batch_of_zeros_has_no_gradient(config: FilterConfig, shape: tuple[int, int]) -> None:
-    zeros = torch.zeros(shape)
-    loss, *grads = gradients(zeros, zeros, replace(config, engine="gemm"))
-    assert loss == 0 and not any(grad.any() for grad in grads)
-
-
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-@pytest.mark.parametrize("config", [*ONLINE[:4], FALLING[1], TARGET[0], *CROSSED], ids=name)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_a_value_that_is_not_finite_is_told_by_the_loss_and_has_no_gradient(
-    config: FilterConfig, shape: tuple[int, int], bad: float
+def test_a_batch_of_zeros_or_one_that_is_not_finite_has_a_finite_gradient(
+    config: FilterConfig, shape: tuple[int, int]
 ) -> None:
-    z1, z2 = two_views(*shape, "flat")
-    z1[3, 5] = bad
-    loss, *grads = gradients(z1, z2, replace(config, engine="gemm"))
-    assert loss.isnan()
-    assert all(grad.isfinite().all() for grad in grads)
+    config, zeros = replace(config, engine="gemm"), torch.zeros(shape)
+    loss, *grads = gradients(zeros, zeros, config)
+    assert loss == 0 and not any(grad.any() for grad in grads)
+    for bad in (float("nan"), float("inf")):
+        z1, z2 = two_views(*shape, "flat")
+        z1[3, 5] = bad
+        loss, *grads = gradients(z1, z2, config)
+        assert loss.isnan() and all(grad.isfinite().all() for grad in grads)
 
 
 @pytest.mark.parametrize("config", [ONLINE[1], ONLINE[2], ONLINE[3], FALLING[1]], ids=name)
-def test_views_that_are_each_other_s_targets_are_multiplied_once(config: FilterConfig) -> None:
-    """The stacked product gives what two separate ones do."""
+def test_one_stacked_product_gives_what_two_give(config: FilterConfig) -> None:
+    """For views that are each other's targets."""
     z1, z2 = two_views(24, 64, "k^-1/2")
     together = gradients(z1, z2, replace(config, engine="gemm"))
     X = torch.stack([z1, z2])
@@ -129,8 +123,7 @@ def test_views_that_are_each_other_s_targets_are_multiplied_once(config: FilterC
 
 
 @pytest.mark.parametrize("config", [FilterConfig(center=True), FilterConfig(cutoff=1e-5)], ids=str)
-def test_what_it_cannot_do_is_refused_at_once(config: FilterConfig) -> None:
-    with pytest.raises(
-        ValueError, match=r"filter\.engine=gemm .* use filter\.engine=eigh, or auto"
-    ):
+def test_filters_it_cannot_compute_are_refused_at_once(config: FilterConfig) -> None:
+    with pytest.raises(ValueError) as error:
         replace(config, engine="gemm")
+    assert "filter.engine=gemm" in str(error.value) and "filter.engine=eigh" in str(error.value)
