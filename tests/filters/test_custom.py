@@ -58,7 +58,7 @@ def test_it_uses_eigh_and_has_no_advice() -> None:
     assert advice(config) is None and advice(replace(config, location="target")) is None
 
 
-def test_a_filter_needs_a_function_exactly_if_it_is_custom() -> None:
+def test_only_a_custom_filter_has_a_function() -> None:
     for wrong in (
         {"kind": "custom"},
         {"response": band},

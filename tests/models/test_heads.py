@@ -11,7 +11,7 @@ Layer = tuple[object, ...]
 
 
 def layers(head: nn.Sequential) -> list[Layer]:
-    """What a head is made of: (L, in, out, bias, trainable bias), (BN, width, affine), (ReLU,)."""
+    """The layers of a head: (L, in, out, bias, trainable bias), (BN, width, affine), (ReLU,)."""
     found: list[Layer] = []
     for layer in head:
         if isinstance(layer, nn.Linear):

@@ -102,7 +102,7 @@ def test_a_failed_factorization_costs_one_batch(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.filterwarnings("ignore:filter.engine=gemm was not accurate")
-def test_calls_of_spectral_loss_share_what_they_learned_and_modules_do_not(
+def test_calls_of_spectral_loss_share_a_selector_and_modules_do_not(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     real, config = loss.build_filter, FilterConfig(sigma=2.0, cutoff=2e-3)  # no other test has it
