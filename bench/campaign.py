@@ -41,6 +41,9 @@ NEEDED = {  # import name: distribution
     "cpuinfo": "py-cpuinfo",
     "hypothesis": "hypothesis",
     "sortedcontainers": "sortedcontainers",
+    "tyro": "tyro",
+    "docstring_parser": "docstring-parser",
+    "typeguard": "typeguard",
 }
 LIMIT_S = 520.0  # of a stage; a lent machine ends a command after ten minutes
 TAIL = 6000  # characters of output to keep

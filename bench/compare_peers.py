@@ -1,25 +1,26 @@
-"""The same training step by what users could take instead, in turns in one process.
+"""Training steps of rdm-fast and of its alternatives, timed in turns in one process.
 
     python -m bench.compare_peers [--case CASE ...] [--rounds N] [--json FILE]
 
-    simsiam, byol                 ours, with their learned predictors
-    rdm_simsiam, rdm_byol         ours, with the recipe's spectral filter
-    rdm_simsiam_unfiltered        ours, without filter and predictor: what the filter is added to
-    rdm_simsiam reference         the reference formulation inside our step: SVD (filter.engine=
-                                  reference), NCHW; in the precision of the released scripts, fp16
-                                  autocast for CIFAR and fp32 for ImageNet, on a CPU fp32
+    simsiam, byol                 rdm-fast, with their learned predictors
+    rdm_simsiam, rdm_byol         rdm-fast, with the recipe's spectral filter
+    rdm_simsiam_unfiltered        rdm-fast, without filter and predictor
+    rdm_simsiam reference         the reference formulation in rdm-fast's step: SVD (filter.engine=
+                                  reference), NCHW, in the precision of the released scripts: fp16
+                                  autocast for CIFAR, fp32 for ImageNet and on a CPU
     lightly simsiam, byol         heads, loss and momentum update of the package lightly in a plain
-                                  loop, as its documentation has it: fp32, NCHW
-    ... bf16                      the same under bf16 autocast (ours on a GPU is always)
+                                  loop, as in its documentation: fp32, NCHW
+    ... bf16                      the same under bf16 autocast (on a GPU rdm-fast always uses it)
 
-All have the same backbone and widths of heads, the same two views of noise, and SGD with momentum
-and weight decay; nothing is augmented. Before anything is timed, in fp32 on the CPU: lightly's
-SimSiam with our weights gives our loss, and the reference formulation our filter's gradient.
+All share the backbone, the widths of the heads, two views of noise, and SGD with momentum and
+weight decay; nothing is augmented. Before the timing, in fp32 on the CPU: lightly's SimSiam with
+rdm-fast's weights must have its loss, and the reference formulation its filter's gradient.
 
-`pip install 'rdm-fast[peers]'` brings lightly; without it, it is left out, with a sentence.
+`pip install 'rdm-fast[peers]'` installs lightly; without it, its rows are left out with a warning.
 """
 
 import argparse
+import copy
 import importlib
 import json
 import os
@@ -72,22 +73,22 @@ NO_LIGHTLY = (
 LOSS_ERROR = 1e-4  # of a mean of cosines in float32, layers in another memory layout
 GATE_ROWS = 16
 GATE_SHAPE = (64, 256)  # of projections
-NOISE_DIRECTIONS = 4  # of B, which the reference keeps; a projector's batch norm makes one, or more
-RATIOS = {  # what it says: (slower, faster)
+NOISE_DIRECTIONS = 4  # of B; the reference keeps them, and a projector's batch norm makes some
+RATIOS = {  # title: (numerator, denominator)
     "filter: step with / without it": ("rdm_simsiam", f"rdm_simsiam{UNFILTERED}"),
     "filter: RDM / plain SimSiam": ("rdm_simsiam", "simsiam"),
-    "reference formulation / ours": (REFERENCE, "rdm_simsiam"),
-    "lightly / ours, SimSiam": ("lightly simsiam", "simsiam"),
-    "lightly / ours with filter": ("lightly simsiam", "rdm_simsiam"),
-    "lightly / ours with filter, bf16": ("lightly simsiam", "rdm_simsiam bf16"),
-    "lightly bf16 / ours bf16, SimSiam": ("lightly simsiam bf16", "simsiam bf16"),
-    "lightly bf16 / ours, SimSiam": ("lightly simsiam bf16", "simsiam"),
-    "lightly / ours, BYOL": ("lightly byol", "byol"),
-    "lightly / ours with filter, BYOL": ("lightly byol", "rdm_byol"),
+    "reference formulation / rdm-fast": (REFERENCE, "rdm_simsiam"),
+    "lightly / rdm-fast, SimSiam": ("lightly simsiam", "simsiam"),
+    "lightly / rdm-fast with filter": ("lightly simsiam", "rdm_simsiam"),
+    "lightly / rdm-fast with filter, bf16": ("lightly simsiam", "rdm_simsiam bf16"),
+    "lightly bf16 / rdm-fast bf16, SimSiam": ("lightly simsiam bf16", "simsiam bf16"),
+    "lightly bf16 / rdm-fast, SimSiam": ("lightly simsiam bf16", "simsiam"),
+    "lightly / rdm-fast, BYOL": ("lightly byol", "byol"),
+    "lightly / rdm-fast with filter, BYOL": ("lightly byol", "rdm_byol"),
 }
 
 
-# ---- lightly, as its documentation has it ----------------------------------------------------
+# ---- lightly -----------------------------------------------------------------------------------
 
 
 def lightly_version() -> str | None:
@@ -99,72 +100,61 @@ def lightly_version() -> str | None:
 
 
 class LightlySimSiam(nn.Module):
+    """lightly's SimSiam; as in its documentation, but for the backbone."""
+
+    heads = "SimSiamProjectionHead", "SimSiamPredictionHead"
+
     def __init__(self, config: Config) -> None:
         super().__init__()
         from lightly.loss import NegativeCosineSimilarity
-        from lightly.models.modules import SimSiamPredictionHead, SimSiamProjectionHead
+        from lightly.models import modules
 
-        model = config.model
+        model, (projection, prediction) = config.model, self.heads
         self.backbone, width = build_backbone(model, config.augment.channels)
-        D = model.projector_dim
-        self.projection_head = SimSiamProjectionHead(width, model.projector_hidden, D)
-        self.prediction_head = SimSiamPredictionHead(D, model.predictor_hidden, D)
+        hidden, D = model.projector_hidden, model.projector_dim
+        self.projection_head = getattr(modules, projection)(width, hidden, D)
+        self.prediction_head = getattr(modules, prediction)(D, model.predictor_hidden, D)
         self.criterion = NegativeCosineSimilarity()
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        z = self.projection_head(self.backbone(x).flatten(start_dim=1))
-        p = self.prediction_head(z)
-        return z.detach(), p
-
     def loss(self, x0: Tensor, x1: Tensor) -> Tensor:
-        z0, p0 = self(x0)
-        z1, p1 = self(x1)
-        loss: Tensor = 0.5 * (self.criterion(z0, p1) + self.criterion(z1, p0))
+        z0, z1 = (self.projection_head(self.backbone(x).flatten(1)) for x in (x0, x1))
+        p0, p1 = self.prediction_head(z0), self.prediction_head(z1)
+        return self.symmetric(p0, p1, z0.detach(), z1.detach())
+
+    def symmetric(self, p0: Tensor, p1: Tensor, z0: Tensor, z1: Tensor) -> Tensor:
+        loss: Tensor = 0.5 * (self.criterion(p0, z1) + self.criterion(p1, z0))
         return loss
 
     def update(self) -> None:
-        """There are no target weights."""
+        """Does nothing: there are no target weights."""
 
 
-class LightlyByol(nn.Module):
+class LightlyByol(LightlySimSiam):
+    """lightly's BYOL; as in its documentation, but for the backbone."""
+
+    heads = "BYOLProjectionHead", "BYOLPredictionHead"
+
     def __init__(self, config: Config) -> None:
-        super().__init__()
-        from copy import deepcopy
-
-        from lightly.loss import NegativeCosineSimilarity
-        from lightly.models.modules import BYOLPredictionHead, BYOLProjectionHead
-        from lightly.models.utils import deactivate_requires_grad
-
-        model = config.model
-        self.backbone, width = build_backbone(model, config.augment.channels)
-        D = model.projector_dim
-        self.projection_head = BYOLProjectionHead(width, model.projector_hidden, D)
-        self.prediction_head = BYOLPredictionHead(D, model.predictor_hidden, D)
-        self.backbone_momentum = deepcopy(self.backbone)
-        self.projection_head_momentum = deepcopy(self.projection_head)
-        deactivate_requires_grad(self.backbone_momentum)
-        deactivate_requires_grad(self.projection_head_momentum)
-        self.criterion = NegativeCosineSimilarity()
-
-    def forward(self, x: Tensor) -> Tensor:
-        p: Tensor = self.prediction_head(self.projection_head(self.backbone(x).flatten(1)))
-        return p
-
-    def forward_momentum(self, x: Tensor) -> Tensor:
-        z: Tensor = self.projection_head_momentum(self.backbone_momentum(x).flatten(1))
-        return z.detach()
+        super().__init__(config)
+        self.backbone_momentum = copy.deepcopy(self.backbone).requires_grad_(False)
+        self.projection_momentum = copy.deepcopy(self.projection_head).requires_grad_(False)
 
     def loss(self, x0: Tensor, x1: Tensor) -> Tensor:
-        p0, p1 = self(x0), self(x1)
-        z0, z1 = self.forward_momentum(x0), self.forward_momentum(x1)
-        loss: Tensor = 0.5 * (self.criterion(p0, z1) + self.criterion(p1, z0))
-        return loss
+        p0, p1 = (
+            self.prediction_head(self.projection_head(self.backbone(x).flatten(1)))
+            for x in (x0, x1)
+        )
+        z0, z1 = (
+            self.projection_momentum(self.backbone_momentum(x).flatten(1)).detach()
+            for x in (x0, x1)
+        )
+        return self.symmetric(p0, p1, z0, z1)
 
     def update(self) -> None:
         from lightly.models.utils import update_momentum
 
         update_momentum(self.backbone, self.backbone_momentum, m=0.996)
-        update_momentum(self.projection_head, self.projection_head_momentum, m=0.996)
+        update_momentum(self.projection_head, self.projection_momentum, m=0.996)
 
 
 def lightly_step(case: Case, method: str, precision: Precision) -> Call:
@@ -189,12 +179,12 @@ def lightly_step(case: Case, method: str, precision: Precision) -> Call:
     return step
 
 
-# ---- ours ------------------------------------------------------------------------------------
+# ---- rdm-fast ----------------------------------------------------------------------------------
 
 
 def fair(config: Config, case: Case) -> Config:
-    """With SGD, as the rivals' loops have it, for BYOL's recipes have LARS; and without a CUDA
-    graph where that is no gain, since graphs of all rivals would not fit into memory at once."""
+    """With SGD, as in the rivals' loops (BYOL's recipes use LARS), and without a CUDA graph for
+    large images, where it gains nothing and graphs of all rivals would not fit into memory."""
     graph: Switch = "auto" if case.side <= LAUNCHES_MATTER else "off"
     return replace(
         config,
@@ -218,7 +208,7 @@ def reference_step(case: Case) -> Call:
 
 
 def rivals_of(case: Case, *, lightly: bool) -> dict[str, Callable[[], Call]]:
-    """What makes each rival's step, by name; ours first."""
+    """Functions that build each rival's step, by name."""
     methods = ["simsiam", "rdm_simsiam", f"rdm_simsiam{UNFILTERED}", "byol", "rdm_byol"]
     precisions: dict[str, Precision] = {"": PRECISION} if GPU else {"": "fp32", " bf16": "bf16"}
     rivals: dict[str, Callable[[], Call]] = {}
@@ -234,16 +224,16 @@ def rivals_of(case: Case, *, lightly: bool) -> dict[str, Callable[[], Call]]:
     return rivals
 
 
-# ---- right first -----------------------------------------------------------------------------
+# ---- are they equal? ---------------------------------------------------------------------------
 
 
 def check(case: Case, *, lightly: bool) -> None:
-    """That rivals compute the same, in float32 on the CPU, where nothing is rounded to tf32.
+    """Check that rivals compute the same, in float32 on the CPU, where nothing is tf32.
 
-    The filter's gradient is compared on projections as a projector leaves them.
+    The filter's gradient is compared on projections like those of a projector.
 
     Raises:
-        AssertionError: they do not.
+        AssertionError: they differ.
     """
     cpu, (B, D) = torch.device("cpu"), GATE_SHAPE
     gradients = []
@@ -253,7 +243,7 @@ def check(case: Case, *, lightly: bool) -> None:
         gradients.append(torch.stack(found).flatten())
     agreement = float(F.cosine_similarity(*gradients, dim=0))
     assert agreement >= 1 - NOISE_DIRECTIONS / B, (
-        f"the reference formulation's gradient is not ours: cosine {agreement:.3f}"
+        f"the reference formulation has another gradient: cosine {agreement:.3f}"
     )
     if not lightly:
         return
@@ -263,12 +253,12 @@ def check(case: Case, *, lightly: bool) -> None:
     plain, model = build_method(config), LightlySimSiam(config)
     give_weights(plain, model)
     error = abs(float(plain(*pixels).loss.detach()) - float(model.loss(*pixels).detach()))
-    assert error <= LOSS_ERROR, f"lightly's SimSiam has another loss than ours, by {error:.1e}"
+    assert error <= LOSS_ERROR, f"lightly's SimSiam has another loss, by {error:.1e}"
 
 
 def give_weights(ours: Method, model: LightlySimSiam) -> None:
-    """Our weights to lightly's modules, layer by layer; a bias before a batch norm is without
-    effect, and lightly has none there."""
+    """Copy rdm-fast's weights to lightly's modules, layer by layer. lightly has no biases before
+    batch norms, where they have no effect."""
     model.backbone.load_state_dict(ours.backbone.state_dict())
     parts = [(ours.projector, model.projection_head), (ours.predictor, model.prediction_head)]
     for one, other in parts:
@@ -283,11 +273,11 @@ def layers(module: nn.Module) -> list[nn.Module]:
     return [layer for layer in module.modules() if isinstance(layer, nn.Linear | nn.BatchNorm1d)]
 
 
-# ---- the race --------------------------------------------------------------------------------
+# ---- the race ----------------------------------------------------------------------------------
 
 
 def race(case: Case, rounds: int, *, lightly: bool) -> dict[str, Any]:
-    """One case's result as JSON values."""
+    """The result of a case, as JSON values."""
     check(case, lightly=lightly)
     torch.backends.cudnn.deterministic = True  # as in training
     rivals: dict[str, Call] = {}
@@ -349,7 +339,7 @@ def main() -> int:
     for name in args.case:
         results.append(race(CASES[name], args.rounds, lightly=lightly is not None))
         print(peers_table(results[-1:]), end="\n\n", flush=True)
-        if args.json:  # after each case, so that what is done is kept
+        if args.json:  # after each case, so that finished cases are kept
             report = {"machine": describe(), "lightly": lightly, "results": results}
             args.json.write_text(json.dumps(report, indent=1), encoding="utf-8")
     return 0

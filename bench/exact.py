@@ -1,6 +1,6 @@
-"""The batches that benchmarks filter, and the exact answer: float64, decomposed once a batch.
+"""The batches that benchmarks filter, and their exact loss and gradient in float64.
 
-The two definitions of what happens to a direction that is too weak to filter:
+Two definitions for directions that are too weak to filter:
 
     cutoff    W = V g(S) V^T over s > tau                                      eigh engine
     damped    W = V g(D) (S / D)^2 V^T, D = (S^2 + tau^2)^(1/2)                gemm engine
@@ -29,7 +29,7 @@ class Spectrum(NamedTuple):
 
 @cache
 def views(B: int, D: int, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Projections of two views as a projector's final batch norm leaves them, [B, D].
+    """Projections of two views, [B, D], as after a projector's final batch norm.
 
     Features are centered and of unit variance; the spectrum falls as k^-1 in energy; the two
     views share nine tenths of their energy.
@@ -48,7 +48,7 @@ def views(B: int, D: int, device: torch.device, dtype: torch.dtype) -> tuple[Ten
 
 @torch.no_grad()
 def decompose(X: Tensor) -> Spectrum:
-    """By the smaller Gram matrix: in float64 that keeps ten digits of s > 1e-3 s_max."""
+    """SVD by the smaller Gram matrix, which in float64 keeps ten digits of s > 1e-3 s_max."""
     X = X.double()
     is_wide = X.shape[0] <= X.shape[1]
     eigenvalues, vectors = torch.linalg.eigh(X @ X.mT if is_wide else X.mT @ X)
@@ -58,7 +58,7 @@ def decompose(X: Tensor) -> Spectrum:
 
 @cache
 def spectra(B: int, D: int, device: torch.device, dtype: torch.dtype) -> tuple[Spectrum, Spectrum]:
-    """Of the two views."""
+    """Of the two views of a batch."""
     z1, z2 = views(B, D, device, dtype)
     return decompose(z1), decompose(z2)
 
@@ -66,7 +66,7 @@ def spectra(B: int, D: int, device: torch.device, dtype: torch.dtype) -> tuple[S
 def weights(
     config: FilterConfig, s: Tensor, definition: Definition, B: int, D: int, dtype: torch.dtype
 ) -> Tensor:
-    """What the filter of a batch [B, D] of this dtype multiplies each direction with, [n]."""
+    """Factor of each direction, [n], in the filter of a batch [B, D] of this dtype."""
     if definition == "damped":
         if config.kind == "poly" and config.sigma == 2:
             return s.square()

@@ -1,12 +1,12 @@
-"""What the methods learn on CIFAR-10, as far as the time allows; a run goes on where it was left.
+"""Accuracy of the methods on CIFAR-10, within a time limit; the same command continues the runs.
 
     python -m bench.learning --data cifar10_jpeg.npz --out runs/learning --epochs 20 --minutes 8
 
-Trains, one after the other, RDM-SimSiam with a target filter s^-1 and an online filter s, SimSiam
-with its learned predictor, and SimSiam with nothing filtered, by the recipes of CIFAR-10 but for
-the number of epochs; then evaluates each (kNN and `reference-cifar` on cached features). When the
-minutes are over the run at hand is told to save and stop, and the same command goes on with it.
---json gets what was measured so far, whichever way it ends.
+Trains RDM-SimSiam with a target filter s^-1 and with an online filter s, SimSiam with its learned
+predictor, and SimSiam without a filter, by the recipes of CIFAR-10 except for the number of epochs.
+Then evaluates each (kNN and `reference-cifar` on cached features). After the given minutes the
+current run saves and stops; the same command continues it. --json gets all results so far, however
+the command ends.
 """
 
 import argparse
@@ -35,12 +35,12 @@ DIGITS = {
     name: ["digits" + recipe.removeprefix("cifar10"), *rest]
     for name, (recipe, *rest) in RUNS.items()
 }
-INTERRUPTED = 75  # saved; the same command goes on
+INTERRUPTED = 75  # saved; the same command continues
 
 
-def train(words: list[str], folder: Path, deadline: float) -> int:
-    """Exit status of a run that is told to save and stop at the deadline."""
-    process = subprocess.Popen([sys.executable, "train.py", *words, "--out", str(folder)], cwd=ROOT)
+def train(args: list[str], folder: Path, deadline: float) -> int:
+    """Train until the deadline, then save and stop; the exit status."""
+    process = subprocess.Popen([sys.executable, "train.py", *args, "--out", str(folder)], cwd=ROOT)
     try:
         return process.wait(timeout=max(deadline - time.monotonic(), 1))
     except subprocess.TimeoutExpired:
@@ -48,8 +48,8 @@ def train(words: list[str], folder: Path, deadline: float) -> int:
         return process.wait()
 
 
-def told(folder: Path) -> dict[str, Any]:
-    """What a run has told so far: its last metrics, its speed, and its evaluation if it has one."""
+def results(folder: Path) -> dict[str, Any]:
+    """The results of a run so far: last metrics, speed, and evaluation if there is one."""
     path = folder / "metrics.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     steps = [line for line in lines if "loss" in line]
@@ -58,9 +58,8 @@ def told(folder: Path) -> dict[str, Any]:
     if steps:
         speeds = [line["images_per_s"] for line in steps[1:]] or [steps[0]["images_per_s"]]
         found |= {"last": steps[-1], "images_per_s": statistics.median(speeds), "n": len(speeds)}
-    results = sorted((folder / "evaluation").glob("*.json"))
-    if results:
-        found["evaluation"] = json.loads(results[-1].read_text())
+    if files := sorted((folder / "evaluation").glob("*.json")):
+        found["evaluation"] = json.loads(files[-1].read_text())
     return found
 
 
@@ -69,8 +68,8 @@ def main() -> int:
     parser.add_argument("--data", type=Path, help="CIFAR-10 as one packed .npz; left out: digits")
     parser.add_argument("--out", type=Path, required=True, help="folder of the runs")
     parser.add_argument("--epochs", type=int, default=20, help="passes over the data of each run")
-    parser.add_argument("--minutes", type=float, default=8.0, help="until the last run is stopped")
-    parser.add_argument("--json", type=Path, help="file for what was measured")
+    parser.add_argument("--minutes", type=float, default=8.0, help="until the current run stops")
+    parser.add_argument("--json", type=Path, help="file for the results")
     parser.add_argument("--smoke", action="store_true", help="the smallest model")
     args = parser.parse_args()
     deadline = time.monotonic() + 60 * args.minutes
@@ -79,14 +78,14 @@ def main() -> int:
     if args.data:
         shared += ["--data.name", "arrays", "--data.root", str(args.data.resolve())]
     measured, status = {}, 0
-    for number, (name, words) in enumerate((RUNS if args.data else DIGITS).items()):
+    for number, (name, flags) in enumerate((RUNS if args.data else DIGITS).items()):
         folder = args.out / f"{number}"
-        status = train([*words, *shared], folder, deadline)
+        status = train([*flags, *shared], folder, deadline)
         if status == 0 and not list((folder / "evaluation").glob("*.json")):
             evaluate = [sys.executable, "eval_linear.py", str(folder)]
             evaluate += ["--protocol", "reference-cifar"] if args.data else []
             status = subprocess.run(evaluate, cwd=ROOT).returncode
-        measured[name] = told(folder)
+        measured[name] = results(folder)
         if status:
             break
     result = {"machine": describe(), "epochs": args.epochs, "runs": measured, "status": status}

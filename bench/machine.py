@@ -1,7 +1,8 @@
-"""What a measurement depends on besides the code, and the least time that a machine can take."""
+"""The machine of a measurement, and the least time that it can take."""
 
 import datetime
 import platform
+import re
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 class Peak(NamedTuple):
-    """Operations and bytes a second, dense, as the maker states them."""
+    """Dense operations and bytes per second, as the maker states them."""
 
     bf16: float
     tf32: float
@@ -26,34 +27,35 @@ class Peak(NamedTuple):
 # NVIDIA H100 and H200 datasheets, SXM; fp64 is that of the tensor cores.
 H100 = Peak(989e12, 494e12, 67e12, 67e12, 3.35e12)
 PEAKS = {"H100": H100, "H200": H100._replace(bytes=4.8e12)}
-SLOWER = ("PCIe", "NVL")  # of the same name, with lower peaks
+SLOWER = ("PCIe", "NVL")  # variants of the same name with lower peaks
 
 
 def peak(device: str) -> Peak | None:
-    """Of a GPU of this name; None where it is not known."""
+    """Of a GPU of this name; None if unknown."""
     if any(word in device for word in SLOWER):
         return None
     return next((peak for name, peak in PEAKS.items() if name in device), None)
 
 
 def floor(peak: Peak, bytes_moved: float, flops: Mapping[str, float]) -> float:
-    """Seconds that no implementation can undercut, if data come from memory and not from a cache.
+    """Lower bound on the seconds of any implementation whose data come from memory, not a cache.
 
     Args:
         bytes_moved: each input read once, each output written once.
-        flops: operations in each arithmetic, keys as the fields of `Peak`.
+        flops: operations in each arithmetic; the keys are fields of `Peak`.
     """
     arithmetic = sum(count / getattr(peak, unit) for unit, count in flops.items())
     return max(arithmetic, bytes_moved / peak.bytes)
 
 
 def device_name() -> str:
+    """Of the GPU, else of the CPU. It imports no yaml, as `rdm_fast.run.environment` does."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"CPU ({(models or [platform.machine()])[0]})"
+    text = cpuinfo.read_text() if cpuinfo.exists() else ""
+    found = re.search(r"^model name\s*: (.*)", text, re.MULTILINE)
+    return f"CPU ({found[1] if found else platform.machine()})"
 
 
 def describe() -> dict[str, str | int]:
@@ -77,7 +79,7 @@ def _driver() -> str:
 
 
 def _run(command: list[str]) -> str:
-    """What it prints; nothing where it cannot be run."""
+    """Its output; empty if it cannot be run."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):

@@ -1,7 +1,11 @@
-"""Tables that commands write into Markdown files, between two markers."""
+"""Tables in Markdown, and writing them into a file between two markers."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
+
+Columns = dict[str, Callable[[dict[str, Any]], str]]
+"""Header and cell of each column."""
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -10,11 +14,16 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
+def table_of(rows: Sequence[dict[str, Any]], columns: Columns) -> str:
+    """A Markdown table with a row for each result."""
+    return table(list(columns), [[cell(row) for cell in columns.values()] for row in rows])
+
+
 def replace_between(path: Path, name: str, text: str) -> None:
-    """Put text between the lines `<!-- name: begin -->` and `<!-- name: end -->` of a file.
+    """Write text between the lines `<!-- name: begin -->` and `<!-- name: end -->` of a file.
 
     Raises:
-        ValueError: the file does not hold each of them once, in this order.
+        ValueError: the file does not have each of them once, in this order.
     """
     begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
     before, first, rest = path.read_text(encoding="utf-8").partition(begin)

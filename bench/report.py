@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from bench.markdown import replace_between, table
+from bench.markdown import Columns, replace_between, table, table_of
 
 Json = dict[str, Any]
 BASELINE = "svd"
@@ -13,7 +13,7 @@ UNMEASURED = "Nothing has been measured on a GPU yet."
 
 
 def write_table(results: Path, readme: Path) -> None:
-    """Put all results, one folder a campaign, between the markers of a Markdown file.
+    """Write all results, a folder for each campaign, between the markers of a Markdown file.
 
     Raises:
         ValueError: a result is of a smoke run, which measures nothing.
@@ -29,12 +29,12 @@ def write_table(results: Path, readme: Path) -> None:
 
 
 def campaign(name: str, stages: list[Json]) -> str:
-    """A section with all stages of one folder."""
+    """A section with all stages of a folder."""
     return "\n\n".join([f"### {name}", *(section(stage) for stage in stages)])
 
 
 def section(stage: Json) -> str:
-    """One stage: where, how, whether it passed, and what it found."""
+    """One stage: machine, commands, verdict and results."""
     machine = stage["machine"]
     versions = f"torch {machine['torch']}, triton {machine['triton']}"
     driver = f"driver {machine['driver']}, " if machine["driver"] else ""
@@ -46,7 +46,7 @@ def section(stage: Json) -> str:
 
 
 def ends(stage: Json) -> list[str]:
-    """How commands ended that did not end well."""
+    """How the failed commands ended."""
     return [
         "time ran out" if command["status"] is None else f"exit status {command['status']}"
         for command in stage["commands"]
@@ -72,25 +72,17 @@ def accuracy(measured: Json) -> list[str]:
 
 def kernels(measured: list[Json]) -> list[str]:
     """A row for each case and implementation."""
-    header = ["op", "case", "implementation", "median", "IQR", "n", "as a graph", "of the floor"]
-    return [
-        table(
-            header,
-            [
-                [
-                    row["bench"].removeprefix("bench_"),
-                    row["case"],
-                    row["name"],
-                    seconds(row["median_s"]),
-                    seconds(row["iqr_s"]),
-                    f"{row['rounds']} x {row['iterations']}",
-                    seconds(row["graph_median_s"]) if "graph_median_s" in row else "",
-                    f"{row['percent_of_floor']:.0f} %" if "percent_of_floor" in row else "",
-                ]
-                for row in measured
-            ],
-        )
-    ]
+    columns: Columns = {
+        "op": lambda row: row["bench"].removeprefix("bench_"),
+        "case": lambda row: row["case"],
+        "implementation": lambda row: row["name"],
+        "median": lambda row: seconds(row["median_s"]),
+        "IQR": lambda row: seconds(row["iqr_s"]),
+        "n": lambda row: f"{row['rounds']} x {row['iterations']}",
+        "as a graph": graph_time,
+        "of the floor": lambda row: percent(row, "percent_of_floor"),
+    }
+    return [table_of(measured, columns)]
 
 
 def loss(measured: list[Json]) -> list[str]:
@@ -99,85 +91,68 @@ def loss(measured: list[Json]) -> list[str]:
     cases: dict[str, dict[str, Json]] = {}
     for row in measured:
         cases.setdefault(row["case"], {})[row["name"]] = row
-    header = ["case", *names, "auto as a graph", f"{BASELINE} / auto"]
     lines = []
     for case, found in cases.items():
         shown = [timing(found[name]) if name in found else "" for name in names]
-        auto = found.get("auto", {})
-        graph = seconds(auto["graph_median_s"]) if "graph_median_s" in auto else ""
-        gain = ""
+        auto, gain = found.get("auto", {}), ""
         if auto and BASELINE in found:
             gain = f"{found[BASELINE]['median_s'] / auto['median_s']:.1f}"
-        lines.append([case, *shown, graph, gain])
+        lines.append([case, *shown, graph_time(auto), gain])
     n = f"{least(measured, 'rounds')} rounds or more"
+    header = ["case", *names, "auto as a graph", f"{BASELINE} / auto"]
     return [f"Median and inter-quartile range; {n}.", table(header, lines)]
 
 
 def loader(measured: list[Json]) -> list[str]:
-    """What images cost a step, and a row for each loader by itself."""
-    waits = [row for row in measured if "data_percent" in row]
-    alone = [row for row in measured if "images_per_s" in row]
-    costs = [
-        [
-            row["case"],
-            f"{row['loader']}, {row['workers']} workers",
-            timing(row),
-            seconds(row["unfed_s"]),
-            f"{row['data_percent']:.1f} %",
-        ]
-        for row in waits
-    ]
-    speeds = [
-        [
-            row["bench"].removeprefix("bench_"),
-            row["loader"],
-            str(row["workers"]),
-            f"{row['images_per_s']:,.0f}",
-            timing(row),
-            f"{row['cpu_ms_per_image']:.2f}",
-        ]
-        for row in alone
-    ]
+    """The cost of data in a step, and a row for each loader by itself."""
+    costs: Columns = {
+        "case": lambda row: row["case"],
+        "fed by": lambda row: f"{row['loader']}, {row['workers']} workers",
+        "step": timing,
+        "with one batch": lambda row: seconds(row["unfed_s"]),
+        "cost of data": lambda row: f"{row['data_percent']:.1f} %",
+    }
+    speeds: Columns = {
+        "images": lambda row: row["bench"].removeprefix("bench_"),
+        "loader": lambda row: row["loader"],
+        "workers": lambda row: str(row["workers"]),
+        "images/s": lambda row: f"{row['images_per_s']:,.0f}",
+        "epoch": timing,
+        "CPU ms an image": lambda row: f"{row['cpu_ms_per_image']:.2f}",
+    }
     return [
         f"Median and inter-quartile range; {least(measured, 'rounds')} rounds or more. The cost of "
         "data is the median of ratios within rounds.",
-        table(["case", "fed by", "step", "with one batch", "cost of data"], costs),
-        table(["images", "loader", "workers", "images/s", "epoch", "CPU ms an image"], speeds),
+        table_of([row for row in measured if "data_percent" in row], costs),
+        table_of([row for row in measured if "images_per_s" in row], speeds),
     ]
-
-
-SHARES = ("percent_of_roof", "cpu_percent_of_roof")
 
 
 def step(measured: list[Json]) -> list[str]:
     """A row for each case and method: time, share of the supervised roof, phases, memory."""
+    shares = ("percent_of_roof", "cpu_percent_of_roof")
     phases = list(dict.fromkeys(phase for row in measured for phase in row["phases_ms"]))
-    header = ["case", "method", "step", "n", "images/s", "of the roof, a view"]
-    header += [*(f"{phase}, ms" for phase in phases), "peak, GiB"]
-    lines = []
-    for row in measured:
-        memory = row["peak_memory_gib"]
-        lines.append(
-            [
-                f"{row['case']} {row['precision']}",
-                row["name"],
-                timing(row),
-                str(row["rounds"]),
-                f"{row['images_per_s']:,.0f}",
-                " / ".join(f"{row[share]:.0f} %" for share in SHARES if share in row),
-                *(f"{row['phases_ms'][phase]:.3g}" for phase in phases),
-                "" if memory is None else f"{memory:.1f}",
-            ]
-        )
+    columns: Columns = {
+        "case": lambda row: f"{row['case']} {row['precision']}",
+        "method": lambda row: row["name"],
+        "step": timing,
+        "n": lambda row: str(row["rounds"]),
+        "images/s": lambda row: f"{row['images_per_s']:,.0f}",
+        "of the roof, a view": lambda row: " / ".join(percent(row, k) for k in shares if k in row),
+    }
+    for phase in phases:
+        columns[f"{phase}, ms"] = lambda row, phase=phase: f"{row['phases_ms'][phase]:.3g}"
+    memory = "peak_memory_gib"
+    columns["peak, GiB"] = lambda row: "" if row[memory] is None else f"{row[memory]:.1f}"
     note = (
         "Median and inter-quartile range; on a CPU the second share is of CPU time. Phases are of "
         "the eager step, each waited for."
     )
-    return [note, table(header, lines)]
+    return [note, table_of(measured, columns)]
 
 
 def peers(measured: Json) -> list[str]:
-    """What `bench.compare_peers` wrote, by file."""
+    """The output of `bench.compare_peers`, by file."""
     texts = []
     for report in measured.values():
         lightly = report["lightly"]
@@ -187,7 +162,7 @@ def peers(measured: Json) -> list[str]:
 
 
 def peers_table(results: list[Json]) -> str:
-    """The steps of every case, then the ratios of some of their times."""
+    """The steps of every case, then ratios of their times."""
     texts = []
     for result in results:
         steps = [
@@ -208,7 +183,7 @@ def peers_table(results: list[Json]) -> str:
 
 
 def peer_times(row: Json) -> list[str]:
-    """Median and inter-quartile range, ms: by the clock, and by CPU time where that is known."""
+    """Median and inter-quartile range in ms, by the clock and, if measured, of CPU time."""
     pairs = [("median_s", "iqr_s"), ("cpu_median_s", "cpu_iqr_s")]
     return [
         f"{1e3 * row[median]:.1f} ± {1e3 * row[iqr]:.1f}" if median in row else ""
@@ -217,33 +192,45 @@ def peer_times(row: Json) -> list[str]:
 
 
 def learning(measured: Json) -> list[str]:
-    """What `bench.learning` wrote: a row for each run, as far as it went."""
+    """The output of `bench.learning`: a row for each run, as far as it went."""
+
+    def ranks(run: Json) -> str:
+        found = [run["last"].get(f"effective_rank/{name}") for name in ("online", "target")]
+        return " / ".join(f"{rank:.1f}" for rank in found if rank is not None)
+
+    columns: Columns = {
+        "run": lambda run: run["name"],
+        "epochs": lambda run: f"{run['last']['epoch']:.1f}" if run["last"] else "",
+        "kNN top-1, %": lambda run: f"{run['knn'][-1][1]:.2f}" if run["knn"] else "",
+        "linear top-1, %": lambda run: f"{run['top1']:.2f}" if run["top1"] else "",
+        "effective rank online / target": ranks,
+        "images/s, median": lambda run: f"{run['images_per_s']:,.0f}" if run["last"] else "",
+        "n": lambda run: str(run.get("n", "")),
+    }
     texts = []
     for report in measured.values():
-        lines = []
-        for name, run in report["runs"].items():
-            last, evaluation = run.get("last", {}), run.get("evaluation", {})
-            ranks = [last.get(f"effective_rank/{branch}") for branch in ("online", "target")]
-            knn = run["knn_top1_by_step"]
-            lines.append(
-                [
-                    name,
-                    f"{last['epoch']:.1f}" if last else "",
-                    f"{knn[-1][1]:.2f}" if knn else "",
-                    f"{evaluation['top1']:.2f}" if evaluation else "",
-                    " / ".join(f"{rank:.1f}" for rank in ranks if rank is not None),
-                    f"{run['images_per_s']:,.0f}" if last else "",
-                    str(run.get("n", "")),
-                ]
-            )
-        header = ["run", "epochs", "kNN top-1, %", "linear top-1, %"]
-        header += ["effective rank online / target", "images/s, median", "n"]
-        texts.append(f"Of {report['epochs']} epochs.\n\n{table(header, lines)}")
+        runs = [
+            {"last": {}, **run, "name": name, "knn": run["knn_top1_by_step"],
+             "top1": run.get("evaluation", {}).get("top1")}
+            for name, run in report["runs"].items()
+        ]  # fmt: skip
+        texts.append(f"Of {report['epochs']} epochs.\n\n{table_of(runs, columns)}")
     return texts
+
+
+# ---- cells -------------------------------------------------------------------------------------
 
 
 def least(rows: Iterable[Json], key: str) -> int:
     return min((row[key] for row in rows), default=0)
+
+
+def percent(row: Json, key: str) -> str:
+    return f"{row[key]:.0f} %" if key in row else ""
+
+
+def graph_time(row: Json) -> str:
+    return seconds(row["graph_median_s"]) if "graph_median_s" in row else ""
 
 
 def timing(row: Json) -> str:
@@ -251,7 +238,7 @@ def timing(row: Json) -> str:
 
 
 def seconds(value: float) -> str:
-    """A time in its unit, three digits."""
+    """A time in a suitable unit, with three digits."""
     for unit, scale in (("s", 1.0), ("ms", 1e-3)):
         if value >= scale:
             return f"{value / scale:.3g} {unit}"

@@ -1,7 +1,7 @@
-"""Whole training steps on made images, ours and the supervised roof, and how rivals take turns.
+"""Whole training steps on noise, rdm-fast's and the supervised roof, and timing them in turns.
 
-A case is `RECIPES resnetN SIDEpx bBATCH`. Every step sees one batch of noise again and again at the
-schedule's first, small learning rate: time does not depend on what is in an image.
+A case is `RECIPES resnetN SIDEpx bBATCH`. Every step repeats one batch of noise at the schedule's
+first, small learning rate, since time does not depend on the content of images.
 """
 
 import statistics
@@ -34,16 +34,16 @@ LAYOUT = torch.channels_last
 CLASSES = {"digits": 10, "cifar10": 10, "imagenet": 1000}
 UNFILTERED = "_unfiltered"
 STEPS_PER_EPOCH = 100
-LAUNCHES_MATTER = 64  # pixels a side; a graph of larger images keeps tens of GiB for itself
+LAUNCHES_MATTER = 64  # pixels a side; a CUDA graph of larger images reserves tens of GiB
 Call = Callable[[], object]
 
 
 @dataclass(frozen=True)
 class Case:
-    """What all rivals have in common."""
+    """Data and model that all rivals share."""
 
     recipes: str
-    """digits, cifar10 or imagenet: whose heads, optimizer and stem."""
+    """digits, cifar10 or imagenet, for heads, optimizer and stem."""
     backbone: str
     side: int
     batch: int
@@ -53,8 +53,8 @@ class Case:
         return f"{self.recipes} {self.backbone} {self.side}px b{self.batch}"
 
     def config(self, method: str, precision: Precision = PRECISION) -> Config:
-        """Of a method as recipes name it, simsiam, rdm_simsiam, byol, rdm_byol or symsimsiam; one
-        that is unfiltered has the same."""
+        """Of a method as recipes name it: simsiam, rdm_simsiam, byol, rdm_byol or symsimsiam; the
+        suffix UNFILTERED changes nothing."""
         config = recipe(f"{self.recipes}_{method.removesuffix(UNFILTERED)}")
         model = config.model
         if self.backbone == "resnet8":  # the digits' model, with heads in proportion
@@ -91,7 +91,7 @@ CASES = {case.name: case for case in [SMALLEST, *ON_CPU, *ON_GPU]}
 def noise(
     config: Config, dtype: torch.dtype = torch.float32, layout: torch.memory_format = LAYOUT
 ) -> Batch:
-    """Two views, independent of each other, on the device."""
+    """Two independent views, on the device."""
     rows, side = config.optim.global_batch, config.augment.size
     views = torch.randn(2, rows, config.augment.channels, side, side).to(DEVICE, dtype)
     view1, view2 = (view.contiguous(memory_format=layout) for view in views)
@@ -100,14 +100,14 @@ def noise(
 
 
 def train_step(config: Config, *, filtered: bool = True) -> TrainStep:
-    """Our step, ready to be called."""
+    """rdm-fast's step."""
     torch.manual_seed(0)
     method = build_method(config) if filtered else without_filter(config)
     return TrainStep(method, config, DEVICE, STEPS_PER_EPOCH)
 
 
 def our_step(config: Config, *, filtered: bool = True) -> Call:
-    """Our step with a batch for it; recorded already, where steps are."""
+    """rdm-fast's step with its batch; if steps are CUDA graphs, already recorded."""
     step = train_step(config, filtered=filtered)
     batch = noise(config, dtype_of_views(config.precision, DEVICE))
     for _ in range(WARM_UP + 1 if step.graph else 0):
@@ -137,22 +137,22 @@ def supervised_step(case: Case, precision: Precision = PRECISION) -> Call:
     return step
 
 
-# ---- time ------------------------------------------------------------------------------------
+# ---- time --------------------------------------------------------------------------------------
 
 
 class Turn(NamedTuple):
-    """Seconds a call in one round."""
+    """Seconds per call in one round."""
 
     wall: float
     cpu: float
-    """Of all threads of this process: what other programs do to the machine disturbs it less."""
+    """Of all threads of this process; other programs disturb it less."""
 
 
 def in_turns(rivals: Mapping[str, Call], rounds: int) -> dict[str, list[Turn]]:
-    """What a call of each rival takes, once a round.
+    """The time of each rival's call in every round.
 
-    In every round each has one turn, and the first of a round is another one each time: what else
-    the machine does falls on all of them alike. Ratios are best taken within rounds (`ratio`).
+    In each round every rival has one turn, and the order rotates, so that other load on the
+    machine hits all of them alike. Take ratios within rounds (`ratio`).
     """
     calls = {name: plan(warmed(call), ROUND_S)[1] for name, call in rivals.items()}
     names = list(rivals)
@@ -165,7 +165,7 @@ def in_turns(rivals: Mapping[str, Call], rounds: int) -> dict[str, list[Turn]]:
 
 
 def turn(call: Call, n: int) -> Turn:
-    """What one of n calls in a row takes."""
+    """The time of one of n calls in a row."""
     wall, cpu = synced_clock(), time.process_time()
     for _ in range(n):
         call()
@@ -186,7 +186,7 @@ def spread(values: Sequence[float]) -> tuple[float, float]:
 
 
 def phases(step: TrainStep, batch: Batch, rounds: int) -> dict[str, float]:
-    """Median milliseconds of the parts of an eager step, each waited for.
+    """Median milliseconds of the parts of an eager step, each synchronized.
 
     forward     both branches
     loss        the criterion with its filter, forward and backward
@@ -225,7 +225,7 @@ def _phases_once(step: TrainStep, batch: Batch) -> dict[str, float]:
 
 
 def peak_memory_gib(call: Call) -> float | None:
-    """Most GPU memory that tensors take during a call; None on a CPU."""
+    """Peak GPU memory of tensors during a call; None on a CPU."""
     if not GPU:
         return None
     torch.cuda.reset_peak_memory_stats()

@@ -1,4 +1,4 @@
-"""bench.exact, which benchmarks trust, against the tests' own formulas and bench.reference."""
+"""bench.exact against the tests' own formulas and bench.reference."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ CONFIGS = [*ONLINE, FilterConfig(sigma=-1.0), *TARGET[:3]]
 @pytest.mark.parametrize("shape", [(24, 40), (40, 24)], ids=str)
 @pytest.mark.parametrize("definition", ["cutoff", "damped"])
 @pytest.mark.parametrize("config", CONFIGS, ids=name)
-def test_it_is_what_the_tests_of_the_loss_call_exact(
+def test_it_agrees_with_the_tests_own_formula(
     config: FilterConfig, definition: Definition, shape: tuple[int, int]
 ) -> None:
     filter_of = damped_filter if definition == "damped" else paper_filter
@@ -31,7 +31,7 @@ def test_it_is_what_the_tests_of_the_loss_call_exact(
 
 @pytest.mark.parametrize("loss", [svd_loss, gram_eigh_loss])
 @pytest.mark.parametrize("config", CONFIGS[:6] + CONFIGS[7:8], ids=name)
-def test_opponents_compute_the_same_where_nothing_is_cut_off(
+def test_opponents_compute_the_same_if_nothing_is_cut_off(
     config: FilterConfig, loss, shape: tuple[int, int] = (40, 24)
 ) -> None:
     z1, z2 = (z.double().requires_grad_() for z in two_views(*shape, "k^-1/2"))
@@ -43,7 +43,7 @@ def test_opponents_compute_the_same_where_nothing_is_cut_off(
     assert_close(found, gradient, rtol=1e-7, atol=1e-10)
 
 
-def test_views_are_what_a_batch_norm_leaves() -> None:
+def test_views_are_as_after_a_batch_norm() -> None:
     for z in views(48, 16, CPU, torch.float32):
         assert_close(z.mean(dim=0), torch.zeros(16), rtol=0, atol=1e-6)
         assert_close(z.std(dim=0), torch.ones(16))

@@ -45,19 +45,19 @@ def _final(runs: Sequence[Run], key: str, digits: str) -> str:
 
 
 def loss(runs: Sequence[Run]) -> Picture:
-    """The loss, which is a negative cosine."""
+    """The loss over time."""
     name, title = "loss", "Loss"
     if not with_values(runs, "loss"):
         return Picture(name, title, "No loss was logged.")
     figure, (axes,) = canvas(1, 1, 3.4)
-    _curves(axes, runs, "loss", "loss (negative cosine)")
+    _curves(axes, runs, "loss", "loss")
     legend_above(figure, [axes])
     return Picture(
         name,
         title,
         "Loss of the logged steps over the global batch: the mean negative cosine of predictions "
-        "and targets, at least -1 (all alike). A collapsed run has a low loss too, so it does not "
-        "measure quality.",
+        "and targets, at least -1 (all alike); for BYOL 4 more than 4 times that. A collapsed run "
+        "has a low loss too, so it does not measure quality.",
         f"Lines over epochs; last values: {_final(runs, 'loss', '.3f')}",
         png(figure),
     )
