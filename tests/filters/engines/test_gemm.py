@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from rdm_fast.config import FilterConfig
 from rdm_fast.filters.engines.gemm import GemmFilter
+from rdm_fast.filters.loss import SpectralPredictor
 from tests.spectra import (
     ONLINE,
     SHAPES,
@@ -120,6 +121,18 @@ def test_one_stacked_product_gives_what_two_give(config: FilterConfig) -> None:
     assert p.grad is not None
     assert abs(loss - together[0]) <= 1e-6
     assert relative(p.grad, torch.stack(together[1:])) <= 1e-4
+
+
+@pytest.mark.parametrize("spectrum", ["straddling", "rank 8"])
+def test_a_target_predictor_is_differentiated_as_accurately_as_an_online_one(spectrum: str) -> None:
+    """dL/dz = dL/dp W uses h of weak directions, which a target alone does not."""
+    config = FilterConfig(location="target", sigma=-1.0, engine="gemm")
+    z, dp = two_views(24, 64, spectrum)[0].requires_grad_(), torch.randn(24, 64)
+    SpectralPredictor(config)(z).backward(dp)
+    assert z.grad is not None
+    expected = dp.double() @ damped_filter(z.detach(), config)
+    cosine = F.cosine_similarity(z.grad.double().flatten(), expected.flatten(), dim=0)
+    assert cosine >= 0.9999
 
 
 @pytest.mark.parametrize("config", [FilterConfig(center=True), FilterConfig(cutoff=1e-5)], ids=str)
