@@ -1,14 +1,14 @@
-"""Does making the views disappear in the step? Both views of a batch of images on the device.
+"""Time to make both views of a batch of images on the device.
 
     rdm          draw the parameters, send them, make both views
-    rdm_op       the last of that alone, `rdm_kernels.augment_views`
+    rdm_op       only make them, with `rdm_kernels.augment_views`
     definition   the op's PyTorch body on the same device
     torchvision  transforms v2 on the batch: all images share one draw of each step, a weaker
                  augmentation that is less work
     kornia       its own draw for each image, where kornia is installed
 
-The op's levels are compared with the definition's on the CPU before it is timed. The others draw
-their own parameters, so of them only shape, range and mean are checked.
+Before it is timed, the op's levels are compared with the definition's on the CPU. The others draw
+their own parameters, so only shape, range and mean of their views are checked.
 """
 
 from collections.abc import Callable
@@ -18,11 +18,10 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torchvision.transforms import v2
 
+from bench.bench_loader import natural_images, torchvision_view
 from bench.conftest import is_small
 from rdm_fast.config import AugmentConfig, Config, DataConfig, OptimConfig, ViewConfig
-from rdm_fast.data.images.sets import PixelImages
 from rdm_fast.data.loaders.batch import draw_all_views
 from rdm_fast.data.views.augment import blur_taps, view_table, views_of_table
 from rdm_kernels.views.definition import make_views
@@ -45,13 +44,6 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     metafunc.parametrize(("name", "case"), [(name, case) for case in cases for name in NAMES])
 
 
-def photographs(n: int, side: int) -> np.ndarray:
-    """[n, side, side, 3] uint8: smooth colors with some grain."""
-    soft = torch.nn.functional.interpolate(255 * torch.rand(n, 3, 5, 5), side, mode="bicubic")
-    grain = 6 * torch.randn(n, 3, side, side)
-    return (soft + grain).clamp(0, 255).byte().permute(0, 2, 3, 1).contiguous().numpy()
-
-
 def configure(n: int, size: int) -> Config:
     """SimSiam's views; CIFAR's recipes have no blur."""
     view = VIEW if size > 32 else ViewConfig(crop_scale=(0.2, 1), jitter=0.8, grey=0.2, flip=0.5)
@@ -59,23 +51,6 @@ def configure(n: int, size: int) -> Config:
         data=DataConfig(name="arrays", loader="resident"),
         augment=AugmentConfig(size=size, view1=view, view2=view),
         optim=OptimConfig(global_batch=n),
-    )
-
-
-def by_torchvision(augment: AugmentConfig) -> Callable[[Tensor], Tensor]:
-    view = augment.view1
-    jitter = v2.ColorJitter(view.brightness, view.contrast, view.saturation, view.hue)
-    blur = v2.GaussianBlur(blur_taps(augment.size), view.blur_sigma)
-    return v2.Compose(
-        [
-            v2.RandomResizedCrop(augment.size, view.crop_scale, antialias=True),
-            v2.RandomApply([jitter], view.jitter),
-            v2.RandomGrayscale(view.grey),
-            v2.RandomApply([blur], view.blur),
-            v2.RandomHorizontalFlip(view.flip),
-            v2.ToDtype(DTYPE, scale=True),
-            v2.Normalize(list(augment.mean), list(augment.std)),
-        ]
     )
 
 
@@ -96,9 +71,9 @@ def by_kornia(augment: AugmentConfig) -> Callable[[Tensor], Tensor]:
 
 def bench_two_views(measure: Callable[..., None], name: str, case: str) -> None:
     n, side, size = map(int, case.replace(" to ", "x").split("x"))
-    config, pixels = configure(n, size), photographs(n, side)
-    augment, images = config.augment, PixelImages(pixels, None, [])
-    planes = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous().to(DEVICE)
+    config, images = configure(n, size), natural_images(n, side, side)
+    augment = config.augment
+    planes = torch.from_numpy(images.pixels).permute(0, 3, 1, 2).contiguous().to(DEVICE)
     indices = np.arange(n)
     table = view_table(draw_all_views(config, images, 0, indices), indices)
     there = table.to(DEVICE)
@@ -121,7 +96,7 @@ def bench_two_views(measure: Callable[..., None], name: str, case: str) -> None:
 
     match name:
         case "torchvision":
-            run = by(by_torchvision(augment))
+            run = by(torchvision_view(augment, dtype=DTYPE))
         case "kornia":
             run = by(by_kornia(augment))
         case _:

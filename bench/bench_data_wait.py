@@ -1,7 +1,7 @@
-"""What do the images cost a training step? Fed by a loader, against one batch again and again.
+"""What data cost a training step: fed by a loader, against one batch again and again.
 
-Both take turns: a round is some steps of either. A loader that is fast enough, and works while the
-device does, costs nothing; one that takes turns with it costs its own time.
+Both take turns: a round is some steps of either. A fast loader that works while the device does
+costs nothing; one that takes turns with it costs its own time.
 """
 
 from collections.abc import Callable, Iterator
@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from bench.bench_loader import jpeg_images, small_images
+from bench.bench_loader import jpeg_images, natural_images
 from bench.conftest import is_small, synced_clock
 from bench.training import CASES, DEVICE, GPU, SMALLEST, train_step
 from rdm_fast.config import DataConfig
@@ -59,7 +59,7 @@ def bench_data_wait(
     data = DataConfig(name="arrays", loader=loader, workers=workers)  # type: ignore[arg-type]
     config = replace(config, data=data)
     n = BATCHES * config.optim.global_batch
-    images = jpeg_images(n) if config.augment.size >= FILES else small_images(n)
+    images = jpeg_images(n) if config.augment.size >= FILES else natural_images(n)
     try:
         made = build_loader(config, images, rank=0, world_size=1, device=DEVICE)
     except Unavailable as error:

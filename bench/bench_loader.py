@@ -13,7 +13,7 @@ colors of photographs. A round is an epoch, after one that is not timed.
 
 import io
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
@@ -29,19 +29,19 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
-from rdm_fast.config import Config, DataConfig, ViewConfig
+from rdm_fast.config import AugmentConfig, Config, DataConfig
 from rdm_fast.config.recipes import recipe
 from rdm_fast.data import ImageSet, build_loader
 from rdm_fast.data.images.sets import EncodedImages, PixelImages
+from rdm_fast.data.views.augment import blur_taps
 from rdm_fast.errors import Unavailable
 
 Pixels = NDArray[np.uint8]
 Epoch = Callable[[], int]
-"""Go through an epoch; how many images there were."""
+"""Goes through an epoch; returns the number of images."""
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 WORKERS = sorted({1, 2, min(8, os.cpu_count() or 1)})
-INTERPOLATION = {"bilinear": v2.InterpolationMode.BILINEAR, "bicubic": v2.InterpolationMode.BICUBIC}
 COLORS = np.array([[1, 0.25, 0.1], [1, 0, -0.2], [1, -0.25, 0.1]])
 """Red, green and blue of three independent fields: one of lightness, two of color."""
 ROUNDS = 3
@@ -60,47 +60,36 @@ def natural(rng: np.random.Generator, height: int, width: int) -> Pixels:
     return np.clip(np.rint(levels), 0, 255).astype(np.uint8)
 
 
-@cache
-def jpeg_images(n: int) -> EncodedImages:
-    """500 x 375 JPEG files of some 125 kB; 48 different ones at most."""
-    rng, files = np.random.default_rng(0), []
-    for _ in range(min(n, 48)):
-        buffer = io.BytesIO()
-        Image.fromarray(natural(rng, 375, 500)).save(buffer, "JPEG", quality=90)
-        files.append(buffer.getvalue())
-    return packed([files[i % len(files)] for i in range(n)])
-
-
-@cache
-def small_files(n: int) -> EncodedImages:
-    """32 x 32 JPEG files."""
+def packed(images: Iterable[Pixels], n: int, **options: Any) -> EncodedImages:
+    """n JPEG files of the images in turn."""
     files = []
-    for pixels in small_images(n).pixels:
+    for pixels in images:
         buffer = io.BytesIO()
-        Image.fromarray(pixels).save(buffer, "JPEG")
+        Image.fromarray(pixels).save(buffer, "JPEG", **options)
         files.append(buffer.getvalue())
-    return packed(files)
-
-
-def packed(files: list[bytes]) -> EncodedImages:
+    files = [files[i % len(files)] for i in range(n)]
     data = np.frombuffer(b"".join(files), np.uint8)
     return EncodedImages(data, np.cumsum([0, *map(len, files)]), None, [], "made.npz")
 
 
 @cache
-def small_images(n: int) -> PixelImages:
-    """32 x 32, decoded."""
+def jpeg_images(n: int) -> EncodedImages:
+    """500 x 375 JPEG files of some 125 kB; 48 different ones at most."""
     rng = np.random.default_rng(0)
-    return PixelImages(np.stack([natural(rng, 32, 32) for _ in range(n)]), None, [])
+    return packed((natural(rng, 375, 500) for _ in range(min(n, 48))), n, quality=90)
+
+
+@cache
+def natural_images(n: int, height: int = 32, width: int = 32) -> PixelImages:
+    """Decoded images."""
+    rng = np.random.default_rng(0)
+    return PixelImages(np.stack([natural(rng, height, width) for _ in range(n)]), None, [])
 
 
 def config_of(name: str, batch: int, loader: str = "auto", workers: int = 0) -> Config:
     config = recipe(name)
     data = DataConfig(name="arrays", loader=loader, workers=workers)  # type: ignore[arg-type]
     return replace(config, data=data, optim=replace(config.optim, global_batch=batch))
-
-
-# ---- rdm_fast --------------------------------------------------------------------------------
 
 
 def ours(loader: str, name: str, images: ImageSet, batch: int, workers: int) -> Epoch:
@@ -116,16 +105,17 @@ def ours(loader: str, name: str, images: ImageSet, batch: int, workers: int) -> 
 
 
 class Files(Dataset[Any]):
-    """Images as Pillow decodes them, through a transform."""
+    """Some views of each image, which Pillow decodes."""
 
-    def __init__(self, images: ImageSet, transform: Callable[[Image.Image], Any]) -> None:
-        self.images, self.transform = images, transform
+    def __init__(self, images: ImageSet, transform: Callable[[Image.Image], Any], views: int):
+        self.images, self.transform, self.views = images, transform, views
 
     def __len__(self) -> int:
         return len(self.images)
 
     def __getitem__(self, i: int) -> Any:
-        return self.transform(Image.fromarray(self.images.read(i)))
+        image = Image.fromarray(self.images.read(i))
+        return [self.transform(image) for _ in range(self.views)]
 
 
 class PillowBlur:
@@ -139,50 +129,40 @@ class PillowBlur:
         return image.filter(ImageFilter.GaussianBlur(float(sigma)))
 
 
-class Twice:
-    """Two views of an image."""
-
-    def __init__(self, transform: Callable[[Image.Image], Tensor]) -> None:
-        self.transform = transform
-
-    def __call__(self, image: Image.Image) -> tuple[Tensor, Tensor]:
-        return self.transform(image), self.transform(image)
-
-
-def users_transform(config: Config, blur: Callable[..., Any]) -> v2.Transform:
-    augment, view = config.augment, config.augment.view1
-    steps = [
-        v2.RandomResizedCrop(
-            augment.size, view.crop_scale, interpolation=INTERPOLATION[augment.interpolation]
-        ),
-        v2.RandomApply([jitter(view)], view.jitter),
-        v2.RandomGrayscale(view.grey),
-        *([v2.RandomApply([blur], view.blur)] if view.blur else []),
-        v2.RandomHorizontalFlip(view.flip),
-        v2.ToImage(),
-        v2.ToDtype(torch.float32, scale=True),
-        v2.Normalize(augment.mean, augment.std),
-    ]
-    return v2.Compose(steps)
-
-
-def jitter(view: ViewConfig) -> v2.ColorJitter:
-    return v2.ColorJitter(view.brightness, view.contrast, view.saturation, view.hue)
-
-
 def torchvision(
     name: str, images: ImageSet, batch: int, workers: int, *, pillow_blur: bool = False
 ) -> Epoch:
-    config = config_of(name, batch)
-    sigma = config.augment.view1.blur_sigma
-    taps = 23 if config.augment.size == 224 else 3
-    blur = PillowBlur(sigma) if pillow_blur else v2.GaussianBlur(taps, sigma)
-    transform = Twice(users_transform(config, blur))
-    return epoch_of(user_loader(Files(images, transform), batch, workers), lambda views: views[0])
+    augment = config_of(name, batch).augment
+    blur = PillowBlur(augment.view1.blur_sigma) if pillow_blur else None
+    return epoch_of(Files(images, torchvision_view(augment, blur), 2), batch, workers)
 
 
-def user_loader(data: Dataset[Any], batch: int, workers: int) -> DataLoader[Any]:
-    return DataLoader(
+def torchvision_view(
+    augment: AugmentConfig, blur: Callable[..., Any] | None = None, dtype: torch.dtype = torch.float
+) -> v2.Transform:
+    """View 1 by torchvision's transforms; `blur` replaces its own."""
+    view = augment.view1
+    blur = blur or v2.GaussianBlur(blur_taps(augment.size), view.blur_sigma)
+    interpolation = v2.InterpolationMode(augment.interpolation)
+    jitter = v2.ColorJitter(view.brightness, view.contrast, view.saturation, view.hue)
+    return v2.Compose(
+        [
+            v2.RandomResizedCrop(augment.size, view.crop_scale, interpolation=interpolation),
+            v2.RandomApply([jitter], view.jitter),
+            v2.RandomGrayscale(view.grey),
+            *([v2.RandomApply([blur], view.blur)] if view.blur else []),
+            v2.RandomHorizontalFlip(view.flip),
+            v2.ToImage(),
+            v2.ToDtype(dtype, scale=True),
+            v2.Normalize(augment.mean, augment.std),
+        ]
+    )
+
+
+def epoch_of(
+    data: Files, batch: int, workers: int, finish: Callable[[Tensor], Tensor] = lambda view: view
+) -> Epoch:
+    loader = DataLoader(
         data,
         batch_size=batch,
         shuffle=True,
@@ -190,10 +170,7 @@ def user_loader(data: Dataset[Any], batch: int, workers: int) -> DataLoader[Any]
         num_workers=workers,
         pin_memory=DEVICE.type == "cuda",
     )
-
-
-def epoch_of(loader: DataLoader[Any], view_of: Callable[[Any], Tensor]) -> Epoch:
-    return lambda: sum(len(view_of(batch).to(DEVICE)) for batch in loader)
+    return lambda: sum(len(finish(views[0].to(DEVICE))) for views in loader)
 
 
 def kornia(name: str, images: ImageSet, batch: int, workers: int) -> Epoch:
@@ -218,14 +195,13 @@ def kornia(name: str, images: ImageSet, batch: int, workers: int) -> Epoch:
         RandomHorizontalFlip(p=view.flip),
         Normalize(torch.tensor(augment.mean), torch.tensor(augment.std)),
     )
-    loader = user_loader(Files(images, v2.PILToTensor()), batch, workers)
 
-    def views(levels: Tensor) -> Tensor:
-        x = levels.to(DEVICE).float() / 255
+    def two_views(levels: Tensor) -> Tensor:
+        x = levels.float() / 255
         chain(x)
         return chain(x)
 
-    return epoch_of(loader, views)
+    return epoch_of(Files(images, v2.PILToTensor(), 1), batch, workers, two_views)
 
 
 # ---- speed -----------------------------------------------------------------------------------
@@ -241,7 +217,7 @@ def time_epochs(
     benchmark: BenchmarkFixture, record: Callable[[dict[str, Any]], None]
 ) -> Callable[[Epoch], None]:
     """time_epochs(epoch): rounds after one to warm up. Its row has images a second, and CPU time an
-    image, which other programs on the machine disturb less."""
+    image, which other programs disturb less."""
 
     def run(epoch: Epoch) -> None:
         if benchmark.disabled:
@@ -299,7 +275,7 @@ def bench_small(
     if benchmark.disabled and workers > 1:
         pytest.skip("once is enough to see that it runs")
     n, batch = (16, 8) if benchmark.disabled else (2048, 256)
-    of = ("cifar10_simsiam", small_images(n), batch, workers)
+    of = ("cifar10_simsiam", natural_images(n), batch, workers)
     time_epochs(ours("resident", *of) if loader == "resident" else RIVALS[loader](*of))
 
 
@@ -315,9 +291,11 @@ def resident_mb() -> float:
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
 @pytest.mark.parametrize("loader", ["resident", "dali", "torch"])
 def bench_memory(benchmark: BenchmarkFixture, loader: str) -> None:
-    """Memory does not grow over 2,000 batches, after a fifth of them."""
+    """Memory stays the same over 2,000 batches, after a fifth of them."""
     batches = 10 if benchmark.disabled else BATCHES
-    images = small_images(160) if loader == "resident" else small_files(160)
+    images = (
+        natural_images(160) if loader == "resident" else packed(natural_images(160).pixels, 160)
+    )
     epoch = ours(loader, "cifar10_byol", images, 16, 0)
     sizes = []
     for _ in range(batches // 10):

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from rdm_fast.config import Config, Precision
 from rdm_fast.data import ImageSet, evaluation_batches
-from rdm_fast.data.images.bad_files import LostImages
+from rdm_fast.data.images.bad_files import UnreadableImages
 from rdm_fast.errors import DataError
 from rdm_fast.runtime import atomic_files
 from rdm_fast.runtime.distributed import all_reduce_max, print0, rank, world_size
@@ -54,15 +54,17 @@ def embed(
     Raises:
         DataError: too many images cannot be read, or any while data.on_bad_image is stop.
     """
-    lost = LostImages(images, config.data, "evaluation leaves it out")
+    unreadable = UnreadableImages(images, config.data, "evaluation leaves it out")
     batches = evaluation_batches(
         images, config.augment, batch=batch, device=device, rank=rank(), world_size=world_size(),
-        workers=config.data.workers if images.pixels is None else 0, lost=lost,
+        workers=config.data.workers if images.pixels is None else 0, unreadable=unreadable,
     )  # fmt: skip
     n = len(images)
-    features = extract(backbone, batches, n, precision=config.precision, left_out=lost.indices)
+    features = extract(
+        backbone, batches, n, precision=config.precision, left_out=unreadable.indices
+    )
     left_out = torch.zeros(n, dtype=torch.int64)
-    left_out[list(lost.indices)] = 1
+    left_out[list(unreadable.indices)] = 1
     kept = (_sum_over_ranks(left_out, _collective_device()) == 0).nonzero()[:, 0]
     if not len(kept):
         raise DataError(f"none of {n} images can be read, such as {images.name(0)}")

@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from rdm_fast.config import AugmentConfig, Config, ViewConfig
 from rdm_fast.data import ImageSet
 from rdm_fast.data.loaders.torch_loader import in_workers
-from rdm_fast.data.views.augment import normalize, view_of_image, views_of_batch
+from rdm_fast.data.views.augment import view_of_image, views_of_batch, views_of_levels
 from rdm_fast.data.views.sampler import ViewParameters, draw_views, epoch_order, step_indices
 from rdm_fast.evaluation.probe import LinearClassifier, build_optimizer, initial_weights
 from rdm_fast.evaluation.protocols import Protocol
@@ -144,9 +144,9 @@ def view_batches(
             yield views_of_batch(pixels, make.draw(part), config.augment), labels
         return
     for levels, indices in in_workers(make, parts, config.data.workers, device):
-        planes = levels.to(device, non_blocking=True).permute(0, 3, 1, 2)
         labels = torch.from_numpy(images.labels[indices.numpy()])
-        yield normalize(planes, config.augment), labels.to(device, non_blocking=True)
+        views = views_of_levels(levels, config.augment, device)
+        yield views, labels.to(device, non_blocking=True)
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,9 @@
-"""What becomes of a pixel's color: jitter, grey, solarize, normalize; in PyTorch.
+"""Steps that change a pixel's color: jitter, grey, solarize, normalize; in PyTorch.
 
-Every step takes whole levels 0..255, float32 [n, C, H, W] with C 1 or 3, and all but the last
-give such: cut off where they blend, and rounded where they turn hue in 8-bit HSV, as Pillow does.
-A step may overwrite what it takes. On a CPU most of the time goes into passes over memory, so that
-a pass less is worth a less obvious line.
+Every step takes whole levels 0..255, float32 [n, C, H, W] with C 1 or 3, and all but `normalize`
+return such levels: blending truncates, hue is rounded in 8-bit HSV, as in Pillow. A step may
+overwrite its input. On a CPU passes over memory take most of the time, so one pass less is worth a
+less obvious line.
 """
 
 from collections.abc import Sequence
@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 OPERATIONS = ("brightness", "contrast", "saturation", "hue")
-"""Of the jitter; `order` has the place here of each in two bits, the first in the lowest."""
+"""Of the jitter. `order` has two bits for each operation, its place here; the first is lowest."""
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(len(OPERATIONS))
 
 IDLE = {"brightness": 1, "contrast": 1, "saturation": 1, "hue": 0}
-"""With these values an operation does nothing."""
+"""Values with which an operation does nothing."""
 
 SOLARIZE_THRESHOLD = 128
 LUMA = (19595, 38470, 7471)  # ITU-R 601 in 1/65536, as Pillow has it; exact in float32
@@ -58,14 +58,13 @@ def blend(x: Tensor, operation: Tensor, factor: Tensor) -> Tensor:
 
 
 TRAPEZOIDS = ((3.0, 2.0, 4.0), (-2.0, 1.0, 1.0), (1.0, -1.0, -1.0))
-"""What a pure color has of red, green and blue, less 1, round a circle of 6: center, height there
-and slope from it."""
+"""Red, green and blue of a pure color, less 1, round a circle of 6: center, height and slope."""
 
 
 def turn_hue(x: Tensor, share: Tensor) -> Tensor:
     """Turn the hue of [n, 3, H, W] by a share of the circle, [n, 1, 1, 1], in 8-bit HSV."""
     value = x.amax(1)
-    red, green, blue = (value[:, None] - x).unbind(1)  # what each falls short of the largest
+    red, green, blue = (value[:, None] - x).unbind(1)  # shortfall from the largest
     chroma = torch.maximum(torch.maximum(red, green), blue)
     sixths = blue - green  # where red is the largest
     where_green = (red - blue).add_(chroma, alpha=2)

@@ -1,15 +1,14 @@
-"""What a random view of an image is: crop, resize, distort, recolor, blur, normalize.
+"""The definition of the op `augment_views` in PyTorch: crop, resize, distort, recolor, blur.
 
-This is the definition of the op `augment_views`, in PyTorch. A view is a row of numbers; nothing
-is drawn here. Pixels are whole levels 0..255 after every step, rounded as Pillow does: it rounds
-when it resizes, cuts off when it distorts or blends, and turns hue in 8-bit HSV.
+A view is a row of numbers; nothing is drawn here. Pixels are whole levels 0..255 after every step,
+as in Pillow: resizing rounds, distorting and blending truncate, and hue is turned in 8-bit HSV.
 
 Steps, in this order: crop and resize (antialiased), rotate and shear (black outside), jitter
 (brightness, contrast, saturation and hue in any order), grey, Gaussian blur, solarize at 128,
-flip, normalize. Images of one channel have no saturation, hue or grey. The steps themselves are in
-view_geometry.py and view_color.py; here it is settled who undergoes them. The flip comes with the
-resize, where taking pixels in another order costs nothing: every later step commutes with it.
-Where all windows are whole images of a view's size, nothing is resized.
+flip, normalize. Images of one channel have no saturation, hue or grey. geometry.py and color.py
+have the steps; this file applies each to the views that undergo it. The flip comes with the resize,
+where taking pixels in another order costs nothing: every later step commutes with it. Where all
+windows are whole images of a view's size, nothing is resized.
 """
 
 import math
@@ -45,7 +44,7 @@ INTEGERS = ("image", "top", "left", "height", "width", "order", "grey", "solariz
 NUMBERS = ("angle", "shear", "brightness", "contrast", "saturation", "hue", "sigma")
 COLUMNS = (*INTEGERS, *NUMBERS)
 
-PIXELS = 1 << 17  # of the views that are made at a time, so that they stay in a CPU's cache
+PIXELS = 1 << 17  # of the views made at a time, so that they stay in a CPU's cache
 
 Rows = NDArray[np.intp]
 Mask = NDArray[np.bool_]
@@ -62,7 +61,7 @@ def pack_views(columns: Mapping[str, ArrayLike]) -> Tensor:
             angle: rotation, in degrees, clockwise; shear: in degrees, horizontal; 0 for none.
             order: of the jitter, see OPERATIONS. brightness, contrast, saturation: factors, 1
             for none. hue: share of the color circle, 0 for none.
-            grey, solarize, flip: whether to. sigma: of the blur, in pixels of the view, 0 for none.
+            grey, solarize, flip: 1 for yes. sigma: of the blur, in pixels of the view, 0 for none.
 
     Returns:
         [len(COLUMNS), n] int32 on the CPU, one column after another; those of NUMBERS hold the bits
@@ -83,9 +82,9 @@ def make_views(
     std: Sequence[float],
     dtype: torch.dtype,
 ) -> Tensor:
-    """The body of the op `augment_views`, which says what goes in and out.
+    """The body of the op; arguments and result as in `augment_views`.
 
-    Which views undergo a step is decided on the host: on a GPU this waits for the table.
+    The host decides which views undergo a step, so on a GPU it waits for the table.
     """
     device = images.device
     views = images.new_empty(table.shape[1], size, size, images.shape[1], dtype=dtype)
@@ -104,7 +103,7 @@ def make_views(
 def _resizing(
     p: Columns, sides: torch.Size, size: int, interpolation: str, device: torch.device
 ) -> Callable[[Tensor, Columns, Tensor], Tensor]:
-    """How some views' images are cropped, resized and flipped, given their columns and rows."""
+    """A function that crops, resizes and flips the images of some views."""
     whole = all((p[name] == size).all() for name in ("height", "width"))
     if not len(p["image"]) or (whole and sides == (size, size)):
         return lambda x, few, rows: _some(as_levels(x), few["flip"] != 0, mirror)
@@ -126,10 +125,10 @@ def _tensor(column: NDArray[Any], device: torch.device) -> Tensor:
 
 
 def _parts(p: Columns, size: int) -> Iterator[Rows]:
-    """All views, a few at a time, so that what is in between stays in a CPU's cache.
+    """All views, a few at a time, so that intermediate results stay in a CPU's cache.
 
-    Those in a part turn hue in the same round of the jitter, or are not jittered at all: the more
-    views undergo a step together, the better.
+    The views of a part turn hue in the same round of the jitter, or are not jittered at all: the
+    more views undergo a step together, the better.
     """
     turn = np.argmax([_operation(p, place) == HUE for place in range(len(OPERATIONS))], axis=0)
     jittered = np.any([p[name] != idle for name, idle in IDLE.items()], axis=0)
@@ -140,7 +139,7 @@ def _parts(p: Columns, size: int) -> Iterator[Rows]:
 
 
 def _operation(p: Columns, place: int) -> NDArray[np.int32]:
-    """What the jitter does in that place, [n]: an index of OPERATIONS."""
+    """The jitter's operation in that place, [n]: an index of OPERATIONS."""
     operation: NDArray[np.int32] = p["order"] >> 2 * place & 3
     return operation
 
@@ -149,7 +148,7 @@ def _operation(p: Columns, place: int) -> NDArray[np.int32]:
 
 
 def _distort(x: Tensor, p: Columns) -> Tensor:
-    """Views that are flipped, as these already are, turn and lean the other way."""
+    """Distort; views that are flipped already turn and lean the other way."""
     sign = np.where(p["flip"] != 0, -1, 1).astype(np.float32)
     angle, shear = sign * p["angle"], sign * p["shear"]
     return _some(x, (angle != 0) | (shear != 0), distort, angle, shear)
@@ -169,9 +168,9 @@ def _recolor(x: Tensor, p: Columns, taps: int) -> Tensor:
 
 
 def _some(x: Tensor, mask: Mask, step: Callable[..., Tensor], *columns: NDArray[Any]) -> Tensor:
-    """A step for those views that undergo it; `x` may be overwritten.
+    """Apply a step to the views in `mask`; `x` may be overwritten.
 
-    `step` gets them, and their rows of the columns: each a tensor [n, 1, 1, 1].
+    `step` gets these views, and their rows of the columns as tensors [n, 1, 1, 1].
     """
     rows = np.flatnonzero(mask)
     if not len(rows):

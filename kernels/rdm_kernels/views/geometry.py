@@ -1,7 +1,7 @@
-"""Where the pixels of a view come from: crop, resize and flip, distort, blur; in PyTorch.
+"""Steps that move pixels: crop, resize and flip, distort, blur; in PyTorch.
 
-A step takes whole levels 0..255 and gives whole levels, rounded as Pillow does. A line of pixels
-is resized, and blurred, by a matrix on it.
+A step takes whole levels 0..255 and returns whole levels, rounded as Pillow does. A matrix resizes
+or blurs a line of pixels.
 """
 
 import math
@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-NEGLIGIBLE = -30.0  # exponent of a weight: e^-90 would be subnormal, and slow on a CPU
+NEGLIGIBLE = -30.0  # exponent of a weight; e^-90 would be subnormal, and slow on a CPU
 BLOCK = 32  # pixels that are blurred at a time
 TIE = 1e-4  # levels; more than float32 loses in a weighted mean of pixels
 
@@ -35,12 +35,12 @@ def cubic(x: Tensor) -> Tensor:
 
 FILTERS: dict[str, Callable[[Tensor], Tensor]] = {"bilinear": triangle, "bicubic": cubic}
 REACH = {"bilinear": 1, "bicubic": 2}
-"""Where they become zero."""
+"""Where a filter becomes zero."""
 
 
 @dataclass(frozen=True, slots=True)
 class Taps:
-    """What the outputs of n lines are means of."""
+    """The pixels, and their weights, whose means are the outputs of n lines."""
 
     pixel: Tensor
     """int64 [n, outputs, near]"""
@@ -50,7 +50,7 @@ class Taps:
     """Pixels of a line."""
 
     def matrices(self, lines: Tensor) -> Tensor:
-        """Of some lines, [len(lines), outputs, inputs]."""
+        """The matrices of some lines, [len(lines), outputs, inputs]."""
         weight = self.weight[lines]
         empty = weight.new_zeros(*weight.shape[:2], self.inputs)
         return empty.scatter_(2, self.pixel[lines], weight)
@@ -100,7 +100,7 @@ def resize(x: Tensor, down: Tensor, across: Tensor) -> Tensor:
 
 
 def as_levels(x: Tensor) -> Tensor:
-    """uint8 to what all steps take, a plane a channel."""
+    """uint8 to float32, a plane a channel, as all steps take it."""
     return x.to(torch.float32, memory_format=torch.contiguous_format)
 
 
@@ -109,7 +109,7 @@ def mirror(x: Tensor) -> Tensor:
 
 
 def _round_mean(x: Tensor) -> Tensor:
-    """A tie goes up, in whatever order the pixels were added."""
+    """Round; ties go up, in whatever order the pixels were added."""
     return x.add_(0.5 + TIE).floor_().clamp_(0, 255)
 
 

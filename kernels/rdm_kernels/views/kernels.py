@@ -1,8 +1,8 @@
 """The Triton kernels of `augment_views`: crop, resize, distort; then color, blur, normalize.
 
-The definition is views.py; arithmetic here follows it operation by operation, so that levels come
-out the same. A program makes a tile of a view, all channels at once. An image of one channel is
-taken as three equal ones, on which saturation, hue and grey do nothing.
+The arithmetic follows definition.py operation by operation, so that levels come out the same. A
+program makes a tile of a view, all channels at once. One channel is treated as three equal ones, on
+which saturation, hue and grey do nothing.
 """
 
 import math
@@ -54,7 +54,7 @@ def _cut(x):
 
 @triton.jit
 def _weight(pixel, center, stretch, length, CUBIC: tl.constexpr):
-    """Of a pixel of the window in the output around `center`, before division by their sum."""
+    """A pixel's weight in the output around `center`, before division by the sum of weights."""
     x = tl.abs(tl.div_rn(pixel + 0.5 - center, stretch))
     if CUBIC:
         near = (1.5 * x - 2.5) * x * x + 1.0
@@ -80,8 +80,8 @@ def _support(place, length, S, CUBIC: tl.constexpr):
 def _resized(at, plane, W, height, width, row, column, S, CUBIC: tl.constexpr):
     """Levels r, g, b of the resized window at (row, column), which broadcast; `at` is its corner.
 
-    Across first and rounded, then down, like Pillow; what is needed across is computed anew for
-    each row of the result: a few products more, and no scratch memory.
+    Across first and rounded, then down, like Pillow. Each row of the result recomputes its sums
+    across: a few products more, and no scratch memory.
     """
     center_y, stretch_y, first_y, taps_y = _support(row, height, S, CUBIC)
     center_x, stretch_x, first_x, taps_x = _support(column, width, S, CUBIC)
@@ -157,7 +157,7 @@ def _blend(plain, x, factor):
 
 @triton.jit
 def _primary(part, depth, value):
-    """A primary's level, from the share of it that a pure color holds."""
+    """The level of red, green or blue, from its share of a pure color."""
     return _round((tl.minimum(tl.maximum(part, 0.0), 1.0) - 1.0) * depth + value)
 
 
@@ -195,7 +195,7 @@ def _jittered(r, g, b, table_ptr, n, view, mean, rounds):
         elif operation == SATURATION:
             grey = _luma(r, g, b)
             r, g, b = _blend(grey, r, factor), _blend(grey, g, factor), _blend(grey, b, factor)
-        elif factor != 0.0:  # no way through 8-bit HSV for nothing
+        elif factor != 0.0:  # 0 would still round, in 8-bit HSV
             r, g, b = _turned_hue(r, g, b, factor)
     return r, g, b
 
@@ -205,7 +205,7 @@ def _jittered(r, g, b, table_ptr, n, view, mean, rounds):
 
 @triton.jit
 def _reflected(place, S):
-    """Where a place of a patch lies, the view going on as its mirror image."""
+    """Where a place of a patch lies in the view, which its mirror images surround."""
     place = tl.abs(place)
     place = tl.where(place < S, place, 2 * (S - 1) - place)
     return tl.maximum(place, 0)  # farther out than the blur reaches
@@ -226,7 +226,7 @@ def _gaussian(sigma, taps, BLOCK: tl.constexpr, PATCH: tl.constexpr):
 
 @triton.jit
 def _tile(S, BLOCK: tl.constexpr):
-    """This program's tile: rows [BLOCK, 1] and columns [1, BLOCK], of which some may not exist."""
+    """This program's tile: rows [BLOCK, 1] and columns [1, BLOCK], some beyond the view."""
     across = tl.cdiv(S, BLOCK)
     tile = tl.program_id(1)
     row = (tile // across) * BLOCK + tl.arange(0, BLOCK)
@@ -291,7 +291,7 @@ def _color_view_kernel(
     mean_r, mean_g, mean_b, std_r, std_g, std_b,
     BLOCK: tl.constexpr, MAX_TILES: tl.constexpr,
 ):  # fmt: skip
-    """Jitter and grey; then the view, or levels once more where a blur is to follow."""
+    """Jitter and grey; then the view, or levels again if a blur follows."""
     view = tl.program_id(0).to(tl.int64)
     row, column = _tile(S, BLOCK)
     mask = (row < S) & (column < S)
@@ -326,7 +326,7 @@ def _blur_view_kernel(
     mean_r, mean_g, mean_b, std_r, std_g, std_b,
     BLOCK: tl.constexpr, PATCH: tl.constexpr,
 ):  # fmt: skip
-    """The views that are blurred, a channel of a tile from a patch that the blur reaches."""
+    """Blur: a channel of a tile, from the patch that the blur reaches."""
     view, channel = tl.program_id(0).to(tl.int64), tl.program_id(2)
     sigma = _number(table_ptr, SIGMA, n, view)
     if sigma != 0.0:

@@ -1,18 +1,17 @@
-"""Random views of images that already lie on the device, in two passes, and a third where it blurs.
+"""Random views of images that are on the device, in two passes, and a third that blurs.
 
     view = normalize(flip(solarize(blur(grey(jitter(distort(resize(crop(image)))))))))
 
-What each step is, views.py says; which steps a view undergoes, and how, is a row of a table
-(`pack_views`). Views of any images in any number, both views of a batch for instance, are made
-in one call.
+definition.py defines the steps. A row of a table (`pack_views`) holds the parameters of a view. One
+call makes any number of views of any images, for instance both views of a batch.
 
-The op `rdm::augment_views` is *defined* by its PyTorch body, `views.make_views`. Triton
-registers itself as its CUDA kernel, and there nothing waits for the device. A level is the
-definition's but where rounding meets a tie: at most 0.1 % of them, by 1 in the step where it
-happens. The kernels are in view_kernels.py.
+The PyTorch body `make_views` *defines* the op `rdm::augment_views`. Triton registers itself as its
+CUDA kernel (kernels.py), which never makes the host wait. Levels equal the definition's except at
+rounding ties: at most 0.1 % of them differ, by 1 in the step where it happens.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -47,13 +46,13 @@ def augment_views(
 
     Args:
         images: uint8 [N, C, H, W], C 1 or 3.
-        table: parameters of n views from `pack_views`, on the images' device. That its images
-            and windows exist is not checked: it would wait for the device.
+        table: parameters of n views from `pack_views`, on the images' device. Its images and
+            windows must exist: checking that would wait for the device.
         size: side of a view, in pixels; on CUDA at most MAX_SIZE.
         interpolation: "bilinear" or "bicubic", both antialiased.
         taps: length of the blur's kernel, odd, under 2 size; on CUDA at most MAX_TAPS.
         mean, std: of each channel, from 0 to 1.
-        dtype: float32, bfloat16 or float16; or uint8, for levels that are not normalized.
+        dtype: float32, bfloat16 or float16; uint8 gives levels that are not normalized.
 
     Returns:
         [n, C, size, size] in that dtype, channels_last.
@@ -75,7 +74,7 @@ def augment_views(
         raise ValueError(f"the images are on {images.device} and the table on {table.device}")
     if interpolation not in FILTERS or dtype not in DTYPES:
         raise ValueError(
-            f"augment_views knows interpolation {' and '.join(FILTERS)} and dtype "
+            f"augment_views takes interpolation {' or '.join(FILTERS)} and dtype "
             f"{', '.join(map(str, DTYPES))}, got {interpolation!r} and {dtype}"
         )
     if taps % 2 != 1 or not 0 < taps < 2 * size:
@@ -90,20 +89,7 @@ def augment_views(
 
 # ---- the op, defined by its body -------------------------------------------------------------
 
-
-@torch.library.custom_op("rdm::augment_views", mutates_args=())
-def augment_views_op(
-    images: Tensor,
-    table: Tensor,
-    size: int,
-    interpolation: str,
-    taps: int,
-    mean: Sequence[float],
-    std: Sequence[float],
-    dtype: torch.dtype,
-) -> Tensor:
-    """As `augment_views`."""
-    return make_views(images, table, size, interpolation, taps, mean, std, dtype)
+augment_views_op = torch.library.custom_op("rdm::augment_views", make_views, mutates_args=())
 
 
 def _empty(images: Tensor, n: int, size: int, dtype: torch.dtype) -> Tensor:
@@ -111,17 +97,8 @@ def _empty(images: Tensor, n: int, size: int, dtype: torch.dtype) -> Tensor:
 
 
 @augment_views_op.register_fake
-def _(
-    images: Tensor,
-    table: Tensor,
-    size: int,
-    interpolation: str,
-    taps: int,
-    mean: Sequence[float],
-    std: Sequence[float],
-    dtype: torch.dtype,
-) -> Tensor:
-    return _empty(images, table.shape[1], size, dtype)
+def _(images: Tensor, table: Tensor, size: int, *options: Any) -> Tensor:
+    return _empty(images, table.shape[1], size, options[-1])
 
 
 # ---- block sizes and launchers -----------------------------------------------------------------

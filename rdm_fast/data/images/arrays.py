@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from rdm_fast.data.images.decode import reason
 from rdm_fast.data.images.folder import listing
 from rdm_fast.data.images.sets import EncodedImages, ImageSet, PixelImages
 from rdm_fast.errors import DataError, InputMissing
@@ -29,7 +30,7 @@ from rdm_fast.errors import DataError, InputMissing
 Array = NDArray[Any]
 
 DAMAGED = (zipfile.BadZipFile, zlib.error, ValueError, EOFError, OSError)
-"""What numpy raises for a file or array that it cannot read, pickled objects included."""
+"""numpy raises these for a file or array that it cannot read, pickled objects included."""
 
 
 def load_arrays(path: Path, split: str) -> ImageSet:
@@ -37,7 +38,7 @@ def load_arrays(path: Path, split: str) -> ImageSet:
 
     Raises:
         InputMissing: there is no such file.
-        DataError: it is damaged, or an array is missing or not as described above.
+        DataError: it is damaged, or an array is missing or unlike the description above.
     """
     if not path.is_file():
         parent = next(parent for parent in path.absolute().parents if parent.is_dir())
@@ -49,7 +50,7 @@ def load_arrays(path: Path, split: str) -> ImageSet:
     try:
         arrays = np.load(path, allow_pickle=False)
     except DAMAGED as error:
-        raise DataError(f"{path} is damaged or not an .npz file ({_line(error)})") from error
+        raise DataError(f"{path} is damaged or not an .npz file ({reason(error)})") from error
     if not isinstance(arrays, np.lib.npyio.NpzFile):
         raise DataError(f"{path} is not an .npz file: pack the arrays with numpy.savez")
     with arrays:
@@ -57,7 +58,7 @@ def load_arrays(path: Path, split: str) -> ImageSet:
 
 
 class _Arrays:
-    """Arrays of a file, each checked as it is read."""
+    """The arrays of a file, checked as they are read."""
 
     def __init__(self, arrays: Mapping[str, Array], path: Path) -> None:
         self._arrays, self.path = arrays, path
@@ -66,7 +67,7 @@ class _Arrays:
         return key in self._arrays
 
     def get(self, key: str, kinds: str, dimensions: tuple[int, ...], what: str) -> Array:
-        """An array whose dtype.kind and ndim are among those given; `what` describes it."""
+        """An array with one of these dtype.kinds and dimensions; `what` describes it."""
         if key not in self:
             raise DataError(
                 f"{self.path} has no array {key} ({what}): it has {', '.join(sorted(self._arrays))}"
@@ -74,7 +75,7 @@ class _Arrays:
         try:
             array = self._arrays[key]
         except DAMAGED as error:
-            raise self.refuse(key, f"cannot be read ({_line(error)}), wanted {what}") from error
+            raise self.refuse(key, f"cannot be read ({reason(error)}), wanted {what}") from error
         if array.dtype.kind not in kinds or array.ndim not in dimensions:
             raise self.refuse(key, f"is {array.dtype} {list(array.shape)}, wanted {what}")
         return array
@@ -114,7 +115,3 @@ def _labels(arrays: _Arrays, key: str, n: int) -> tuple[NDArray[np.int64], list[
         found = f"from {labels.min()} to {labels.max()}"
         raise arrays.refuse(key, f"has labels {found}, but there are {len(classes)} classes")
     return labels, classes
-
-
-def _line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -1,9 +1,9 @@
 """Image files that cannot be used: left out, replaced, listed, and counted against data.max_bad.
 
-What the index finds before training is left out of the data set. A file that turns bad after that
-(it vanished, changed its size, or has damage that only decoding shows) keeps its place in the
-order, so that nothing else moves: the next image of the list that can be read takes its turn,
-drawn as that image is drawn in this epoch. Evaluation has no order, and leaves it out.
+Files that the index finds bad are left out of the data set. A file that turns bad later (it
+vanished, changed its size, or has damage that only decoding shows) keeps its place in the order, so
+that nothing else moves: the next readable image is shown in its place, drawn as that image is drawn
+in this epoch. Evaluation has no order, and leaves it out.
 """
 
 from contextlib import suppress
@@ -22,38 +22,39 @@ from rdm_fast.runtime.distributed import print0, rank
 
 HEADER = "path\treason\n"
 NEIGHBORS = 16
-"""Images that are tried in the place of one; if none can be read, it is not the files."""
+"""Images to try before blaming the storage."""
 
 
-def leave_out(
-    bad: list[BadFile], total: int, where: Path, config: DataConfig, listing: Path | None
+def report_bad_files(
+    bad: list[BadFile], total: int, folder: Path, config: DataConfig, listing: Path | None
 ) -> None:
-    """List the files that the index found bad (rank zero), and stop if that is one too many.
+    """List the files that the index found bad (on rank zero); stop if they are too many.
 
     Args:
         bad: the files.
-        total: how many there are, good and bad.
-        where: the folder, for the message.
+        total: number of files, good and bad.
+        folder: where they are, for the message.
         config: on_bad_image and max_bad.
         listing: the table to write; None for none.
 
     Raises:
         CannotCreate: the table cannot be written.
         DataError: data.on_bad_image is stop, or more than data.max_bad of the files are bad, or
-            all; the first is named.
+            all are; the message names the first.
     """
     if listing is not None and rank() == 0:
         try:
-            listing.unlink(missing_ok=True)  # of an earlier start
+            listing.unlink(missing_ok=True)  # from an earlier start
             if bad:
-                atomic_files.replace(listing, HEADER + "".join(map(_row, bad)))
+                rows = (f"{one_line(path)}\t{reason}\n" for path, reason in bad)
+                atomic_files.replace(listing, HEADER + "".join(rows))
         except OSError as error:
             raise CannotCreate(f"{listing} cannot be written ({error.strerror})") from error
     if not bad:
         return
     listed = f", all in {listing}" if listing is not None else ""
     found = (
-        f"{len(bad)} of {total} images under {one_line(str(where))} cannot be used{listed}; the "
+        f"{len(bad)} of {total} images under {one_line(str(folder))} cannot be used{listed}; the "
         f"first is {one_line(bad[0].path)} ({bad[0].reason})"
     )
     if config.on_bad_image == "stop" or len(bad) == total:
@@ -67,11 +68,11 @@ def leave_out(
 
 
 def read_or_next(images: ImageSet, i: int, config: DataConfig) -> tuple[int, Pixels]:
-    """Image i, or the first after it that can be read, with its index.
+    """Image i, or the first readable one after it, with its index.
 
     Raises:
         DataError: image i cannot be read and data.on_bad_image is stop, or none of NEIGHBORS
-            images can be; the first is named.
+            images can be read; the message names the first.
     """
     if config.on_bad_image == "stop":
         return i, images.read(i)
@@ -81,34 +82,30 @@ def read_or_next(images: ImageSet, i: int, config: DataConfig) -> tuple[int, Pix
             return candidate % len(images), images.read(candidate % len(images))
         except DataError as error:
             first = first or error
-    assert first is not None
     raise DataError(f"{first}, nor can any of the {NEIGHBORS - 1} images after it") from first
 
 
-class LostImages:
-    """Images that turned bad after the index looked at them, as this rank sees them."""
+class UnreadableImages:
+    """Images of this rank that turned bad after the index inspected them."""
 
     def __init__(
         self, images: ImageSet, config: DataConfig, outcome: str = "the next image takes its place"
     ) -> None:
-        """`outcome` is what the warning says."""
+        """`outcome` completes the warning."""
         self._images, self._config, self._outcome = images, config, outcome
         self.indices: set[int] = set()
 
     def note(self, asked: NDArray[np.int64], shown: NDArray[np.int64]) -> None:
-        """Warn of images in whose place another was shown, list and count them.
-
-        Raises:
-            DataError: more than data.max_bad of the images are lost.
-        """
+        """Add the images that were replaced by others, as `add` does."""
         for i in asked[asked != shown].tolist():
             self.add(i)
 
     def add(self, i: int) -> None:
-        """Warn of image i, list and count it.
+        """List and count image i, with one warning for the first image.
 
         Raises:
-            DataError: more than data.max_bad of the images are lost, or data.on_bad_image is stop.
+            DataError: more than data.max_bad of the images are unreadable, or data.on_bad_image is
+                stop.
         """
         if i in self.indices:
             return
@@ -134,7 +131,7 @@ class LostImages:
             print(f"warning: rank {rank()}: {why}: {self._outcome}{more}", flush=True)
 
     def _list(self, name: str, why: str) -> bool:
-        """Enter an image in the table; whether it was there already."""
+        """Append an image to the table; return whether it was there already."""
         listing = self._images.bad_files
         if listing is None:
             return False
@@ -145,7 +142,3 @@ class LostImages:
                 return True
             table.write(f"{'' if known else HEADER}{name}\t{why}\n")
         return False
-
-
-def _row(bad: BadFile) -> str:
-    return f"{one_line(bad.path)}\t{bad.reason}\n"

@@ -1,7 +1,5 @@
-"""The data sets, by name. Every one becomes an `ImageSet`."""
+"""The data sets, by name. Each becomes an `ImageSet`."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -11,6 +9,7 @@ from PIL import Image
 
 from rdm_fast.config import DataConfig, DataName
 from rdm_fast.data.images.arrays import load_arrays
+from rdm_fast.data.images.decode import reason
 from rdm_fast.data.images.folder import listing, load_folder, require_folder
 from rdm_fast.data.images.sets import ImageSet, PixelImages, Pixels
 from rdm_fast.data.images.shards import load_shards
@@ -28,13 +27,13 @@ def load(config: DataConfig, split: Split, bad_files: Path | None = None) -> Ima
     """The train or test images of a data set.
 
     Args:
-        config: which, and what is done about image files that cannot be used.
+        config: which data set, and what to do about image files that cannot be used.
         split: train or test.
-        bad_files: table that lists such files; None for none.
+        bad_files: the table that lists such files; None for none.
 
     Raises:
-        InputMissing: they are not where --data.root says; the message shows what is there.
-        DataError: they are there and cannot be used; the message names the first bad file.
+        InputMissing: they are not in --data.root; the message shows what is there.
+        DataError: they cannot be used; the message names the first bad file.
         Unavailable: --data.download could not fetch them.
     """
     root = Path(config.root).expanduser()
@@ -54,46 +53,26 @@ def load_digits(split: Split) -> PixelImages:
 
     A fixed random 1,400 are for training, the other 397 for testing.
     """
-    from sklearn.datasets import load_digits as bundled  # slow to import, and only needed here
+    from sklearn.datasets import load_digits as bundled  # slow to import
 
     digits = bundled()
     levels = np.rint(digits.images * (255 / DIGITS_MAX)).astype(np.uint8)
     order = np.random.default_rng(0).permutation(len(levels))
     chosen = order[:DIGITS_TRAIN] if split == "train" else order[DIGITS_TRAIN:]
     side = (DIGITS_SIDE, DIGITS_SIDE)
-    pixels = np.stack(
-        [
-            np.asarray(Image.fromarray(levels[i]).resize(side, Image.Resampling.BILINEAR))
-            for i in chosen
-        ]
-    )
+    enlarged = [Image.fromarray(levels[i]).resize(side, Image.Resampling.BILINEAR) for i in chosen]
+    pixels = np.stack([np.asarray(image) for image in enlarged])
     labels = digits.target[chosen].astype(np.int64)
     return PixelImages(pixels[..., None], labels, [str(name) for name in digits.target_names])
 
 
-@dataclass(frozen=True)
-class _Torchvision:
-    title: str
-    class_name: str
-    folder: str
-    """Where torchvision keeps it under its root."""
-    arguments: Callable[[Split], dict[str, object]]
-
-
-def _by_flag(split: Split) -> dict[str, object]:
-    return {"train": split == "train"}
-
-
-def _stl_split(split: Split) -> dict[str, object]:
-    return {"split": "train+unlabeled" if split == "train" else "test"}
-
-
-TORCHVISION: dict[DataName, _Torchvision] = {
-    "cifar10": _Torchvision("CIFAR-10", "CIFAR10", "cifar-10-batches-py", _by_flag),
-    "cifar100": _Torchvision("CIFAR-100", "CIFAR100", "cifar-100-python", _by_flag),
-    "stl10": _Torchvision("STL-10", "STL10", "stl10_binary", _stl_split),
-    "fashion_mnist": _Torchvision("Fashion-MNIST", "FashionMNIST", "FashionMNIST/raw", _by_flag),
+TORCHVISION: dict[DataName, tuple[str, str, str]] = {
+    "cifar10": ("CIFAR-10", "CIFAR10", "cifar-10-batches-py"),
+    "cifar100": ("CIFAR-100", "CIFAR100", "cifar-100-python"),
+    "stl10": ("STL-10", "STL10", "stl10_binary"),
+    "fashion_mnist": ("Fashion-MNIST", "FashionMNIST", "FashionMNIST/raw"),
 }
+"""Title, torchvision's class, and its folder under the root."""
 
 
 def load_torchvision(name: DataName, root: Path, split: Split, download: bool) -> PixelImages:
@@ -101,28 +80,28 @@ def load_torchvision(name: DataName, root: Path, split: Split, download: bool) -
 
     STL-10's training images include its 100,000 unlabeled ones, with label -1.
     """
-    from torchvision import datasets  # imports torch: not before it is needed
+    from torchvision import datasets  # slow to import
 
-    known = TORCHVISION[name]
+    title, class_name, folder = TORCHVISION[name]
+    part = {"split": "train+unlabeled" if split == "train" else "test"}
+    arguments: dict[str, Any] = part if name == "stl10" else {"train": split == "train"}
     if not download:
         require_folder(root)
     try:
-        found: Any = getattr(datasets, known.class_name)(
-            str(root), **known.arguments(split), download=download
-        )
+        found: Any = getattr(datasets, class_name)(str(root), **arguments, download=download)
     except (RuntimeError, OSError) as error:  # URLError is an OSError
         if download:
             raise Unavailable(
-                f"--data.download could not fetch {known.title} into {root} ({_line(error)}): "
+                f"--data.download could not fetch {title} into {root} ({reason(error)}): "
                 "fetch it elsewhere and copy it there"
             ) from error
-        if not (root / known.folder).is_dir():
+        if not (root / folder).is_dir():
             raise InputMissing(
-                f"--data.root {root} has no {known.title}: looked for {known.folder}, found "
+                f"--data.root {root} has no {title}: looked for {folder}, found "
                 f"{listing(root)}; add --data.download to fetch it"
             ) from error
         raise DataError(
-            f"{root / known.folder} is not a whole {known.title} ({_line(error)}): "
+            f"{root / folder} is not a whole {title} ({reason(error)}): "
             "remove it and add --data.download"
         ) from error
     data = np.asarray(found.data)
@@ -133,15 +112,11 @@ def load_torchvision(name: DataName, root: Path, split: Split, download: bool) -
     return PixelImages(pixels, np.asarray(labels, dtype=np.int64), list(found.classes))
 
 
-def _line(error: Exception) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
-
-
 def require_same_images(images: ImageSet, config: DataConfig, device: torch.device) -> None:
-    """Refuse ranks that do not see the same files: their orders would not be parts of one.
+    """Refuse ranks that see different files: they would not share one order.
 
     Raises:
-        DataError: on every rank, if any two differ.
+        DataError: any two differ; raised on every rank.
     """
     if world_size() == 1:
         return

@@ -1,15 +1,15 @@
-"""One image file, through Pillow: can it be used, what is it, and its pixels.
+"""Inspect and decode one image file with Pillow.
 
-Whatever the file holds becomes 8-bit RGB in one way, for every loader:
+Every file becomes 8-bit RGB in one way, the same for every loader:
 
     grey, 1 bit, palette, CMYK, YCbCr    as Pillow converts them
-    transparency                         dropped: the colors beneath it are kept, on no background
-    16 bits a channel                    the high byte, of grey (Pillow cuts it off) as of RGB
+    transparency                         dropped: the colors beneath it stay, on no background
+    16 bits a channel                    the high byte, of grey (Pillow would clip) as of RGB
     animations                           the first frame
     EXIF orientation                     not applied
 
-Files come from strangers: only the formats named here are tried, by content and not by name, and
-nothing is decoded that says it is larger than MAX_PIXELS.
+Files are not trusted: only the formats listed here are tried, by content and not by name, and
+nothing is decoded whose header claims more than MAX_PIXELS.
 """
 
 import os
@@ -17,9 +17,8 @@ import stat
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,47 +29,42 @@ from rdm_fast.errors import DataError
 Pixels = NDArray[np.uint8]
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
-"""What is tried; not all that Pillow knows, which would hand EPS to Ghostscript."""
+"""Not all that Pillow knows: it would hand EPS to Ghostscript."""
 EIGHT_BIT = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")
 SIXTEEN_BIT = ("I;16", "I;16B", "I;16L", "I;16N")
 SIXTEEN_BIT_AS_32 = ("PNG", "PPM")
 """Formats whose 16-bit grey Pillow holds as mode I; that mode is 32 bits deep elsewhere."""
 MAX_PIXELS = 178_956_970
-"""Pillow's own limit of a decompression bomb."""
+"""Pillow's own limit for a decompression bomb."""
 LARGE = 16_000_000
-"""Pixels from which images are looked at one by one, or eight threads would fill the memory."""
+"""Images of this many pixels are inspected one at a time: eight threads could fill the memory."""
 ENDS = {"JPEG": b"\xff\xd9", "PNG": b"\0\0\0\0IEND\xaeB\x60\x82", "GIF": b";"}
-
 
 _one_large = threading.Lock()
 
 
-@dataclass(frozen=True, slots=True)
-class Header:
-    """What a file says it is."""
+class ImageSize(NamedTuple):
+    """Pixels, as a file's header says."""
 
     height: int
     width: int
-    kind: str
-    """Format and Pillow mode, and whether it is an animation: `JPEG RGB`, `GIF P animated`."""
 
 
-def look(source: Path | BinaryIO, *, full: bool) -> Header | str:
-    """What an image file is, or in a few words why it cannot be used.
+def inspect_image(source: Path | BinaryIO, *, full: bool) -> ImageSize | str:
+    """The size of an image file, or in a few words why it cannot be used.
 
     Args:
         source: the file, or its bytes.
-        full: decode it too. Without, only a file whose end is not an image's end is decoded: that
-            finds those that were cut off, not those with damage in the middle.
+        full: decode it, too. By default a file is decoded only if it does not end as its format
+            does: that finds truncated files, but no damage in the middle.
     """
     try:
         with _opened(source) as file, _image(file) as image:
-            (width, height), form, mode = image.size, str(image.format), image.mode
-            still = "" if not getattr(image, "is_animated", False) else " animated"
-            if full or not _ends_whole(file, form):
+            width, height = image.size
+            if full or not _ends_whole(file, str(image.format)):
                 with _one_large if width * height >= LARGE else nullcontext():
                     image.load()
-            return Header(height, width, f"{form} {mode}{still}")
+            return ImageSize(height, width)
     except MemoryError:
         raise
     except Exception as error:  # a damaged file may raise anything, from any depth of a codec
@@ -92,7 +86,7 @@ def decode(source: Path | BinaryIO, name: str) -> Pixels:
     except MemoryError:
         raise
     except Exception as error:
-        raise unreadable(name, error) from error
+        raise unreadable(name, reason(error)) from error
 
 
 def read_file(path: Path, name: str, offset: int = 0, size: int = -1) -> bytes:
@@ -106,16 +100,16 @@ def read_file(path: Path, name: str, offset: int = 0, size: int = -1) -> bytes:
             file.seek(offset)
             return file.read(size)
     except (OSError, ValueError) as error:
-        raise unreadable(name, error) from error
+        raise unreadable(name, reason(error)) from error
 
 
-def unreadable(name: str, error: Exception) -> DataError:
-    """The sentence for an image that cannot be read or decoded."""
-    return DataError(f"{name} cannot be read as an image ({reason(error)})")
+def unreadable(name: str, why: str) -> DataError:
+    """The error for an image that cannot be read or decoded."""
+    return DataError(f"{name} cannot be read as an image ({why})")
 
 
 def reason(error: Exception) -> str:
-    """Why Pillow or the operating system refused a file, in a few words on one line."""
+    """Why a library or the operating system refused a file, in a few words on one line."""
     if isinstance(error, UnidentifiedImageError):
         return "not an image, or a damaged header"
     if isinstance(error, Image.DecompressionBombError):
@@ -134,7 +128,7 @@ def one_line(path: str) -> str:
 
 @contextmanager
 def _opened(source: Path | BinaryIO) -> Iterator[BinaryIO]:
-    """The file of a path, closed after use; bytes that are open already stay so."""
+    """Open a path and close it after use; leave an open file as it is."""
     if not isinstance(source, Path):
         yield source
         return
@@ -145,14 +139,14 @@ def _opened(source: Path | BinaryIO) -> Iterator[BinaryIO]:
 
 
 def _without_waiting(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NONBLOCK)  # a named pipe would be waited for, for ever
+    return os.open(path, flags | os.O_NONBLOCK)  # else opening a named pipe would never return
 
 
 def _image(file: BinaryIO) -> Image.Image:
     """The file's image, not decoded yet.
 
     Raises:
-        ValueError: it is empty, too large, or of a mode that has no one meaning in 8-bit RGB.
+        ValueError: it is empty or too large, or its mode has no one meaning in 8-bit RGB.
     """
     if not file.seek(0, os.SEEK_END):
         raise ValueError("empty")
@@ -169,7 +163,7 @@ def _image(file: BinaryIO) -> Image.Image:
 
 
 def _ends_whole(file: BinaryIO, form: str) -> bool:
-    """Whether the file's last bytes are an image's; False where that cannot be told."""
+    """Whether the file ends as its format does; False for formats without an end mark."""
     if form == "WEBP":
         return True  # opening one reads all of it
     end = ENDS.get(form)

@@ -1,10 +1,9 @@
 """Image files in folders: ROOT/train/<class>/<file> and ROOT/val or test/..., or without labels.
 
-Rules: files are taken by their suffix, at any depth under a class; names that start with a dot
-are ignored; links are followed, but no folder or file is visited twice, so a loop of links ends
-and a file with two names counts once. A class folder without images gets no label. Classes are
-numbered in the order of their names in train, for every split, whether or not their files turn out
-to be usable (`rdm_fast.data.images.index`).
+Files are taken by their suffix, at any depth under a class; names that start with a dot are
+ignored. Links are followed, but no folder or file is visited twice, so a loop of links ends and a
+file with two names counts once. A class folder without images gets no label. Classes are numbered
+in the order of their names in train, for every split, whether or not their files are usable.
 """
 
 import hashlib
@@ -15,9 +14,9 @@ import numpy as np
 
 from rdm_fast.config import DataConfig
 from rdm_fast.data.images import index
-from rdm_fast.data.images.bad_files import leave_out
+from rdm_fast.data.images.bad_files import report_bad_files
 from rdm_fast.data.images.decode import one_line
-from rdm_fast.data.images.index import Found
+from rdm_fast.data.images.index import FileEntry
 from rdm_fast.data.images.sets import FileImages
 from rdm_fast.errors import DataError, InputMissing
 
@@ -42,20 +41,20 @@ def load_folder(
     Raises:
         InputMissing: the folder has no such split, or not every class of data.classes.
         DataError: the split holds no images, mixes labeled and unlabeled ones, or too many files
-            cannot be used; the first is named.
+            cannot be used; the message names the first.
     """
     chosen = read_classes(Path(config.classes).expanduser()) if config.classes else None
     folder = _split_folder(root, split)
     classes, loose = _scan(folder, flat=folder == root, chosen=chosen)
     if chosen is not None and split == "train":
         _require_classes(folder, classes, chosen, config.classes)
-    filled = {name: found for name, found in classes.items() if found}
+    filled = {name: entries for name, entries in classes.items() if entries}
     if filled and loose and chosen is None:
         raise DataError(
             f"{folder} has images beside class folders, such as {one_line(loose[0].path)}: "
             "put every image into a class folder, or none"
         )
-    files = [file for found in filled.values() for file in found] or loose
+    files = [file for entries in filled.values() for file in entries] or loose
     if not files:
         raise DataError(
             f"{folder} (--data.root) has no images: expected <class>/<image> or <image>, "
@@ -66,15 +65,15 @@ def load_folder(
         names = _train_classes(root, names, chosen)
     labels = np.repeat([names.index(name) for name in filled], [*map(len, filled.values())])
     part = "" if chosen is None else hashlib.sha256("\0".join(chosen).encode()).hexdigest()[:8]
-    looked = index.build(folder, files, full=config.verify == "full", part=part)
-    leave_out(looked.bad, len(files), folder, config, bad_files)
-    images = FileImages(folder, looked, labels.astype(np.int64) if filled else None, names)
+    found = index.build(folder, files, full=config.verify == "full", part=part)
+    report_bad_files(found.bad, len(files), folder, config, bad_files)
+    images = FileImages(folder, found, labels.astype(np.int64) if filled else None, names)
     images.bad_files = bad_files
     return images
 
 
 def read_classes(path: Path) -> list[str]:
-    """The names in a class list, sorted: one a line; blank lines and those with # do not count.
+    """The names in a class list, sorted: one a line; blank lines and comments (#) do not count.
 
     Raises:
         InputMissing: there is no such file.
@@ -93,7 +92,7 @@ def read_classes(path: Path) -> list[str]:
 
 
 def _require_classes(
-    folder: Path, classes: dict[str, list[Found]], chosen: list[str], file: str
+    folder: Path, classes: dict[str, list[FileEntry]], chosen: list[str], file: str
 ) -> None:
     missing = [name for name in chosen if not classes.get(name)]
     if missing:
@@ -104,7 +103,7 @@ def _require_classes(
 
 
 def listing(folder: Path) -> str:
-    """What is in a folder, for a message."""
+    """The names in a folder, for a message."""
     names = sorted(one_line(e.name) for e in folder.iterdir() if not e.name.startswith("."))
     more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
     return (", ".join(names[:SHOWN]) + more) or "nothing"
@@ -155,15 +154,15 @@ def _train_classes(root: Path, names: list[str], chosen: list[str] | None) -> li
 
 def _scan(
     folder: Path, flat: bool, chosen: list[str] | None = None
-) -> tuple[dict[str, list[Found]], list[Found]]:
+) -> tuple[dict[str, list[FileEntry]], list[FileEntry]]:
     """Files under each class folder, in the order of names, and files directly in `folder`.
 
-    With `flat` only the latter: the folders beside them are no classes. With `chosen`, folders of
-    other names are not looked into.
+    With `flat` only the latter: the folders beside them are no classes. With `chosen`, only folders
+    of these names.
     """
     visited = {_identity(folder.stat())}
-    classes: dict[str, list[Found]] = {}
-    loose: list[Found] = []
+    classes: dict[str, list[FileEntry]] = {}
+    loose: list[FileEntry] = []
     for entry in _entries(folder):
         if _is_folder(entry):
             if not flat and (chosen is None or entry.name in chosen):
@@ -173,29 +172,31 @@ def _scan(
     return classes, loose
 
 
-def _walk(folder: "os.DirEntry[str]", prefix: str, visited: set[tuple[int, int]]) -> list[Found]:
+def _walk(
+    folder: "os.DirEntry[str]", prefix: str, visited: set[tuple[int, int]]
+) -> list[FileEntry]:
     identity = _identity(folder.stat())
     if identity in visited:
         return []
     visited.add(identity)
-    found: list[Found] = []
+    found: list[FileEntry] = []
     for entry in _entries(folder):
         path = f"{prefix}/{entry.name}"
         found += (_walk if _is_folder(entry) else _image)(entry, path, visited)
     return found
 
 
-def _image(entry: "os.DirEntry[str]", path: str, visited: set[tuple[int, int]]) -> list[Found]:
+def _image(entry: "os.DirEntry[str]", path: str, visited: set[tuple[int, int]]) -> list[FileEntry]:
     if not entry.name.lower().endswith(SUFFIXES):
         return []
     try:
         status = entry.stat()
     except OSError:  # a link to nothing or to itself: opening it will say so
-        return [Found(path, 0, 0)]
+        return [FileEntry(path, 0, 0)]
     if _identity(status) in visited:
         return []
     visited.add(_identity(status))
-    return [Found(path, status.st_size, status.st_mtime_ns)]
+    return [FileEntry(path, status.st_size, status.st_mtime_ns)]
 
 
 def _is_folder(entry: "os.DirEntry[str]") -> bool:

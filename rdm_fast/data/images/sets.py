@@ -1,6 +1,6 @@
-"""A set of images, wherever its pixels are: in memory, encoded in memory, or in files.
+"""Sets of images: decoded in memory, encoded in memory, or in files.
 
-Every way of reading gives the same pixels, those of `rdm_fast.data.images.decode`.
+All give the same pixels, those of `rdm_fast.data.images.decode`.
 """
 
 import hashlib
@@ -16,14 +16,14 @@ from numpy.typing import NDArray
 
 from rdm_fast.config import AugmentConfig
 from rdm_fast.data.images.decode import Pixels as Pixels
-from rdm_fast.data.images.decode import decode, look, one_line, read_file
+from rdm_fast.data.images.decode import decode, inspect_image, one_line, read_file, unreadable
 from rdm_fast.data.images.index import Index
 from rdm_fast.errors import ConfigMismatch, DataError, UsageError
 
 Labels = NDArray[np.int64]
 
 SMALL = 96
-"""Encoded images of one size and at most this many pixels a side are decoded once, for good."""
+"""Encoded images of one size and at most this many pixels a side are decoded once."""
 DECODE_THREADS = 8
 
 
@@ -34,7 +34,7 @@ class ImageSet(ABC):
     """[N, H, W, C] if all images are decoded and of one size."""
     channels: int = 3
     bad_files: Path | None = None
-    """Table in which images that turn bad while training are listed."""
+    """The table that lists images that turn bad during training."""
 
     def __init__(self, labels: Labels | None, classes: list[str], sizes: NDArray[np.int64]) -> None:
         self.labels = labels
@@ -48,7 +48,7 @@ class ImageSet(ABC):
         return len(self.sizes)
 
     def name(self, i: int) -> str:
-        """What a message calls image i."""
+        """The name of image i in messages."""
         return f"image {i}"
 
     @abstractmethod
@@ -69,13 +69,13 @@ class ImageSet(ABC):
 
     @abstractmethod
     def _content(self, digest: "hashlib._Hash") -> None:
-        """Feed the digest with what tells these images from others."""
+        """Add to the digest the data that identify these images."""
 
     @cached_property
     def digest(self) -> str:
-        """sha256 that tells this set from another, or from itself after a change.
+        """sha256 that identifies this set.
 
-        Of image files it covers names and sizes, not contents: reading all would take hours.
+        It covers names and sizes of image files, not contents: reading all would take hours.
         """
         digest = hashlib.sha256(repr((len(self), self.channels, self.classes)).encode())
         if self.labels is not None:
@@ -84,16 +84,21 @@ class ImageSet(ABC):
         return digest.hexdigest()
 
     def require_digest(self, digest: str | None, run: Path, root: str) -> None:
-        """Refuse to go on with a run in `run` whose images had another digest (None: not known).
+        """Refuse to resume a run that began with other images.
+
+        Args:
+            digest: of the images at its start; None if not known.
+            run: its folder.
+            root: --data.root, for the message.
 
         Raises:
-            ConfigMismatch: naming --data.root, which is `root`.
+            ConfigMismatch: the digests differ.
         """
         if digest not in (None, self.digest):
             raise ConfigMismatch(
-                f"the images in --data.root {root} are not those that the run in {run} was started "
-                f"with (files or labels differ; now there are {len(self)} usable ones): put them "
-                "back as they were, or start anew with another --out"
+                f"the images in --data.root {root} are not those that the run in {run} began with "
+                f"(files or labels differ; now there are {len(self)} usable ones): put them back "
+                "as they were, or start a new run with another --out"
             )
 
 
@@ -128,16 +133,15 @@ class EncodedImages(ImageSet):
     ) -> None:
         """Image i is encoded[offsets[i]:offsets[i + 1]]; `source` names them in messages."""
         self._encoded, self._offsets, self._source = encoded, offsets, source
-        looks = [
-            look(io.BytesIO(self.file(i).tobytes()), full=False) for i in range(len(offsets) - 1)
-        ]
-        bad = [(i, seen) for i, seen in enumerate(looks) if isinstance(seen, str)]
+        n = len(offsets) - 1
+        found = [inspect_image(io.BytesIO(self.file(i).tobytes()), full=False) for i in range(n)]
+        bad = [(i, why) for i, why in enumerate(found) if isinstance(why, str)]
         if bad:
             raise DataError(
-                f"{len(bad)} of {len(looks)} images in {source} cannot be used; the first is "
+                f"{len(bad)} of {n} images in {source} cannot be used; the first is "
                 f"{self.name(bad[0][0])} ({bad[0][1]}): pack the file again without them"
             )
-        sizes = [(seen.height, seen.width) for seen in looks if not isinstance(seen, str)]
+        sizes = [size for size in found if not isinstance(size, str)]
         super().__init__(labels, classes, np.array(sizes, np.int64).reshape(-1, 2))
 
     def file(self, i: int) -> Pixels:
@@ -154,7 +158,7 @@ class EncodedImages(ImageSet):
         digest.update(np.ascontiguousarray(self._encoded).data)
 
     def decoded(self) -> ImageSet:
-        """Itself, or the same images decoded once if they are small and of one size."""
+        """The same images, decoded once if they are small and of one size."""
         side = int(self.sizes.max(initial=0))
         if not len(self) or side > SMALL or (self.sizes != self.sizes[0]).any():
             return self
@@ -164,10 +168,10 @@ class EncodedImages(ImageSet):
 
 
 class StoredImages(ImageSet):
-    """Image files that an index has looked at, read and decoded one by one."""
+    """Image files of an index, read and decoded one by one."""
 
     def __init__(self, index: Index, labels: Labels | None, classes: list[str]) -> None:
-        """The usable ones of an index; `labels` are those of all files."""
+        """The usable images of an index; `labels` are those of all its files."""
         kept = np.flatnonzero(index.usable)
         files = [index.files[k] for k in kept.tolist()]
         encoded = [os.fsencode(file.path) for file in files]
@@ -175,16 +179,11 @@ class StoredImages(ImageSet):
         self._paths = b"".join(encoded)
         self._ends = np.cumsum([0, *map(len, encoded)])
         self._file_sizes = np.array([file.size for file in files], "<i8")
-        self._kinds, self._kind_names = index.kinds[kept], index.kind_names
         super().__init__(None if labels is None else labels[kept], classes, index.sizes[kept])
 
     def indexed_path(self, i: int) -> str:
-        """What the index calls image i."""
+        """The path of image i in the index."""
         return os.fsdecode(self._paths[self._ends[i] : self._ends[i + 1]])
-
-    def kind(self, i: int) -> str:
-        """Format and Pillow mode of image i, `animated` if it is: `PNG I;16`, `GIF P animated`."""
-        return self._kind_names[self._kinds[i]]
 
     @abstractmethod
     def _bytes(self, i: int) -> bytes:
@@ -196,10 +195,10 @@ class StoredImages(ImageSet):
 
     def file(self, i: int) -> Pixels:
         data = self._bytes(i)
-        seen = look(io.BytesIO(data), full=False)  # some 20 us; a decoder may be less strict
-        if isinstance(seen, str):
-            raise DataError(f"{self.name(i)} cannot be read as an image ({seen})")
-        self._require_size(i, seen.height, seen.width)
+        size = inspect_image(io.BytesIO(data), full=False)  # 20 us; a decoder may be less strict
+        if isinstance(size, str):
+            raise unreadable(self.name(i), size)
+        self._require_size(i, *size)
         return np.frombuffer(data, np.uint8)
 
     def read(self, i: int) -> Pixels:
@@ -224,12 +223,12 @@ class FileImages(StoredImages):
     """Image files in a folder."""
 
     def __init__(self, root: Path, index: Index, labels: Labels | None, classes: list[str]) -> None:
-        """The usable ones of the files in an index of `root`."""
+        """The usable images of an index of `root`."""
         super().__init__(index, labels, classes)
         self._root = root
 
     def path(self, i: int) -> Path:
-        """File of image i."""
+        """The file of image i."""
         return self._root / self.indexed_path(i)
 
     def name(self, i: int) -> str:
@@ -240,7 +239,7 @@ class FileImages(StoredImages):
 
 
 class Subset(ImageSet):
-    """Image i is image `indices[i]` of another set; nothing is decoded before it is read."""
+    """Some images of another set: image i is its image `indices[i]`."""
 
     def __init__(self, images: ImageSet, indices: NDArray[np.int64]) -> None:
         labels = None if images.labels is None else images.labels[indices]

@@ -1,12 +1,11 @@
 """Image files packed in tar files, as WebDataset has them: read at random, not as a stream.
 
-What the shards hold is listed once (`rdm_fast.data.images.tar_members`), and each image is then
-read from its place. So the order is the sampler's, and a run resumes exactly, as with image files.
+The shards are listed once (`rdm_fast.data.images.tar_members`), and each image is then read from
+its place. So the sampler decides the order, and a run resumes exactly, as with image files.
 """
 
 import hashlib
 import io
-import itertools
 import os
 import re
 from collections.abc import Sequence
@@ -16,12 +15,12 @@ import numpy as np
 
 from rdm_fast.config import DataConfig
 from rdm_fast.data.images import index
-from rdm_fast.data.images.bad_files import leave_out
+from rdm_fast.data.images.bad_files import report_bad_files
 from rdm_fast.data.images.decode import one_line, read_file
 from rdm_fast.data.images.folder import SUFFIXES, TEST_NAMES, listing, require_folder
-from rdm_fast.data.images.index import Found, Index
+from rdm_fast.data.images.index import FileEntry, Index
 from rdm_fast.data.images.sets import Labels, StoredImages
-from rdm_fast.data.images.tar_members import NO_LABEL, Members, Slice, list_members
+from rdm_fast.data.images.tar_members import NO_LABEL, Member, MemberFile, list_members
 from rdm_fast.errors import DataError, InputMissing
 
 RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*,[^{}]*)\}")
@@ -31,18 +30,17 @@ class ShardImages(StoredImages):
     """Image files in tar files."""
 
     def __init__(
-        self, shards: Sequence[Path], members: Sequence[Members], looked: Index, labels: Labels
+        self, shards: Sequence[Path], members: Sequence[Member], found: Index, labels: Labels
     ) -> None:
-        """The usable ones of `members`, those of each shard; the index lists them in their order.
+        """The usable ones of `members`, which the index `found` lists in their order.
 
         `labels` are those of all members, NO_LABEL for none.
         """
         classes = [str(k) for k in range(labels.max(initial=NO_LABEL) + 1)]
-        super().__init__(looked, labels if classes else None, classes)
-        kept = looked.usable
-        of_shard = np.repeat(np.arange(len(shards)), [*map(len, members)])
-        self._shards, self._shard = list(shards), of_shard[kept]
-        self._offset = np.array([m.offset for m in itertools.chain(*members)], np.int64)[kept]
+        super().__init__(found, labels if classes else None, classes)
+        self._shards = list(shards)
+        self._shard = np.array([m.shard for m in members], np.int64)[found.usable]
+        self._offset = np.array([m.offset for m in members], np.int64)[found.usable]
 
     def name(self, i: int) -> str:
         return one_line(str(self._shards[self._shard[i]].parent / self.indexed_path(i)))
@@ -62,54 +60,54 @@ def load_shards(root: Path, split: str, config: DataConfig, bad_files: Path | No
         root: a folder that holds .tar files or folders train and val (or test) of them; or a
             pattern of training shards, as `train-{0000..0146}.tar`.
         split: train or test. Shards in one folder are told apart by these words in their names; if
-            none has one, all are for training.
+            no name has one, all are for training.
         config: verify, on_bad_image and max_bad.
         bad_files: the table that lists images that cannot be used; None for none.
 
     Raises:
         InputMissing: there are no such shards.
         DataError: a shard is damaged, a label is no number or not one of the training images', or
-            too many images cannot be used; the first is named.
+            too many images cannot be used; the message names the first.
     """
     shards = find_shards(root, split)
-    folder = shards[0].parent
-    members = list_members(shards, _part(shards))
-    found, place = [], {}
-    for shard, own in zip(shards, members, strict=True):
-        changed = shard.stat().st_mtime_ns
-        for member in own:
-            file = Found(f"{shard.name}/{member.name}", member.size, changed)
-            place[file.path] = (shard, member)
-            found.append(file)
-    if not found:
+    folder, part = shards[0].parent, _part(shards)
+    members = list_members(shards, part)
+    changed = [shard.stat().st_mtime_ns for shard in shards]
+    places = {f"{shards[m.shard].name}/{m.name}": m for m in members}
+    if not members:
         named = " ".join(f"KEY{suffix}" for suffix in SUFFIXES)
         raise DataError(f"{shards[0]} (--data.root) has no images, named {named}")
-    if len(place) < len(found):
-        raise DataError(f"two members of a shard in {folder} have one name: pack it again")
-    labels = np.array([member.label for member in itertools.chain(*members)], np.int64)
+    if len(places) < len(members):
+        raise DataError(f"two members of a shard in {folder} have the same name: pack it again")
+    labels = np.array([member.label for member in members], np.int64)
     if split == "test":
         _require_known(labels, root, folder)
-    looked = index.build(
+
+    def open_member(file: FileEntry) -> io.BufferedReader:
+        member = places[file.path]
+        return io.BufferedReader(MemberFile(shards[member.shard], member.offset, member.size))
+
+    found = index.build(
         folder,
-        found,
+        [FileEntry(path, m.size, changed[m.shard]) for path, m in places.items()],
         full=config.verify == "full",
-        part=_part(shards),
-        opened=lambda file: io.BufferedReader(Slice(*place[file.path])),
+        part=part,
+        open_file=open_member,
     )
-    leave_out(looked.bad, len(found), folder, config, bad_files)
-    images = ShardImages(shards, members, looked, labels)
+    report_bad_files(found.bad, len(members), folder, config, bad_files)
+    images = ShardImages(shards, members, found, labels)
     images.bad_files = bad_files
     return images
 
 
 def _require_known(labels: Labels, root: Path, folder: Path) -> None:
-    """Refuse test images of a class that training images do not have."""
+    """Refuse test images of a class that no training image has."""
     try:
         shards = find_shards(root, "train")
         train = list_members(shards, _part(shards))
     except InputMissing:
         return
-    known = max((member.label for member in itertools.chain(*train)), default=NO_LABEL)
+    known = max((member.label for member in train), default=NO_LABEL)
     if known != NO_LABEL and labels.max() > known:
         raise DataError(
             f"the test images in {folder} have the label {labels.max()}, those for training none "
@@ -126,9 +124,8 @@ def find_shards(root: Path, split: str) -> list[Path]:
     Raises:
         InputMissing: there are none; the message shows what is there.
     """
-    if RANGE.search(str(root)) and not root.exists():
-        return _named(root, split)
-    if root.suffix == ".tar" and root.is_file():
+    is_pattern = RANGE.search(str(root)) and not root.exists()
+    if is_pattern or (root.suffix == ".tar" and root.is_file()):
         return _named(root, split)
     require_folder(root)
     words = ("train",) if split == "train" else TEST_NAMES
@@ -160,10 +157,10 @@ def _named(pattern: Path, split: str) -> list[Path]:
         )
     shards = [Path(path) for path in expand(str(pattern))]
     missing = [path for path in shards if not path.is_file()]
-    if missing:
+    if missing or not shards:
         raise InputMissing(
-            f"--data.root {pattern}: {len(missing)} of {len(shards)} shards do not exist, such as "
-            f"{missing[0]}"
+            f"--data.root {pattern}: {len(missing)} of {len(shards)} shards do not exist"
+            + (f", such as {missing[0]}" if missing else ": give ranges that rise")
         )
     if len({shard.parent for shard in shards}) > 1:
         raise InputMissing(f"--data.root {pattern} names several folders: put shards into one")
@@ -171,21 +168,15 @@ def _named(pattern: Path, split: str) -> list[Path]:
 
 
 def expand(pattern: str) -> list[str]:
-    """The names that a pattern with {000..146} and {a,b} stands for.
-
-    Raises:
-        InputMissing: a range falls.
-    """
+    """The names that a pattern with {000..146} and {a,b} stands for; none if a range falls."""
     found = RANGE.search(pattern)
     if found is None:
         return [pattern]
     first, last, words = found.groups()
-    if words is None and int(first) > int(last):
-        raise InputMissing(f"--data.root {pattern}: the range {found[0]} falls")
     middle = (
-        words.split(",")
-        if words is not None
-        else [str(k).zfill(len(first)) for k in range(int(first), int(last) + 1)]
+        [f"{k:0{len(first)}}" for k in range(int(first), int(last) + 1)]
+        if words is None
+        else words.split(",")
     )
     head, tail = pattern[: found.start()], expand(pattern[found.end() :])
     return [head + part + end for part in middle for end in tail]

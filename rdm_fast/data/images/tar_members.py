@@ -1,12 +1,12 @@
 """The images in tar files, as WebDataset packs them: where each lies, and its label.
 
-A member is an image by its suffix, what follows the first point of its name. What stands before
-that is its key; the label is a whole number in the member KEY.cls, or under `label` or `cls` in
-KEY.json. Members of other suffixes, and those whose names start with a point, are ignored.
+A member is an image by its suffix: all that follows the first point of its name. What stands before
+that point is its key. Its label is a whole number in the member KEY.cls, or under `label` or `cls`
+in KEY.json. Members with other suffixes, and names that start with a point, are ignored.
 """
 
+import hashlib
 import io
-import itertools
 import json
 import os
 import tarfile
@@ -16,18 +16,16 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
-from rdm_fast.data.images import index
 from rdm_fast.data.images.decode import one_line
 from rdm_fast.data.images.folder import SUFFIXES
-from rdm_fast.data.images.index import Arrays
+from rdm_fast.data.images.tables import Rows, folder_lock, load_table, save_table
 from rdm_fast.errors import DataError
 
-FORMAT = 1
+STAMP = "members 2"  # changes with the format
 LABEL_BYTES = 1 << 20
 NO_LABEL = -1
-MAX_LABEL = (1 << 20) - 1  # a class has a name in memory
+MAX_LABEL = (1 << 20) - 1  # each class has a name in memory
 THREADS = 8
 
 
@@ -35,6 +33,8 @@ class Member(NamedTuple):
     """An image in a shard."""
 
     name: str
+    shard: int
+    """Which of the shards."""
     offset: int
     """Place of its first byte in the shard."""
     size: int
@@ -42,15 +42,15 @@ class Member(NamedTuple):
     label: int
 
 
-Members = list[Member]
+ROW = np.dtype([(name, "<i8") for name in Member._fields[1:]])
 
 
-class Slice(io.RawIOBase):
-    """A member of a shard as a file, read only where it is asked for."""
+class MemberFile(io.RawIOBase):
+    """Part of a file as a file of its own, read only where it is asked for."""
 
-    def __init__(self, shard: Path, member: Member) -> None:
-        self._start, self._size, self._at = member.offset, member.size, 0
-        self._file = open(shard, "rb", buffering=0)  # noqa: SIM115
+    def __init__(self, path: Path, offset: int, size: int) -> None:
+        self._start, self._size, self._at = offset, size, 0
+        self._file = open(path, "rb", buffering=0)  # noqa: SIM115
 
     def readable(self) -> bool:
         return True
@@ -74,8 +74,8 @@ class Slice(io.RawIOBase):
         super().close()
 
 
-def list_members(shards: Sequence[Path], part: str) -> list[Members]:
-    """The images of each shard, listed or recalled from an earlier listing.
+def list_members(shards: Sequence[Path], part: str) -> list[Member]:
+    """The images of the shards in order, listed now or recalled from an earlier listing.
 
     Args:
         shards: tar files of one folder.
@@ -85,32 +85,29 @@ def list_members(shards: Sequence[Path], part: str) -> list[Members]:
         DataError: a shard is damaged, or a label is no number.
     """
     folder, part = shards[0].parent, f"{part}-members"
-    state = np.array([(s.stat().st_size, s.stat().st_mtime_ns) for s in shards], np.int64)
-    with index.alone(folder):
-        saved = index.recall_arrays(folder, part, _is_sound)
-        if saved is not None and np.array_equal(saved["state"], state):
-            return _unpack(saved)
+    state = [(s.stat().st_size, s.stat().st_mtime_ns) for s in shards]
+    stamp = f"{STAMP} {hashlib.sha256(repr(state).encode()).hexdigest()}"
+
+    def is_sound(rows: Rows) -> np.bool_:
+        shard, label = rows["shard"], rows["label"]
+        known = (shard >= 0) & (shard < len(shards)) & (label >= NO_LABEL) & (label <= MAX_LABEL)
+        return np.all(known & (rows["offset"] >= 0) & (rows["size"] >= 0))
+
+    with folder_lock(folder):
+        saved = load_table(folder, part, stamp, ROW, is_sound)
+        if saved is not None:
+            rows = zip(saved.names, saved.rows.tolist(), strict=True)
+            return [Member(os.fsdecode(name), *numbers) for name, numbers in rows]
         with ThreadPoolExecutor(THREADS) as pool:
-            members = list(pool.map(scan, shards))
-        names = [os.fsencode(member.name) for own in members for member in own]
-        numbers = [member[1:] for own in members for member in own]
-        index.save_arrays(
-            folder,
-            part,
-            {
-                "format": np.array(FORMAT),
-                "state": state,
-                "counts": np.array([*map(len, members)], np.int64),
-                "paths": np.frombuffer(b"".join(names), np.uint8),
-                "ends": np.cumsum([0, *map(len, names)], dtype=np.int64),
-                "numbers": np.array(numbers, np.int64).reshape(-1, 3),
-            },
-        )
+            listed = enumerate(pool.map(list_shard, shards))
+            members = [member._replace(shard=k) for k, found in listed for member in found]
+        names = [member.name for member in members]
+        save_table(folder, part, stamp, names, np.array([m[1:] for m in members], ROW))
     return members
 
 
-def scan(shard: Path) -> Members:
-    """The images of a shard, in its order.
+def list_shard(path: Path) -> list[Member]:
+    """The images of one shard, in its order, as members of shard 0.
 
     Raises:
         DataError: it is damaged or compressed, or a label is no number.
@@ -118,8 +115,8 @@ def scan(shard: Path) -> Members:
     images: list[tuple[str, Member]] = []
     labels: dict[str, int] = {}
     try:
-        with tarfile.open(shard, "r:") as tar:
-            end = shard.stat().st_size
+        with tarfile.open(path, "r:") as tar:
+            end = path.stat().st_size
             for file in tar:
                 if file.offset_data + file.size > end:
                     raise tarfile.ReadError("unexpected end of data")
@@ -129,12 +126,12 @@ def scan(shard: Path) -> Members:
                 if not stem or not file.isreg() or file.sparse is not None:
                     continue
                 if suffix in SUFFIXES:
-                    member = Member(file.name, file.offset_data, file.size, NO_LABEL)
+                    member = Member(file.name, 0, file.offset_data, file.size, NO_LABEL)
                     images.append((key, member))
                 elif suffix in (".cls", ".json") and file.size <= LABEL_BYTES:
                     stream = tar.extractfile(file)
                     assert stream is not None  # it is a regular file
-                    label = _label(stream.read(), suffix, f"{shard}/{file.name}")
+                    label = _label(stream.read(), suffix, f"{path}/{file.name}")
                     if suffix == ".cls" or key not in labels:
                         labels[key] = label
             assert tar.fileobj is not None  # it is open
@@ -143,17 +140,17 @@ def scan(shard: Path) -> Members:
                 raise tarfile.ReadError(f"no header at byte {tar.offset}")
     except (tarfile.TarError, OSError, EOFError) as error:
         raise DataError(
-            f"{shard} is damaged or not an uncompressed tar file ({str(error).splitlines()[0]}): "
+            f"{path} is damaged or not an uncompressed tar file ({str(error).splitlines()[0]}): "
             "fetch or pack it again"
         ) from error
     return [member._replace(label=labels.get(key, NO_LABEL)) for key, member in images]
 
 
 def _label(text: bytes, suffix: str, name: str) -> int:
-    """The label in a .cls or .json member; NO_LABEL if the latter says none.
+    """The label in a .cls or .json member; NO_LABEL if the latter has none.
 
     Raises:
-        DataError: it is there and no whole number from 0.
+        DataError: it is not a whole number from 0.
     """
     try:
         value = json.loads(text)
@@ -165,31 +162,4 @@ def _label(text: bytes, suffix: str, name: str) -> int:
         value = text[:40].decode(errors="replace")
     raise DataError(
         f"{one_line(name)} has the label {value!r}: give a whole number from 0 to {MAX_LABEL}"
-    )
-
-
-def _unpack(arrays: Arrays) -> list[Members]:
-    rows = zip(index.split(arrays), arrays["numbers"].tolist(), strict=True)
-    members = [Member(os.fsdecode(name), *numbers) for name, numbers in rows]
-    ends = np.cumsum([0, *arrays["counts"].tolist()]).tolist()
-    return [members[a:b] for a, b in itertools.pairwise(ends)]
-
-
-def _is_sound(arrays: Arrays) -> bool:
-    """Whether the arrays fit together: the file may be somebody else's."""
-    numbers: NDArray[np.int64] = arrays["numbers"]
-    ends, counts = arrays["ends"], arrays["counts"]
-    return bool(
-        arrays["format"] == FORMAT
-        and all(arrays[k].dtype == np.int64 for k in ("state", "counts", "ends", "numbers"))
-        and arrays["paths"].dtype == np.uint8
-        and numbers.shape == (len(ends) - 1, 3)
-        and (numbers[:, :2] >= 0).all()
-        and (numbers[:, 2] >= NO_LABEL).all()
-        and (numbers[:, 2] <= MAX_LABEL).all()
-        and len(counts) == len(arrays["state"])
-        and (counts >= 0).all()
-        and counts.sum() == len(numbers)
-        and (np.diff(ends) > 0).all()
-        and (ends[0], ends[-1]) == (0, len(arrays["paths"]))
     )

@@ -1,7 +1,6 @@
 """Choose and build the loader that a configuration names."""
 
 import contextlib
-from typing import TypedDict
 
 import torch
 
@@ -12,6 +11,10 @@ from rdm_fast.data.loaders.dali_loader import DaliLoader
 from rdm_fast.data.loaders.resident import ResidentLoader
 from rdm_fast.data.loaders.torch_loader import TorchLoader
 from rdm_fast.errors import Unavailable, UsageError
+
+LOADERS: dict[str, type[Loader]] = {
+    kind.name: kind for kind in (DaliLoader, ResidentLoader, TorchLoader)
+}
 
 
 def build_loader(
@@ -24,8 +27,8 @@ def build_loader(
 
     Raises:
         UsageError: the images do not fit the configuration: too few for a step, another number
-            of channels, or not resident though data.loader says so.
-        Unavailable: data.loader says dali, and DALI is not installed or does not work here.
+            of channels, or not decoded though data.loader is resident.
+        Unavailable: data.loader is dali, and DALI is not installed or does not work here.
     """
     name, batch = config.data.name, config.optim.global_batch
     require_channels(images, config.augment, f"--data.name {name}")
@@ -35,29 +38,20 @@ def build_loader(
             f"{name}: give {len(images)} or less"
         )
     config.optim.local_batch(world_size)  # refuses a batch that does not divide
-    place = _Place(rank=rank, world_size=world_size, device=device)
-    match config.data.loader:
-        case "auto":
-            if images.pixels is not None:
-                return ResidentLoader(config, images, images.pixels, **place)
-            if device.type == "cuda":
-                with contextlib.suppress(Unavailable):
-                    return DaliLoader(config, images, **place)
-            return TorchLoader(config, images, **place)
-        case "dali":
-            return DaliLoader(config, images, **place)
-        case "torch":
-            return TorchLoader(config, images, **place)
-        case "resident":
-            if images.pixels is None:
-                raise UsageError(
-                    f"--data.loader resident needs small images of one size, and those of {name} "
-                    "are decoded one by one: use --data.loader torch"
-                )
-            return ResidentLoader(config, images, images.pixels, **place)
 
+    def build(kind: str) -> Loader:
+        return LOADERS[kind](config, images, rank=rank, world_size=world_size, device=device)
 
-class _Place(TypedDict):
-    rank: int
-    world_size: int
-    device: torch.device
+    if config.data.loader != "auto":
+        if config.data.loader == "resident" and images.pixels is None:
+            raise UsageError(
+                f"--data.loader resident needs small images of one size, and those of {name} "
+                "are decoded one by one: use --data.loader torch"
+            )
+        return build(config.data.loader)
+    if images.pixels is not None:
+        return build("resident")
+    if device.type == "cuda":
+        with contextlib.suppress(Unavailable):
+            return build("dali")
+    return build("torch")

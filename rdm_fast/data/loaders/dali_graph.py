@@ -1,4 +1,4 @@
-"""What DALI does of a view, as a graph: decode, crop, resize; on a GPU or the CPU.
+"""DALI's part of a view as a graph: decode, crop, resize; on a GPU or the CPU.
 
 Nothing is drawn here. Windows come in through `fn.external_source`, and are cut out before they are
 resized: DALI's own `random_resized_crop` lets pixels outside the window shine through its border.
@@ -17,9 +17,9 @@ from rdm_fast.data.images.sets import Pixels
 
 Node = Any
 """A batch of tensors that the graph will hold (DALI's DataNode)."""
-Source = Callable[[Any], list[Any]]
-"""From DALI's BatchInfo to a step's images, and a corner and sides of each view's windows; it
-raises StopIteration. It has no default arguments: DALI would fill the first."""
+Source = Callable[[], list[Any]]
+"""Returns a step's images, then a corner and sides of each view's windows; at the end it raises
+StopIteration. It must take no arguments: DALI would fill a first one."""
 
 INTERPOLATION = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}
 
@@ -37,7 +37,7 @@ def pipeline_of_crops(
     """A pipeline whose outputs are the views' resized windows, uint8 [B, S, S, C] each.
 
     Args:
-        source: what feeds it.
+        source: the input.
         sizes: S of each view.
         interpolation: antialiased.
         batch: B.
@@ -45,36 +45,34 @@ def pipeline_of_crops(
         device_id: of the GPU; None for the CPU.
         encoded: images come as the bytes of a file, not as pixels [H, W, C].
     """
-    on_gpu = device_id is not None
+    on_gpu, n = device_id is not None, 2 * len(sizes)
 
     def graph() -> tuple[Node, ...]:
         image, *windows = fn.external_source(
             source=source,
-            num_outputs=1 + 2 * len(sizes),
-            batch_info=True,
-            dtype=[types.UINT8, *[types.INT32] * 2 * len(sizes)],
-            ndim=[1 if encoded else 3, *[1] * 2 * len(sizes)],
-            layout=["" if encoded else "HWC", *[""] * 2 * len(sizes)],
+            num_outputs=1 + n,
+            dtype=[types.UINT8, *[types.INT32] * n],
+            ndim=[1 if encoded else 3, *[1] * n],
+            layout=["" if encoded else "HWC", *[""] * n],
         )
         if encoded:
             image = decoded(image, on_gpu)
         elif on_gpu:
             image = image.gpu()
-        corners, sides = windows[::2], windows[1::2]
         return tuple(
-            resized(image, corner, side, size, interpolation)
-            for corner, side, size in zip(corners, sides, sizes, strict=True)
+            resized(image, corner, sides, size, interpolation)
+            for corner, sides, size in zip(windows[::2], windows[1::2], sizes, strict=True)
         )
 
-    build = pipeline_def(
+    # exec_dynamic: its outputs stay ours
+    return pipeline_def(
         graph,
         batch_size=batch,
         num_threads=threads,
         device_id=device_id,
         prefetch_queue_depth=2,
-        exec_dynamic=True,  # whose outputs are ours to keep
-    )
-    return build()
+        exec_dynamic=True,
+    )()
 
 
 def decode_alone(file: Pixels, device_id: int | None) -> None:

@@ -1,12 +1,13 @@
-"""What DALI is fed with: encoded images, and the windows of their views. Needs no DALI.
+"""DALI's input: encoded images, and the windows of their views. Needs no DALI.
 
-Files are read, and parameters drawn, in threads some steps ahead.
+Threads read files and draw parameters some steps ahead.
 
 DALI's decoders give Pillow's pixels for JPEG and 8-bit PNG files. Every other kind is decoded by
 Pillow and handed over as PPM, so that an image is the same in every loader.
 """
 
-from collections.abc import Set
+from collections import deque
+from collections.abc import Sequence, Set
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any, NamedTuple
@@ -17,15 +18,9 @@ from numpy.typing import NDArray
 from rdm_fast.config import Config
 from rdm_fast.data.images.bad_files import read_or_next
 from rdm_fast.data.images.sets import ImageSet, Pixels
-from rdm_fast.data.loaders.batch import draw_all_views
-from rdm_fast.data.views.sampler import ViewParameters, epoch_order, step_indices
+from rdm_fast.data.loaders.batch import Indices, draw_all_views
+from rdm_fast.data.views.sampler import ViewParameters
 from rdm_fast.errors import DataError, UserError
-
-Indices = NDArray[np.int64]
-Drawn = list[ViewParameters]
-"""Of each view of some images."""
-_Read = list[tuple[int, Pixels]]
-"""Images with their indices."""
 
 JPEG = b"\xff\xd8"
 PNG = b"\x89PNG\r\n\x1a\n"
@@ -35,78 +30,66 @@ READERS = 8  # threads: they wait for a disk or a network more than they work
 
 
 class Fed(NamedTuple):
-    """What DALI was given for a step."""
+    """The images that DALI was given for a step."""
 
     indices: Indices
-    """The images: those asked for, but for unreadable ones."""
-    drawn: Drawn
+    """Those asked for, but for unreadable ones."""
+    drawn: list[ViewParameters]
+
+
+class _Reading(NamedTuple):
+    """The input of a step, under way."""
+
+    asked: Indices
+    images: list["Future[list[tuple[int, Pixels]]]"]
+    """In parts, with their indices."""
+    drawn: "Future[list[ViewParameters]]"
 
 
 class Source:
-    """What DALI asks for its input, step after step of an epoch; this rank's part.
+    """DALI's callback for its input, step after step of an epoch.
 
     An image that cannot be read is replaced as in every loader (`bad_files.read_or_next`).
     """
 
-    def __init__(
-        self, config: Config, images: ImageSet, rank: int, world_size: int, by_pillow: Set[int]
-    ) -> None:
+    def __init__(self, config: Config, images: ImageSet, by_pillow: Set[int]) -> None:
         """`by_pillow`: images whose files DALI cannot decode; it is given Pillow's pixels."""
-        self._config, self._images = config, images
-        self._rank, self._world_size = rank, world_size
-        self.steps_per_epoch = len(images) // config.optim.global_batch
-        self.local_batch = config.optim.local_batch(world_size)
-        self._by_pillow = by_pillow
+        self._config, self._images, self._by_pillow = config, images, by_pillow
         self._readers = ThreadPoolExecutor(READERS, thread_name_prefix="rdm-reader")
-        self.plan(0, 0)
+        self.plan(0, [])
 
-    def plan(self, epoch: int, start: int) -> None:
-        """Begin an epoch at step `start`."""
-        self._epoch, self._start = epoch, start
-        self._order = epoch_order(self._config.seed, epoch, len(self._images))
-        self._ahead: dict[int, tuple[list[Future[_Read]], Future[Drawn]]] = {}
-        self._fed: dict[int, Fed] = {}
-        self._refused: UserError | None = None
+    def plan(self, epoch: int, steps: Sequence[Indices]) -> None:
+        """Begin these steps of an epoch; each is a batch of images."""
+        self._epoch, self._steps = epoch, deque(steps)
+        self._ahead: deque[_Reading] = deque()
+        self.fed: deque[Fed] = deque()
+        """Of the steps that DALI was given, oldest first."""
+        self.error: UserError | None = None
+        """Why DALI was given no more steps, if not because the epoch ended."""
 
-    def asked(self, step: int) -> Indices:
-        """This rank's images of a step of the epoch."""
-        batch = self._config.optim.global_batch
-        return step_indices(self._order, step, batch, self._rank, self._world_size)
-
-    def fed(self, step: int) -> Fed:
-        """What DALI was given for a step; once."""
-        return self._fed.pop(step)
-
-    def refusal(self) -> UserError | None:
-        """Why DALI was given nothing more, if that is not the epoch's end."""
-        return self._refused
-
-    def __call__(self, info: Any) -> list[Any]:
-        """Images of the step after those already asked for, and where their windows are."""
-        step = self._start + info.iteration
-        if step >= self.steps_per_epoch:
+    def __call__(self) -> list[Any]:
+        """The next step's images, then the corner and sides of each view's windows."""
+        while self._steps and len(self._ahead) < READ_AHEAD:
+            self._ahead.append(self._read(self._steps.popleft()))
+        if not self._ahead:
             raise StopIteration
-        for ahead in range(step, min(step + READ_AHEAD, self.steps_per_epoch)):
-            if ahead not in self._ahead:
-                self._ahead[ahead] = self._read(ahead)
-        parts, drawing = self._ahead.pop(step)
+        asked, parts, drawing = self._ahead.popleft()
         try:
             read = [image for part in parts for image in part.result()]
-        except UserError as error:  # told when its turn comes: DALI is steps ahead
-            self._refused = error
+        except UserError as error:  # raised when the step's turn comes: DALI is steps ahead
+            self.error = error
             raise StopIteration from None
-        shown, asked = np.array([i for i, _ in read]), self.asked(step)
+        shown = np.array([i for i, _ in read])
         drawn = drawing.result() if (shown == asked).all() else self._draw(shown)
-        self._fed[step] = Fed(shown, drawn)
+        self.fed.append(Fed(shown, drawn))
         return [[file for _, file in read], *(array for p in drawn for array in window(p))]
 
-    def _read(self, step: int) -> tuple[list["Future[_Read]"], "Future[Drawn]"]:
-        """A step's input, under way: images in some parts, and what is drawn."""
-        indices, submit = self.asked(step), self._readers.submit
-        parts = np.array_split(indices, min(READERS, len(indices)))
-        return [submit(self._files, part) for part in parts], submit(self._draw, indices)
+    def _read(self, indices: Indices) -> _Reading:
+        submit, parts = self._readers.submit, np.array_split(indices, min(READERS, len(indices)))
+        reading = [submit(self._files, part) for part in parts]
+        return _Reading(indices, reading, submit(self._draw, indices))
 
-    def _files(self, indices: Indices) -> "_Read":
+    def _files(self, indices: Indices) -> list[tuple[int, Pixels]]:
         if self._images.pixels is not None:
             return list(zip(indices.tolist(), self._images.pixels[indices], strict=True))
         return [self._file(i) for i in indices.tolist()]
@@ -119,7 +102,7 @@ class Source:
         shown, pixels = read_or_next(self._images, i, self._config.data)
         return shown, as_ppm(pixels)
 
-    def _draw(self, indices: Indices) -> Drawn:
+    def _draw(self, indices: Indices) -> list[ViewParameters]:
         return draw_all_views(self._config, self._images, self._epoch, indices)
 
 
@@ -133,7 +116,7 @@ def file_for_dali(images: ImageSet, i: int) -> Pixels:
     """Image i as a file that DALI decodes to the pixels that Pillow gives, [n] bytes.
 
     Raises:
-        DataError: it cannot be read, or not be decoded by Pillow if that is needed.
+        DataError: it cannot be read, or Pillow has to decode it and cannot.
     """
     file = images.file(i)
     head = file[: PNG_DEPTH + 1].tobytes()

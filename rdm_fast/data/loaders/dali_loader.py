@@ -1,19 +1,19 @@
 """The loader that decodes, crops and resizes with NVIDIA DALI: on the GPU, or on a CPU's threads.
 
-DALI carries out what `sampler` drew (`dali_graph`) and nothing else: order, sharding and resuming
-are ours, so no state of DALI goes into a checkpoint. Reading runs some steps ahead of DALI
-(`dali_input`), and DALI two steps ahead of the trainer. What is left of a view once all crops of a
-batch have one size, distortion and color, is the op of the resident loader, `augment_views`:
-three launches for both views on a GPU, where a graph of DALI's operators takes hundreds, since
-each image has its own order of them.
+DALI only carries out the parameters that `sampler` drew (`dali_graph`); order, sharding and
+resuming are ours, so checkpoints need no state of DALI. Reading runs some steps ahead of DALI
+(`dali_input`), and DALI two steps ahead of the trainer. Once all crops of a batch have one size,
+the op of the resident loader, `augment_views`, does the rest of a view (distortion and color): on a
+GPU in three launches for both views. A graph of DALI's operators takes hundreds, since each image
+has its own order of them.
 
-DALI stops at a file that it cannot decode; it is then started again at the same step, without that
-file.
+DALI stops at a file that it cannot decode; the loader then starts it again at the same step,
+without that file.
 """
 
 from collections.abc import Iterator, Sequence
 from types import ModuleType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -21,9 +21,8 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from rdm_fast.config import AugmentConfig, Config
-from rdm_fast.data.images.bad_files import LostImages
 from rdm_fast.data.images.sets import ImageSet
-from rdm_fast.data.loaders.batch import Batch, labels_of, to_device
+from rdm_fast.data.loaders.batch import Batch, Indices, Loader, to_device
 from rdm_fast.data.loaders.dali_input import Source, file_for_dali
 from rdm_fast.data.views.augment import view_table, views_of_table
 from rdm_fast.data.views.sampler import ViewParameters
@@ -32,11 +31,16 @@ from rdm_fast.runtime.precision import dtype_of_views
 
 QUEUE = 2  # steps that DALI works ahead
 SHOWN = 200  # characters of an error of DALI's
-_Fed = tuple[Any, Source]
-"""A pipeline and what feeds it."""
 
 
-class DaliLoader:
+class Pipeline(NamedTuple):
+    """A built DALI pipeline and its input."""
+
+    dali: Any
+    source: Source
+
+
+class DaliLoader(Loader):
     """Images decoded by DALI, with `data.workers` CPU threads a rank; on the GPU if that is the
     device.
 
@@ -49,100 +53,97 @@ class DaliLoader:
     def __init__(
         self, config: Config, images: ImageSet, *, rank: int, world_size: int, device: torch.device
     ) -> None:
-        self.config, self.images, self.device = config, images, device
-        self._rank, self._world_size = rank, world_size
-        self._lost = LostImages(images, config.data)
+        super().__init__(config, images, rank=rank, world_size=world_size, device=device)
+        self._local_batch = config.optim.local_batch(world_size)
         self._by_pillow: set[int] = set()
         self._graph = import_graph()
-        self._idle: _Fed | None = self._build()
-        self.steps_per_epoch = len(images) // config.optim.global_batch
+        self._idle: Pipeline | None = self._build()
 
     def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
-        if start_step >= self.steps_per_epoch:
+        steps, augment = self._steps(epoch, start_step), self.config.augment
+        if not steps:
             return
-        fed, self._idle = self._idle or self._build(), None
-        fed[1].plan(epoch, start_step)
-        for step in range(start_step, self.steps_per_epoch):
-            while (crops := self._run(fed, step)) is None:
-                fed = self._build()
-                fed[1].plan(epoch, step)
-            indices, drawn = fed[1].fed(step)
-            self._lost.note(fed[1].asked(step), indices)
-            augment = self.config.augment
-            dtype = dtype_of_views(self.config.precision, self.device)
-            view1, view2 = finished(crops[:2], drawn[:2], augment, augment.size, dtype)
+        dtype = dtype_of_views(self.config.precision, self.device)
+        pipeline, self._idle = self._idle or self._build(), None
+        pipeline.source.plan(epoch, steps)
+        for done, asked in enumerate(steps):
+            while (crops := self._run(pipeline, steps[done:])) is None:
+                pipeline = self._build()
+                pipeline.source.plan(epoch, steps[done:])
+            indices, drawn = pipeline.source.fed.popleft()
+            self._unreadable.note(asked, indices)
+            large = finished(crops[:2], drawn[:2], augment, augment.size, dtype)
             small = finished(crops[2:], drawn[2:], augment, augment.small_size, dtype)
-            labels = to_device(labels_of(self.images, indices), self.device)
-            yield Batch(view1, view2, labels, torch.from_numpy(indices), small)
-        fed[0].reset()
-        self._idle = fed  # one left in mid-epoch is not used again
+            yield self._batch(large + small, indices)
+        pipeline.dali.reset()
+        self._idle = pipeline  # one left in mid-epoch is not used again
 
-    def _run(self, fed: _Fed, step: int) -> list[Tensor] | None:
-        """The resized windows of all views of the next step, uint8 [b, S, S, C] each.
+    def _run(self, pipeline: Pipeline, steps: list[Indices]) -> list[Tensor] | None:
+        """The resized windows of all views of the first of these steps, uint8 [b, S, S, C] each.
 
-        None if DALI failed to decode a file, after which it does not go on: with a new pipeline
-        that file comes as pixels, or the next image in its place.
+        None if DALI failed to decode a file, after which it cannot go on: a new pipeline gets that
+        file as pixels, or the next image in its place.
         """
-        pipeline, source = fed
         try:
             if self.device.type == "cuda":
-                outputs = pipeline.run(torch.cuda.current_stream(self.device))
+                outputs = pipeline.dali.run(torch.cuda.current_stream(self.device))
             else:
-                outputs = pipeline.run()
+                outputs = pipeline.dali.run()
         except StopIteration:
-            refusal = source.refusal()
-            assert refusal is not None  # else there were more steps than planned
-            raise refusal from None
-        except RuntimeError as error:
-            found = self._undecodable(source, step)
+            error = pipeline.source.error
+            assert error is not None  # else there were more steps than planned
+            raise error from None
+        except RuntimeError as failure:
+            found = self._undecodable(steps[:QUEUE])
             if not found:
                 raise Unavailable(
-                    f"DALI failed at step {step} of an epoch ({_line(error)}): use "
-                    "--data.loader torch"
+                    f"DALI failed ({_line(failure)}): use --data.loader torch"
                 ) from None
             self._by_pillow |= found
             return None
         return [from_dlpack(crops.as_tensor()) for crops in outputs]
 
-    def _undecodable(self, source: Source, step: int) -> set[int]:
-        """Files of this step, or of one that DALI was already at, that it cannot decode."""
+    def _undecodable(self, steps: list[Indices]) -> set[int]:
+        """Files of these steps that DALI cannot decode."""
         if self.images.pixels is not None:
             return set()
-        ahead = range(step, min(step + QUEUE, self.steps_per_epoch))
-        asked = {i for later in ahead for i in source.asked(later).tolist()}
+        asked = set(np.concatenate(steps).tolist())
         return {i for i in asked - self._by_pillow if not self._decodes(i)}
 
     def _decodes(self, i: int) -> bool:
         try:
-            on_gpu = self.device.type == "cuda"
-            self._graph.decode_alone(
-                file_for_dali(self.images, i), _device_id(self.device) if on_gpu else None
-            )
+            self._graph.decode_alone(file_for_dali(self.images, i), self._device_id())
             self.images.read(i)
         except (RuntimeError, DataError):
             return False
         return True
 
-    def _build(self) -> _Fed:
-        config, device = self.config, self.device
-        source = Source(config, self.images, self._rank, self._world_size, self._by_pillow)
-        on_gpu = device.type == "cuda"
+    def _build(self) -> Pipeline:
+        config = self.config
+        source = Source(config, self.images, self._by_pillow)
         try:
-            pipeline = self._graph.pipeline_of_crops(
+            dali = self._graph.pipeline_of_crops(
                 source,
                 config.augment.sizes,
                 config.augment.interpolation,
-                batch=source.local_batch,
+                batch=self._local_batch,
                 threads=max(1, config.data.workers),
-                device_id=_device_id(device) if on_gpu else None,
+                device_id=self._device_id(),
                 encoded=self.images.pixels is None,
             )
-            pipeline.build()
+            dali.build()
         except RuntimeError as error:
             raise Unavailable(
-                f"DALI cannot work on {device} ({_line(error)}): use --data.loader torch"
+                f"DALI cannot work on {self.device} ({_line(error)}): use --data.loader torch"
             ) from error
-        return pipeline, source
+        return Pipeline(dali, source)
+
+    def _device_id(self) -> int | None:
+        """The number of the GPU; None for the CPU."""
+        if self.device.type != "cuda":
+            return None
+        index: int | None = self.device.index
+        return torch.cuda.current_device() if index is None else index
 
 
 def finished(
@@ -152,7 +153,7 @@ def finished(
     size: int,
     dtype: torch.dtype,
 ) -> tuple[Tensor, ...]:
-    """Views of one size, of which the windows are cut out and resized.
+    """Views of one size, from windows that are cut out and resized.
 
     Args:
         crops: of each view, uint8 [b, size, size, C].
@@ -160,7 +161,7 @@ def finished(
         augment, dtype: as in `augment.views_of_table`.
 
     Returns:
-        Of each view, [b, C, size, size] in that dtype, channels_last.
+        Each view, [b, C, size, size] in that dtype, channels_last.
     """
     if not crops:
         return ()
@@ -193,12 +194,8 @@ def install_line() -> str:
     return f"pip install 'nvidia-dali-cuda{cuda}>=2.4,<3'"
 
 
-def _device_id(device: torch.device) -> int:
-    return torch.cuda.current_device() if device.index is None else device.index
-
-
 def _line(error: Exception) -> str:
-    """What went wrong, in one line: DALI's messages have many, some of which say where in ours."""
-    told = str(error).partition("encountered:")[2] or str(error)
-    lines = [line.strip() for line in told.splitlines() if line.strip()]
+    """The cause, in one line: DALI's messages have many, with places in its source."""
+    text = str(error).partition("encountered:")[2] or str(error)
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     return lines[0][:SHOWN].rstrip(".") if lines else type(error).__name__

@@ -1,22 +1,21 @@
-"""Plain images to evaluate: every image once over all ranks, without augmentation."""
+"""Images for evaluation: every image once over all ranks, without augmentation."""
 
 import contextlib
 from collections.abc import Iterator
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
 from rdm_fast.config import AugmentConfig
-from rdm_fast.data.images.bad_files import LostImages
+from rdm_fast.data.images.bad_files import UnreadableImages
 from rdm_fast.data.images.sets import ImageSet, Pixels, require_channels
+from rdm_fast.data.loaders.batch import Indices
 from rdm_fast.data.loaders.torch_loader import in_workers
-from rdm_fast.data.views.augment import normalize
+from rdm_fast.data.views.augment import views_of_levels
 from rdm_fast.errors import DataError
 
-RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 MARGIN = (256, 224)
 """The usual evaluation shows the middle 224 of 256 pixels."""
 NO_MARGIN_BELOW = 64
@@ -31,20 +30,19 @@ def evaluation_batches(
     rank: int = 0,
     world_size: int = 1,
     workers: int = 0,
-    lost: LostImages | None = None,
+    unreadable: UnreadableImages | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Every image once over all ranks, without augmentation.
 
     Rank r has images r, r + world_size, ...; the last batch of a rank may be smaller.
-    Images that cannot be read are left out and added to `lost`.
 
     Args:
-        images: to be shown.
+        images: the data set.
         augment: side, interpolation and normalization.
         batch: images of a rank at a time.
         device: where they go.
         workers: processes that decode; decoded images need none.
-        lost: told of images that cannot be read; None if there must be none.
+        unreadable: gets the images that cannot be read, which are left out; None to refuse them.
 
     Yields:
         Images, float32 [b, C, S, S], channels_last, on the device; and their indices, int64 [b],
@@ -52,33 +50,31 @@ def evaluation_batches(
 
     Raises:
         UsageError: the number of channels differs.
-        DataError: an image cannot be decoded, and `lost` does not allow that.
+        DataError: an image cannot be read, and `unreadable` does not allow that.
     """
     require_channels(images, augment, "the data set")
     own = np.arange(rank, len(images), world_size)
     parts = [own[start : start + batch] for start in range(0, len(own), batch)]
-    make = _CenterViews(images, augment, skip=lost is not None)
-    for asked, made in zip(parts, in_workers(make, parts, workers, device), strict=True):
-        pixels, indices = made
-        if lost is not None:
+    make = _CenterViews(images, augment, skip=unreadable is not None)
+    made = in_workers(make, parts, workers, device)
+    for asked, (levels, indices) in zip(parts, made, strict=True):
+        if unreadable is not None:
             for i in np.setdiff1d(asked, indices.numpy()).tolist():
-                lost.add(i)
-        if not len(indices):
-            continue
-        levels = pixels.to(device, non_blocking=True).permute(0, 3, 1, 2)
-        yield normalize(levels, augment), indices
+                unreadable.add(i)
+        if len(indices):
+            yield views_of_levels(levels, augment, device), indices
 
 
 class _CenterViews:
-    """Makes the views of some images, uint8 [b, S, S, C], and says of which.
+    """Makes the views of some images, uint8 [b, S, S, C], with their indices.
 
-    With `skip`, those that cannot be read are left out.
+    With `skip`, images that cannot be read are left out.
     """
 
     def __init__(self, images: ImageSet, augment: AugmentConfig, skip: bool) -> None:
         self.images, self.augment, self.skip = images, augment, skip
 
-    def __call__(self, indices: NDArray[np.int64]) -> tuple[Tensor, ...]:
+    def __call__(self, indices: Indices) -> tuple[Tensor, ...]:
         images, S = self.images, self.augment.size
         if images.pixels is not None and images.pixels.shape[1:3] == (S, S):
             return torch.from_numpy(images.pixels[indices]), torch.from_numpy(indices)
@@ -93,7 +89,7 @@ class _CenterViews:
 
 
 def center_view(image: Pixels, augment: AugmentConfig) -> Pixels:
-    """An image as evaluation sees it: resized (antialiased) and cropped to its middle.
+    """An image as evaluation shows it: resized (antialiased), and cropped to its middle.
 
     The shorter side becomes 256 / 224 of the view (the view itself under 64 pixels); sides and
     corner are rounded as torchvision's Resize and CenterCrop do.
@@ -103,7 +99,7 @@ def center_view(image: Pixels, augment: AugmentConfig) -> Pixels:
         augment: side S and interpolation.
 
     Returns:
-        [S, S, C]; an image that has this size already is returned as it is.
+        [S, S, C]; an image of this size is returned as it is.
     """
     S = augment.size
     H, W, C = image.shape
@@ -112,6 +108,6 @@ def center_view(image: Pixels, augment: AugmentConfig) -> Pixels:
     short = round(S * MARGIN[0] / MARGIN[1]) if S >= NO_MARGIN_BELOW else S
     height, width = (short, int(short * W / H)) if H <= W else (int(short * H / W), short)
     whole = Image.fromarray(image[:, :, 0] if C == 1 else image)
-    resized = whole.resize((width, height), RESAMPLING[augment.interpolation])
+    resized = whole.resize((width, height), Image.Resampling[augment.interpolation.upper()])
     top, left = round((height - S) / 2), round((width - S) / 2)
     return np.asarray(resized.crop((left, top, left + S, top + S))).reshape(S, S, C)

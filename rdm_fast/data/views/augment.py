@@ -1,10 +1,9 @@
-"""Carry out what `sampler.draw_views` drew: crop, resize, distort, recolor, blur, normalize.
+"""Make the views that `sampler.draw_views` drew: crop, resize, distort, recolor, blur, normalize.
 
-Two ways to the same view. `view_of_image` takes one image through torchvision and Pillow: the
-definition. The others take a batch of equal-sized images through the op `augment_views`: tensor
-operations, Triton kernels on a GPU. Both hold pixels as whole levels 0..255 after every step and
-round as Pillow does; `rdm_kernels.views.definition` lists the steps. Then
-`normalize`, the same for both.
+There are two ways to the same view. `view_of_image` takes one image through torchvision and Pillow,
+and is the definition. `views_of_table` takes a batch of equal-sized images through the op
+`augment_views`: tensor operations, Triton kernels on a GPU. Both hold pixels as whole levels 0..255
+after every step and round as Pillow does; `rdm_kernels.views.definition` lists the steps.
 """
 
 import dataclasses
@@ -27,14 +26,13 @@ from rdm_fast.data.views.sampler import (
     ViewParameters,
 )
 from rdm_kernels import augment_views, pack_views
-from rdm_kernels.views.color import IDLE, SOLARIZE_THRESHOLD
-from rdm_kernels.views.color import normalize as normalize_levels
+from rdm_kernels.views.color import IDLE, SOLARIZE_THRESHOLD, normalize
 from rdm_kernels.views.geometry import blur
 
 Pixels = NDArray[np.uint8]
 
 ORDER_CODES = (JITTER_ORDERS << 2 * np.arange(JITTER_ORDERS.shape[1])).sum(axis=1)
-"""[24]: the jitter's orders as `augment_views` has them, an operation in two bits."""
+"""[24]: the jitter's orders as `augment_views` reads them, two bits for an operation."""
 
 
 def blur_taps(size: int) -> int:
@@ -100,7 +98,7 @@ def _jitter_image(view: Image.Image, operation: int, p: ViewParameters, row: int
     if operation == SATURATION:
         return vision.adjust_saturation(view, float(p.saturation[row]))
     hue = float(p.hue[row])
-    return vision.adjust_hue(view, hue) if hue else view  # no way through 8-bit HSV for nothing
+    return vision.adjust_hue(view, hue) if hue else view  # 0 would still round, in 8-bit HSV
 
 
 def _blur_image(view: Image.Image, sigma: float) -> Image.Image:
@@ -117,12 +115,12 @@ def _blur_image(view: Image.Image, sigma: float) -> Image.Image:
 
 
 def view_table(parameters: Sequence[ViewParameters], images: NDArray[np.int64]) -> Tensor:
-    """What was drawn as the table of `augment_views`: of all images, once for each parameters.
+    """The drawn parameters as the table of `augment_views`: all images of each view in turn.
 
     Args:
-        parameters: each of n images.
-        images: places of these images among those that the op is given, [n]; or of each
-            parameters' own images, [len(parameters), n].
+        parameters: of each view, those of n images.
+        images: places of these images in the op's batch, [n]; or [len(parameters), n] if each view
+            has images of its own.
 
     Returns:
         [columns, len(parameters) * n], on the CPU.
@@ -195,19 +193,12 @@ def views_of_batch(
     return views_of_table(pixels.permute(0, 3, 1, 2), table, augment, dtype)
 
 
-def levels_of_batch(pixels: Tensor, parameters: ViewParameters, augment: AugmentConfig) -> Tensor:
-    """`views_of_batch` without its normalization: uint8 [B, C, size, size]."""
-    return views_of_batch(pixels, parameters, augment, torch.uint8)
-
-
-def normalize(levels: Tensor, augment: AugmentConfig) -> Tensor:
-    """(levels / 255 - mean) / std.
-
-    Args:
-        levels: [B, C, H, W], uint8 or float, 0..255.
+def views_of_levels(levels: Tensor, augment: AugmentConfig, device: torch.device) -> Tensor:
+    """Views that a worker made, uint8 [B, S, S, C], normalized on the device.
 
     Returns:
-        float32, the same shape, channels_last.
+        float32 [B, C, S, S], channels_last.
     """
-    views = normalize_levels(levels, augment.mean, augment.std)
+    planes = levels.to(device, non_blocking=True).permute(0, 3, 1, 2)
+    views = normalize(planes, augment.mean, augment.std)
     return views.contiguous(memory_format=torch.channels_last)

@@ -1,9 +1,9 @@
-"""Philox4x32-10: random numbers as a function of where they are used, not of what was drawn before.
+"""Philox4x32-10: random numbers as a function of where they are used.
 
 A counter-based generator encrypts a 128-bit counter with a 64-bit key; the ciphertext is the
-random number. The key is the run's seed, the counter is (index, epoch, stream, block), so any
-number can be had without drawing the ones before it: nothing to save in a checkpoint, and
-nothing that depends on how images are spread over ranks and workers.
+random number. The key is the run's seed and the counter (index, epoch, stream, block), so any
+number can be drawn without those before it: checkpoints need no state, and nothing depends on how
+images are spread over ranks and workers.
 
 Salmon, Moraes, Dror, Shaw: "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
 """
@@ -52,7 +52,7 @@ def words(
         seed: of the run, below 2**64.
         epoch: below 2**32.
         index: of the images, [n], any non-negative 64-bit integers.
-        stream: what the words are for; different streams are independent.
+        stream: the purpose of the words; streams are independent.
         blocks: which blocks of four words.
 
     Returns:

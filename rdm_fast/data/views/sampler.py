@@ -1,8 +1,8 @@
 """Who sees which image, and how: a pure function of (seed, epoch, image index, view).
 
-Order and augmentation are drawn here, on the host, by a counter-based generator; loaders only
-carry out what was drawn. So neither needs checkpoint state, both are the same at any world size
-and with any number of workers, and two loaders can be compared pixel by pixel.
+A counter-based generator draws order and augmentation here, on the host; loaders only carry them
+out. So neither needs checkpoint state, both are the same at any world size and with any number of
+workers, and two loaders can be compared pixel by pixel.
 """
 
 import dataclasses
@@ -31,9 +31,9 @@ JITTER_ORDERS: Integers = np.array(list(itertools.permutations(range(4))), np.in
 
 @dataclass(frozen=True, slots=True)
 class ViewParameters:
-    """Everything that was drawn for one view of n images: an array [n] a field.
+    """The drawn parameters of one view of n images: an array [n] a field.
 
-    The window is in pixels of the image, the rest in the order in which it is applied.
+    The window is in pixels of the image; the rest is in the order in which it is applied.
     """
 
     top: Integers
@@ -60,16 +60,8 @@ class ViewParameters:
     solarize: Coins
     flip: Coins
 
-    def __len__(self) -> int:
-        return len(self.top)
-
-    def take(self, rows: ArrayLike) -> "ViewParameters":
-        """The parameters of some of the images."""
-        fields = (field.name for field in dataclasses.fields(self))
-        return ViewParameters(*(getattr(self, name)[rows] for name in fields))
-
     def of_resized_windows(self, size: int) -> "ViewParameters":
-        """What is left to do with the windows, once resized to `size` pixels a side."""
+        """The parameters that remain once the windows have been resized to `size` pixels a side."""
         nothing, whole = np.zeros_like(self.top), np.full_like(self.top, size)
         return dataclasses.replace(self, top=nothing, left=nothing, height=whole, width=whole)
 
@@ -88,8 +80,7 @@ def step_indices(
 ) -> Integers:
     """The images of one rank in one step of an epoch: [global_batch / world_size] int64.
 
-    The step's global batch is a slice of the order, and the rank's part a contiguous slice of
-    that, so the ranks' parts in rank order are the batch of a single rank.
+    The step's global batch is a slice of the order, and the rank's part a contiguous slice of that.
 
     Raises:
         ValueError: the batch does not divide over the ranks.
@@ -118,7 +109,7 @@ def draw_views(
     """Draw one view of each image.
 
     Args:
-        view: what to draw from.
+        view: the ranges and probabilities.
         seed: of the run.
         epoch: counted from 0.
         indices: of the images in the data set, [n].
@@ -129,7 +120,9 @@ def draw_views(
     stream = VIEW_STREAM + view_number
     n = len(indices)
     heights, widths = np.broadcast_to(heights, n), np.broadcast_to(widths, n)
-    u = uniforms(seed, epoch, indices, stream, SCALAR_BLOCKS).T  # one slot a row, for ever
+    u = uniforms(
+        seed, epoch, indices, stream, SCALAR_BLOCKS
+    ).T  # a row for each parameter, fixed for ever
     low, high = view.blur_sigma
     return ViewParameters(
         *_draw_windows(view, seed, epoch, indices, stream, heights, widths),
