@@ -64,69 +64,66 @@ def test_small_encoded_images_of_one_size_are_decoded_once(
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("change", "named"),
     [
-        ({"train_label": None}, r"has no array train_label .*it has classes, test_images"),
-        ({"classes": None}, r"has no array classes"),
-        ({"train_images": None}, r"has no array train_jpeg .*or train_images"),
-        ({"train_label": np.array([0, 1])}, r"train_label has 2 labels for 4 images"),
-        ({"train_label": np.array([0, 1, 2, 1])}, r"train_label has labels from 0 to 2.*2 classes"),
-        ({"train_label": np.array([0.5] * 4)}, r"train_label is float64 \[4\], wanted integer"),
-        ({"train_images": np.zeros((4, 8, 8, 3))}, r"train_images is float64"),
-        ({"train_images": np.zeros((4, 8, 8, 2), np.uint8)}, r"train_images is uint8.*C 1 or 3"),
-        (
-            {"train_images": np.zeros((0, 8, 8, 3), np.uint8)},
-            r"train_images is uint8 \[0, 8",
-        ),
-        ({"classes": np.array(["a", {}], object)}, r"classes cannot be read \(Object arrays"),
+        ({"train_label": None}, "train_label"),
+        ({"classes": None}, "classes"),
+        ({"train_images": None}, "train_jpeg"),
+        ({"train_label": np.array([0, 1])}, "train_label has 2 labels for 4"),
+        ({"train_label": np.array([0, 1, 2, 1])}, "train_label has labels from 0 to 2"),
+        ({"train_label": np.array([0.5] * 4)}, "train_label is float64 [4]"),
+        ({"train_images": np.zeros((4, 8, 8, 3))}, "train_images is float64"),
+        ({"train_images": np.zeros((4, 8, 8, 2), np.uint8)}, "train_images is uint8 [4, 8, 8, 2]"),
+        ({"train_images": np.zeros((0, 8, 8, 3), np.uint8)}, "train_images is uint8 [0, 8, 8, 3]"),
+        ({"classes": np.array(["a", {}], object)}, "classes cannot be read"),
     ],
 )
-def test_a_bad_array_is_named(tmp_path: Path, change: dict[str, Any], message: str) -> None:
+def test_a_bad_array_is_named(tmp_path: Path, change: dict[str, Any], named: str) -> None:
     arrays = {key: value for key, value in {**DECODED, **change}.items() if value is not None}
-    with pytest.raises(DataError, match=message) as caught:
+    with pytest.raises(DataError) as caught:
         load_arrays(write(tmp_path / "a.npz", arrays), "train")
-    assert "\n" not in str(caught.value)
+    assert named in str(caught.value) and "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("change", "message"),
+    ("change", "named"),
     [
-        ({"train_offset": np.array([0, 5, 3])}, r"train_offset falls after entry 1"),
-        ({"train_offset": np.array([0, 10**9])}, r"train_offset does not lie within"),
-        ({"train_offset": np.array([0])}, r"train_offset does not lie within"),
-        ({"train_jpeg": np.zeros(9, np.uint16)}, r"train_jpeg is uint16, wanted uint8"),
-        ({"train_offset": np.array([0, 5]), "train_label": np.array([0])},
-         r"1 of 1 images in .*a\.npz:train_jpeg cannot be used; the first is image 0"),
+        ({"train_offset": np.array([0, 5, 3])}, "train_offset falls after entry 1"),
+        ({"train_offset": np.array([0, 10**9])}, "train_offset"),
+        ({"train_offset": np.array([0])}, "train_offset"),
+        ({"train_jpeg": np.zeros(9, np.uint16)}, "train_jpeg is uint16"),
+        ({"train_offset": np.array([0, 5]), "train_label": np.array([0])}, "image 0 of"),
     ],
-)  # fmt: skip
-def test_bad_encoded_arrays_are_named(
-    tmp_path: Path, jpeg_files: list[bytes], change: dict[str, Any], message: str
+)
+def test_a_bad_encoded_array_is_named(
+    tmp_path: Path, jpeg_files: list[bytes], change: dict[str, Any], named: str
 ) -> None:
-    with pytest.raises(DataError, match=message):
+    with pytest.raises(DataError) as caught:
         load_arrays(write(tmp_path / "a.npz", {**encoded(jpeg_files), **change}), "train")
+    assert named in str(caught.value)
 
 
 def test_a_damaged_file_is_refused(tmp_path: Path) -> None:
     whole = write(tmp_path / "a.npz", DECODED).read_bytes()
     for data in (whole[:-40], b"", b"hello"):
         (tmp_path / "b.npz").write_bytes(data)
-        with pytest.raises(DataError, match=r"b\.npz is damaged or not an \.npz file"):
+        with pytest.raises(DataError, match=r"b\.npz"):
             load_arrays(tmp_path / "b.npz", "train")
     flipped = bytearray(whole)
     flipped[300] ^= 1  # inside the first array: zip's checksum sees it
     (tmp_path / "b.npz").write_bytes(flipped)
-    with pytest.raises(DataError, match=r"array train_images cannot be read \(Bad CRC"):
+    with pytest.raises(DataError, match=r"train_images .*CRC"):
         load_arrays(tmp_path / "b.npz", "train")
     np.save(tmp_path / "c.npy", np.zeros(3))
-    with pytest.raises(DataError, match=r"c\.npy is not an \.npz file"):
+    with pytest.raises(DataError, match=r"c\.npy"):
         load_arrays(tmp_path / "c.npy", "train")
 
 
 def test_a_missing_file_is_named_with_what_is_there(tmp_path: Path) -> None:
     write(tmp_path / "other.npz", DECODED)
-    with pytest.raises(InputMissing, match=r"--data.root .*a\.npz is not a file.*holds other\.npz"):
+    with pytest.raises(InputMissing, match=r"--data.root .*a\.npz .*other\.npz"):
         load_arrays(tmp_path / "a.npz", "train")
-    with pytest.raises(InputMissing, match=r"is a folder that holds other\.npz"):
+    with pytest.raises(InputMissing, match=r"--data.root .*other\.npz"):
         load_arrays(tmp_path, "train")
 
 

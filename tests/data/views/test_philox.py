@@ -85,5 +85,5 @@ def test_blocks_can_be_drawn_one_by_one() -> None:
 
 @pytest.mark.parametrize("seed", [-1, 2**64])
 def test_a_seed_that_does_not_fit_is_refused(seed: int) -> None:
-    with pytest.raises(ValueError, match=r"seed=.*2\*\*64"):
+    with pytest.raises(ValueError, match=f"seed={seed}"):
         uniforms(seed, 0, np.arange(2), 0, range(1))

@@ -1,4 +1,4 @@
-"""sampler against torchvision's get_params, and against itself at other shardings."""
+"""The sampler against torchvision's get_params, and against itself at other shardings."""
 
 import dataclasses
 
@@ -7,12 +7,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from numpy.typing import NDArray
-from scipy.stats import chisquare, ks_2samp, kstest
-from torchvision.transforms import ColorJitter, GaussianBlur, RandomAffine, RandomResizedCrop
+from scipy.stats import chisquare, kstest
+from torchvision.transforms import RandomResizedCrop
 
 from rdm_fast.config import ViewConfig
-from rdm_fast.config.recipes import RECIPES
 from rdm_fast.data.views.philox import uniforms
 from rdm_fast.data.views.sampler import (
     CROP_TRIES,
@@ -66,7 +64,7 @@ def test_ranks_share_a_step_as_one_rank_has_it(local: int, world: int, rest: int
         np.testing.assert_array_equal(
             np.concatenate(parts), order[step * batch : (step + 1) * batch]
         )
-    with pytest.raises(IndexError, match="epoch of 3 steps"):
+    with pytest.raises(IndexError):
         step_indices(order, 3, batch, 0, world)
 
 
@@ -79,20 +77,16 @@ def test_views_do_not_depend_on_who_draws_them(world: int) -> None:
         own = draw_views(EVERYTHING, 7, 3, indices[part], 1, heights[part], widths[part])
         for field in dataclasses.fields(ViewParameters):
             np.testing.assert_array_equal(
-                getattr(own, field.name), getattr(whole.take(part), field.name)
+                getattr(own, field.name), getattr(whole, field.name)[part]
             )
 
 
-def test_of_a_resized_window_the_whole_is_taken_and_the_rest_is_as_drawn() -> None:
+def test_a_resized_window_is_taken_whole_and_the_rest_stays() -> None:
     drawn = draw(n=9)
-    left = drawn.of_resized_windows(32)
-    window = {"top": 0, "left": 0, "height": 32, "width": 32}
-    for field in dataclasses.fields(ViewParameters):
-        expected = np.full(9, window[field.name]) if field.name in window else None
-        np.testing.assert_array_equal(
-            getattr(left, field.name),
-            getattr(drawn, field.name) if expected is None else expected,
-        )
+    expected = dataclasses.asdict(drawn)
+    expected |= {"top": np.full(9, 0), "left": np.full(9, 0)}
+    expected |= {"height": np.full(9, 32), "width": np.full(9, 32)}
+    np.testing.assert_equal(dataclasses.asdict(drawn.of_resized_windows(32)), expected)
 
 
 @pytest.mark.parametrize("other", [{"seed": 4}, {"epoch": 2}, {"view": 1}, {"view": 2}])
@@ -108,32 +102,6 @@ def test_parameters_of_a_view_are_uncorrelated() -> None:
     table = np.stack([getattr(drawn, field.name) for field in dataclasses.fields(drawn)][4:])
     correlation = np.corrcoef(table.astype(float)) - np.eye(len(table))
     assert np.abs(correlation).max() < 4.5 / np.sqrt(N)  # 78 pairs
-
-
-@pytest.mark.parametrize("scale", [(0.08, 1.0), (0.2, 1.0), (0.5, 1.0)])
-@pytest.mark.parametrize("shape", [(100, 150), (32, 32), (30, 75)])
-def test_windows_follow_random_resized_crop(
-    scale: tuple[float, float], shape: tuple[int, int]
-) -> None:
-    view = ViewConfig(crop_scale=scale)
-    ours = draw_views(view, 1, 0, np.arange(N), 0, *shape)
-    image = torch.zeros(3, *shape)
-    ratio = list(view.crop_ratio)
-    theirs = np.array(
-        [RandomResizedCrop.get_params(image, list(scale), ratio) for _ in range(N)], float
-    ).T
-    mine = np.stack([ours.top, ours.left, ours.height, ours.width]).astype(float)
-    for quantity in (
-        lambda w: w[0],
-        lambda w: w[1],
-        lambda w: w[2],
-        lambda w: w[3],
-        lambda w: w[2] * w[3],
-        lambda w: w[3] / w[2],
-        lambda w: w[0] + w[2],
-        lambda w: w[1] + w[3],
-    ):
-        assert ks_2samp(quantity(mine), quantity(theirs), method="asymp").pvalue > P
 
 
 @pytest.mark.parametrize("shape", [(10, 1000), (1000, 10), (1, 80), (80, 1), (1, 1)])
@@ -158,7 +126,7 @@ def test_windows_lie_within_the_image(height: int, width: int, seed: int) -> Non
 
 
 class Numbers:
-    """torch's random numbers, replaced by those of our sampler for one image."""
+    """Replaces torch's random numbers by those of the sampler for one image."""
 
     def __init__(self, seed: int, index: int) -> None:
         first = len(SCALAR_BLOCKS)
@@ -178,16 +146,16 @@ class Numbers:
 
 @pytest.mark.parametrize("scale", [(0.08, 1.0), (0.2, 1.0), (0.9, 1.0)])
 @pytest.mark.parametrize("shape", [(100, 150), (32, 32), (30, 75), (375, 500), (3, 2), (7, 90)])
-def test_windows_are_random_resized_crop_s_given_its_numbers(
+def test_windows_equal_random_resized_crops_for_the_same_random_numbers(
     scale: tuple[float, float], shape: tuple[int, int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     view = ViewConfig(crop_scale=scale)
-    ours = draw_views(view, 5, 0, np.arange(300), 0, *shape)
+    ours = draw_views(view, 5, 0, np.arange(100), 0, *shape)
     image = torch.zeros(1, *shape)
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)  # torchvision draws in it
     try:
-        for i in range(300):
+        for i in range(100):
             numbers = Numbers(5, i)
             with monkeypatch.context() as patch:
                 patch.setattr(
@@ -200,39 +168,20 @@ def test_windows_are_random_resized_crop_s_given_its_numbers(
         torch.set_default_dtype(before)
 
 
-@pytest.mark.parametrize("name", ["cifar10_simsiam", "cifar10_byol", "imagenet_byol"])
-def test_jitter_follows_color_jitter(name: str) -> None:
-    view = RECIPES[name]().augment.view1
-    ours = draw_views(view, 3, 1, np.arange(N), 0, 100, 150)
-    ranges = [[1 - x, 1 + x] for x in (view.brightness, view.contrast, view.saturation)]
-    theirs = [ColorJitter.get_params(*ranges, [-view.hue, view.hue]) for _ in range(N)]
-    columns = np.array([row[1:] for row in theirs], float).T
-    for mine, expected in zip(
-        (ours.brightness, ours.contrast, ours.saturation, ours.hue), columns, strict=True
-    ):
-        assert ks_2samp(mine, expected).pvalue > P
-    code = {tuple(order): i for i, order in enumerate(JITTER_ORDERS.tolist())}
-    assert len(code) == 24
-    counts = np.bincount(ours.order, minlength=24)
-    expected_counts = np.bincount([code[tuple(row[0].tolist())] for row in theirs], minlength=24)
-    assert chisquare(counts).pvalue > P and chisquare(expected_counts).pvalue > P
-
-
-def uniform_pvalue(values: NDArray[np.float64], low: float, high: float) -> float:
-    return float(kstest((values - low) / (high - low), "uniform").pvalue)
-
-
-def test_angles_and_sigmas_follow_random_affine_and_gaussian_blur() -> None:
+def test_continuous_parameters_are_uniform() -> None:
+    """As torchvision's ColorJitter, RandomAffine and GaussianBlur draw theirs."""
     p = draw()
-    affine = [
-        RandomAffine.get_params([-20, 20], None, None, [-12, 12], [100, 150]) for _ in range(N)
-    ]
-    assert ks_2samp(p.angle, [a[0] for a in affine]).pvalue > P
-    assert ks_2samp(p.shear, [a[3][0] for a in affine]).pvalue > P
-    assert ks_2samp(p.sigma, [GaussianBlur.get_params(0.1, 2.0) for _ in range(N)]).pvalue > P
-    assert uniform_pvalue(p.angle, -20, 20) > P
-    assert uniform_pvalue(p.shear, -12, 12) > P
-    assert uniform_pvalue(p.sigma, 0.1, 2.0) > P
+    ranges = {"angle": (-20, 20), "shear": (-12, 12), "sigma": (0.1, 2.0), "hue": (-0.1, 0.1)}
+    ranges |= {"brightness": (0.6, 1.4), "contrast": (0.6, 1.4), "saturation": (0.8, 1.2)}
+    for name, (low, high) in ranges.items():
+        values = getattr(p, name)
+        assert kstest((values - low) / (high - low), "uniform").pvalue > P, name
+
+
+def test_every_order_of_the_jitter_is_equally_likely() -> None:
+    assert len({*map(tuple, JITTER_ORDERS.tolist())}) == 24
+    assert (np.sort(JITTER_ORDERS, axis=1) == np.arange(4)).all()
+    assert chisquare(np.bincount(draw().order, minlength=24)).pvalue > P
 
 
 @pytest.mark.parametrize("name", ["jitter", "grey", "blur", "solarize", "flip"])
@@ -241,7 +190,7 @@ def test_coins_fall_as_often_as_asked(name: str) -> None:
     assert abs(coins.mean() - wanted) < 3.3 * np.sqrt(wanted * (1 - wanted) / N)  # p = 0.001
 
 
-def test_what_is_switched_off_is_neutral() -> None:
+def test_parameters_that_are_off_are_neutral() -> None:
     off = ViewConfig(brightness=0, contrast=0, saturation=0, hue=0)
     p = draw_views(off, 0, 0, np.arange(50), 0, 32, 32)
     for name in ("angle", "shear", "hue", "jitter", "grey", "blur", "solarize", "flip"):
