@@ -1,9 +1,9 @@
-"""Named runs. A recipe is a function that returns a whole `Config`.
+"""Recipes: functions that return a whole `Config`.
 
-Hyper-parameters are those of the paper's released code (PKU-ML/Rank-Differential-Mechanism,
-solo-learn's CIFAR and ImageNet-100 recipes, SimSiam's ImageNet one), with two deliberate
-differences: autocast is bf16 where the reference uses fp16, and every schedule moves per step.
-A learned-predictor recipe and its RDM twin differ in nothing but the predictor.
+Hyper-parameters are those of the paper's released code (PKU-ML/Rank-Differential-Mechanism, with
+solo-learn's CIFAR and ImageNet-100 recipes and SimSiam's ImageNet recipe), except that autocast
+uses bf16 instead of fp16, and schedules advance with every step. A recipe with a learned predictor
+and its RDM twin differ in the predictor only.
 """
 
 from collections.abc import Callable
@@ -22,9 +22,18 @@ from rdm_fast.config import (
 )
 
 WHITEN = FilterConfig(location="target", sigma=-1.0)
-"""The target filter of the released scripts: every direction of the target gets equal weight."""
+"""The target filter of the released scripts: weights every direction of the target equally."""
 LOW_PASS = FilterConfig(location="online", sigma=1.0)
-"""The online filter of the released scripts: strong directions are amplified."""
+"""The online filter of the released scripts: amplifies strong directions."""
+
+
+def _rdm(config: Config, spectral: FilterConfig) -> Config:
+    return replace(config, predictor="spectral", filter=spectral)
+
+
+def _symmetric(config: Config) -> Config:
+    return replace(config, method="symsimsiam", predictor="none")
+
 
 # ---- digits: the embedded default, about a minute on two CPU cores ---------------------------
 
@@ -83,12 +92,12 @@ def digits_byol() -> Config:
 
 def digits_rdm_byol() -> Config:
     """BYOL with the spectral filter in place of the predictor, on the embedded digits."""
-    return replace(digits_byol(), predictor="spectral", filter=LOW_PASS)
+    return _rdm(digits_byol(), LOW_PASS)
 
 
 def digits_symsimsiam() -> Config:
     """The symmetric control, without predictor or stop-gradient, on the embedded digits."""
-    return replace(_digits(), method="symsimsiam", predictor="none")
+    return _symmetric(_digits())
 
 
 # ---- CIFAR -----------------------------------------------------------------------------------
@@ -154,17 +163,17 @@ def cifar10_byol() -> Config:
 
 def cifar10_rdm_simsiam() -> Config:
     """SimSiam with a spectral filter (target, sigma -1) on CIFAR-10."""
-    return replace(cifar10_simsiam(), predictor="spectral", filter=WHITEN)
+    return _rdm(cifar10_simsiam(), WHITEN)
 
 
 def cifar10_rdm_byol() -> Config:
     """BYOL with a spectral filter (target, sigma -1) on CIFAR-10."""
-    return replace(cifar10_byol(), predictor="spectral", filter=WHITEN)
+    return _rdm(cifar10_byol(), WHITEN)
 
 
 def cifar10_symsimsiam() -> Config:
     """The symmetric control on CIFAR-10."""
-    return replace(cifar10_simsiam(), method="symsimsiam", predictor="none")
+    return _symmetric(cifar10_simsiam())
 
 
 def cifar100_simsiam() -> Config:
@@ -179,17 +188,17 @@ def cifar100_byol() -> Config:
 
 def cifar100_rdm_simsiam() -> Config:
     """SimSiam with a spectral filter (target, sigma -1) on CIFAR-100."""
-    return replace(cifar100_simsiam(), predictor="spectral", filter=WHITEN)
+    return _rdm(cifar100_simsiam(), WHITEN)
 
 
 def cifar100_rdm_byol() -> Config:
     """BYOL with a spectral filter (target, sigma -1) on CIFAR-100."""
-    return replace(cifar100_byol(), predictor="spectral", filter=WHITEN)
+    return _rdm(cifar100_byol(), WHITEN)
 
 
 def cifar100_symsimsiam() -> Config:
     """The symmetric control on CIFAR-100."""
-    return replace(cifar100_simsiam(), method="symsimsiam", predictor="none")
+    return _symmetric(cifar100_simsiam())
 
 
 # ---- ImageNet-100 and ImageNet ---------------------------------------------------------------
@@ -230,17 +239,17 @@ def imagenet100_byol() -> Config:
 
 def imagenet100_rdm_simsiam() -> Config:
     """SimSiam with a spectral filter (target, sigma -1) on ImageNet-100."""
-    return replace(imagenet100_simsiam(), predictor="spectral", filter=WHITEN)
+    return _rdm(imagenet100_simsiam(), WHITEN)
 
 
 def imagenet100_rdm_byol() -> Config:
     """BYOL with a spectral filter (online, sigma 1) on ImageNet-100."""
-    return replace(imagenet100_byol(), predictor="spectral", filter=LOW_PASS)
+    return _rdm(imagenet100_byol(), LOW_PASS)
 
 
 def imagenet100_symsimsiam() -> Config:
     """The symmetric control on ImageNet-100."""
-    return replace(imagenet100_simsiam(), method="symsimsiam", predictor="none")
+    return _symmetric(imagenet100_simsiam())
 
 
 def imagenet_simsiam() -> Config:
@@ -276,53 +285,28 @@ def imagenet_byol() -> Config:
 
 def imagenet_rdm_simsiam() -> Config:
     """SimSiam with a spectral filter (target, sigma -1) on ImageNet."""
-    return replace(imagenet_simsiam(), predictor="spectral", filter=WHITEN)
+    return _rdm(imagenet_simsiam(), WHITEN)
 
 
 def imagenet_rdm_byol() -> Config:
     """BYOL with a spectral filter (online, sigma 1) on ImageNet."""
-    return replace(imagenet_byol(), predictor="spectral", filter=LOW_PASS)
+    return _rdm(imagenet_byol(), LOW_PASS)
 
 
 def imagenet_symsimsiam() -> Config:
     """The symmetric control on ImageNet."""
-    return replace(imagenet_simsiam(), method="symsimsiam", predictor="none")
+    return _symmetric(imagenet_simsiam())
 
 
 DEFAULT = digits_rdm_simsiam.__name__
 
 RECIPES: dict[str, Callable[[], Config]] = {
-    recipe.__name__: recipe
-    for recipe in (
-        digits_rdm_simsiam,
-        digits_rdm_byol,
-        digits_simsiam,
-        digits_byol,
-        digits_symsimsiam,
-        cifar10_rdm_simsiam,
-        cifar10_rdm_byol,
-        cifar10_simsiam,
-        cifar10_byol,
-        cifar10_symsimsiam,
-        cifar100_rdm_simsiam,
-        cifar100_rdm_byol,
-        cifar100_simsiam,
-        cifar100_byol,
-        cifar100_symsimsiam,
-        imagenet100_rdm_simsiam,
-        imagenet100_rdm_byol,
-        imagenet100_simsiam,
-        imagenet100_byol,
-        imagenet100_symsimsiam,
-        imagenet_rdm_simsiam,
-        imagenet_rdm_byol,
-        imagenet_simsiam,
-        imagenet_byol,
-        imagenet_symsimsiam,
-    )
+    f"{data}_{method}": globals()[f"{data}_{method}"]
+    for data in ("digits", "cifar10", "cifar100", "imagenet100", "imagenet")
+    for method in ("rdm_simsiam", "rdm_byol", "simsiam", "byol", "symsimsiam")
 }
 
 
 def recipe(name: str) -> Config:
-    """The recipe's configuration, writing to runs/<name>."""
+    """The configuration of a recipe, with run folder runs/<name>."""
     return replace(RECIPES[name](), out=f"runs/{name}")
