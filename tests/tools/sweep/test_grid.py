@@ -19,8 +19,9 @@ PAPER = {
 """The CIFAR-10 filters of arXiv:2303.02387."""
 
 
-def swept(*words: str) -> dict[str, Config]:
-    return COMMANDS["sweep"].parse([*words]).runs
+def swept(*args: str) -> dict[str, Config]:
+    runs: dict[str, Config] = COMMANDS["sweep"].parse(args).runs
+    return runs
 
 
 def test_the_default_is_the_papers_grid_and_a_control() -> None:
@@ -46,18 +47,15 @@ def test_runs_differ_in_filter_and_folder_and_in_nothing_else(name: str) -> None
 
 
 def test_other_settings_of_the_filter_reach_the_runs_that_can_have_them() -> None:
-    words = "--filter.cutoff 0.01 --filter.basis online --filter online_s1 target_s-1"
-    runs = swept(*words.split())
+    line = "--filter.cutoff 0.01 --filter.basis online --filter online_s1 target_s-1"
+    runs = swept(*line.split())
     assert {config.filter.cutoff for config in runs.values()} == {0.01}
     assert [config.filter.basis for config in runs.values()] == ["own", "online"]
 
 
-def test_any_exponent_can_be_named() -> None:
+def test_any_exponent_and_the_symmetric_control_can_be_named() -> None:
     config = configure(tiny(), "online_s0.25")
     assert config.filter == FilterConfig(location="online", kind="poly", sigma=0.25)
-
-
-def test_the_symmetric_control_has_no_predictor() -> None:
     (config,) = swept("--filter", "symsimsiam").values()
     assert (config.method, config.predictor) == ("symsimsiam", "none")
 

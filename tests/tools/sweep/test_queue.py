@@ -7,6 +7,7 @@ for a signal. It notes every start and end on the `board`.
 import os
 import signal
 import threading
+import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -81,28 +82,28 @@ def board(tmp_path: Path) -> list[list[str]]:
     return [text.split("|") for text in file.read_text().splitlines()] if file.exists() else []
 
 
+def started(tmp_path: Path) -> list[list[str]]:
+    """Run, command and environment of every start."""
+    return [note[1:] for note in board(tmp_path) if note[0] == "start"]
+
+
 def test_a_run_is_trained_then_evaluated_by_the_commands_of_a_user(tmp_path: Path) -> None:
     paths = runs(tmp_path, a="complete", b="complete")
     assert next_command(paths["a"], "cpu") == ["train", "--resume", str(paths["a"])]
     assert complete_all(paths) == {}
     assert next_command(paths["a"], "cpu") is None
-    starts = [note[1:3] for note in board(tmp_path) if note[0] == "start"]
-    assert starts == [["a", "train"], ["a", "eval"], ["b", "train"], ["b", "eval"]]
-    seen = {tuple(note[3:]) for note in board(tmp_path) if note[0] == "start"}
-    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "none")
-    assert seen == {(str(os.getpid()), "3", "", gpus)}
+    seen = [str(os.getpid()), "3", "", os.environ.get("CUDA_VISIBLE_DEVICES", "none")]
+    assert started(tmp_path) == [[run, do, *seen] for run in "ab" for do in ("train", "eval")]
 
 
-def test_complete_runs_are_not_started_and_a_missing_evaluation_is(
-    tmp_path: Path,
-) -> None:
+def test_only_missing_commands_are_started(tmp_path: Path) -> None:
     paths = runs(tmp_path, a="complete")
     paths["b"] = make_run(tmp_path / "b", checkpoint="step-00000008")
     paths["c"] = make_run(tmp_path / "c", checkpoint="step-00000008")
     evaluate(paths["c"])
     assert next_command(paths["b"], "cuda") == ["eval", str(paths["b"]), "--device", "cuda"]
     assert complete_all(paths) == {}
-    starts = [note[1:3] for note in board(tmp_path) if note[0] == "start"]
+    starts = [start[:2] for start in started(tmp_path)]
     assert starts == [["a", "train"], ["a", "eval"], ["b", "eval"]]
     (tmp_path / "board").unlink()
     assert complete_all(paths) == {} and board(tmp_path) == []
@@ -117,9 +118,7 @@ def test_a_failed_run_is_named_with_its_reason_and_the_others_continue(tmp_path:
     assert {*failed} == {"a", "b", "c"} and next_command(paths["d"], "cpu") is None
 
 
-def test_runs_at_a_time_are_limited_and_each_has_its_own_gpu(
-    tmp_path: Path,
-) -> None:
+def test_runs_at_a_time_are_limited_and_each_has_its_own_gpu(tmp_path: Path) -> None:
     paths = runs(tmp_path, **dict.fromkeys("abcdef", "complete"))
     assert complete_all(paths, jobs=2, gpus=("4", "7")) == {}
     busy: dict[str, str] = {}
@@ -132,7 +131,7 @@ def test_runs_at_a_time_are_limited_and_each_has_its_own_gpu(
             del busy[name]
         most = max(most, len(busy))
     assert most == 2
-    assert {note[-1] for note in board(tmp_path) if note[0] == "start"} == {"4", "7"}
+    assert {start[-1] for start in started(tmp_path)} == {"4", "7"}
 
 
 def test_a_signal_lets_runs_under_way_save_and_starts_no_other(tmp_path: Path) -> None:
@@ -141,7 +140,7 @@ def test_a_signal_lets_runs_under_way_save_and_starts_no_other(tmp_path: Path) -
 
     def ask_to_stop() -> None:
         while sum(note[0] == "waiting" for note in board(tmp_path)) < 2:
-            pass
+            time.sleep(0.01)
         os.kill(os.getpid(), signal.SIGTERM)
 
     thread = threading.Thread(target=ask_to_stop)
