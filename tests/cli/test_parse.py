@@ -128,7 +128,8 @@ def test_evaluation_has_flags_of_its_own() -> None:
     [
         ("train", "--optim.epoch 3", "--optim.epoch", "--optim.epochs?"),
         ("train", "--sigm", "--sigm", "--sigma?"),
-        ("train", "--pred_typ log", "--pred-typ", "--pred-type?"),
+        ("train", "--pred_typ log", "--pred-typ:", "--pred-type?"),
+        ("train", "--pred_type log --sigm", "--sigm:", "--sigma?"),
         ("train", "--filter.cut-off=0.1", "--filter.cut-off", "--filter.cutoff?"),
         ("train", "--SEED 3", "--SEED", "--seed?"),
         ("train", "--overwite", "--overwite", "--overwrite?"),
@@ -223,8 +224,9 @@ def test_the_global_batch_divides_over_the_ranks_that_a_launcher_started(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     cli.check_ranks(recipe(DEFAULT).optim, "gpu")  # the number of GPUs is not known yet
-    monkeypatch.setenv("WORLD_SIZE", "3")
-    for line in ("--batch-size 200", "--batch-size 8 --nproc 3"):
+    for world, line in (("", "--batch-size 8 --nproc 3"), ("3", "--batch-size 200")):
+        if world:
+            monkeypatch.setenv("WORLD_SIZE", world)
         with pytest.raises(SystemExit) as ended:
             cli.train([*line.split(), "--print-config"])
         assert ended.value.code == 2 and "3 rank(s)" in capsys.readouterr().err

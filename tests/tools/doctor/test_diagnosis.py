@@ -111,8 +111,9 @@ def test_augmentation_after_dali_is_timed(tmp_path: Path) -> None:
 
 
 def test_batches_of_parallel_workers_are_measured_in_whole_bursts() -> None:
-    config = with_data(tiny(global_batch=100), loader="torch", workers=2)
-    assert parts(config).loading().batches == 4
+    config, used = with_data(tiny(global_batch=100), loader="torch", workers=2), []
+    assert parts(config).from_loader("x", used.append, warm_up=1).batches == 4
+    assert len(used) == 2 + 4  # a burst to warm up
 
 
 class FakeClock:
