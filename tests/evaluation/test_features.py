@@ -144,11 +144,11 @@ def test_large_matrices_travel_in_parts(monkeypatch: pytest.MonkeyPatch) -> None
 class Cache:
     """`cached_features` of one file; what is computed is the number of the computation."""
 
-    def __init__(self, path: Path) -> None:
-        self.path, self.calls = path, 0
+    def __init__(self, path: Path, whole: int = 4) -> None:
+        self.path, self.whole, self.calls = path, whole, 0
 
     def __call__(self, **key: object) -> int:
-        rows, labels = cached_features(self.path, key, self._compute)
+        rows, labels = cached_features(self.path, key, self._compute, self.whole)
         assert torch.equal(labels, torch.arange(4)) and rows.shape == (4, 3)
         return int(rows[0, 0])
 
@@ -164,6 +164,11 @@ def test_the_cache_returns_only_what_was_computed_for_the_same_key(tmp_path: Pat
     keys = [{"size": 32, "split": "train"} | change for change in changes]
     assert [cache(**key) for key in keys] == [2, 3, 4]
     assert list(cache.path.parent.iterdir()) == [cache.path]
+
+
+def test_embeddings_of_a_part_of_the_images_are_not_cached(tmp_path: Path) -> None:
+    cache = Cache(tmp_path / "train.safetensors", whole=5)
+    assert [cache(), cache()] == [1, 2] and not cache.path.exists()
 
 
 @pytest.mark.parametrize(

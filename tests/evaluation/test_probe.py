@@ -15,6 +15,7 @@ from torch import Tensor
 from rdm_fast.evaluation.accuracy import rank_classes, topk_accuracy
 from rdm_fast.evaluation.probe import (
     LinearClassifier,
+    choose_on_held_out,
     choose_ridge,
     fit_closed_form,
     fit_iterated,
@@ -121,6 +122,16 @@ def test_collapsed_embeddings_predict_the_most_frequent_class(standardize: bool)
     ridge = choose_ridge(features, labels, classes=2, seed=0, standardize=standardize)
     found = fit_closed_form(features, labels, classes=2, ridge=ridge, standardize=standardize)
     assert accuracy(found, features, labels) == 60
+
+
+def test_a_classifier_that_is_not_finite_is_never_chosen() -> None:
+    """NaN logits rank class 0 first, which is right for all of these images."""
+    features, labels = torch.ones(20, 1), torch.zeros(20, dtype=torch.int64)
+    candidates = {
+        "wild": LinearClassifier(torch.full((2, 1), torch.nan), torch.zeros(2)),
+        "wrong": LinearClassifier(torch.tensor([[0.0], [1.0]]), torch.zeros(2)),
+    }
+    assert choose_on_held_out(features, labels, 0, lambda _: candidates.items()) == "wrong"
 
 
 # ---- by gradient descent -----------------------------------------------------------------------

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -92,8 +93,18 @@ def test_images_decoded_one_by_one_give_torchvisions_views() -> None:
     assert isinstance(load_digits("test"), PixelImages)
 
 
-def test_a_frozen_backbone_does_not_change_and_the_seed_decides_the_probe() -> None:
+def test_a_frozen_backbone_does_not_change_and_the_seed_decides_the_probe(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    batches: list[int] = []
+
+    def spy(*args: Any) -> Any:
+        batches.append(args[5])
+        return view_batches(*args)
+
+    monkeypatch.setattr("rdm_fast.evaluation.train_on_views.view_batches", spy)
     first, again, other = train(False), train(False), train(False, seed=1)
+    assert batches == [SGD.batch] * SGD.epochs * 3
     assert torch.equal(first["backbone"], flat(make_backbone(tiny())))
     assert torch.equal(first["weight"], again["weight"])
     assert not torch.equal(first["weight"], other["weight"])

@@ -14,28 +14,26 @@ from tests.tools.report.test_page import report
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable", "chrome")
 WIDTH, HEIGHT = 1100, 3000
+FLAGS = [
+    "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
+    "--hide-scrollbars", "--no-first-run", "--disable-background-networking",
+    "--disable-component-update", "--disable-sync", "--host-resolver-rules=MAP * ~NOTFOUND",
+]  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def browser() -> str:
-    found = next(filter(None, map(shutil.which, NAMES)), None)
-    if found is None:
+def screenshot(page: Path, folder: Path) -> np.ndarray:
+    """A browser's picture of a file, [H, W, 3]; it can resolve no name."""
+    browser = next(filter(None, map(shutil.which, NAMES)), None)
+    if browser is None:
         reason = f"no page was drawn: none of {', '.join(NAMES)} is installed"
         warnings.warn(reason, stacklevel=1)
         pytest.skip(reason)
-    return found
-
-
-def screenshot(browser: str, page: Path, folder: Path) -> np.ndarray:
-    """What the browser shows of a file, [H, W, 3]; it can resolve no name."""
     picture = folder / "screenshot.png"
-    flags = [
-        "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
-        "--hide-scrollbars", "--no-first-run", "--disable-background-networking",
-        "--disable-component-update", "--disable-sync", "--host-resolver-rules=MAP * ~NOTFOUND",
+    command = [
+        browser, *FLAGS, f"--screenshot={picture}",
         f"--user-data-dir={folder / 'profile'}", f"--window-size={WIDTH},{HEIGHT}",
+        page.resolve().as_uri(),
     ]  # fmt: skip
-    command = [browser, *flags, f"--screenshot={picture}", page.resolve().as_uri()]
     done = subprocess.run(command, capture_output=True, text=True, timeout=180)
     assert picture.exists(), done.stderr[-2000:]
     with Image.open(picture) as image:
@@ -43,10 +41,10 @@ def screenshot(browser: str, page: Path, folder: Path) -> np.ndarray:
 
 
 @pytest.mark.slow  # starts a browser
-def test_chromium_shows_the_page_and_its_figures(browser: str, tmp_path: Path) -> None:
+def test_chromium_shows_the_page_and_its_figures(tmp_path: Path) -> None:
     """Text and lines cover part of the page, in the colors of the figures too."""
     report(tmp_path, make_run(tmp_path / "a"), make_run(tmp_path / "b"), "--out", "page.html")
-    pixels = screenshot(browser, tmp_path / "page.html", tmp_path)
+    pixels = screenshot(tmp_path / "page.html", tmp_path)
     assert pixels.shape == (HEIGHT, WIDTH, 3)
     paper = pixels[0, 0]
     inked = (np.abs(pixels.astype(int) - paper).max(axis=2) > 40).mean(axis=1)

@@ -3,10 +3,10 @@
 import base64
 import re
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -131,6 +131,8 @@ def test_pages_fetch_nothing_and_hold_the_figures_that_lie_beside_them(
         assert all(file.name.startswith(f"{stem}-") for file in files)
         assert sorted(file.read_bytes() for file in files) == sorted(pictures)
     assert len(one.all("table")) + 1 == len(two.all("table"))  # that of differing settings
+    assert NAME in two.text and "<img src=x>" in two.text  # text, not markup
+    assert report(folder, "run").source == one.source
 
 
 def test_links_lead_somewhere_and_every_picture_has_a_text(one: Page) -> None:
@@ -144,14 +146,6 @@ def test_links_lead_somewhere_and_every_picture_has_a_text(one: Page) -> None:
     assert one.all("html") == [{"lang": "en"}]
     assert all("scope" in cell for cell in one.all("th"))
     assert len(one.all("caption")) == len(one.all("table"))
-
-
-def test_names_and_messages_of_runs_cannot_become_markup(two: Page) -> None:
-    assert NAME in two.text and "<img src=x>" in two.text
-
-
-def test_the_same_runs_give_the_same_page(folder: Path, one: Page) -> None:
-    assert report(folder, "run").source == one.source
 
 
 def test_several_runs_have_their_report_here_and_it_may_lack_the_map(folder: Path) -> None:
@@ -190,31 +184,25 @@ def test_panels_are_a_grid_with_titles_that_fit(count: int, rows: int, columns: 
 # ---- runs that are not whole -------------------------------------------------------------------
 
 
-def no_metrics(path: Path) -> None:
-    (path / "metrics.jsonl").unlink()
+def damage(path: Path, kind: str) -> None:
+    match kind:
+        case "no metrics":
+            (path / "metrics.jsonl").unlink()
+        case "nothing but its mark":
+            for name in ("config.yaml", "status.json", "metrics.jsonl"):
+                (path / name).unlink()
+        case "binary metrics":
+            (path / "metrics.jsonl").write_bytes(bytes(range(256)) * 40)
+        case "only gaps":
+            shutil.rmtree(path)
+            gaps: dict[str, Any] = dict.fromkeys(("loss", "rank_difference"))
+            make_run(path, lines=[line(step, **gaps) for step in (2, 4)])
+        case "damaged spectra":
+            damage(path, "no metrics")
+            (path / "spectrum.jsonl").write_text(spectrum_line(2, s="damaged"))
 
 
-def nothing_but_its_mark(path: Path) -> None:
-    for name in ("config.yaml", "status.json", "metrics.jsonl"):
-        (path / name).unlink()
-
-
-def binary_metrics(path: Path) -> None:
-    (path / "metrics.jsonl").write_bytes(bytes(range(256)) * 40)
-
-
-def only_gaps(path: Path) -> None:
-    lines = [line(step, **dict.fromkeys(("loss", "rank_difference"))) for step in (2, 4)]
-    shutil.rmtree(path)
-    make_run(path, lines=lines)
-
-
-def damaged_spectra(path: Path) -> None:
-    no_metrics(path)
-    (path / "spectrum.jsonl").write_text(spectrum_line(2, s="damaged"))
-
-
-DAMAGE = [no_metrics, nothing_but_its_mark, binary_metrics, only_gaps, damaged_spectra]
+DAMAGE = ["no metrics", "nothing but its mark", "binary metrics", "only gaps", "damaged spectra"]
 
 
 def require_notes(page: Page, printed: str, label: str) -> None:
@@ -225,12 +213,12 @@ def require_notes(page: Page, printed: str, label: str) -> None:
     assert notes and all(note in page.text for note in notes)
 
 
-@pytest.mark.parametrize("damage", DAMAGE, ids=lambda damage: damage.__name__)
+@pytest.mark.parametrize("kind", DAMAGE)
 def test_a_damaged_run_has_notes_in_the_page_and_on_the_console(
-    damage: Callable[[Path], None], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Measured for real: there is no checkpoint, which is a note too."""
-    damage(make_run(tmp_path / "broken"))
+    damage(make_run(tmp_path / "broken"), kind)
     page = report(tmp_path, "broken", measure=False)
     require_nothing_fetched(page)
     require_notes(page, capsys.readouterr().out, "broken")
@@ -240,9 +228,8 @@ def test_a_damaged_run_has_notes_in_the_page_and_on_the_console(
 def test_damaged_runs_do_not_hide_a_sound_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    paths = [make_run(tmp_path / damage.__name__) for damage in DAMAGE]
-    for damage, path in zip(DAMAGE, paths, strict=True):
-        damage(path)
+    for kind in DAMAGE:
+        damage(make_run(tmp_path / kind), kind)
     make_run(tmp_path / "sound")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(style, "DPI", 60)
@@ -250,8 +237,8 @@ def test_damaged_runs_do_not_hide_a_sound_one(
         cli.main(["report", ".", "--map", "none", "--out", "page.html"])
     assert ended.value.code == 0
     page, printed = Page(tmp_path / "page.html"), capsys.readouterr().out
-    for path in paths:
-        require_notes(page, printed, path.name)
+    for kind in DAMAGE:
+        require_notes(page, printed, kind)
     assert "No loss was logged." not in page.text
     assert len(page.all("img")) == SECTIONS - 3  # spectra, response and map
 

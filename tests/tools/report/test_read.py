@@ -13,6 +13,8 @@ from rdm_fast.config.recipes import RECIPES
 from rdm_fast.errors import InputMissing
 from rdm_fast.telemetry import KEYS
 from rdm_fast.tools.report.read import (
+    Run,
+    Series,
     describe,
     describe_filter,
     differences,
@@ -25,21 +27,25 @@ from tests.tiny import tiny
 from tests.tools.report.made import evaluate, line, make_run
 
 
-def test_a_sound_run_has_no_notes(tmp_path: Path) -> None:
-    run = read_run(make_run(tmp_path / "run"), "run")
-    assert run.notes == []
-    assert run.state == "finished" and run.environment["device"] == "an abacus"
-    assert run.config == replace(tiny(), out=str(tmp_path / "run"))
+@pytest.fixture
+def sound(tmp_path: Path) -> Run:
+    return read_run(make_run(tmp_path / "run"), "run")
 
 
-def test_a_series_is_over_epochs_and_leaves_out_lines_without_the_metric(tmp_path: Path) -> None:
-    run = read_run(make_run(tmp_path / "run"), "run")
-    loss = run.series("loss")
+def test_a_sound_run_is_read_without_notes(sound: Run) -> None:
+    assert sound.notes == []
+    assert sound.state == "finished" and sound.environment["device"] == "an abacus"
+    assert sound.config == replace(tiny(), out=str(sound.path))
+    loss = sound.series("loss")
     assert loss.epochs == [0.5, 1.0, 1.5, 2.0]
     assert loss.values == pytest.approx([-0.2, -0.4, -0.6, -0.8])
     assert loss.last == loss.values[-1]
-    assert run.series("knn_top1").epochs == [0.0] and run.series("knn_top1").values == [50.0]
-    assert run.series("gpu_mem_gib").values == [] and run.series("gpu_mem_gib").last is None
+    # Lines without a metric are skipped.
+    assert sound.series("knn_top1") == Series([0.0], [50.0])
+    assert (
+        sound.series("gpu_mem_gib") == Series([], []) and sound.series("gpu_mem_gib").last is None
+    )
+    assert {*line(1)} - {"step"} <= {*KEYS}  # that are logged
 
 
 def test_a_value_that_was_not_finite_is_a_gap_and_not_the_last_value(tmp_path: Path) -> None:
@@ -57,39 +63,30 @@ def test_the_time_is_that_of_all_intervals_at_their_own_speeds(tmp_path: Path) -
     assert run.median_speed() == pytest.approx(420.0)
 
 
-def test_the_metrics_that_are_read_are_those_that_are_logged() -> None:
-    assert {*line(1)} - {"step"} <= {*KEYS}
-
-
 # ---- damage ------------------------------------------------------------------------------------
 
 
-def test_damaged_lines_are_counted_and_a_torn_last_one_is_only_left_out(tmp_path: Path) -> None:
-    path = make_run(tmp_path / "run") / "metrics.jsonl"
+def test_damaged_lines_are_counted_and_a_torn_last_one_is_only_skipped(sound: Run) -> None:
+    path = sound.path / "metrics.jsonl"
     good = path.read_bytes()
     path.write_bytes(good + b'{"step": 9, "los')
-    run = read_run(path.parent, "run")
+    run = read_run(sound.path, "run")
     assert run.notes == [] and run.series("loss").epochs[-1] == 2.0
 
     path.write_bytes(good.replace(b'{"step": 4,', b"\xff\x00", 1) + b"[1]\n{}\n" + b"[" * 9999)
-    run = read_run(path.parent, "run")
+    run = read_run(sound.path, "run")
     assert len(run.notes) == 1 and f"3 line(s) of {path}" in run.notes[0]
     assert run.series("loss").epochs == [0.5, 1.5, 2.0]
 
 
-def test_without_its_configuration_a_run_has_the_one_that_was_logged(tmp_path: Path) -> None:
-    path = make_run(tmp_path / "run")
-    (path / "config.yaml").write_text("{")
-    run = read_run(path, "run")
-    assert run.config == replace(tiny(), out=str(path))
+def test_a_run_without_files_has_notes_in_sentences(sound: Run) -> None:
+    (sound.path / "config.yaml").write_text("{")
+    run = read_run(sound.path, "run")
+    assert run.config == sound.config  # from metrics.jsonl
     assert "config.yaml" in run.notes[0] and "metrics.jsonl" in run.notes[1]
-
-
-def test_an_empty_run_folder_has_notes_in_sentences(tmp_path: Path) -> None:
-    path = make_run(tmp_path / "run")
     for name in ("config.yaml", "status.json", "metrics.jsonl"):
-        (path / name).unlink()
-    run = read_run(path, "run")
+        (sound.path / name).unlink()
+    run = read_run(sound.path, "run")
     assert len(run.notes) == 3
     assert all(note.endswith(".") and "\n" not in note for note in run.notes)
     assert run.state == "unknown" and run.title == "unknown configuration"
