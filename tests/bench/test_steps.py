@@ -144,15 +144,22 @@ def test_lightlys_byol_has_the_loss_of_its_documentation_and_moves_its_target() 
 
     expected = -(cosine(*views) + cosine(*views.flip(0))) / 2
     torch.testing.assert_close(model.loss(*views), expected)
-    online, target = (
-        next(part.parameters()) for part in (model.projection_head, model.projection_momentum)
-    )
-    assert online.requires_grad and not target.requires_grad
-    before = target.clone()
+    pairs = [
+        (next(online.parameters()), next(target.parameters()))
+        for online, target in (
+            (model.backbone, model.backbone_momentum),
+            (model.projection_head, model.projection_momentum),
+        )
+    ]
+    expected_targets = []
     with torch.no_grad():
-        online += 1
+        for online, target in pairs:
+            assert online.requires_grad and not target.requires_grad
+            online += 1
+            expected_targets.append(0.996 * target + 0.004 * online)
     model.update()
-    torch.testing.assert_close(target, 0.996 * before + 0.004 * online)
+    for (_, target), value in zip(pairs, expected_targets, strict=True):
+        torch.testing.assert_close(target, value)
 
 
 @pytest.mark.filterwarnings("ignore:filter.location")  # the mistake made here
