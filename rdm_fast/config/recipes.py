@@ -1,9 +1,9 @@
 """Recipes: functions that return a whole `Config`.
 
 Hyper-parameters are those of the paper's released code (PKU-ML/Rank-Differential-Mechanism, with
-solo-learn's CIFAR and ImageNet-100 recipes and SimSiam's ImageNet recipe), except that autocast
-uses bf16 instead of fp16, and schedules advance with every step. A recipe with a learned predictor
-and its RDM twin differ in the predictor only.
+solo-learn's CIFAR and ImageNet-100 recipes and SimSiam's ImageNet recipe). It has no BYOL on
+ImageNet, whose optimizer is BYOL's own. docs/reproducing.md lists the deliberate differences. A
+recipe with a learned predictor and its RDM twin differ in the predictor only.
 """
 
 from collections.abc import Callable
@@ -269,11 +269,22 @@ def imagenet_simsiam() -> Config:
 
 
 def imagenet_byol() -> Config:
-    """BYOL on ImageNet, ResNet-50, 100 epochs (base_lr and decay of BYOL's own 100-epoch runs)."""
+    """BYOL on ImageNet, ResNet-50, 100 epochs.
+
+    The optimizer is that of BYOL's own 100-epoch runs (deepmind-research, byol/configs/byol.py) and
+    of solo-learn's scripts/pretrain/imagenet/byol.yaml, at SimSiam's batch of 512.
+    """
     config = imagenet_simsiam()
     view1 = replace(config.augment.view1, crop_scale=(0.08, 1.0), saturation=0.2, blur=1.0)
     view2 = replace(view1, blur=0.1, solarize=0.2)
-    optim = replace(_lars(config.optim), base_lr=0.45, warmup_epochs=10, weight_decay=1e-6)
+    optim = replace(
+        _lars(config.optim),
+        base_lr=0.45,
+        warmup_epochs=10,
+        weight_decay=1e-6,
+        lars_eta=1e-3,
+        lars_clip=False,
+    )
     return replace(
         config,
         method="byol",
