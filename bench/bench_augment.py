@@ -57,7 +57,7 @@ def configure(n: int, size: int) -> Config:
 def by_kornia(augment: AugmentConfig) -> Callable[[Tensor], Tensor]:
     import kornia.augmentation as K
 
-    view, taps = augment.view1, blur_taps(augment.size)
+    view, taps = augment.view1, blur_taps(augment, augment.size)
     steps = nn.Sequential(
         K.RandomResizedCrop((augment.size, augment.size), view.crop_scale),
         K.ColorJiggle(view.brightness, view.contrast, view.saturation, view.hue, p=view.jitter),
@@ -77,7 +77,7 @@ def bench_two_views(measure: Callable[..., None], name: str, case: str) -> None:
     indices = np.arange(n)
     table = view_table(draw_all_views(config, images, 0, indices), indices)
     there = table.to(DEVICE)
-    taps, interpolation = blur_taps(size), augment.interpolation
+    taps, interpolation = blur_taps(augment, size), augment.interpolation
 
     def drawn() -> Tensor:
         fresh = view_table(draw_all_views(config, images, 0, indices), indices)

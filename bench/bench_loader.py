@@ -142,7 +142,7 @@ def torchvision_view(
 ) -> v2.Transform:
     """View 1 by torchvision's transforms; `blur` replaces its own."""
     view = augment.view1
-    blur = blur or v2.GaussianBlur(blur_taps(augment.size), view.blur_sigma)
+    blur = blur or v2.GaussianBlur(blur_taps(augment, augment.size), view.blur_sigma)
     interpolation = v2.InterpolationMode(augment.interpolation)
     jitter = v2.ColorJitter(view.brightness, view.contrast, view.saturation, view.hue)
     return v2.Compose(

@@ -81,7 +81,7 @@ class ViewConfig:
     blur: float = 0.0
     """Probability of Gaussian blur."""
     blur_sigma: tuple[float, float] = (0.1, 2.0)
-    """Standard deviation of the blur, in pixels, drawn uniformly from this range."""
+    """Standard deviation of the blur, in pixels up to 4, drawn uniformly from this range."""
     solarize: float = 0.0
     """Probability of inverting all pixels of 128 or more."""
     flip: float = 0.0
@@ -100,7 +100,7 @@ class ViewConfig:
         require_between(table, self, ["shear"], 0, 89)
         require_range(f"{table}crop_scale", self.crop_scale, most=1)
         require_range(f"{table}crop_ratio", self.crop_ratio)
-        require_range(f"{table}blur_sigma", self.blur_sigma)
+        require_range(f"{table}blur_sigma", self.blur_sigma, most=4)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -87,6 +87,7 @@ def test_a_number_is_accepted_up_to_its_limits_and_named_beyond_them(name: str) 
         {"augment.view2.crop_ratio": (0.0, 1.0)},
         {"augment.view1.blur_sigma": (2.0, 1.0)},
         {"augment.view1.blur_sigma": (1.0, math.inf)},
+        {"augment.view1.blur_sigma": (1.0, 4.1)},
         {"augment.small_scale": (0.3, 0.1)},
         {"augment.small_views": -1, "method": "byol", "predictor": "mlp"},
         {"augment.small_views": 2, "augment.small_size": 8},  # method=simsiam

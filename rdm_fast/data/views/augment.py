@@ -7,6 +7,7 @@ after every step and round as Pillow does; `rdm_kernels.views.definition` lists 
 """
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -28,6 +29,7 @@ from rdm_fast.data.views.sampler import (
 from rdm_kernels import augment_views, pack_views
 from rdm_kernels.views.color import IDLE, SOLARIZE_THRESHOLD, normalize
 from rdm_kernels.views.geometry import blur
+from rdm_kernels.views.op import MAX_TAPS
 
 Pixels = NDArray[np.uint8]
 
@@ -35,9 +37,12 @@ ORDER_CODES = (JITTER_ORDERS << 2 * np.arange(JITTER_ORDERS.shape[1])).sum(axis=
 """[24]: the jitter's orders as `augment_views` reads them, two bits for an operation."""
 
 
-def blur_taps(size: int) -> int:
-    """Length of the blur's kernel: the odd number nearest size / 10 (SimCLR's), at least 3."""
-    return max(3, 2 * (size // 20) + 1)
+def blur_taps(augment: AugmentConfig, size: int) -> int:
+    """Length of the blur's kernel: 5.5 of the largest sigma to either side, so 23 at 2 pixels, as
+    in RDM's released code. Never more than a view reflects, or than the kernels take: 16 pixels,
+    which is 4 of the largest sigma allowed."""
+    sigma = max(view.blur_sigma[1] for view in augment.views)
+    return 2 * min(math.ceil(5.5 * sigma), size - 1, MAX_TAPS // 2) + 1
 
 
 # ---- one image, through torchvision and Pillow -----------------------------------------------
@@ -80,7 +85,7 @@ def view_of_image(
     if p.grey[row] and not grey:
         view = vision.rgb_to_grayscale(view, num_output_channels=3)
     if p.blur[row]:
-        view = _blur_image(view, float(p.sigma[row]))
+        view = _blur_image(view, float(p.sigma[row]), blur_taps(augment, size))
     if p.solarize[row]:
         view = vision.solarize(view, SOLARIZE_THRESHOLD)
     if p.flip[row]:
@@ -101,12 +106,12 @@ def _jitter_image(view: Image.Image, operation: int, p: ViewParameters, row: int
     return vision.adjust_hue(view, hue) if hue else view  # 0 would still round, in 8-bit HSV
 
 
-def _blur_image(view: Image.Image, sigma: float) -> Image.Image:
+def _blur_image(view: Image.Image, sigma: float, taps: int) -> Image.Image:
     """torchvision's `gaussian_blur`, one side after the other: its 2-D kernel of 23 x 23 taps takes
     ten times as long on a CPU, and thirty where sigma leaves it subnormal weights."""
     levels = torch.from_numpy(np.array(view, np.float32))  # [S, S] or [S, S, 3]
     planes = levels[None, None] if levels.ndim == 2 else levels.permute(2, 0, 1)[None]
-    blurred = blur(planes, torch.full((1, 1, 1, 1), sigma), blur_taps(len(levels)))
+    blurred = blur(planes, torch.full((1, 1, 1, 1), sigma), taps)
     pixels = blurred[0].to(torch.uint8)
     return Image.fromarray((pixels[0] if levels.ndim == 2 else pixels.permute(1, 2, 0)).numpy())
 
@@ -166,7 +171,7 @@ def views_of_table(
         table,
         size=size,
         interpolation=augment.interpolation,
-        taps=blur_taps(size),
+        taps=blur_taps(augment, size),
         mean=augment.mean,
         std=augment.std,
         dtype=dtype,

@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, ImageFilter
+from scipy.ndimage import gaussian_filter
 from torchvision.transforms.v2 import functional as vision
 
 from rdm_fast.config import AugmentConfig, Interpolation, ViewConfig
@@ -73,7 +74,8 @@ def by_kernels(images: Pixels, p: ViewParameters, augment: AugmentConfig) -> Pix
     planes = torch.from_numpy(images).permute(0, 3, 1, 2).to(DEVICE)
     table = view_table([p], np.arange(len(images))).to(DEVICE)
     levels = augment_views_triton(
-        planes, table, augment.size, augment.interpolation, blur_taps(augment.size),
+        planes, table, augment.size, augment.interpolation,
+        blur_taps(augment, augment.size),
         augment.mean, augment.std, torch.uint8,
     )  # fmt: skip
     return levels.permute(0, 2, 3, 1).cpu().numpy()
@@ -290,9 +292,42 @@ def test_views_are_normalized_last_in_float32_channels_last(photographs: Pixels)
     torch.testing.assert_close(worker_s, views, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize(("size", "taps"), [(16, 3), (32, 3), (64, 7), (96, 9), (224, 23)])
-def test_blur_kernel_is_the_odd_number_near_a_tenth(size: int, taps: int) -> None:
-    assert blur_taps(size) == taps
+@pytest.mark.parametrize(
+    ("sigma", "size", "taps"),
+    [(2, 224, 23), (2, 96, 23), (2, 32, 23), (1, 32, 13), (4, 224, 33), (2, 8, 15)],
+)
+def test_a_blur_is_as_wide_as_sigma_and_the_view_allow(sigma: float, size: int, taps: int) -> None:
+    """23 taps up to sigma 2 is the window of DALI's blur in RDM's released code."""
+    wide = replace(STILL, blur=1, blur_sigma=(0.1, sigma))
+    narrow = replace(wide, blur_sigma=(0.1, 0.2))
+    for views in ((wide, narrow), (narrow, wide)):
+        augment = AugmentConfig(size=size, view1=views[0], view2=views[1])
+        assert blur_taps(augment, size) == taps
+
+
+@pytest.mark.parametrize("sigma", [0.5, 1, 2, 4])
+@pytest.mark.parametrize("size", [32, 48])
+def test_a_blur_is_the_gaussian_of_float64(sigma: float, size: int) -> None:
+    """Rounding is half a level; what a kernel of 16 pixels cuts off at sigma 4 is 0.02."""
+    image = natural(1, size, size)
+    view = replace(STILL, blur=1, blur_sigma=(sigma, sigma))
+    augment, p = AugmentConfig(size=size, view1=view, view2=view), draw(image, view)
+    sides = (0, sigma, sigma, 0)
+    exact = gaussian_filter(image.astype(float), sides, mode="mirror", truncate=20)
+    for way in (by_pillow, by_definition, by_kernels):
+        assert np.abs(way(image, p, augment) - exact).max() <= 0.525
+
+
+@pytest.mark.parametrize("sigma", [1, 2, 4])
+def test_a_blur_changes_as_many_levels_as_pillows(sigma: float) -> None:
+    """Pillow rounds six box blurs, each by 0.29 levels (rms), and this blur rounds once: together
+    a pixel differs by 0.6 + 0.25 levels on average. Three taps miss 1.2 levels at sigma 1."""
+    image = natural(1, 32, 32)
+    view = replace(STILL, blur=1, blur_sigma=(sigma, sigma))
+    made = by_pillow(image, draw(image, view), AugmentConfig(view1=view, view2=view))
+    pillow = np.asarray(Image.fromarray(image[0]).filter(ImageFilter.GaussianBlur(sigma)))
+    expected = distance(pillow[None], image).mean()
+    assert abs(distance(made, image).mean() - expected) <= 0.85 and expected > 6
 
 
 @pytest.mark.parametrize("sigma", [0.1, 0.75, 1.3, 2.0])
@@ -305,6 +340,6 @@ def test_an_image_is_blurred_as_by_torchvision(sigma: float, channels: int, size
     colors = {"mean": (0.5,) * channels, "std": (0.5,) * channels}
     got = by_pillow(square, p, AugmentConfig(size=size, **colors))
     planes = torch.from_numpy(square).permute(0, 3, 1, 2)
-    expected = vision.gaussian_blur(planes, blur_taps(size), [sigma, sigma]).permute(0, 2, 3, 1)
+    expected = vision.gaussian_blur(planes, 23, [sigma, sigma]).permute(0, 2, 3, 1)
     off = distance(got, expected.numpy())
     assert off.max() <= 1 and off.mean() < 1e-3
