@@ -37,8 +37,8 @@ class FilterConfig:
     response: Annotated[Callable[[Any], Any] | None, Suppress] = field(
         default=None, metadata={"saved": False}
     )
-    """g(s) of kind=custom: from singular values s > 0, a float64 tensor [v, n], to one of the same
-    shape and dtype (not a flag)."""
+    """g(s) of kind=custom (not a flag), called once for each view: takes the singular values of a
+    batch that are above the cutoff, float64 [k], ascending, and returns as many, in float64."""
 
     def __post_init__(self) -> None:
         require_choices("filter.", self)

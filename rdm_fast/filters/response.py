@@ -65,7 +65,7 @@ def noise_floor(rms: Tensor, *, samples: int, features: int, dtype: torch.dtype)
 
 
 def g(config: FilterConfig, s: Tensor) -> Tensor:
-    """The paper's g, element by element of singular values s > 0."""
+    """The paper's g, element by element of singular values s > 0, or the user's."""
     match config.kind:
         case "poly":
             return s**config.sigma
@@ -77,7 +77,17 @@ def g(config: FilterConfig, s: Tensor) -> Tensor:
             return s.square().log1p()
         case "custom":
             assert config.response is not None  # checked by FilterConfig
-            return _checked(config.response(s), s)
+            return config.response(s)
+
+
+@torch.no_grad()
+def _custom(config: FilterConfig, s: Tensor, kept: Tensor) -> Tensor:
+    """g of each view's kept values, which `config.response` may compare with each other."""
+    values = torch.zeros_like(s)
+    for view in range(len(s)):
+        if len(own := s[view, kept[view]]):
+            values[view, kept[view]] = _checked(g(config, own), own)
+    return values
 
 
 def _checked(values: object, s: Tensor) -> Tensor:
@@ -86,7 +96,7 @@ def _checked(values: object, s: Tensor) -> Tensor:
     found = f"{values.dtype} {tuple(values.shape)}" if isinstance(values, Tensor) else values
     raise ValueError(
         f"FilterConfig(kind='custom'): response returned {found} for {s.dtype} {tuple(s.shape)} "
-        "singular values: use a function that works element by element"
+        "singular values: return a value for each of them, in their dtype"
     )
 
 
@@ -105,6 +115,8 @@ def response(config: FilterConfig, s: Tensor, tau: Tensor) -> Tensor:
         [v, n] in the dtype of s, finite for finite s.
     """
     kept = s > tau
+    if config.kind == "custom":
+        return _custom(config, s, kept)
     s = s.where(kept, 1)
     if config.kind == "poly":
         s_max = s.where(kept, 0).amax(dim=-1, keepdim=True)
