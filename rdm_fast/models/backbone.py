@@ -6,6 +6,9 @@ The stems differ in their first convolution and in the max-pool after it:
     cifar       3x3, stride 1, padding 1, no max-pool       32 -> 32
     cifar_pad2  3x3, stride 1, padding 2, no max-pool       32 -> 34, as in RDM's released code
 
+Convolutions start Kaiming-normal, as in torchvision. Only the 3x3 stem of ResNet-18, 34 and 50
+starts with torch's default, as in RDM's released code and solo-learn.
+
 Module names are torchvision's, so weights can be exchanged with it unchanged.
 """
 
@@ -47,7 +50,7 @@ def build_backbone(model: ModelConfig, channels: int) -> tuple[nn.Module, int]:
         backbone.maxpool = nn.Identity()
     elif channels != 3:
         backbone.conv1 = nn.Conv2d(channels, width, 7, stride=2, padding=3, bias=False)
-    _initialize_convolutions(backbone.conv1)  # a replaced one would keep nn.Conv2d's default
+        _initialize_convolutions(backbone.conv1)
     d_emb = backbone.fc.in_features
     backbone.fc = nn.Identity()
     return backbone, d_emb

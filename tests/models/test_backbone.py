@@ -14,6 +14,8 @@ from torch import nn
 from rdm_fast.config import ModelConfig
 from rdm_fast.models.backbone import Projection, build_backbone
 
+CIFAR_CONV1 = ("conv1", "resnet18", "cifar_pad2")
+
 
 def build(name: str, stem: str, channels: int = 1, **fields: object) -> tuple[nn.Module, int]:
     model = ModelConfig(backbone=name, stem=stem, **fields)  # type: ignore[arg-type]
@@ -60,18 +62,43 @@ def test_stems_change_only_conv1_and_give_maps_of_the_papers_size(
 
 
 @pytest.mark.parametrize(
-    ("stem", "name"), [("cifar", "resnet8"), ("cifar", "resnet18"), ("imagenet", "resnet18")]
+    ("stem", "name"), [("cifar", "resnet8"), ("cifar_pad2", "resnet18"), ("imagenet", "resnet18")]
 )
-def test_every_convolution_starts_kaiming_normal(stem: str, name: str) -> None:
+def test_every_convolution_starts_kaiming_normal_but_a_replaced_3_x_3_stem(
+    stem: str, name: str
+) -> None:
     backbone, _ = build(name, stem)
     for path, module in backbone.named_modules():
-        if isinstance(module, nn.Conv2d):
+        if isinstance(module, nn.Conv2d) and (path, name, stem) != CIFAR_CONV1:
             n = module.weight.numel()
             fan_out = module.out_channels * module.kernel_size[0] * module.kernel_size[1]
             # the standard deviation of n normal draws is off by 1/sqrt(2n): allow five of those
             ratio = module.weight.std().item() / math.sqrt(2 / fan_out)
             assert abs(ratio - 1) < 5 / math.sqrt(2 * n), path
             assert module.bias is None
+
+
+@pytest.mark.parametrize("stem", ["cifar", "cifar_pad2"])
+@pytest.mark.parametrize(("name", "channels"), [("resnet18", 3), ("resnet50", 1)])
+def test_a_replaced_3_x_3_stem_starts_with_torchs_default(
+    name: str, channels: int, stem: str
+) -> None:
+    """nn.Conv2d's default , kept by RDM and solo-learn, is uniform within 1/sqrt(fan_in)."""
+    backbone, _ = build(name, stem, channels)
+    w = backbone.conv1.weight.detach()  # type: ignore[union-attr, operator]
+    bound = 1 / math.sqrt(channels * 9)  # 0.192 for color
+    assert w.abs().max() <= bound and w.abs().max() > 0.98 * bound
+    # the variance of n uniform draws is off by sqrt(4/5n): allow five of those
+    expected = bound / math.sqrt(3)  # 0.111 for color, where Kaiming-normal has 0.059
+    assert abs(w.square().mean().item() / expected**2 - 1) < 5 * math.sqrt(0.8 / w.numel())
+
+
+def test_an_imagenet_backbone_starts_with_torchvisions_weights() -> None:
+    torch.manual_seed(3)
+    ours, _ = build("resnet18", "imagenet", 3)
+    torch.manual_seed(3)
+    theirs = torchvision.models.resnet18(weights=None).state_dict()
+    assert all(torch.equal(weight, theirs[key]) for key, weight in ours.state_dict().items())
 
 
 def test_resnet8_has_one_block_a_stage_at_full_half_and_quarter_size() -> None:
