@@ -1,18 +1,26 @@
-"""train.py as a process, or as several under torchrun, that tests may kill."""
+"""Whole runs as processes that tests may kill: forked, or started afresh by torchrun or --nproc."""
 
 import json
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Literal
 
 from rdm_fast.run import checkpoint
 from rdm_fast.run.folder import read_status
-from tests.forks import PATIENCE, ROOT, environment
+from rdm_fast.runtime.distributed import STORE
+from tests import forks
+from tests.forks import PATIENCE, ROOT, Forked, environment
 from tests.tiny import command
+
+STEPS_PER_EPOCH = 4
+FLAGS = "--log.every 1 --log.save-every 2"
 
 
 class Run:
@@ -21,38 +29,64 @@ class Run:
     Args:
         out: the run folder.
         epochs: of four steps each.
-        world: number of ranks; more than one are started by torchrun.
-        flags: more words for train.py.
+        world: number of ranks.
+        launcher: "" forks the ranks (tests.forks); torchrun and nproc start a fresh launcher, which
+            starts fresh ranks.
+
+    Attributes:
+        processes: the ranks, or the launcher alone.
     """
 
-    def __init__(self, out: Path, epochs: int, world: int = 1, flags: str = "") -> None:
-        self.out, self.steps, self.world = out, 4 * epochs, world
+    def __init__(
+        self,
+        out: Path,
+        epochs: int,
+        world: int = 1,
+        launcher: Literal["", "torchrun", "nproc"] = "",
+    ) -> None:
+        self.out, self.steps, self.world = out, STEPS_PER_EPOCH * epochs, world
         self.log = out.with_name(f"{out.name}.log")
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
-        words = command(f"--optim.epochs {epochs} --out {out} {flags}")
-        with self.log.open("ab") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, *(launcher if world > 1 else []), str(ROOT / "train.py"), *words],
-                env=environment(), stdout=log, stderr=subprocess.STDOUT,
-            )  # fmt: skip
+        words = command(f"--optim.epochs {epochs} --out {out} {FLAGS}")
+        self.processes: Sequence[Forked | subprocess.Popen[bytes]]
         self._ranks: list[int] = []
+        if launcher:
+            torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"]
+            before, after = (
+                (torchrun, []) if launcher == "torchrun" else ([], ["--nproc", str(world)])
+            )
+            with self.log.open("ab") as log:
+                self.processes = [
+                    subprocess.Popen(
+                        [sys.executable, *before, str(ROOT / "train.py"), *words, *after],
+                        env=environment(), stdout=log, stderr=subprocess.STDOUT,
+                    )
+                ]  # fmt: skip
+            return
+        meeting = tempfile.mkdtemp(prefix="ranks-", dir=out.parent)
+        of_rank = [
+            {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world),
+             "TORCHELASTIC_RESTART_COUNT": "0", STORE: meeting}
+            for rank in range(world)
+        ] if world > 1 else [{}]  # fmt: skip
+        self.processes = [
+            forks.start("train.py", *words, out=self.log, env=environment() | variables)
+            for variables in of_rank
+        ]
+        self._ranks = [process.pid for process in self.processes]
 
     @property
     def ranks(self) -> list[int]:
         """Process ids of the ranks started so far, in rank order."""
-        if self.world == 1:
-            return [self.process.pid]
         if len(self._ranks) < self.world:
-            self._ranks = sorted(
-                pid for pid in children(self.process.pid) if "train.py" in name(pid)
-            )
+            started = children(self.processes[0].pid)
+            self._ranks = sorted(pid for pid in started if "train" in name(pid))
         return self._ranks
 
     def wait_for_step(self, step: int) -> None:
-        """Until metrics.jsonl tells of this step."""
+        """Wait until metrics.jsonl has this step."""
         deadline = time.monotonic() + PATIENCE
         while self.last_step() < step:
-            assert self.process.poll() is None, f"ended too early:\n{self.log.read_text()[-3000:]}"
+            assert self.processes[0].poll() is None, f"ended early:\n{self.log.read_text()[-3000:]}"
             assert time.monotonic() < deadline, f"stuck:\n{self.log.read_text()[-3000:]}"
             time.sleep(0.002)
         assert len(self.ranks) == self.world
@@ -66,27 +100,29 @@ class Run:
 
     def kill(self) -> None:
         """kill -9 of the launcher and of every rank, as a node's failure would."""
-        for pid in {self.process.pid, *self.ranks, *children(self.process.pid)}:
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        self.process.wait()
-        self.wait_for_ranks(5.0)
+        launched = [process.pid for process in self.processes]
+        for pid in {*launched, *self.ranks, *children(launched[0])}:
+            if alive(pid):
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+        self.wait()
+        self.wait_for_ranks()
 
-    def wait_for_ranks(self, seconds: float) -> float:
-        """Until no rank is left; how long that took."""
-        start = time.monotonic()
+    def wait_for_ranks(self) -> None:
+        """Wait until no rank is left, which must not take long."""
+        deadline = time.monotonic() + 10.0
         while any(alive(pid) for pid in self.ranks):
-            assert time.monotonic() - start < seconds, "ranks have outlived their launcher"
+            assert time.monotonic() < deadline, "ranks have outlived their launcher"
             time.sleep(0.01)
-        return time.monotonic() - start
 
-    def end(self) -> int:
-        """Wait for it; the exit code."""
-        return self.process.wait(timeout=PATIENCE)
+    def wait(self) -> list[int]:
+        """The exit codes: of each rank, or of the launcher."""
+        return [process.wait(timeout=PATIENCE) for process in self.processes]
 
     def finish(self) -> None:
-        code = self.end()
-        assert code == 0, f"exit code {code}:\n{self.log.read_text()[-3000:]}"
+        """Wait for a good end."""
+        codes = self.wait()
+        assert not any(codes), f"exit codes {codes}:\n{self.log.read_text()[-3000:]}"
         assert read_status(self.out)["state"] == "finished"
 
 

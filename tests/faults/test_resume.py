@@ -1,13 +1,11 @@
 """Runs that are killed: the same command again ends with the very bytes of an undisturbed run.
 
-RDM_KILLS sets the number of kills at each number of ranks, for a longer campaign than the few
-that every run of the tests makes.
+RDM_KILLS sets the number of kills at each number of ranks, for a longer campaign.
 """
 
 import os
 import random
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -15,8 +13,13 @@ from pathlib import Path
 
 import pytest
 
+from rdm_fast.cli import commands
+from rdm_fast.errors import RankLost
 from rdm_fast.run.folder import read_status
-from tests.forks import environment
+from rdm_fast.runtime import distributed
+from rdm_fast.runtime.signals import StopOnSignal
+from rdm_fast.training.trainer import Trainer
+from tests.forks import PATIENCE, Forked
 from tests.processes import Run, final_bytes
 from tests.runs import metrics
 from tests.tiny import command
@@ -25,19 +28,18 @@ pytestmark = pytest.mark.skipif(
     not sys.platform.startswith("linux"), reason="finds ranks through /proc"
 )
 
-EPOCHS = {1: 8, 2: 6, 4: 4}  # of four steps
+EPOCHS = {1: 8, 2: 6, 4: 5}  # of four steps
 KILLS = {1: 3, 4: 2}
-FLAGS = "--log.every 1 --log.save-every 2"
-Start = Callable[[Path, int], Run]
+Start = Callable[..., Run]
 
 
 @pytest.fixture
 def start() -> Iterator[Start]:
-    """Starts the run; what a failed test leaves behind is killed."""
+    """Starts the run; whatever a failed test leaves running is killed."""
     started: list[Run] = []
 
-    def start(out: Path, world: int) -> Run:
-        started.append(Run(out, EPOCHS[world], world, FLAGS))
+    def start(out: Path, world: int, launcher: str = "") -> Run:
+        started.append(Run(out, EPOCHS[world], world, launcher))  # type: ignore[arg-type]
         return started[-1]
 
     yield start
@@ -52,7 +54,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Pat
     def of(world: int) -> Path:
         path = folder / str(world)
         if not path.exists():
-            Run(path, EPOCHS[world], world, FLAGS).finish()
+            Run(path, EPOCHS[world], world).finish()
         return path
 
     return of
@@ -64,16 +66,21 @@ def assert_same_end(out: Path, undisturbed: Path) -> None:
     assert [name for name in expected if found.get(name) != expected[name]] == []
 
 
+def state_and_code(out: Path) -> tuple[str, int]:
+    status = read_status(out)
+    return status["state"], status["code"]
+
+
 def kill_at_random(run: Run, draw: random.Random, *, saving: bool) -> str:
     """kill -9 of every process at a random moment of the run, and what it was doing then.
 
-    Saves are short, so of those moments some are sought: when the next save has begun.
+    Saves are short, so some moments are sought: when the next save has begun.
     """
-    run.wait_for_step(draw.randrange(1, run.steps - 4))
+    run.wait_for_step(draw.randrange(1, run.steps - 8))
     deadline = time.monotonic() + 10
     while saving and not half_done(run.out) and time.monotonic() < deadline:
         time.sleep(0.0002)
-    time.sleep(draw.uniform(0.0, 0.004 if saving else 0.2))
+    time.sleep(draw.uniform(0.0, 0.004 if saving else 0.05))
     run.kill()
     assert read_status(run.out)["state"] == "running"
     return "in a save" if half_done(run.out) else "between saves"
@@ -101,80 +108,68 @@ def test_a_killed_run_ends_with_the_bytes_of_an_undisturbed_one(
 def test_a_lost_rank_a_lost_launcher_and_a_signal_one_after_the_other_change_nothing(
     start: Start, undisturbed: Callable[[int], Path], tmp_path: Path
 ) -> None:
-    """torchrun hides the ranks' exit codes, so status.json says how each start ended."""
-    world, out = 2, tmp_path / "run"
-    run = start(out, world)
+    """torchrun hides the ranks' exit codes; status.json has them."""
+    out = tmp_path / "run"
+    run = start(out, 2)
     run.wait_for_step(3)
     os.kill(run.ranks[1], signal.SIGKILL)
-    assert run.end() != 0
-    run.wait_for_ranks(5.0)
-    status = read_status(out)
-    assert (status["state"], status["code"]) == ("failed", 76)
+    assert run.wait() == [76, -signal.SIGKILL]
+    assert state_and_code(out) == ("failed", 76)
 
-    run = start(out, world)
+    run = start(out, 2, "torchrun")
     run.wait_for_step(8)
-    os.kill(run.process.pid, signal.SIGKILL)
-    run.wait_for_ranks(5.0)
+    run.processes[0].kill()
+    run.wait_for_ranks()
 
-    run = start(out, world)
+    run = start(out, 2)
     run.wait_for_step(13)
-    run.process.send_signal(signal.SIGTERM)
-    assert run.end() != 0
-    run.wait_for_ranks(5.0)
+    run.processes[1].send_signal(signal.SIGTERM)
+    assert run.wait() == [75, 75]
+    assert state_and_code(out) == ("interrupted", 75)
     status = read_status(out)
-    assert (status["state"], status["code"]) == ("interrupted", 75)
     assert status["step"] >= 13 and (out / "checkpoints" / status["checkpoint"]).is_dir()
 
-    start(out, world).finish()
-    assert_same_end(out, undisturbed(world))
+    start(out, 2).finish()
+    assert_same_end(out, undisturbed(2))
 
 
-TERMINATED_WHILE_FAILING = """
-import os, signal, sys
-from rdm_fast.cli import commands as cli
-from rdm_fast.runtime import distributed
-from rdm_fast.runtime.signals import StopOnSignal
-from rdm_fast.errors import RankLost
-from rdm_fast.training.trainer import Trainer
+def terminated_while_leaving(fails: bool, words: list[str]) -> None:
+    """A run that gets SIGTERM while it leaves the process group, after an error or without one."""
 
-def fit(trainer):
-    with StopOnSignal(trainer.ask_to_stop):
-        if sys.argv[1] == "fails":
-            raise RankLost("rank 0 lost another rank")
+    def fit(trainer: Trainer) -> None:
+        with StopOnSignal(trainer.ask_to_stop):
+            if fails:
+                raise RankLost("rank 0 lost another rank")
 
-Trainer.fit = fit
-distributed.stop = lambda: os.kill(os.getpid(), signal.SIGTERM)
-cli.train(sys.argv[2:], "train.py")
-"""
+    Trainer.fit = fit  # type: ignore[method-assign]
+    distributed.stop = lambda: os.kill(os.getpid(), signal.SIGTERM)
+    commands.train(words)
 
 
 @pytest.mark.parametrize(
-    ("word", "code", "told"),
-    [("fails", 76, ("failed", 76)), ("ends", -signal.SIGTERM, ("finished", 0))],
+    ("fails", "code", "recorded"),
+    [(True, 76, ("failed", 76)), (False, -signal.SIGTERM, ("finished", 0))],
 )
-def test_a_launcher_that_ends_a_failing_rank_does_not_keep_it_from_telling(
-    word: str, code: int, told: tuple[str, int], tmp_path: Path
+def test_a_launcher_that_ends_a_failing_rank_does_not_keep_it_from_recording_its_error(
+    fails: bool, code: int, recorded: tuple[str, int], tmp_path: Path
 ) -> None:
-    """SIGTERM comes while the process group is left, when the trainer no longer takes signals."""
     words = command(f"--out {tmp_path / 'run'}")
-    done = subprocess.run(
-        [sys.executable, "-c", TERMINATED_WHILE_FAILING, word, *words],
-        cwd=tmp_path, env=environment(), timeout=120, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == code, done.stderr
-    status = read_status(tmp_path / "run")
-    assert (status["state"], status["code"]) == told
+    process = Forked(terminated_while_leaving, fails, words, out=tmp_path / "log")
+    assert process.wait() == code, (tmp_path / "log").read_text()
+    assert state_and_code(tmp_path / "run") == recorded
 
 
-def test_ranks_that_are_still_starting_go_with_their_launcher(start: Start, tmp_path: Path) -> None:
-    run = start(tmp_path / "run", 2)
-    deadline = time.monotonic() + 60
+def test_ranks_that_are_still_starting_end_with_their_launcher(
+    start: Start, tmp_path: Path
+) -> None:
+    run = start(tmp_path / "run", 2, "torchrun")
+    deadline = time.monotonic() + PATIENCE
     while len(run.ranks) < 2:
         assert time.monotonic() < deadline
         time.sleep(0.01)
     time.sleep(1.0)  # they are importing torch
-    os.kill(run.process.pid, signal.SIGKILL)
-    run.wait_for_ranks(5.0)
+    run.processes[0].kill()
+    run.wait_for_ranks()
 
 
 def test_sigterm_ends_a_run_saved_with_75_and_the_same_command_finishes_it(
@@ -183,10 +178,9 @@ def test_sigterm_ends_a_run_saved_with_75_and_the_same_command_finishes_it(
     out = tmp_path / "run"
     run = start(out, 1)
     run.wait_for_step(7)
-    run.process.send_signal(signal.SIGTERM)
-    assert run.end() == 75
-    status = read_status(out)
-    assert (status["state"], status["code"]) == ("interrupted", 75)
-    assert status["checkpoint"] == f"step-{run.last_step():08d}"  # no step was lost
+    run.processes[0].terminate()
+    assert run.wait() == [75]
+    assert state_and_code(out) == ("interrupted", 75)
+    assert read_status(out)["checkpoint"] == f"step-{run.last_step():08d}"  # no step was lost
     start(out, 1).finish()
     assert_same_end(out, undisturbed(1))
