@@ -19,8 +19,8 @@ METHODS = [
 ]
 
 
-def tiny(name: str = "digits_rdm_simsiam", **optim: object) -> Config:
-    """The recipe with a model of a few thousand weights and two epochs of four steps."""
+def tiny(name: str = "digits_rdm_simsiam", size: int = 8, **optim: object) -> Config:
+    """The recipe with a model of a few thousand weights, small views, two epochs of four steps."""
     config = RECIPES[name]()
     model = ModelConfig(
         backbone="resnet8", width=4, projector_hidden=16, projector_dim=24, predictor_hidden=8
@@ -28,7 +28,7 @@ def tiny(name: str = "digits_rdm_simsiam", **optim: object) -> Config:
     settings: dict[str, object] = {"epochs": 2, "global_batch": 336, "warmup_epochs": 1.0}
     return replace(
         config,
-        augment=replace(config.augment, size=8),
+        augment=replace(config.augment, size=size),
         model=replace(model, projector_bn=config.model.projector_bn),
         optim=replace(config.optim, **(settings | optim)),
         log=LogConfig(every=2, spectrum_every=3, knn_every=0, save_every=2),
@@ -36,7 +36,7 @@ def tiny(name: str = "digits_rdm_simsiam", **optim: object) -> Config:
 
 
 def command(config_flags: str = "", recipe: str = "digits_rdm_simsiam") -> list[str]:
-    """The same run as words for train.py."""
+    """The same run as arguments of train.py."""
     flags = (
         "--model.width 4 --model.projector-hidden 16 --model.projector-dim 24 "
         "--model.predictor-hidden 8 --augment.size 8 --optim.epochs 2 --optim.warmup-epochs 1 "
@@ -47,8 +47,8 @@ def command(config_flags: str = "", recipe: str = "digits_rdm_simsiam") -> list[
 
 def with_small_views(name: str, n: int = 2, **optim: object) -> Config:
     """The same with n small views of 8 pixels beside two of 16."""
-    config = tiny(name, **optim)
-    return replace(config, augment=replace(config.augment, size=16, small_views=n, small_size=8))
+    config = tiny(name, size=16, **optim)
+    return replace(config, augment=replace(config.augment, small_views=n, small_size=8))
 
 
 def batch(rows: int, seed: int = 0, size: int = 8, small: int = 0) -> Batch:

@@ -1,1 +1,1 @@
-"""What a run leaves on disk: its folder, its checkpoints, and a description of its environment."""
+"""Run folders, checkpoints, and the description of a run's environment."""

@@ -1,4 +1,4 @@
-"""What a number in a log depends on besides the seed: versions, machine, ranks, choices made."""
+"""The environment of a run: versions, machine, ranks, configuration, and what `auto` chose."""
 
 import platform
 import subprocess
@@ -20,8 +20,8 @@ def describe_environment(
     """The first line of `metrics.jsonl`, as JSON values.
 
     Args:
-        loader: the one in use, so never `auto`.
-        engine: likewise the filter's, or "none".
+        loader: the loader in use, never `auto`.
+        engine: the filter engine in use, or "none".
     """
     return {
         "rdm_fast": version(),
@@ -49,7 +49,7 @@ def _installed(name: str) -> str | None:
 
 
 def _git_commit() -> str | None:
-    """Commit of the checkout this file lies in, `-dirty` if changed; None outside a checkout."""
+    """Commit of this file's checkout, `-dirty` if changed; None outside a checkout."""
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():  # an installed copy may lie inside another project's checkout
         return None

@@ -1,13 +1,13 @@
-"""The folder of one run: whose it is, who writes into it, and with which configuration.
+"""The folder of one run: ownership, lock, configuration and status.
 
-    run.json       marks the folder as ours: format, creation time, version, configuration digest
+    run.json       marks a run folder: format, creation time, version, configuration digest
     config.yaml    the whole configuration
-    status.json    how the run stands, replaced atomically
-    bad_files.tsv  image files that are left out, and why; of test images, bad_test_files.tsv
-    metrics.jsonl  spectrum.jsonl  checkpoints/  tensorboard/  logs/  and what later commands add
+    status.json    state of the run, replaced atomically
+    bad_files.tsv  skipped image files, and why; bad_test_files.tsv for test images
+    metrics.jsonl  spectrum.jsonl  checkpoints/  tensorboard/  logs/  and what other commands add
 
-A folder without our run.json is somebody else's: it is never written into and never emptied.
-Nothing here imports torch, so a refusal comes at once.
+A folder without run.json belongs to something else and is never written to or emptied. Nothing here
+imports torch, so a refusal takes no time.
 """
 
 import json
@@ -38,19 +38,12 @@ FORMAT = 1
 PROJECT = "rdm-fast"
 State = Literal["running", "finished", "interrupted", "failed"]
 LOCK, OWNER = "run.lock", "run.lock.json"
-# all but run.json; config.yaml goes first: a folder without it is cleared again, so an interrupted
-# --overwrite leaves nothing behind that could be taken for the new run's
+# All but run.json. config.yaml is deleted first: a folder without it is cleared again, so nothing
+# that an interrupted --overwrite leaves can be mistaken for the new run's.
 CONTENTS = (
-    *(
-        "config.yaml",
-        "status.json",
-        "metrics.jsonl",
-        "checkpoints",
-        "spectrum.jsonl",
-        "tensorboard",
-    ),
-    *("wandb", "logs", "report.html", "figures", "export", "bad_files.tsv"),
-    "bad_test_files.tsv",
+    *("config.yaml", "status.json", "metrics.jsonl", "checkpoints", "spectrum.jsonl"),
+    *("tensorboard", "wandb", "logs", "report.html", "figures", "export"),
+    *("bad_files.tsv", "bad_test_files.tsv"),
 )
 
 
@@ -58,8 +51,8 @@ def read_config(path: Path) -> Config:
     """The configuration of the run in a folder, for `--resume` and evaluation.
 
     Raises:
-        InputMissing: there is no run there.
-        DataError: its config.yaml cannot be used.
+        InputMissing: the folder holds no run.
+        DataError: its config.yaml is unusable.
     """
     return config_from_dict(_read(path / "config.yaml", yaml.safe_load))
 
@@ -85,13 +78,13 @@ def _read(file: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
 
 
 class RunFolder:
-    """A run folder that this process may use; rank zero holds its lock until `close`.
+    """An opened run folder; rank zero holds its lock until `close`.
 
     Attributes:
         path: the folder.
-        rank: only rank zero writes, except for `write_status` of a failure.
-        is_new: rank zero found no earlier run in it, or was told to overwrite it.
-        id: names the run for trackers, the same after every resume ("" on other ranks).
+        rank: this process's; other ranks than zero only write the status of a failure.
+        is_new: rank zero found no earlier run, or has overwritten it.
+        id: the run's name for trackers, the same after every resume ("" on other ranks).
     """
 
     def __init__(
@@ -106,20 +99,20 @@ class RunFolder:
 
     @classmethod
     def open(cls, out: str, config: Config, *, overwrite: bool, rank: int) -> Self:
-        """Create a run folder, or take one up again.
+        """Create a run folder, or open that of an earlier run.
 
-        On rank zero it is locked, marked, and if new given a status and its config.yaml; an
-        earlier run's stay until `write_status` and `accept`. Other ranks only learn the paths.
+        Rank zero locks and marks it, and writes status and config.yaml of a new run; those of an
+        earlier run stay until `write_status` and `accept`. Other ranks write nothing.
 
         Args:
             out: the folder, as in --out.
             config: of a new run.
-            overwrite: delete the contents of an earlier run of ours; other files stay.
+            overwrite: delete an earlier run's contents; other files stay.
             rank: this process's rank.
 
         Raises:
-            CannotCreate: a file is in the way, the folder is not ours or not writable, or another
-                run holds it.
+            CannotCreate: a file is in the way, the folder belongs to something else or is not
+                writable, or another run holds it.
         """
         path = Path(out)
         if rank != 0:
@@ -144,7 +137,7 @@ class RunFolder:
             folder = cls(path, rank, is_new=is_new, id=str(_mark(path).get("id")), lock=lock)
             if is_new:
                 folder.write_status("running", step=0)
-                folder.write_config(config)  # last: its presence means that all is there
+                folder.write_config(config)  # last: it marks the folder as complete
         except OSError as error:
             raise CannotCreate(
                 f"--out {out} cannot be written ({error.strerror}): give a folder that can"
@@ -152,9 +145,9 @@ class RunFolder:
         return folder
 
     def accept(self, config: Config, allow: tuple[str, ...] = ()) -> None:
-        """Go on with a configuration: `check_resumable` against config.yaml, then replace it.
+        """Check a configuration against config.yaml (`check_resumable`), then replace it.
 
-        A run without a checkpoint has nothing to contradict, and takes any configuration.
+        A run without a checkpoint accepts any configuration.
         """
         if any(self.checkpoints.glob("step-*")):
             check_resumable(config_to_dict(read_config(self.path)), config, allow)
@@ -171,11 +164,11 @@ class RunFolder:
         """Replace status.json atomically.
 
         Args:
-            state: how the run stands.
+            state: of the run.
             step: optimizer steps done.
-            code: the process's exit status, which a bare torchrun would hide.
+            code: the exit status, which torchrun hides.
             checkpoint: name of the newest checkpoint folder, if any.
-            message: one sentence, as printed.
+            message: the printed error, if any.
         """
         status = {
             "state": state, "code": code, "step": step, "checkpoint": checkpoint,
@@ -184,7 +177,7 @@ class RunFolder:
         atomic_files.replace(self.path / "status.json", json.dumps(status, indent=1) + "\n")
 
     def close(self) -> None:
-        """Let another process use the folder. The operating system does so if this one dies."""
+        """Release the lock, as the operating system does when this process dies."""
         if self._lock is not None:
             (self.path / OWNER).unlink(missing_ok=True)
             self._lock.release()
@@ -198,7 +191,7 @@ class RunFolder:
 
 
 def version() -> str:
-    """The installed version, or `unknown` in a checkout that was not installed."""
+    """The installed version, or `unknown`."""
     try:
         return metadata.version(PROJECT)
     except metadata.PackageNotFoundError:
@@ -214,23 +207,23 @@ def _mark(path: Path) -> dict[str, Any]:
 
 def _refuse_foreign(path: Path) -> None:
     if path.exists() and not path.is_dir():
-        raise CannotCreate(f"--out {path} is a file: name a folder")
+        raise CannotCreate(f"--out {path} is a file: give a folder")
     names = [entry.name for entry in path.iterdir()] if path.exists() else []
     if all(name in (LOCK, OWNER) or name.startswith(atomic_files.TEMPORARY) for name in names):
-        return  # empty, or left by a start that was killed before it wrote run.json
+        return  # empty, or from a start that was killed before it wrote run.json
     try:
         _mark(path)
     except (InputMissing, DataError) as error:
         raise CannotCreate(
-            f"--out {path} holds files of something else and no run of ours, so nothing is "
-            "written there: name a new or empty folder"
+            f"--out {path} holds other files and no run, so nothing is written there: give a new "
+            "or empty folder"
         ) from error
 
 
 def _lock(path: Path) -> FileLock:
     lock = FileLock(path / LOCK, thread_local=False)
     try:
-        lock.acquire(timeout=1.0)  # what a killed run has forked may take a moment to let go
+        lock.acquire(timeout=1.0)  # a killed run's children may take a moment to release it
     except Timeout as error:
         try:
             owner = _read(path / OWNER, json.loads)
@@ -246,7 +239,7 @@ def _lock(path: Path) -> FileLock:
 
 
 def _clear(path: Path) -> None:
-    """Delete a run's own contents, and nothing else."""
+    """Delete a run's own contents only."""
     for entry in (path / name for name in CONTENTS):
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry)

@@ -1,1 +1,1 @@
-"""The process a run lives in: ranks, precision, signals, atomic files, copies to the host."""
+"""The process of a run: ranks, precision, signals, printing, atomic files, copies to the host."""

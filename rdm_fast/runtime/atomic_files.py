@@ -1,7 +1,7 @@
-"""Writing so that a crash leaves either the old content or the new one, never a mixture.
+"""Atomic writes: a crash leaves either the old content or the new, never a mixture.
 
-A rename within one folder is atomic on POSIX file systems, but it becomes durable only once the
-file and then the folder that holds its name have been flushed to the disk (fsync).
+A rename within a folder is atomic on POSIX file systems, and durable once first the file and then
+the folder have been flushed to the disk (fsync).
 """
 
 import os
@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-TEMPORARY = ".tmp-"  # begins every name whose content is not complete yet
+TEMPORARY = ".tmp-"  # prefix of incomplete files and folders
 
 
 def sync(path: Path) -> None:
@@ -22,7 +22,7 @@ def sync(path: Path) -> None:
 
 
 def write(path: Path, content: str | bytes) -> None:
-    """Write a file and flush it; not atomic, for folders that are renamed as a whole."""
+    """Write a file and flush it. Not atomic: for folders that are then renamed."""
     path.write_bytes(content.encode() if isinstance(content, str) else content)
     sync(path)
 

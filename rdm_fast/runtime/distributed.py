@@ -1,8 +1,8 @@
-"""Ranks: the process group that torchrun describes, and gathers that carry no gradient.
+"""Ranks: torchrun's process group, and gathers without gradient.
 
-Nothing here joins the autograd graph. Features are gathered detached; each rank then computes
-the rows of the gradient that belong to its own images, and DistributedDataParallel averages
-parameter gradients. So every rank holds exactly its part of the global batch's gradient.
+No collective is in the autograd graph. Rows are gathered detached, each rank computes the rows of
+the gradient that belong to its own images, and DistributedDataParallel averages the gradients of
+the parameters.
 """
 
 import os
@@ -19,7 +19,7 @@ from rdm_fast.runtime.printing import print_line
 
 TIMEOUT = timedelta(minutes=10)
 STORE = "RDM_FAST_STORE"
-"""Environment variable: the folder in which ranks of one machine meet, in place of a port."""
+"""Environment variable: the folder where ranks of one machine meet, instead of at a port."""
 
 
 def world_size() -> int:
@@ -42,7 +42,7 @@ def choose_device(asked: str) -> torch.device:
     """The device of this rank.
 
     Raises:
-        Unavailable: cuda was asked for by name and there is no GPU for this rank.
+        Unavailable: cuda was requested and this rank has no GPU.
     """
     local = int(os.environ.get("LOCAL_RANK", "0"))
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
@@ -50,21 +50,21 @@ def choose_device(asked: str) -> torch.device:
         return torch.device("cpu")
     if local >= count:
         raise Unavailable(
-            f"--device {asked} has {count} GPU(s) here and this is local rank {local}: "
-            "use --device cpu, or start at most one rank a GPU"
+            f"--device {asked}: this is local rank {local} and there are {count} GPU(s): use "
+            "--device cpu, or start at most one rank a GPU"
         )
     return torch.device("cuda", local)
 
 
 def start(device: torch.device) -> None:
-    """Join the launcher's process group (NCCL on GPUs, gloo on CPUs); without one, do nothing."""
+    """Join the launcher's process group, if there is one: NCCL on GPUs, gloo on CPUs."""
     if "RANK" not in os.environ or int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return
     backend, own_device = "gloo", None
     if device.type == "cuda":
         torch.cuda.set_device(device)
         backend, own_device = "nccl", device
-    store, number, world = None, -1, -1  # torchrun's variables tell
+    store, number, world = None, -1, -1  # from torchrun's variables
     if folder := os.environ.get(STORE):
         number, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         start = os.environ["TORCHELASTIC_RESTART_COUNT"]
@@ -103,8 +103,7 @@ def gather_rows(rows: Tensor) -> Tensor:
     """All ranks' rows, in rank order, without gradient.
 
     Args:
-        rows: [v, b, D], the same shape on every rank; the dtype travels as it is, so 16-bit
-            projections cost 16 bits.
+        rows: [v, b, D], the same shape on every rank; sent in their own dtype.
 
     Returns:
         [v, R * b, D]; row r * b + i of each view is row i of rank r.
@@ -119,12 +118,12 @@ def gather_rows(rows: Tensor) -> Tensor:
 
 
 def local_rows(local: int) -> slice:
-    """Which rows of a gathered matrix are this rank's own."""
+    """This rank's rows in a gathered matrix."""
     return slice(rank() * local, (rank() + 1) * local)
 
 
 def all_reduce_max(value: int, device: torch.device) -> int:
-    """The largest of all ranks' values; waits for the device."""
+    """The maximum over ranks; waits for the device."""
     if world_size() == 1:
         return value
     tensor = torch.tensor(value, device=device)

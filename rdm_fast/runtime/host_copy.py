@@ -1,14 +1,13 @@
-"""A small device tensor's value, read on the host without making the device wait for it."""
+"""The value of a small device tensor, read on the host without stalling the device."""
 
 import torch
 from torch import Tensor
 
 
 class HostCopy:
-    """The value that a tensor has in the stream's order now, for the host to read later.
+    """A copy on the host of a tensor's current value in the stream's order.
 
-    Copying it does not wait. `read` waits for that copy alone, so whoever reads a step later
-    finds it there.
+    Creating it does not wait. `read` waits for the copy alone, which a step later has long ended.
     """
 
     def __init__(self, tensor: Tensor) -> None:

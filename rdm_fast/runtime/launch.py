@@ -1,8 +1,8 @@
-"""`--nproc N`: this process starts N ranks on this machine, and ends with their exit code.
+"""`--nproc N`: start N ranks on this machine, and exit with their code.
 
-torch's elastic agent does the work, as in torchrun, which turns every exit code into 1. Ranks meet
-through files in a private folder and talk over the loopback interface, so nothing listens for
-other machines. SIGINT, SIGTERM and SIGUSR1 are passed on, and ranks are given time to save.
+As in torchrun, torch's elastic agent does the work; but torchrun turns every exit code into 1.
+Ranks meet through files in a private folder and talk over the loopback interface, so nothing
+listens for other machines. SIGINT, SIGTERM and SIGUSR1 are passed on, and ranks have time to save.
 """
 
 import logging
@@ -21,14 +21,14 @@ from rdm_fast.runtime.distributed import STORE
 HANDLED = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 CONSEQUENCES = {RankLost.code, Interrupted.code}
 SAVING = "120"
-"""Seconds that ranks have to end after a signal, unless TORCH_ELASTIC_SHUTDOWN_TIMEOUT says."""
+"""Seconds that ranks have to end after a signal; TORCH_ELASTIC_SHUTDOWN_TIMEOUT overrides it."""
 
 
 def ranks_on(nproc: str) -> int:
-    """How many ranks `--nproc` asks for: a number, one a GPU, or (auto) that and one without any.
+    """The number of ranks for `--nproc`: a number; gpu, one a GPU; auto, the same or else one.
 
     Raises:
-        Unavailable: nproc=gpu, and there is none.
+        Unavailable: nproc=gpu without a GPU.
     """
     if nproc not in ("gpu", "auto"):
         return int(nproc)
@@ -36,7 +36,7 @@ def ranks_on(nproc: str) -> int:
 
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if nproc == "gpu" and count == 0:
-        raise Unavailable("--nproc gpu finds no GPU here: give a number of ranks, or --nproc auto")
+        raise Unavailable("--nproc gpu: there is no GPU; give a number of ranks, or --nproc auto")
     return max(count, 1)
 
 
@@ -44,13 +44,13 @@ def launch(command: Sequence[str], ranks: int, *, quiet: bool = True) -> tuple[i
     """Run a Python command as several ranks, until all have ended or one has failed.
 
     Args:
-        command: what follows `python`, such as `["-m", "rdm_fast", "train"]`.
-        ranks: number of processes; torchrun's variables tell each which one it is.
-        quiet: leave out what torch's agent says of a failure; the ranks tell it themselves.
+        command: the arguments of `python`, such as `["-m", "rdm_fast", "train"]`.
+        ranks: number of processes; torchrun's variables number them.
+        quiet: suppress the messages of torch's agent about a failure; ranks print their own.
 
     Returns:
-        The exit code, 0 if all ranks had 0, 128 + n after signal n; and "", or in a sentence
-        which rank was lost without having told why (the code is then RankLost's).
+        The exit code: 0 if all ranks had 0, 128 + n after signal n. And a sentence if a rank was
+        killed and could not report it (the code is then RankLost's), else "".
     """
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -79,10 +79,10 @@ def launch(command: Sequence[str], ranks: int, *, quiet: bool = True) -> tuple[i
 
 
 def _ending(codes: dict[int, int]) -> tuple[int, str]:
-    """What ended the ranks; -n is signal n. The agent ends by SIGTERM those that outlive another.
+    """The exit code and sentence for these codes by rank; -n stands for signal n.
 
-    Such a rank may find that it lost the other, or save and say that it was interrupted: neither
-    is the reason, if there is one.
+    When a rank ends, the agent sends SIGTERM to the others. Those report a lost rank or an
+    interruption, which are consequences, not the reason.
     """
     reasons = [code for code in codes.values() if code > 0 and code not in CONSEQUENCES]
     if reasons:
@@ -95,7 +95,7 @@ def _ending(codes: dict[int, int]) -> tuple[int, str]:
     rank, number = next(iter((by_others or killed).items()))
     return RankLost.code, (
         f"rank {rank} was ended by {_name(number)} from outside (SIGKILL often means that memory "
-        "ran out): run the same command again to go on from the last checkpoint"
+        "ran out): run the same command again to continue from the last checkpoint"
     )
 
 
@@ -108,9 +108,9 @@ def _name(number: int) -> str:
 
 @contextmanager
 def _settings(folder: str, quiet: bool) -> Iterator[None]:
-    """The environment that ranks inherit; what was there before comes back.
+    """Context with the ranks' environment; restores the variables and signal handlers after it.
 
-    The agent's handlers stay behind it, and would turn a later signal into an exception.
+    The agent leaves its handlers behind, which would turn a later signal into an exception.
     """
     environment = dict(os.environ)
     handlers = {number: signal.getsignal(number) for number in HANDLED}
@@ -118,7 +118,7 @@ def _settings(folder: str, quiet: bool) -> Iterator[None]:
     given = [os.environ["PYTHONPATH"]] if os.environ.get("PYTHONPATH") else []
     os.environ["PYTHONPATH"] = os.pathsep.join([*code, *given])  # ranks run this very code
     os.environ[STORE] = folder
-    # the agent's own store would be a port open to all, and remembers what has ended
+    # the agent's own store would be an open port that outlives the launch
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", SAVING)
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does

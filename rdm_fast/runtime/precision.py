@@ -1,8 +1,9 @@
-"""Arithmetic of backbone and heads, by name.
+"""Precision of backbone and heads, by name.
 
-fp32   float32                              bf16   autocast to bfloat16
-tf32   float32, factors of products are     fp16   autocast to float16, with loss scaling
-       rounded to 10 bits on a GPU
+fp32   float32
+tf32   float32; on a GPU, factors of products are rounded to 10 bits
+bf16   autocast to bfloat16
+fp16   autocast to float16, with loss scaling
 """
 
 from collections.abc import Iterator
@@ -16,21 +17,21 @@ HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def dtype_of_views(precision: Precision, device: torch.device) -> torch.dtype:
-    """What views are made in: what autocast would round them to, on a GPU."""
+    """Dtype of the views: on a GPU, that to which autocast would round them."""
     return HALVES.get(precision, torch.float32) if device.type == "cuda" else torch.float32
 
 
 def autocast(precision: Precision, device: torch.device) -> torch.autocast:
-    """The context of a forward pass."""
+    """Context of a forward pass."""
     return torch.autocast(device.type, dtype=HALVES.get(precision), enabled=precision in HALVES)
 
 
 @contextmanager
 def float32_products(precision: Precision, device: torch.device) -> Iterator[None]:
-    """The context of a forward and a backward pass: how a GPU multiplies float32 values.
+    """Context of forward and backward pass: how a GPU multiplies float32 values.
 
-    torch's defaults differ between convolutions (tf32) and matrix products (float32); here both
-    are what was asked for, and the defaults are back when the context is left.
+    torch's defaults differ: tf32 in convolutions, float32 in matrix products. Here both follow
+    `precision`, and the context restores the defaults.
     """
     if device.type != "cuda":
         yield

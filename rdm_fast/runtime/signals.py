@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop."""
+"""Stopping a run by a signal."""
 
 import signal
 from collections.abc import Callable
@@ -8,7 +8,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
 
 class StopOnSignal:
-    """While it is open, the first signal asks to stop after this step; a second stops at once."""
+    """Context in which the first signal calls `ask_to_stop`, and a second ends the process."""
 
     def __init__(self, ask_to_stop: Callable[[], None]) -> None:
         self._ask_to_stop = ask_to_stop
@@ -18,7 +18,7 @@ class StopOnSignal:
 
     def _handle(self, number: int, _frame: FrameType | None) -> None:
         self._ask_to_stop()
-        # Not the handler from before: a shell starts background jobs with SIGINT ignored.
+        # Not the previous handler: shells start background jobs with SIGINT ignored.
         at_once = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
         signal.signal(number, at_once)
 

@@ -1,13 +1,13 @@
-"""What a run tells of itself: `metrics.jsonl` always, a console line, trackers if asked.
+"""Telemetry of a run: `metrics.jsonl`, a console line, and optional trackers.
 
-`metrics.jsonl` holds one JSON object a line. The first is `{"environment": {...}}`; each later one
-is flat, has `step`, and any of the keys in `KEYS`. JSON knows no NaN or infinity, so a value that
-is not finite is written as null. A resumed run first drops the lines after the step it resumes
-from, so the file's steps are those of an undisturbed run; if its environment is another one, a
-line `{"environment": {...}, "resumed_step": n}` says so. `spectrum.jsonl`, with whole spectra, is
-made in the same way.
+`metrics.jsonl` holds one JSON object a line. The first is `{"environment": {...}}`; the others are
+flat, with `step` and any of the keys in `KEYS`. JSON has no NaN or infinity, so values that are not
+finite are null. A resumed run first drops the lines after its step, so the file has the steps of an
+undisturbed run. If its environment differs, it adds `{"environment": {...}, "resumed_step": n}`.
+`spectrum.jsonl`, with whole spectra, is written in the same way.
 
-Only rank zero has writers. All others have a `Telemetry` without any, so nobody asks for the rank.
+Only rank zero has writers. Other ranks have a `Telemetry` without any, so callers need no rank
+checks.
 """
 
 from rdm_fast.telemetry.console import ConsoleLine, Plan, progress_line

@@ -1,4 +1,4 @@
-"""The console: one line that is redrawn on a terminal, plain lines elsewhere."""
+"""Console output: one line that is redrawn on a terminal, plain lines elsewhere."""
 
 import math
 import os
@@ -10,12 +10,13 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from rdm_fast.runtime.printing import print_line
 from rdm_fast.telemetry.keys import Metrics, Value
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How long a run is, which the console needs for its progress and remaining time."""
+    """The length of a run, for its progress and remaining time."""
 
     total_steps: int
     steps_per_epoch: int
@@ -24,10 +25,10 @@ class Plan:
 
 
 class ConsoleLine:
-    """One line that is rewritten in place on a terminal, or one plain line a log elsewhere.
+    """One line redrawn in place on a terminal, else a plain line for each log.
 
-    Plain is also what NO_COLOR or TERM=dumb ask for. Metrics without a loss, such as a kNN
-    accuracy, and warnings always get a line of their own that stays.
+    NO_COLOR and TERM=dumb also select plain lines. Warnings, and metrics without a loss such as a
+    kNN accuracy, always get a line of their own that stays.
     """
 
     def __init__(self, plan: Plan) -> None:
@@ -41,15 +42,15 @@ class ConsoleLine:
 
     def log(self, step: int, metrics: Metrics) -> None:
         if "warning" in metrics:
-            print(f"warning: {metrics['warning']}", flush=True)
+            print_line(f"warning: {metrics['warning']}")
         elif "loss" not in metrics:
-            print(f"step {step}  " + "  ".join(f"{k} {_short(v)}" for k, v in metrics.items()))
+            print_line(f"step {step}  " + "  ".join(f"{k} {_short(v)}" for k, v in metrics.items()))
         else:
             self._show(progress_line(step, metrics, self._plan, time.monotonic() - self._start))
 
     def _show(self, line: str) -> None:
         if self._live is None:
-            print(line, flush=True)
+            print_line(line)
         else:
             self._live.update(Text(line, no_wrap=True, overflow="ellipsis"), refresh=True)
 
@@ -59,12 +60,12 @@ class ConsoleLine:
 
 
 def progress_line(step: int, metrics: Metrics, plan: Plan, elapsed: float) -> str:
-    """A moment of training in one ASCII line.
+    """The progress of a run in one ASCII line.
 
     Args:
-        metrics: those of `KEYS` that are shown and there.
-        elapsed: seconds since the run was started or resumed, evaluation and saving included;
-            the remaining time takes the coming steps to cost as much as those.
+        metrics: under `KEYS`; missing ones are left out.
+        elapsed: seconds since the start or resume, with evaluation and saving. The remaining
+            steps are assumed to take as long.
     """
     epochs = math.ceil(plan.total_steps / plan.steps_per_epoch)
     parts = [f"epoch {math.ceil(step / plan.steps_per_epoch)}/{epochs}"]

@@ -1,4 +1,4 @@
-"""The names of all that is logged, each with what it is and its unit."""
+"""The names of all logged values, with meaning and unit."""
 
 from collections.abc import Mapping
 
@@ -8,13 +8,12 @@ KEYS = {
     "loss": "of the last step, over the global batch",
     "lr": "learning rate of the last step",
     "ema_momentum": "momentum of the target weights in the last step",
-    "images_per_s": "images of the global batch a second, since the line before",
-    "data_wait_s": "seconds a step that the loop waited for data, since the line before",
-    "filter_ms": "milliseconds a step in the spectral filter",
+    "images_per_s": "images of the global batch a second, since the last line",
+    "data_wait_s": "seconds a step that the loop waited for data, since the last line",
     "effective_rank/online": "directions the online projections use, from 1 to D",
     "effective_rank/target": "directions the target's use, after the filter",
-    "effective_rank/projection": "directions the projections use before any filter",
-    "effective_rank/share": "of the projections, as a share of what the batch can show at most",
+    "effective_rank/projection": "directions the projections use, before any filter",
+    "effective_rank/share": "of the projections, as a share of the most that the batch can show",
     "rank_difference": "effective rank of the target minus that of the online branch",
     "std": "of the normalized projections times sqrt(D): 1 is spread out, 0 is collapse",
     "alignment": "of the two branches' eigenvectors, 0 to 1, at steps of --log.spectrum-every",
@@ -23,7 +22,7 @@ KEYS = {
     "grad_norm": "Euclidean norm of the whole gradient",
     "skipped_steps": "steps skipped so far because something was not finite",
     "filter_failures": "batches so far on which filter.engine=gemm was not accurate",
-    "warning": "a sentence, where the collapse guard has something to say",
+    "warning": "a sentence from the collapse guard",
     "gpu_mem_gib": "most GPU memory used so far, GiB",
 }
 

@@ -1,8 +1,8 @@
-"""Files of one JSON object a line, which survive kills, full disks and resumes.
+"""Files of JSON lines that survive kills, full disks and resumes.
 
-A line is in its file, whole, as soon as it is logged; nothing that was written is ever written
-again, so a kill can tear the last line only. A resumed run first drops the lines after the step
-it resumes from: its files are those of an undisturbed run.
+A line is written as soon as it is logged, and never rewritten, so a kill can tear only the last
+one. A resumed run first drops the lines after its step, so its files are those of an undisturbed
+run.
 """
 
 import json
@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from rdm_fast.runtime import atomic_files
+from rdm_fast.runtime.printing import print_line
 
 Record = dict[str, Any]
 
@@ -25,16 +26,16 @@ SPECTRUM_KEYS = {
     "target": "eigenvalues of the target branch's output, after its filter",
     "projection": "eigenvalues of the projections, before any predictor or filter",
     "s": "singular values of the rows that the predictor or filter takes, largest first",
-    "response": "by what it scales each of these directions; null for those under the cutoff",
+    "response": "factor by which each of these directions is scaled; null under the cutoff",
     "alignment": "of the two branches' eigenvectors, from 0 to 1",
 }
 
 
 class Lines:
-    """A file of JSON lines. When the disk is full, they wait in memory until there is space."""
+    """A file of JSON lines. While the disk is full, they wait in memory."""
 
     def __init__(self, path: Path, kept: list[Record]) -> None:
-        """kept: the records to begin with, in place of what is in the file."""
+        """Replace the file by the records in `kept`."""
         atomic_files.replace(path, "".join(_line(record) for record in kept))
         self._path = path
         self._file = path.open("ab", buffering=0)
@@ -52,7 +53,7 @@ class Lines:
             with suppress(OSError):
                 self._file.truncate(self._size)  # no half line
             if not self._warned:
-                print(f"warning: {self._path.name} waits in memory: {error}", file=sys.stderr)
+                print_line(f"warning: {self._path.name} waits in memory: {error}", sys.stderr)
             self._warned = True
         else:
             self._size += written
@@ -75,10 +76,9 @@ class JsonLines(Lines):
 
 
 class SpectrumLines(Lines):
-    """`spectrum.jsonl`: what the keys mean, then a record for every time spectra were taken.
+    """`spectrum.jsonl`: the meaning of the keys, then a record for each time spectra were taken.
 
-    JSON and not `.npz`: an archive has its directory at the end, so it cannot be appended to
-    without a moment in which a kill loses all of it.
+    An `.npz` archive has its directory at the end, so a kill while appending could lose all of it.
     """
 
     def __init__(self, path: Path, resumed_step: int = 0) -> None:
@@ -90,9 +90,8 @@ def read_spectra(path: Path) -> list[Record]:
     """The records of a `spectrum.jsonl`, in the order of their steps.
 
     Returns:
-        For each the `SPECTRUM_KEYS`: step as int, alignment as float, the others as float64 arrays
-        of as many directions as the batch can show; NaN for null. An empty list if there is no
-        such file.
+        Dictionaries with the `SPECTRUM_KEYS`: step an int, alignment 0-d, the others float64 arrays
+        of as many directions as the batch can show, with NaN for null. Empty without such a file.
     """
 
     def read(key: str, value: Any) -> Any:
@@ -109,7 +108,7 @@ def _line(record: Mapping[str, Any]) -> str:
 
 
 def _finite(value: Any) -> Any:
-    """JSON knows no NaN or infinity; the numbers of an array are cut to five digits."""
+    """null for NaN and infinity; five digits for the numbers of an array."""
     if isinstance(value, np.ndarray):
         values: list[float] = value.tolist()
         return [float(f"{x:.5g}") if math.isfinite(x) else None for x in values]
@@ -121,7 +120,7 @@ def _until(step: int, path: Path) -> list[Record]:
 
 
 def _read_lines(path: Path) -> list[Record]:
-    """All whole records; a kill or a power cut can leave a torn line, which is left out."""
+    """All whole records; a torn last line is skipped."""
     records = []
     for line in path.read_bytes().split(b"\n") if path.exists() else ():
         with suppress(ValueError):
@@ -132,7 +131,7 @@ def _read_lines(path: Path) -> list[Record]:
 
 
 def _position(record: Record) -> float:
-    """The step that a record belongs to; the first environment belongs to step 0."""
+    """The step of a record; 0 for the first environment."""
     for key in ("resumed_step", "step"):
         if key in record:
             return float(record[key])

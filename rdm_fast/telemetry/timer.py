@@ -1,4 +1,4 @@
-"""Where the time of a step goes: images a second, and waiting for data."""
+"""Images a second, and the time spent waiting for data."""
 
 import time
 from collections.abc import Iterable, Iterator
@@ -8,17 +8,17 @@ Item = TypeVar("Item")
 
 
 class StepTimer:
-    """Time spent in steps and waiting for data, since it was last read."""
+    """Times the steps, and the waits for data, since the last `read`."""
 
     def __init__(self) -> None:
         self.restart()
 
     def restart(self) -> None:
-        """Leave out what was done since the last step, such as an evaluation."""
+        """Start over, which leaves out whatever followed the last step, such as an evaluation."""
         self._start, self._steps, self._waited = time.perf_counter(), 0, 0.0
 
     def waits(self, batches: Iterable[Item]) -> Iterator[Item]:
-        """The same batches; the time until each arrives counts as waiting."""
+        """The same batches, with the time until each arrives counted as waiting."""
         iterator = iter(batches)
         while True:
             before = time.perf_counter()
@@ -30,7 +30,7 @@ class StepTimer:
             yield batch
 
     def read(self, global_batch: int) -> dict[str, float]:
-        """images_per_s and data_wait_s a step; starts over."""
+        """images_per_s and data_wait_s, then `restart`."""
         steps = max(1, self._steps)
         seconds = time.perf_counter() - self._start
         metrics = {

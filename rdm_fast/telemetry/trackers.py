@@ -1,4 +1,4 @@
-"""TensorBoard, W&B and trackio: extras, each asked for by its flag and never by default."""
+"""TensorBoard, W&B and trackio: optional, each with a flag of its own."""
 
 import importlib
 from pathlib import Path
@@ -12,7 +12,7 @@ PROJECT = "rdm-fast"
 
 
 class TensorBoard:
-    """Event files, one scalar a key. Events after the resumed step are hidden by TensorBoard."""
+    """Event files with one scalar a key; TensorBoard hides events after the resumed step."""
 
     def __init__(self, folder: Path, resumed_step: int = 0) -> None:
         module = _optional("torch.utils.tensorboard", "tensorboard")
@@ -28,7 +28,7 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """A W&B run that is continued under the same id when the training is."""
+    """A W&B run; a resumed training continues it under the same id."""
 
     def __init__(self, folder: RunFolder, environment: dict[str, Any]) -> None:
         self._run = _optional("wandb", "wandb").init(
@@ -47,10 +47,7 @@ class WeightsAndBiases:
 
 
 class Trackio:
-    """A trackio run, which trackio finds again by its name: the run folder's id.
-
-    It keeps its data in a folder of its own (TRACKIO_DIR), not in the run folder.
-    """
+    """A trackio run, named by the run folder's id; its data is in TRACKIO_DIR."""
 
     def __init__(self, folder: RunFolder, environment: dict[str, Any]) -> None:
         self._run = _optional("trackio", "trackio").init(
@@ -69,6 +66,6 @@ def _optional(module: str, extra: str) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         raise Unavailable(
-            f"--log.{extra} needs a package that is not installed: "
-            f'pip install "rdm-fast[{extra}]", or leave --log.{extra} out'
+            f"--log.{extra} needs a package that is not installed: run pip install "
+            f'"rdm-fast[{extra}]", or leave out --log.{extra}'
         ) from error

@@ -1,4 +1,4 @@
-"""All writers of a rank, used as one."""
+"""`Telemetry`, which passes metrics to every writer of a run."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol, Self
@@ -14,7 +14,7 @@ from rdm_fast.telemetry.trackers import TensorBoard, Trackio, WeightsAndBiases
 
 
 class Writer(Protocol):
-    """Takes the metrics of one moment somewhere."""
+    """A destination of metrics."""
 
     def log(self, step: int, metrics: Metrics) -> None: ...
 
@@ -33,14 +33,14 @@ class Telemetry:
     def open(
         cls, folder: RunFolder, config: Config, environment: dict[str, Any], plan: Plan
     ) -> Self:
-        """The writers that a configuration asks for; none on ranks other than zero.
+        """The writers for a configuration; none on ranks other than zero.
 
         Args:
-            folder: where the files go. Lines and events after `plan.resumed_step` are dropped.
+            folder: of the files. Lines and events after `plan.resumed_step` are dropped.
             environment: from `rdm_fast.run.environment.describe_environment`.
 
         Raises:
-            Unavailable: TensorBoard, W&B or trackio is asked for and not installed.
+            Unavailable: TensorBoard, W&B or trackio is requested and not installed.
         """
         if folder.rank != 0:
             return cls()
@@ -59,19 +59,20 @@ class Telemetry:
         return cls(writers, spectra)
 
     def log(self, step: int, metrics: Metrics) -> None:
-        """Write the metrics of a step. Values are Python numbers: whoever has a tensor decides
-        when to wait for it. Log before saving a checkpoint of the same step, so that no resumed
-        run lacks a line."""
+        """Write the metrics of a step, as Python numbers.
+
+        Log before saving a checkpoint of the same step, or a resumed run may lack a line.
+        """
         for writer in self._writers:
             writer.log(step, metrics)
 
     def log_spectra(self, step: int, spectra: Mapping[str, np.ndarray | float]) -> None:
-        """Write the spectra of a step to `spectrum.jsonl`, under `SPECTRUM_KEYS`."""
+        """Write the spectra of a step, under `SPECTRUM_KEYS`."""
         if self._spectra is not None:
             self._spectra.log(step, spectra)
 
     def close(self) -> None:
-        """Flush everything, and give the console back."""
+        """Close all writers."""
         for writer in self._writers:
             writer.close()
         if self._spectra is not None:

@@ -23,7 +23,6 @@ from torch.nn.parallel import DistributedDataParallel
 from rdm_fast.config import Config
 from rdm_fast.data.loaders.batch import Batch
 from rdm_fast.errors import Unavailable
-from rdm_fast.filters.loss import Criterion
 from rdm_fast.methods import Branches, Method, StepOutput
 from rdm_fast.methods.ema import ema_momentum
 from rdm_fast.models.batchnorm import frozen_running_statistics, join_buffers, synchronize
@@ -99,7 +98,8 @@ class TrainStep:
         self._kept = [statistics.clone() for statistics in self._statistics]
         if config.step.compile != "none":
             for part in self.method.children():
-                if not isinstance(part, Criterion):
+                # torch gives up on a graph without operators, and then on those of other parts
+                if next(part.parameters(), None) is not None:
                     part.compile(mode=COMPILE[config.step.compile], dynamic=False)
         self.parallel = wrap(self.method, config, device)
         self.optimizer = build_optimizer(self.method, config.optim, device)

@@ -65,7 +65,7 @@ def flat(backbone: nn.Module) -> Tensor:
 
 
 def test_every_epoch_shows_each_image_once_in_other_crops() -> None:
-    config, images = tiny(), digits(64)
+    config, images = tiny(size=16), digits(64)
     shown = [list(view_batches(images, config, VIEW, 3, epoch, 32, CPU)) for epoch in (0, 1, 0)]
     assert images.labels is not None
     for epoch, batches in zip((0, 1, 0), shown, strict=True):
@@ -81,7 +81,7 @@ def test_images_decoded_one_by_one_give_torchvisions_views() -> None:
     class OneByOne(Subset):
         pixels = None
 
-    images, config = digits(16), replace(tiny(), data=replace(tiny().data, workers=0))
+    images, config = digits(16), replace(tiny(size=16), data=replace(tiny().data, workers=0))
     (found, _), *_ = view_batches(OneByOne(images, np.arange(16)), config, VIEW, 1, 2, 16, CPU)
     order = epoch_order(1, 2, 16)
     drawn = draw_views(VIEW, 1, 2, order, 0, *images.sizes[order].T)

