@@ -85,9 +85,7 @@ def test_every_loader_gives_the_same_loss_curve(some_of_cifar10: Files, tmp_path
 
 
 @pytest.mark.parametrize("loader", ["torch", "dali"])
-def test_files_give_the_loss_curve_of_packed_images(
-    loader: str, some_of_cifar10: Files, tmp_path: Path
-) -> None:
+def test_files_and_packed_images_agree(loader: str, some_of_cifar10: Files, tmp_path: Path) -> None:
     """Packed ones, being small, are decoded by Pillow beforehand, files by the loader."""
     packed, files = (
         curve_of(cifar10(some_of_cifar10, kind), tmp_path / kind, loader)

@@ -41,9 +41,7 @@ def compiled() -> subprocess.CompletedProcess[str]:
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_a_kernel_that_must_not_ship_fails(
-    compiled: subprocess.CompletedProcess[str], fault: str
-) -> None:
+def test_a_faulty_kernel_fails(compiled: subprocess.CompletedProcess[str], fault: str) -> None:
     assert compiled.returncode == 1, compiled.stdout + compiled.stderr
     assert re.search(rf"^error: {fault}", compiled.stderr, re.MULTILINE), compiled.stderr
 
@@ -86,9 +84,7 @@ def _sizes_kernel(X_ptr, a, b, c, d, scale, BLOCK):
         ("i32:1", (1,), 3),
     ],
 )
-def test_sizes_are_specialized_as_by_tritons_launcher(
-    sizes: str, numbers: tuple[int, ...], count: int
-) -> None:
+def test_sizes_specialize_as_in_triton(sizes: str, numbers: tuple[int, ...], count: int) -> None:
     """Argument b is restricted to the numbers of its type."""
     _sizes_kernel.__annotations__ = {"BLOCK": "tl.constexpr"}
     kernel = JITFunction(_sizes_kernel, do_not_specialize=["c", "d"])

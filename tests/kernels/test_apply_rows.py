@@ -115,9 +115,7 @@ def test_coefficients_rows_or_all_of_them_may_be_float64(body: Body) -> None:
 @BODIES
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("with_X", [True, False], ids=["X", "identity"])
-def test_a_view_with_a_loss_that_is_not_finite_gets_zeros(
-    with_X: bool, bad: float, body: Body
-) -> None:
+def test_a_view_with_a_loss_not_finite_gets_zeros(with_X: bool, bad: float, body: Body) -> None:
     N, X, scale, loss = case(3, 5, 17, 20, torch.bfloat16)
     rows = X if with_X else None
     good = body(N, rows, scale, loss, torch.float32)

@@ -17,12 +17,7 @@ from torch import Tensor
 from rdm_kernels import augment_views, pack_views
 from rdm_kernels.views import definition as views
 from rdm_kernels.views.definition import COLUMNS, PIXELS
-from rdm_kernels.views.op import (
-    MAX_SIZE,
-    MAX_TAPS,
-    augment_views_op,
-    augment_views_triton,
-)
+from rdm_kernels.views.op import MAX_SIZE, MAX_TAPS, augment_views_op, augment_views_triton
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 STILL: dict[str, Any] = {

@@ -102,9 +102,7 @@ def test_the_launcher_splits_a_long_sum_and_loses_no_term() -> None:
 @pytest.mark.parametrize(
     ("value", "at"), [(torch.nan, (0, 0)), (torch.inf, (16, 30)), (-torch.inf, (19, 32))]
 )
-def test_a_value_that_is_not_finite_flags_its_view_only(
-    value: float, at: tuple[int, int], center: bool, body: Body
-) -> None:
+def test_one_view_is_flagged(value: float, at: tuple[int, int], center: bool, body: Body) -> None:
     X = batch(2, 20, 33)
     X[1, at[0], at[1]] = value
     for features in (False, True):

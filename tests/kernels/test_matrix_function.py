@@ -77,9 +77,7 @@ def fused(P: Tensor, Z: Tensor, M: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
     "spectrum_name", ["flat", "k^-1", "k^-2", "clusters", "rank 8", "rank B-1"]
 )
 @pytest.mark.parametrize("shape", [(24, 64), (24, 24), (40, 24), (1, 5)], ids=str)
-def test_in_float64_only_the_series_errs(
-    shape: tuple[int, int], spectrum_name: str, name: str
-) -> None:
+def test_only_the_series_errs(shape: tuple[int, int], spectrum_name: str, name: str) -> None:
     """Its error on g, 1e-4 for the log, of what g spans; h has it over tau^2 at most."""
     X = with_spectrum(*shape, spectrum(spectrum_name, min(shape)))
     result = matrix_function(X @ X.mT, RESPONSES[name], cutoff=CUTOFF)
@@ -95,9 +93,7 @@ def test_in_float64_only_the_series_errs(
 @pytest.mark.parametrize("name", [*RESPONSES, "s^-0.5", "s^-0.3"])
 @HEALTHY
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_float32_loss_and_gradient_end_to_end(
-    dtype: torch.dtype, spectrum_name: str, name: str
-) -> None:
+def test_float32_loss_and_gradient(dtype: torch.dtype, spectrum_name: str, name: str) -> None:
     """Of Gram matrices in float32, against autograd through the damped filter in float64."""
     P, Z = (z.to(DEVICE) for z in spectra.two_views(B, D, spectrum_name, dtype))
     g = RESPONSES.get(name) or (lambda s: s ** float(name[2:]))
@@ -203,9 +199,7 @@ def test_an_indefinite_matrix_is_flagged_and_its_filter_is_zero() -> None:
     assert not found.M.any() and not found.h.any()
 
 
-def test_products_rounded_to_tf32_are_flagged_and_their_filter_is_zero(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_products_rounded_to_tf32_are_flagged(monkeypatch: pytest.MonkeyPatch) -> None:
     """As if a product were one of 10-bit significands instead of three."""
 
     def tf32(x: Tensor) -> Tensor:

@@ -43,9 +43,7 @@ def rotated(eigenvalues: Tensor, seed: int = 0) -> tuple[Tensor, Tensor]:
     ),
     seed=st.integers(0, 2**31),
 )
-def test_drawn_spectra_are_mapped_by_the_function(
-    name: str, eigenvalues: list[float], seed: int
-) -> None:
+def test_drawn_spectra_are_mapped(name: str, eigenvalues: list[float], seed: int) -> None:
     """n eps lambda_max times the largest slope, which is that at an end of the range."""
     function, f = FUNCTIONS[name]
     expected = torch.tensor(eigenvalues, dtype=torch.float64, device=DEVICE)
@@ -153,9 +151,7 @@ def test_divided_differences_lose_no_digit_at_any_gap(kind: str, ratio: float) -
 
 @ALL
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_narrow_inputs_under_autocast_cost_only_the_rounding_of_the_result(
-    name: str, dtype: torch.dtype
-) -> None:
+def test_narrow_inputs_under_autocast_cost_only_rounding(name: str, dtype: torch.dtype) -> None:
     function, _ = FUNCTIONS[name]
     A = rotated(torch.logspace(-1, 1, 6))[0].to(dtype)
     A = (A + A.mT) / 2

@@ -140,9 +140,7 @@ def test_the_op_is_registered_correctly(op: Op, args: tuple[Any, ...]) -> None:
 
 @each(CALLS)
 @LAYOUTS
-def test_definition_fake_and_kernel_agree_in_shape_dtype_and_strides(
-    op: Op, args: tuple[Any, ...], layout: str
-) -> None:
+def test_definition_fake_and_kernel_agree(op: Op, args: tuple[Any, ...], layout: str) -> None:
     """Compiled code relies on the strides of the fake, whatever layout the inputs have."""
     args = tuple(in_layout(x, layout) for x in args)
     with FakeTensorMode() as mode:
@@ -155,9 +153,7 @@ def test_definition_fake_and_kernel_agree_in_shape_dtype_and_strides(
 
 @each(LAUNCHED)
 @LAYOUTS
-def test_inputs_of_any_layout_give_the_same_bits_and_are_not_written_to(
-    op: Op, args: tuple[Any, ...], layout: str
-) -> None:
+def test_any_layout_gives_the_same_bits(op: Op, args: tuple[Any, ...], layout: str) -> None:
     """Values between and before those of a view are NaN here."""
     other = tuple(in_layout(x, layout) for x in args)
     for a, b in zip(tensors(op.launch(*other)), tensors(op.launch(*args)), strict=True):
@@ -283,9 +279,7 @@ def is_launched_as_listed(variant: Variant, arguments: dict[str, Any]) -> bool:
     return True
 
 
-def test_every_launch_is_listed_and_made_on_the_device_of_its_tensors(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_every_launch_is_listed_and_on_its_tensors_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """So `aot` checks all that is launched. Nothing is computed here."""
     monkeypatch.setattr(triton.knobs.runtime, "interpret", False)  # which widens bfloat16
     launches = Launches()

@@ -28,9 +28,7 @@ def test_momentum_follows_the_papers_cosine(step: int, expected: float) -> None:
 
 @settings(max_examples=40)
 @given(st.integers(1, 10**6), st.data(), st.floats(0, 1), st.floats(0, 1))
-def test_momentum_rises_between_its_ends(
-    total: int, data: st.DataObject, a: float, b: float
-) -> None:
+def test_momentum_rises_between_ends(total: int, data: st.DataObject, a: float, b: float) -> None:
     start, end = sorted((a, b))
     step = data.draw(st.integers(0, total - 1))
     now, then = ema_momentum(step, total, start, end), ema_momentum(step + 1, total, start, end)

@@ -188,9 +188,7 @@ def _losses_and_gradients() -> list[Tensor]:
 
 
 @pytest.mark.parametrize("world", [2, 4])
-def test_averaging_over_ranks_gives_the_gradient_of_the_global_batch(
-    world: int, tmp_path: Path
-) -> None:
+def test_averaging_ranks_gives_the_gradient_of_the_global_batch(world: int, tmp_path: Path) -> None:
     ranks = run_ranks(world, _losses_and_gradients, tmp_path=tmp_path)
     for of_ranks, expected in zip(zip(*ranks, strict=True), _losses_and_gradients(), strict=True):
         torch.testing.assert_close(torch.stack(of_ranks).mean(0), expected, atol=1e-6, rtol=1e-5)

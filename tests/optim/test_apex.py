@@ -152,9 +152,7 @@ def steps(
 @pytest.mark.parametrize(
     ("optimizer", "kind"), [("sgd", "FusedSGD"), ("adamw", "FusedAdam"), ("lamb", "FusedLAMB")]
 )
-def test_state_goes_through_a_checkpoint_bit_for_bit(
-    optimizer: str, kind: str, install: Install
-) -> None:
+def test_checkpoints_keep_state_bit_for_bit(optimizer: str, kind: str, install: Install) -> None:
     """The stand-in divides by 1 - 0.9^step, so a lost count of steps shows."""
     install("", REAL)
     optim = OptimConfig(optimizer=optimizer, backend="apex")  # type: ignore[arg-type]

@@ -29,9 +29,7 @@ def rows(shape: tuple[int, int], kind: str = "k^-1/2") -> Tensor:
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-def test_directions_are_the_right_singular_vectors_strongest_first(
-    shape: tuple[int, int], dtype: torch.dtype
-) -> None:
+def test_directions_are_right_singular_vectors(shape: tuple[int, int], dtype: torch.dtype) -> None:
     z = rows(shape).to(dtype)
     found = directions(z)
     _, s, Vh = torch.linalg.svd(z.double(), full_matrices=False)
@@ -61,9 +59,7 @@ FILTERS = [
 
 @pytest.mark.parametrize("config", FILTERS, ids=lambda c: f"{c.kind}{c.sigma:g}")
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_the_measured_response_of_a_spectral_filter_is_its_g(
-    shape: tuple[int, int], config: FilterConfig
-) -> None:
+def test_the_response_of_a_filter_is_its_g(shape: tuple[int, int], config: FilterConfig) -> None:
     z = rows(shape)
     s = directions(z).s
     expected = g(config, s / s[0] if config.kind == "poly" else s)
@@ -80,9 +76,7 @@ def test_the_measured_response_of_a_linear_map_is_its_diagonal_in_those_directio
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("factor", [1.0, -1.0, 0.0, 3.0])
-def test_the_measured_response_of_a_multiple_is_that_factor(
-    shape: tuple[int, int], factor: float
-) -> None:
+def test_the_response_of_a_multiple_is_that_factor(shape: tuple[int, int], factor: float) -> None:
     z, expected = rows(shape), torch.full((min(shape),), factor, dtype=torch.float64)
     torch.testing.assert_close(measured_response(z, factor * z), expected, rtol=1e-9, atol=1e-12)
 
@@ -99,9 +93,7 @@ def test_there_is_no_response_under_the_cutoff_or_of_a_batch_that_is_not_finite(
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_a_branch_is_aligned_with_itself_and_its_filtered_rows(
-    shape: tuple[int, int],
-) -> None:
+def test_a_branch_is_aligned_with_itself_and_its_filtered_rows(shape: tuple[int, int]) -> None:
     z = rows(shape)
     axes = directions(z)
     for online in (z, filtered_rows(z, FilterConfig()), filtered_rows(z, FILTERS[1])):
@@ -129,9 +121,7 @@ def test_branches_that_share_no_direction_are_not_aligned() -> None:
 
 @pytest.mark.parametrize("shape", [*SHAPES, (2, 768), (4, 768), (2000, 8)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-def test_rows_that_sum_to_zero_show_one_direction_less_if_there_are_few(
-    shape: tuple[int, int], dtype: torch.dtype
-) -> None:
+def test_rows_that_sum_to_zero_show_one_less(shape: tuple[int, int], dtype: torch.dtype) -> None:
     B, d = shape
     z = torch.randn(shape, dtype=torch.float64)
     norm = torch.nn.BatchNorm1d(d, affine=False, dtype=torch.float64)

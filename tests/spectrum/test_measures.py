@@ -54,9 +54,7 @@ def numpy_eigenvalues(z: Tensor) -> np.ndarray:
     st.lists(st.one_of(st.just(0.0), st.floats(1e-6, 1e6)), min_size=1, max_size=20).filter(any),
     st.floats(1e-100, 1e100),
 )
-def test_effective_rank_is_its_definition_at_any_scale_in_any_order(
-    values: list[float], scale: float
-) -> None:
+def test_effective_rank_is_its_definition_at_any_scale(values: list[float], scale: float) -> None:
     """Negative values are rounding errors."""
     plain = torch.tensor([*values, -1e-12], dtype=torch.float64)
     for each in (plain, scale * plain, plain.flip(0)):
@@ -99,9 +97,7 @@ def test_eigenvalues_equal_numpy_s(shape: tuple[int, int], dtype: torch.dtype) -
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("kind", SPECTRA)
-def test_eigenvalues_are_squared_singular_values_over_the_batch(
-    shape: tuple[int, int], kind: str
-) -> None:
+def test_eigenvalues_are_squared_singular_values_over_B(shape: tuple[int, int], kind: str) -> None:
     s = spectrum(kind, min(shape))
     z = with_spectrum(*shape, s)
     expected = (s.square() / shape[0]).sort().values
@@ -169,9 +165,7 @@ def test_filtered_eigenvalues_are_those_of_the_filtered_rows(
     ids=name,
 )
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_rank_difference_is_positive_where_rdm_wants_the_filter(
-    config: FilterConfig, shape: tuple[int, int]
-) -> None:
+def test_rank_difference_is_positive_for_rdm(config: FilterConfig, shape: tuple[int, int]) -> None:
     """A rising g on the online branch, or a falling one on the target; elsewhere it is negative."""
     z, _ = two_views(*shape, "k^-1/2", torch.float64)
     filtered = paper_rows(z, config)
@@ -224,9 +218,7 @@ BRANCH_CONFIGS: list[FilterConfig | None] = [
 @pytest.mark.parametrize(
     "config", BRANCH_CONFIGS, ids=lambda c: c and f"{c.location}-{c.basis}{c.sigma:g}"
 )
-def test_branch_spectra_are_means_over_views_of_each_branchs_output(
-    config: FilterConfig | None,
-) -> None:
+def test_branch_spectra_are_means_over_views_of_each_output(config: FilterConfig | None) -> None:
     online, target, projection = branches()
     found = branch_spectra(online, target, projection, config)
 

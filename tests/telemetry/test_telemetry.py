@@ -102,9 +102,7 @@ def test_what_is_not_finite_is_null(tmp_path: Path, value: float) -> None:
 
 @pytest.mark.parametrize("died_at", [10, 13, 20])
 @pytest.mark.parametrize("resumed", [0, 7, 10])
-def test_a_resumed_file_is_that_of_an_undisturbed_run(
-    tmp_path: Path, died_at: int, resumed: int
-) -> None:
+def test_a_resumed_file_is_as_if_undisturbed(tmp_path: Path, died_at: int, resumed: int) -> None:
     write(tmp_path / "whole", range(1, 21))
     write(tmp_path / "m", range(1, died_at + 1))
     with (tmp_path / "m").open("a") as file:
@@ -138,9 +136,7 @@ def test_another_environment_is_told_once_where_it_begins(tmp_path: Path) -> Non
     ]  # fmt: skip
 
 
-def test_lines_wait_while_the_disk_is_full_and_none_is_lost_or_torn(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_full_disk_loses_no_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lines = JsonLines(tmp_path / "m", ENVIRONMENT)
     lines.log(1, {"loss": 1.0})
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -175,9 +171,7 @@ def write_spectra(path: Path, steps: range, resumed: int = 0) -> None:
 
 
 @pytest.mark.parametrize("resumed", [0, 7, 10])
-def test_a_resumed_file_of_spectra_is_that_of_an_undisturbed_run(
-    tmp_path: Path, resumed: int
-) -> None:
+def test_resumed_spectra_are_those_of_an_undisturbed_run(tmp_path: Path, resumed: int) -> None:
     write_spectra(tmp_path / "whole", range(1, 21))
     write_spectra(tmp_path / "s", range(1, 13))
     with (tmp_path / "s").open("a") as file:
@@ -211,9 +205,7 @@ def open_telemetry(out: Path, rank: int, **log: object) -> Telemetry:
     return telemetry
 
 
-def test_only_rank_zero_writes_and_prints(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_only_rank_0_writes_and_prints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for rank in (1, 2):
         with open_telemetry(tmp_path, rank, tensorboard=True) as telemetry:
             telemetry.log(1, METRICS)
@@ -234,9 +226,7 @@ def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
     }
 
 
-def test_tensorboard_shows_one_scalar_a_key_and_hides_what_a_resume_repeats(
-    tmp_path: Path,
-) -> None:
+def test_tensorboard_shows_one_scalar_a_key_and_hides_what_a_resume_repeats(tmp_path: Path) -> None:
     first = TensorBoard(tmp_path)
     for step in (1, 2, 3):
         first.log(step, {"loss": step / 4, "note": "text", "rank_difference": None})
@@ -249,11 +239,7 @@ def test_tensorboard_shows_one_scalar_a_key_and_hides_what_a_resume_repeats(
 
 @pytest.mark.parametrize(
     ("module", "extra"),
-    [
-        ("torch.utils.tensorboard", "tensorboard"),
-        ("wandb", "wandb"),
-        ("trackio", "trackio"),
-    ],
+    [("torch.utils.tensorboard", "tensorboard"), ("wandb", "wandb"), ("trackio", "trackio")],
 )
 def test_a_missing_tracker_is_named_with_the_command_that_installs_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str, extra: str
@@ -287,9 +273,7 @@ def test_a_tracker_goes_on_under_the_runs_own_id(
     assert first.get("dir", str(tmp_path)) == str(tmp_path) and first["config"] == ENVIRONMENT
 
 
-def test_no_tracker_is_loaded_unless_its_flag_is_given(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_tracker_is_loaded_unasked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for module in ("torch.utils.tensorboard", "wandb", "trackio"):
         monkeypatch.setitem(sys.modules, module, None)  # an import would fail
     with open_telemetry(tmp_path, 0) as telemetry:
@@ -371,9 +355,7 @@ def printed(terminal: bool, **variables: str) -> str:
     ],
     ids=["a pipe", "a dumb terminal", "NO_COLOR", "no TERM"],
 )
-def test_plain_lines_where_nothing_can_be_redrawn(
-    terminal: bool, variables: dict[str, str]
-) -> None:
+def test_plain_lines_if_nothing_can_be_redrawn(terminal: bool, variables: dict[str, str]) -> None:
     text = printed(terminal, **variables)
     assert "\x1b" not in text
     lines = text.splitlines()
@@ -405,9 +387,7 @@ def test_the_environment_says_what_a_number_depends_on() -> None:
     assert found["device"] and config_from_dict(found["config"]) == CONFIG
 
 
-def test_the_commit_is_that_of_this_checkout_or_none(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_commit_is_of_this_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def git(*words: str) -> str:
         name = ["-c", "user.name=a", "-c", "user.email=a@b"]
         command = ["git", "-C", str(tmp_path), *name, *words]

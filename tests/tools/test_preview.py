@@ -26,9 +26,7 @@ def preview(*args: object) -> int | str | None:
     return ended.value.code
 
 
-def test_a_sheet_has_a_row_for_each_image_and_two_columns_for_each_loader(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_sheet_has_rows_and_columns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "sheet.png"
     assert preview("--images", 3, "--sheet", path) == 0
     columns = 5 + 2 * HERE
@@ -39,9 +37,7 @@ def test_a_sheet_has_a_row_for_each_image_and_two_columns_for_each_loader(
     assert f"{path}: 3 images of digits, torch, resident" in printed
 
 
-def test_a_sheet_that_cannot_be_written_is_named(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_unwritable_sheet_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "none" / "sheet.png"
     assert preview("--images", 2, "--sheet", path) == 73
     assert f"--sheet {path}" in capsys.readouterr().err

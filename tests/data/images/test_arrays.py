@@ -55,9 +55,7 @@ def test_encoded_images_come_back(tmp_path: Path, jpeg_files: list[bytes]) -> No
         assert images.sizes[i].tolist() == list(expected.shape[:2])
 
 
-def test_small_encoded_images_of_one_size_are_decoded_once(
-    tmp_path: Path, jpeg_files: list[bytes]
-) -> None:
+def test_small_images_of_one_size_are_decoded_once(tmp_path: Path, jpeg_files: list[bytes]) -> None:
     images = load_arrays(write(tmp_path / "a.npz", encoded(jpeg_files[2::4])), "train")
     assert images.pixels is not None and images.pixels.shape == (2, 56, 68, 3)
     np.testing.assert_array_equal(images.read(1), np.asarray(Image.open(io.BytesIO(jpeg_files[6]))))

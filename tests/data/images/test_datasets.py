@@ -58,9 +58,7 @@ def make_cifar(root: Path, n: int, name: str) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100"])
-def test_cifar_is_read_from_torchvisions_layout(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_cifar_layout_is_read(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torchvision.datasets.cifar, "check_integrity", lambda *_: True)
     rows = make_cifar(tmp_path, 3, name)
     config = DataConfig(name=name, root=str(tmp_path))
@@ -72,9 +70,7 @@ def test_cifar_is_read_from_torchvisions_layout(
     assert test.labels.tolist() == [0, 1, 2] and test.classes == ["c0", "c1", "c2"]
 
 
-def test_stl10_trains_on_labeled_and_unlabeled_images(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_stl10_trains_on_unlabeled_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torchvision.datasets.STL10, "_check_integrity", lambda _: True)
     folder = tmp_path / "stl10_binary"
     folder.mkdir()

@@ -88,9 +88,7 @@ def rewrite(path: Path, data: bytes | None = None, later_ns: int = 0) -> None:
     os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns + later_ns))
 
 
-def test_a_second_start_opens_no_file_and_finds_the_same(
-    folder: Path, inspected: Inspected
-) -> None:
+def test_a_second_start_opens_no_file(folder: Path, inspected: Inspected) -> None:
     first = build(folder)
     assert inspected.take() == sorted(Path(name).name for name in NAMES)
     assert first.sizes.tolist() == [[9 - i, 5 + i] for i in range(5)] and first.usable.all()
@@ -112,9 +110,7 @@ def test_only_changed_files_are_inspected_again(folder: Path, inspected: Inspect
     assert again.sizes.tolist() == [[30, 40], [30, 40], [9, 5]]
 
 
-def test_full_verification_needs_more_than_cached_headers(
-    folder: Path, inspected: Inspected
-) -> None:
+def test_full_verification_needs_more_than_headers(folder: Path, inspected: Inspected) -> None:
     build(folder)
     assert build(folder, full=True).rows["decoded"].all() and len(inspected.take()) == 10
     build(folder, full=True)
@@ -303,9 +299,7 @@ def test_a_long_inspection_reports_progress_and_saves_on_the_way(
 # ---- through the folder ----------------------------------------------------------------------
 
 
-def test_the_saved_index_is_no_image_and_moves_with_its_folder(
-    folder: Path, tmp_path: Path, inspected: Inspected
-) -> None:
+def test_the_index_moves_with_a_folder(folder: Path, tmp_path: Path, inspected: Inspected) -> None:
     root = tmp_path / "root"
     root.mkdir()
     (folder / "c.gif").unlink()
@@ -319,8 +313,6 @@ def test_the_saved_index_is_no_image_and_moves_with_its_folder(
 
 
 @pytest.mark.parametrize("verify", ["header", "full"])
-def test_the_setting_asks_for_full_verification(
-    verify: str, folder: Path, inspected: Inspected
-) -> None:
+def test_a_setting_asks_for_verification(verify: str, folder: Path, inspected: Inspected) -> None:
     load_folder(folder, "train", DataConfig(name="folder", verify=verify))
     assert inspected.full == (verify == "full")

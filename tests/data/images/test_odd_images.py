@@ -126,9 +126,7 @@ def odd(request: pytest.FixtureRequest, odd_root: Path) -> FileImages:
 
 
 @pytest.mark.parametrize("kind", USED)
-def test_an_odd_image_is_used_with_stated_pixels(
-    kind: str, odd: FileImages, odd_root: Path
-) -> None:
+def test_odd_images_are_used_with_stated_pixels(kind: str, odd: FileImages, odd_root: Path) -> None:
     _, name, expected = USED[kind]
     path = odd_root / "train/b" / kind / name
     (i,) = [i for i in range(len(odd)) if odd.path(i) == path]

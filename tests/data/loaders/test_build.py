@@ -95,26 +95,20 @@ def encoded(jpeg_files: list[bytes]) -> ImageSet:
 # ---- which loader ----------------------------------------------------------------------------
 
 
-def test_auto_keeps_decoded_images_resident_and_decodes_others_with_torch_on_a_cpu(
-    images: ImageSet, encoded: ImageSet
-) -> None:
+def test_auto_is_resident_if_decoded_else_torch(images: ImageSet, encoded: ImageSet) -> None:
     assert build(configure(), images).name == "resident"
     assert build(configure(batch=4), encoded).name == "torch"
 
 
 @pytest.mark.gpu
-def test_auto_decodes_with_dali_on_a_gpu_if_it_is_there(
-    encoded: ImageSet, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_auto_takes_dali_on_a_gpu(encoded: ImageSet, monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = torch.device("cuda")
     assert build(configure(batch=4), encoded, device=gpu).name == ("dali" if HERE else "torch")
     without_dali(monkeypatch)
     assert build(configure(batch=4), encoded, device=gpu).name == "torch"
 
 
-def test_without_dali_the_error_has_the_line_that_installs_it(
-    images: ImageSet, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_dali_an_error_helps(images: ImageSet, monkeypatch: pytest.MonkeyPatch) -> None:
     pyproject = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text("utf-8"))
     extras = pyproject["project"]["optional-dependencies"]
     without_dali(monkeypatch)
@@ -183,9 +177,7 @@ def test_images_of_several_sizes_are_decoded_in_workers(encoded: ImageSet) -> No
 
 @pytest.mark.parametrize("loader", DECODING)
 @pytest.mark.parametrize("workers", [0, 1])
-def test_a_bad_image_is_one_sentence_even_from_a_worker(
-    loader: str, workers: int, tmp_path: Path
-) -> None:
+def test_a_bad_image_is_one_sentence(loader: str, workers: int, tmp_path: Path) -> None:
     images = read_folder(good_images(tmp_path))
     images.path(2).write_bytes(images.path(2).read_bytes()[:500])
     with pytest.raises(DataError, match=r"2\.jpg") as caught:
@@ -198,9 +190,7 @@ def test_a_bad_image_is_one_sentence_even_from_a_worker(
 
 @pytest.mark.parametrize("loader", LOADERS)
 @pytest.mark.parametrize("world", [2, 4])
-def test_ranks_together_see_what_one_rank_sees(
-    loader: str, world: int, images: ImageSet, whole: Whole
-) -> None:
+def test_ranks_see_what_one_sees(loader: str, world: int, images: ImageSet, whole: Whole) -> None:
     config = configure(loader)
     many = [batches(config, images, epoch=1, rank=rank, world=world) for rank in range(world)]
     for step, batch in enumerate(whole(loader)):
@@ -221,9 +211,7 @@ def test_an_epoch_has_every_image_once_and_drops_the_rest(loader: str, images: I
 
 
 @pytest.mark.parametrize("loader", LOADERS)
-def test_an_epoch_resumes_bit_for_bit_whatever_was_left_before(
-    loader: str, images: ImageSet, whole: Whole
-) -> None:
+def test_an_epoch_resumes_bit_for_bit(loader: str, images: ImageSet, whole: Whole) -> None:
     made, expected = build(configure(loader), images), whole(loader)
     left = made.epoch(0)
     next(left)
@@ -238,9 +226,7 @@ def test_an_epoch_resumes_bit_for_bit_whatever_was_left_before(
                            expected[0].indices)  # fmt: skip
 
 
-def test_every_loader_gets_the_same_parameters(
-    images: ImageSet, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_every_loader_draws_alike(images: ImageSet, monkeypatch: pytest.MonkeyPatch) -> None:
     """In any loader, on any number of ranks, and resuming at any step."""
 
     def table(loader: str, world: int, start: int) -> dict[int, bytes]:
@@ -274,9 +260,7 @@ def test_every_loader_gets_the_same_parameters(
     ("loader", "workers"),
     [("torch", 1), ("torch", 2), *(pytest.param("dali", n, marks=needs_dali) for n in (2, 4))],
 )
-def test_the_number_of_workers_changes_nothing(
-    loader: str, workers: int, images: ImageSet, whole: Whole
-) -> None:
+def test_workers_change_nothing(loader: str, workers: int, images: ImageSet, whole: Whole) -> None:
     helped = batches(configure(loader, workers), images, epoch=1)
     assert all(map(same, whole(loader), helped))
 

@@ -82,9 +82,7 @@ def test_a_gpu_shows_what_pillow_shows(precision: str, images: FileImages) -> No
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.95])
-def test_a_truncated_file_is_replaced_as_by_the_torch_loader(
-    images: FileImages, share: float
-) -> None:
+def test_a_truncated_file_is_replaced_as_by_torch(images: FileImages, share: float) -> None:
     whole = images.path(5).read_bytes()
     images.path(5).write_bytes(whole[: int(share * len(whole))])
     expected = shown(batches(dali(loader="torch", max_bad=0.5), images))
@@ -92,9 +90,7 @@ def test_a_truncated_file_is_replaced_as_by_the_torch_loader(
     assert sorted(expected) == [0, 1, 2, 3, 4, 6, 6, 7]
 
 
-def test_a_file_that_only_pillow_decodes_comes_as_pillows_pixels(
-    images: FileImages, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_for_pillow_alone(images: FileImages, monkeypatch: pytest.MonkeyPatch) -> None:
     """None is common: here Pillow's answer is made up."""
     before = batches(dali(), images)
     file, read = images.file, images.read
@@ -112,9 +108,7 @@ def test_a_file_that_only_pillow_decodes_comes_as_pillows_pixels(
                 assert dark if i == 5 else torch.equal(old.view1[row], new.view1[row])
 
 
-def test_packed_images_are_replaced_and_named_by_number(
-    images: FileImages, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_packed_images_are_replaced(images: FileImages, capfd: pytest.CaptureFixture[str]) -> None:
     files = [images.file(i).tobytes() for i in range(8)]
     some = packed(files)
     some.file(3)[:] = 0
@@ -122,9 +116,7 @@ def test_packed_images_are_replaced_and_named_by_number(
     assert "image 3 of some.npz" in capfd.readouterr().out
 
 
-def test_a_bad_file_stops_the_run_at_its_own_step_and_a_repaired_one_lets_it_go_on(
-    images: FileImages,
-) -> None:
+def test_a_bad_file_stops_the_run_at_its_step_until_repaired(images: FileImages) -> None:
     """Though DALI is some steps ahead then."""
     loader = build(dali(batch=2, on_bad_image="stop"), images)
     expected = list(loader.epoch(0))
@@ -163,9 +155,7 @@ def test_a_missing_gpu_is_one_sentence(images: FileImages) -> None:
 
 
 @pytest.mark.parametrize("loader", ["dali", "torch"])
-def test_train_py_goes_on_without_a_file_that_cannot_be_decoded(
-    loader: str, images: FileImages, tmp_path: Path
-) -> None:
+def test_train_py_leaves_out_bad_files(loader: str, images: FileImages, tmp_path: Path) -> None:
     images.path(5).write_bytes(png(80, 64, 8, 2, b"not packed"))
     data = f"--data.name folder --data.root {tmp_path / 'data'} --data.max-bad 0.2"
     view = "--augment.size 16 --augment.mean 0.5 0.5 0.5 --augment.std 0.5 0.5 0.5"

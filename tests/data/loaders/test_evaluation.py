@@ -20,9 +20,7 @@ CPU = torch.device("cpu")
 
 @pytest.mark.parametrize("world", [1, 3])
 @pytest.mark.parametrize("workers", [0, 1])
-def test_evaluation_shows_every_image_once(
-    world: int, workers: int, photographs: NDArray[np.uint8]
-) -> None:
+def test_each_image_is_shown_once(world: int, workers: int, photographs: NDArray[np.uint8]) -> None:
     images, augment = PixelImages(photographs[:24], None, []), AugmentConfig(size=16)
     seen = [
         indices
@@ -48,9 +46,7 @@ def test_evaluation_leaves_images_of_the_right_size_alone() -> None:
 
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 @pytest.mark.parametrize(("size", "short"), [(16, 16), (32, 32), (64, 73), (96, 110)])
-def test_evaluation_resizes_and_crops_as_torchvision(
-    size: int, short: int, interpolation: str, jpeg_files: list[bytes]
-) -> None:
+def test_as_torchvision(size: int, short: int, interpolation: str, jpeg_files: list[bytes]) -> None:
     augment = AugmentConfig(size=size, interpolation=interpolation)
     theirs = Compose([Resize(short, InterpolationMode(interpolation)), CenterCrop(size)])
     std, mean = (np.reshape(x, (3, 1, 1)) for x in (augment.std, augment.mean))

@@ -143,9 +143,7 @@ def test_a_stage_measures_a_number_of_batches_or_for_a_time(
 
 
 @pytest.mark.parametrize("n_views", [2, 5])
-def test_single_images_are_scaled_to_a_whole_batch(
-    n_views: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_single_images_are_scaled_to_a_batch(n_views: int, monkeypatch: pytest.MonkeyPatch) -> None:
     config = with_small_views("digits_byol", n_views - 2, global_batch=64)
     step = parts(with_data(config, loader="torch", workers=0))
     clock = FakeClock(monkeypatch)

@@ -25,9 +25,7 @@ def test_every_optional_extra_that_brings_a_library_is_looked_for() -> None:
         assert extras[extra][0].startswith(module)
 
 
-def test_installed_libraries_have_versions_and_missing_ones_a_line_to_install(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_libraries_have_versions_or_a_line_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     known = metadata.version
 
     def without_wandb(name: str) -> str:
@@ -87,9 +85,7 @@ def test_the_advice_on_apex_fits_what_is_installed(monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize(
     ("cuda", "fix"), [(None, ["pip install"]), ("13.0", ["driver 550.1", "13.0"])]
 )
-def test_a_gpu_that_torch_cannot_use_has_a_fix(
-    cuda: str | None, fix: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_unusable_gpu(cuda: str | None, fix: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     answers = {"driver_version": ["550.1"], "name": ["NVIDIA H100"]}
     monkeypatch.setattr(machine, "nvidia_smi", lambda field: answers[field])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
@@ -108,9 +104,7 @@ def test_no_driver_is_no_error(monkeypatch: pytest.MonkeyPatch) -> None:
     assert gpus() == [Finding("gpu", "none"), Finding("driver", "none")]
 
 
-def test_the_cpu_is_described_by_the_first_core(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_first_core_describes_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "cpuinfo"
     path.write_text("processor: 0\nflags\t\t: fpu amx_bf16 avx2\nprocessor: 1\nflags\t: sse\n")
     assert cpu_property("flags", path) == "fpu amx_bf16 avx2"

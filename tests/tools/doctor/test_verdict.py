@@ -9,6 +9,8 @@ from rdm_fast.config import Config, Precision
 from rdm_fast.config.recipes import recipe
 from rdm_fast.tools.doctor.verdict import Situation, Verdict, verdict
 
+Times = tuple[float, float, float]
+
 
 def judge(
     loader: float,
@@ -53,9 +55,7 @@ def imagenet(precision: Precision = "bf16", **data: Any) -> Config:
         ((44, 40, 5), 2, "dali", "model"),
     ],
 )
-def test_the_bottleneck_is_what_a_step_waits_for(
-    times: tuple[float, float, float], workers: int, loader: str, expected: str
-) -> None:
+def test_the_bottleneck(times: Times, workers: int, loader: str, expected: str) -> None:
     assert judge(*times, config=imagenet(workers=workers), loader=loader).bottleneck == expected
 
 
@@ -86,9 +86,7 @@ COMPILED = replace(EIGH, step=replace(EIGH.step, compile="default"))
         (SLOW_MODEL, EIGH, {"threads": 2}, "OMP_NUM_THREADS=8"),
     ],
 )  # fmt: skip
-def test_the_first_advice_fits(
-    times: tuple[float, float, float], config: Config, here: dict[str, object], first: str
-) -> None:
+def test_first_advice(times: Times, config: Config, here: dict[str, object], first: str) -> None:
     assert judge(*times, config=config, **here).advice[0].startswith(first)
 
 
@@ -105,16 +103,12 @@ def test_the_first_advice_fits(
         (SLOW_MODEL, EIGH, {"threads": 2, "on_gpu": True}, "OMP"),
     ],
 )
-def test_useless_advice_is_not_given(
-    times: tuple[float, float, float], config: Config, here: dict[str, object], absent: str
-) -> None:
+def test_bad_advice(times: Times, config: Config, here: dict[str, object], absent: str) -> None:
     assert absent not in str(judge(*times, config=config, **here).advice)
 
 
 @pytest.mark.parametrize("loader", ["torch", "dali", "resident"])
 @pytest.mark.parametrize("times", [(90, 3, 1), (1, 90, 3), (1, 3, 90)])
 @pytest.mark.parametrize("on_gpu", [False, True])
-def test_there_is_always_something_to_try(
-    loader: str, times: tuple[float, float, float], on_gpu: bool
-) -> None:
+def test_there_is_always_advice(loader: str, times: Times, on_gpu: bool) -> None:
     assert judge(*times, loader=loader, on_gpu=on_gpu).advice

@@ -134,9 +134,7 @@ def require_metadata(file: Path, made: Config) -> None:
 
 
 @pytest.mark.slow  # three ResNet-50
-def test_a_resnet50_loads_strictly_into_torchvision_and_timm(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_resnet50_loads_strictly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = config("imagenet_rdm_simsiam")
     step, method = save_random(tmp_path / "run", made, STEP)
     for target in ("torchvision", "timm"):
@@ -182,9 +180,7 @@ def test_an_existing_export_is_replaced_only_on_request(run_of: RunOf, tmp_path:
     ],
     ids=["suffix", "none", "place"],
 )
-def test_an_impossible_output_is_an_error(
-    target: Target, out: str, kind: type[Exception], run_of: RunOf
-) -> None:
+def test_an_impossible_out(target: Target, out: str, kind: type[Exception], run_of: RunOf) -> None:
     step, _ = run_of(config("cifar10_simsiam"))
     with pytest.raises(kind) as error:
         export_checkpoint(step, target, out=Path(out))
@@ -192,9 +188,7 @@ def test_an_impossible_output_is_an_error(
     assert not (step.parents[1] / "export").exists()
 
 
-def test_the_command_exports_the_newest_checkpoint(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_command_exports_the_newest(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     save_random(tmp_path / "run", tiny("digits_byol"), STEP)
     args = ["export", str(tmp_path / "run"), "--to"]
     for target, code in (("safetensors", 0), ("safetensors", 73), ("onnx", 2)):

@@ -116,9 +116,7 @@ def require_nothing_fetched(page: Page) -> None:
     assert policy.startswith("default-src 'none'; img-src data:;")
 
 
-def test_pages_fetch_nothing_and_hold_the_figures_that_lie_beside_them(
-    folder: Path, one: Page, two: Page
-) -> None:
+def test_pages_fetch_nothing_and_hold_their_figures(folder: Path, one: Page, two: Page) -> None:
     for page, figures, stem in (
         (one, folder / "run" / "figures", "report"),
         (two, folder / "out" / "figures", "mine"),
@@ -214,9 +212,7 @@ def require_notes(page: Page, printed: str, label: str) -> None:
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
-def test_a_damaged_run_has_notes_in_the_page_and_on_the_console(
-    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_damage_is_noted(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Measured for real: there is no checkpoint, which is a note too."""
     damage(make_run(tmp_path / "broken"), kind)
     page = report(tmp_path, "broken", measure=False)
@@ -277,9 +273,7 @@ def test_a_page_that_cannot_be_written_names_the_flag(tmp_path: Path) -> None:
     assert "--out" in str(error.value)
 
 
-def test_a_missing_matplotlib_is_an_error_before_any_work(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_missing_matplotlib_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     find = style.importlib.util.find_spec
     monkeypatch.setattr(
         style.importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find(name)

@@ -70,9 +70,7 @@ def refused(kind: type[UserError], sweep: Sweep, *args: Any) -> str:
 # ---- what it writes --------------------------------------------------------------------------
 
 
-def test_a_sweep_has_a_run_folder_for_each_filter_a_table_and_a_figure(
-    sweep: Sweep, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_files_of_a_sweep(sweep: Sweep, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "sweep"
     sweep(out)
     names = {path.name for path in out.iterdir()}
@@ -84,9 +82,7 @@ def test_a_sweep_has_a_run_folder_for_each_filter_a_table_and_a_figure(
     assert table in capsys.readouterr().out and "| online s^1 | positive |" in table
 
 
-def test_the_same_command_continues_and_overwrite_starts_again(
-    sweep: Sweep, tmp_path: Path
-) -> None:
+def test_the_same_command_continues_and_overwrite_restarts(sweep: Sweep, tmp_path: Path) -> None:
     sweep(tmp_path)
     kept = tmp_path / "control" / "logs" / "mine"
     kept.touch()
@@ -97,9 +93,7 @@ def test_the_same_command_continues_and_overwrite_starts_again(
     assert not kept.exists() and read_config(tmp_path / "control").optim.epochs == 3
 
 
-def test_failed_runs_are_listed_after_the_table_with_the_first_ones_code(
-    sweep: Sweep, failures: dict[str, Failure], tmp_path: Path
-) -> None:
+def test_failed_runs_are_listed(sweep: Sweep, failures: dict[str, Failure], tmp_path: Path) -> None:
     failures |= {"online_s1": Failure(71, "not finite"), "control": Failure(73, "in use")}
     assert "online_s1: not finite; control: in use" in refused(NonFinite, sweep, tmp_path)
     table = (tmp_path / "sweep.md").read_text()
@@ -132,9 +126,7 @@ def test_a_folder_or_file_of_something_else_is_left_alone(sweep: Sweep, tmp_path
     assert [*tmp_path.iterdir()] == [mine]
 
 
-def test_a_run_whose_folder_cannot_be_used_is_named_and_the_others_continue(
-    sweep: Sweep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_unusable_run(sweep: Sweep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sweep(tmp_path)
     (tmp_path / "online_s1" / "metrics.jsonl").unlink()
     monkeypatch.setattr(make, "GRACE", 0.01)
@@ -146,9 +138,7 @@ def test_a_run_whose_folder_cannot_be_used_is_named_and_the_others_continue(
     assert "config.yaml" in refused(DataError, sweep, tmp_path)
 
 
-def test_a_missing_matplotlib_is_reported_before_any_run(
-    sweep: Sweep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_matplotlib_required(sweep: Sweep, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(style.importlib.util, "find_spec", lambda _: None)
     assert "matplotlib" in refused(Unavailable, sweep, tmp_path / "sweep")
     assert not (tmp_path / "sweep").exists()
@@ -206,9 +196,7 @@ def test_a_killed_sweep_continues_and_ends_with_the_bits_of_an_undisturbed_run(
     assert final_bytes(out / "online_s1") == final_bytes(tmp_path / "undisturbed")
 
 
-def test_a_process_whose_sweep_died_before_it_started_ends_at_once(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_process_without_its_sweep_ends(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv(LAUNCHED, str(os.getpid()))  # not the id of this process's parent
     monkeypatch.setattr(cli, "_end_with_launcher", lambda: None)
     with pytest.raises(SystemExit) as ended:
