@@ -1,11 +1,13 @@
 """LARS (You et al., arXiv:1708.03888): SGD with momentum in which every layer has its own rate.
 
-    r    = eta |p| / (|g| + wd |p| + eps),    1 where |p| or |g| is 0;    clipped: min(r / lr, 1)
-    d    = r (g + wd p)
+    r    = eta |p| / (|g| + wd |p| + eps),    clipped: min(r / lr, 1)
+    d    = r (g + wd p),    but g where |p| or |g| is 0
     buf <- m buf + d,    p <- p - lr buf
 
-as in RDM's released code. Excluded layers (one-dimensional parameters: batch norms and biases)
-have r = 1 and wd = 0.
+as in RDM's released code (solo/utils/lars.py), solo-learn and NVIDIA apex's LARC. Excluded layers
+(one-dimensional parameters: batch norms and biases) have r = 1 and wd = 0. timm's LARS also decays
+a layer whose gradient is zero, and clips the rate of a layer that is zero; BYOL's own divides by
+|g + wd p|.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -106,10 +108,12 @@ def _scale_each(tensors: Sequence[Tensor], factors: Tensor) -> None:
 
 
 def _trust_ratios(group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> Tensor:
-    """r of every parameter, [N], on the device."""
+    """d / (g + wd p) of every parameter, [N], on the device."""
     p_norm = torch.stack(torch._foreach_norm(params))
     g_norm = torch.stack(torch._foreach_norm(grads))
     scale = g_norm + group["weight_decay"] * p_norm + group["eps"]
     ratio = group["trust_coefficient"] * p_norm / scale
-    ratio = ratio.where((p_norm > 0) & (g_norm > 0), 1.0)
-    return (ratio / group["lr"]).clamp(max=1.0) if group["clip"] else ratio
+    if group["clip"]:
+        ratio = (ratio / group["lr"]).clamp(max=1.0)
+    ratio = ratio.where(p_norm > 0, 1.0)  # g + wd p is g
+    return ratio.where(g_norm > 0, 0.0)  # g is 0

@@ -87,9 +87,10 @@ def learning_rate(step: int, steps_per_epoch: int, optim: OptimConfig) -> float:
         optim: peak, length and ends of the schedule.
 
     Returns:
-        warmup_lr at step 0, rising linearly to optim.lr over warmup_epochs; then half a cosine
-        (Loshchilov & Hutter, arXiv:1608.03983) that would reach final_lr one step after the last,
-        so no step is spent at a rate of zero.
+        warmup_lr at step 0, rising linearly to optim.lr at step W, after warmup_epochs; then half a
+        cosine (Loshchilov & Hutter, arXiv:1608.03983) that would reach final_lr one step after the
+        last, so no step is spent at a rate of zero. This is BYOL's schedule; solo-learn's, which
+        differs only before W, reaches optim.lr at W - 1.
     """
     warmup = optim.warmup_epochs * steps_per_epoch
     if step < warmup:

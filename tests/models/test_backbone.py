@@ -83,7 +83,7 @@ def test_every_convolution_starts_kaiming_normal_but_a_replaced_3_x_3_stem(
 def test_a_replaced_3_x_3_stem_starts_with_torchs_default(
     name: str, channels: int, stem: str
 ) -> None:
-    """nn.Conv2d's default , kept by RDM and solo-learn, is uniform within 1/sqrt(fan_in)."""
+    """nn.Conv2d's default, kept by RDM and solo-learn, is uniform within 1/sqrt(fan_in)."""
     backbone, _ = build(name, stem, channels)
     w = backbone.conv1.weight.detach()  # type: ignore[union-attr, operator]
     bound = 1 / math.sqrt(channels * 9)  # 0.192 for color

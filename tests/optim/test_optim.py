@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rdm_fast.config import OptimConfig
+from rdm_fast.config.recipes import RECIPES
 from rdm_fast.methods.ema import update_ema
 from rdm_fast.optim import Lars, build_optimizer, learning_rate, parameter_groups, set_learning_rate
 
@@ -171,8 +172,12 @@ def drive(
     step: Callable[[], object],
     optimizer: torch.optim.Optimizer | None = None,
     scale: float = 1.0,
+    still: int | None = None,
 ) -> None:
-    """Twenty steps on gradients that depend on the parameters, with a moving learning rate."""
+    """Twenty steps on gradients that depend on the parameters, with a moving learning rate.
+
+    In every third step the gradient of the parameter numbered `still` is zero.
+    """
     generator = torch.Generator().manual_seed(9)
     for i in range(STEPS):
         if optimizer is not None:
@@ -180,6 +185,8 @@ def drive(
                 group["lr"] = 0.1 + 0.4 * i / STEPS
         for p in params:
             p.grad = scale * (torch.randn(p.shape, generator=generator) + 0.1 * p.detach())
+        if still is not None and i % 3 == 0:
+            params[still].grad = torch.zeros_like(params[still])
         step()
 
 
@@ -216,33 +223,38 @@ def test_lars_equals_timms(clip: bool, weight_decay: float, exclude: bool, scale
 def literal_lars(
     params: list[nn.Parameter], buffers: list[Tensor], lr: float, wd: float, clip: bool
 ) -> None:
-    """The update of the released code, one float64 parameter at a time; 1-D ones are excluded."""
+    """The update of RDM's released code (solo/utils/lars.py:139-165), a parameter at a time.
+
+    One-dimensional parameters are excluded (its exclude_bias_n_norm).
+    """
     with torch.no_grad():
         for p, buffer in zip(params, buffers, strict=True):
-            g = p.grad
-            assert g is not None
-            d = g
-            if p.dim() != 1:
-                ratio = 1.0
-                if p.norm() > 0 and g.norm() > 0:
-                    ratio = float(0.02 * p.norm() / (g.norm() + wd * p.norm() + 1e-8))
+            d = p.grad
+            assert d is not None
+            p_norm, g_norm = float(p.norm()), float(d.norm())
+            if p.dim() != 1 and p_norm != 0 and g_norm != 0:
+                lars_lr = 0.02 * p_norm / (g_norm + p_norm * wd + 1e-8)
                 if clip:
-                    ratio = min(ratio / lr, 1.0)
-                d = (g + wd * p) * ratio
+                    lars_lr = min(lars_lr / lr, 1)
+                d = lars_lr * (d + wd * p)
             buffer.mul_(0.9).add_(d)
             p -= lr * buffer
 
 
 @pytest.mark.parametrize("clip", [True, False])
-def test_lars_equals_the_literal_loop_in_float64(clip: bool) -> None:
+@pytest.mark.parametrize("lr", [0.3, 4.0])
+def test_lars_equals_the_released_codes_in_float64(lr: float, clip: bool) -> None:
+    """Also in layers that start at zero, and in steps where a layer's gradient is zero."""
     ours = [nn.Parameter(p.detach().double()) for p in parameters()]
+    for start in (0, 2):
+        nn.init.zeros_(ours[start])
     expected = [nn.Parameter(p.detach().clone()) for p in ours]
-    optim = Lars(lars_groups(ours, exclude=True), lr=0.3, weight_decay=1e-2, clip=clip)
+    optim = Lars(lars_groups(ours, exclude=True), lr=lr, weight_decay=1e-2, clip=clip)
     buffers = [torch.zeros_like(p) for p in expected]
-    drive(ours, optim.step)
-    drive(expected, lambda: literal_lars(expected, buffers, 0.3, 1e-2, clip))
+    drive(ours, optim.step, still=1)
+    drive(expected, lambda: literal_lars(expected, buffers, lr, 1e-2, clip), still=1)
     for p, q in zip(ours, expected, strict=True):
-        torch.testing.assert_close(p, q, atol=1e-12, rtol=0)
+        torch.testing.assert_close(p, q, atol=1e-12 * q.abs().max().item(), rtol=0)
 
 
 @pytest.mark.parametrize(
@@ -257,9 +269,12 @@ def test_lars_equals_the_literal_loop_in_float64(clip: bool) -> None:
         # clipped at lr 0.5: r / lr = 2/15 times lr is again 1/15; unclipped it would be half of it
         ([[3.0, 4.0]], [[0.6, 0.8]], 0.5, True, [[3 - 0.9 / 15, 4 - 1.2 / 15]]),
         ([[3.0, 4.0]], [[0.6, 0.8]], 0.5, False, [[3 - 0.9 / 30, 4 - 1.2 / 30]]),
-        # a zero layer still starts, a layer without gradient only decays
+        # a zero layer starts with SGD's step, which the clip leaves alone even at lr 2
         ([[0.0, 0.0]], [[0.6, 0.8]], 0.5, True, [[-0.3, -0.4]]),
-        ([[3.0, 4.0]], [[0.0, 0.0]], 0.5, True, [[3 - 0.5 * 0.3, 4 - 0.5 * 0.4]]),
+        ([[0.0, 0.0]], [[0.6, 0.8]], 2.0, True, [[-1.2, -1.6]]),
+        # a layer without gradient stays where it is
+        ([[3.0, 4.0]], [[0.0, 0.0]], 0.5, True, [[3.0, 4.0]]),
+        ([[3.0, 4.0]], [[0.0, 0.0]], 0.5, False, [[3.0, 4.0]]),
         # at learning rate zero, the first step of a warm-up, nothing moves and nothing is NaN
         ([[3.0, 4.0]], [[0.6, 0.8]], 0.0, True, [[3.0, 4.0]]),
     ],
@@ -395,6 +410,44 @@ SCHEDULE = OptimConfig(
 )
 def test_the_learning_rate_by_hand(step: float, expected: float) -> None:
     assert math.isclose(learning_rate(step, 10, SCHEDULE), expected, rel_tol=1e-12)  # type: ignore[arg-type]
+
+
+def cosine_down(step: int, warmup: int, total: int, lr: float) -> float:
+    return lr * (1 + math.cos(math.pi * (step - warmup) / (total - warmup))) / 2
+
+
+def byols(step: int, warmup: int, total: int, lr: float) -> float:
+    """learning_schedule of deepmind-research, byol/utils/schedules.py."""
+    return step / warmup * lr if step < warmup else cosine_down(step, warmup, total, lr)
+
+
+def solo_learns(step: int, warmup: int, total: int, lr: float, start: float) -> float:
+    """_get_closed_form_lr of solo/utils/lr_scheduler.py, which is Lightning Bolts'."""
+    rising = start + step * (lr - start) / (warmup - 1)
+    return rising if step < warmup else cosine_down(step, warmup, total, lr)
+
+
+def test_the_schedule_is_byols_own_and_but_for_the_warm_up_solo_learns() -> None:
+    optim = RECIPES["cifar10_byol"]().optim
+    n = 50_000 // 256
+    warmup, total, lr, start = 10 * n, 400 * n, 1.0, 3e-5
+    steps = [0, 1, n, 5 * n + 7, warmup - 1, warmup, warmup + 1, 200 * n + 3, total - 1]
+    for step in steps:
+        ours = learning_rate(step, n, replace(optim, warmup_lr=0.0))
+        assert math.isclose(ours, byols(step, warmup, total, lr), rel_tol=1e-12), step
+        behind = solo_learns(step, warmup, total, lr, start) - learning_rate(step, n, optim)
+        expected = step * (lr - start) / (warmup * (warmup - 1)) if step < warmup else 0.0
+        assert math.isclose(behind, expected, abs_tol=1e-13), step
+    assert learning_rate(warmup - 1, n, optim) < learning_rate(warmup, n, optim) == lr
+    assert solo_learns(warmup - 1, warmup, total, lr, start) == pytest.approx(lr, rel=1e-12)
+
+
+def test_simsiams_schedule_agrees_at_the_start_of_every_epoch() -> None:
+    """adjust_learning_rate of main_simsiam.py moves once an epoch."""
+    optim = RECIPES["imagenet_simsiam"]().optim
+    for epoch in (0, 1, 33, 50, 99):
+        theirs = 0.05 * 512 / 256 * 0.5 * (1.0 + math.cos(math.pi * epoch / 100))
+        assert math.isclose(learning_rate(2502 * epoch, 2502, optim), theirs, rel_tol=1e-12)
 
 
 @settings(max_examples=40)
