@@ -33,7 +33,7 @@ class FilterConfig:
     center: bool = False
     """Take the spectrum of the centered projections (covariance) instead of the raw correlation."""
     engine: Engine = "auto"
-    """How to compute the filter: auto chooses, reference is the paper's literal SVD."""
+    """How to compute the filter: auto chooses, reference repeats the paper's released code."""
     response: Annotated[Callable[[Any], Any] | None, Suppress] = field(
         default=None, metadata={"saved": False}
     )

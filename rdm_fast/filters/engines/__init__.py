@@ -2,7 +2,7 @@
 
 eigh        eigendecomposition of the smaller Gram matrix: every filter, always accurate
 gemm        matrix products only: where they are accurate, and nothing waits for the device
-reference   the SVD of the paper's code, for comparison
+reference   as the paper's released code, for comparison
 """
 
 from torch import Tensor
