@@ -20,7 +20,7 @@ TWO_FILES := -n 2 --dist loadfile --no-loadscope-reorder -p no:benchmark
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help train test test-all lint format types bench bench-check accuracy aot docs package check clean
+.PHONY: help train test test-all lint format types bench bench-check accuracy numbers numbers-quick aot docs package check clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -56,6 +56,12 @@ bench-check: $(VENV)/.dev ## run every benchmark once, untimed
 
 accuracy: $(VENV)/.dev ## make the accuracy table of kernels/README.md; fails where a bound is broken
 	$(BIN)/python -m bench.accuracy --engine gemm --device cpu --write kernels/README.md
+
+numbers: $(VENV)/.dev ## measure the numbers on the pages again, about an hour; fails where one changed
+	$(BIN)/python -m bench.numbers --check
+
+numbers-quick: $(VENV)/.dev ## the same in two minutes, as in CI: one seed of digits, and probes
+	$(BIN)/python -m bench.numbers --check --quick
 
 aot: $(VENV)/.dev $(OLDEST_TRITON)/.installed ## compile every kernel for three GPUs, without one
 	$(BIN)/python -m rdm_kernels.aot

@@ -25,9 +25,29 @@ def replace_between(path: Path, name: str, text: str) -> None:
     Raises:
         ValueError: the file does not have each of them once, in this order.
     """
-    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+    before, _, after = _split(path, name)
+    begin, end = _markers(name)
+    path.write_text(f"{before}{begin}\n\n{text.strip()}\n\n{end}{after}", encoding="utf-8")
+
+
+def between(path: Path, name: str) -> str:
+    """The text between the markers, stripped.
+
+    Raises:
+        ValueError: as `replace_between`.
+    """
+    return _split(path, name)[1].strip()
+
+
+def _markers(name: str) -> tuple[str, str]:
+    return f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+
+
+def _split(path: Path, name: str) -> tuple[str, str, str]:
+    """A file before, between and after the markers."""
+    begin, end = _markers(name)
     before, first, rest = path.read_text(encoding="utf-8").partition(begin)
-    _, second, after = rest.partition(end)
+    inside, second, after = rest.partition(end)
     if not (first and second) or begin in rest or end in before + after:
         raise ValueError(f"{path} needs one line {begin!r} and after it one line {end!r}")
-    path.write_text(f"{before}{begin}\n\n{text.strip()}\n\n{end}{after}", encoding="utf-8")
+    return before, inside, after

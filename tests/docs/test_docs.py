@@ -5,7 +5,6 @@ import contextlib
 import io
 import os
 import re
-import runpy
 import shlex
 import subprocess
 import sys
@@ -287,25 +286,9 @@ def test_lines_are_at_most_120_columns_outside_tables() -> None:
         *(ROOT / f"{name}.md" for name in ("CONTRIBUTING", "SECURITY", "CHANGELOG", "LOG")),
     ]
     for page in pages:
-        text = re.sub(r"<!-- sweep: begin.*?end -->", "", page.read_text("utf-8"), flags=re.DOTALL)
-        long = [line for line in text.splitlines() if len(line) > 120 and line[0] not in "|!"]
+        lines = page.read_text("utf-8").splitlines()
+        long = [line for line in lines if len(line) > 120 and line[0] not in "|!"]
         assert not long, f"{page.name}: {long[0]}"
-
-
-def test_a_sweep_replaces_the_results_of_the_one_before(tmp_path: Path) -> None:
-    copy = runpy.run_path(str(DOCS / "sweep_results.py"))["copy"]
-    page, sweep = tmp_path / "page.md", tmp_path / "sweep"
-    page.write_text(TEXTS["sweep.md"] + "\nend\n", encoding="utf-8")
-    sweep.mkdir()
-    for number in ("one", "two"):
-        (sweep / "sweep.md").write_text(f"| {number} |\n")
-        (sweep / "sweep.png").write_bytes(number.encode())
-        copy(sweep, page)
-    text = page.read_text(encoding="utf-8")
-    assert "| two |" in text and "| one |" not in text
-    assert text.startswith(TEXTS["sweep.md"][:1000]) and text.endswith("\nend\n")
-    assert text.count("](sweep.png)") == 1
-    assert (tmp_path / "sweep.png").read_bytes() == b"two"
 
 
 def test_the_container_copies_the_packages_and_installs_existing_extras() -> None:

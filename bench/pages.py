@@ -1,0 +1,164 @@
+"""The numbers on the pages by name: where they stand, how they are measured, how they are shown."""
+
+import statistics
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import bench.measured as m
+from bench.measured import Column, Runs, Values
+
+Record = dict[str, Any]
+"""Values with machine and seeds, as in bench/results/NAME.json."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """Numbers that one command makes."""
+
+    blocks: Mapping[str, Callable[[Record], str] | None]
+    """Pages, and the text there made of a record; None for a text written by hand."""
+    command: str
+    why: str = ""
+    """Why `--check` leaves them out; empty if it does not."""
+    measure: Callable[[Runs, bool], Values] | None = None
+    """From runs, and whether the values of `--quick` suffice; raises RuntimeError on failure."""
+    seeds: Sequence[int] = (0,)
+    quick: bool = False
+    columns: Mapping[str, Column] = field(default_factory=dict)
+    """Empty if there are no values: `measure` only fails or does not."""
+    draw: Callable[[Runs], object] | None = None
+    """Draws the figures beside the table, from the same runs."""
+
+
+# ---- text --------------------------------------------------------------------------------------
+
+
+def cell(values: Sequence[float], decimals: int) -> str:
+    """Mean, and from two values on the standard deviation."""
+    mean = f"{statistics.mean(values):.{decimals}f}"
+    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.{decimals}f}"
+
+
+def table(corner: str, columns: Mapping[str, Column], record: Record) -> str:
+    """A row for each row of the values, with n, if any number is a mean."""
+    rows: Values = record["values"]
+    counts = {name: len(next(iter(row.values()))) for name, row in rows.items()}
+    with_n = max(counts.values()) > 1
+    lines = ["| " + " | ".join([corner, *(["n"] if with_n else []), *columns]) + " |"]
+    lines.append("|---|" + "---:|" * (len(columns) + with_n))
+    for name, row in rows.items():
+        cells = [name, str(counts[name])] if with_n else [name]
+        cells += [cell(row[key], columns[key].decimals) if key in row else "" for key in columns]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def where(record: Record) -> str:
+    """Seeds, machine and versions."""
+    machine, n = record["machine"], len(record["seeds"])
+    how = (
+        f"Mean ± standard deviation of n seeds from {record['seeds'][0]} on" if n > 1 else "One run"
+    )
+    return f"{how}; {machine['device']}, one thread, torch {machine['torch']}, {machine['date']}."
+
+
+def paragraph(text: str) -> str:
+    return textwrap.fill(text, 118, break_long_words=False, break_on_hyphens=False)
+
+
+def claim(record: Record) -> str:
+    """RDM's prediction, and how many filters fulfil it."""
+    rows: Values = record["values"]
+    filters = [row for name, row in rows.items() if name != m.CONTROL]
+    positive = sum(row["lowest"][0] > 0 for row in filters)
+    ranks = [row["projections"][0] for row in filters]
+    count = "All" if positive == len(filters) else f"{positive} of the"
+    return paragraph(
+        f"**The paper's claim, on digits.** {count} {len(filters)} filters that RDM recommends "
+        "keep the rank difference positive at every logged step. The projections end "
+        f"with an effective rank of {min(ranks):.0f} to {max(ranks):.0f}, against "
+        f"{rows[m.CONTROL]['projections'][0]:.1f} unfiltered (`rdm sweep digits_rdm_simsiam`, "
+        "seed 0; [table](docs/sweep.md)):"
+    )
+
+
+def shown(
+    corner: str, columns: Mapping[str, Column], before: str = "", after: str = ""
+) -> Callable[[Record], str]:
+    """The table of a record, and where it was measured."""
+
+    def text(record: Record) -> str:
+        last = paragraph(f"{where(record)} {after}".strip())
+        return "\n\n".join(filter(None, [before, table(corner, columns, record), last]))
+
+    return text
+
+
+TIMING = "times need an idle machine"
+TEST_IMAGES = "There are 397 test images, so one image is 0.25 points."
+PICTURE = "![Effective rank and rank difference of every filter](sweep.png)"
+ENTRIES = {
+    "digits": Entry(
+        blocks={"README.md": shown("digits, 60 epochs", m.DIGITS, after=TEST_IMAGES)},
+        command="rdm train digits_rdm_simsiam [--sigma 0] --seed 0 to 4, and rdm eval",
+        measure=m.measure_digits, seeds=m.SEEDS, columns=m.DIGITS, quick=True, draw=m.draw_digits,
+    ),
+    "sweep": Entry(
+        blocks={"README.md": claim, "docs/sweep.md": shown("filter", m.SWEEP, PICTURE)},
+        command="rdm sweep digits_rdm_simsiam",
+        measure=m.measure_sweep, columns=m.SWEEP, draw=m.draw_sweep,
+    ),
+    "response": Entry(
+        blocks={"docs/telemetry.md": shown("recipe", m.RESPONSE)},
+        command="rdm train digits_simsiam and digits_byol, --seed 0 to 4",
+        measure=m.measure_response, seeds=m.SEEDS, columns=m.RESPONSE, draw=m.draw_response,
+    ),
+    "guard": Entry(
+        blocks={"docs/telemetry.md": shown("run", m.GUARD)},
+        command="rdm train digits_... --epochs 30, six runs",
+        measure=m.measure_guard, columns=m.GUARD,
+    ),
+    "solvers": Entry(
+        blocks={"docs/evaluation.md": shown("solver", m.TOP1)},
+        command="python -m bench.numbers solvers --check",
+        measure=m.measure_solvers, columns=m.TOP1, quick=True,
+    ),
+    "memory": Entry(
+        blocks={"docs/evaluation.md": shown("protocol (and kNN)", m.MEMORY)},
+        command="python -m bench.evaluation_memory --protocol NAME",
+        measure=m.measure_memory, columns=m.MEMORY,
+    ),
+    "accuracy": Entry(
+        blocks={"kernels/README.md": None}, command="make accuracy",
+        measure=m.check_accuracy,
+    ),
+    "cifar": Entry(
+        blocks={"README.md": None}, command="rdm train cifar10_rdm_simsiam ..., below the table",
+        why="needs CIFAR-10 and half an hour",
+    ),
+    "peers": Entry(
+        blocks={"docs/performance.md": None}, why=TIMING,
+        command="python -m bench.compare_peers; pytest bench/bench_step.py",
+    ),
+    "loaders": Entry(
+        blocks={"docs/performance.md": None}, why=TIMING,
+        command="pytest bench/bench_loader.py bench/bench_data_wait.py",
+    ),
+    "results": Entry(
+        blocks={"bench/README.md": None}, why="needs a GPU", command="python -m bench.campaign"
+    ),
+    "views": Entry(
+        blocks={"docs/data.md": None}, why="bounds, held by these tests",
+        command="pytest tests/data/views tests/data/loaders",
+    ),
+    "bounds": Entry(
+        blocks={"kernels/README.md": None}, why="bounds, held by these tests",
+        command="pytest tests/kernels",
+    ),
+    "published": Entry(
+        blocks={"docs/reproducing.md": None}, why="published by others, not measured here",
+        command="the READMEs of solo-learn and SimSiam",
+    ),
+}  # fmt: skip
