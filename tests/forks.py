@@ -1,18 +1,17 @@
 """Processes forked from a server that has imported torch and rdm_fast: a start takes milliseconds.
 
 The server is multiprocessing's fork server, one for each pytest process, started on first use. It
-runs no threads, so forking it is safe. When pytest ends, so does it, and its children with it.
+runs no threads, so forking it is safe. It ends with pytest, and its children end with it.
 
 A forked process has a pid, session, environment, folder and output of its own, and signals do to
-it what they do to `python train.py`. It is no fresh interpreter: a variable that is read while
-torch, triton or rdm_fast is imported (TRITON_INTERPRET) has the value that pytest was started with,
-and no forked process sees a GPU.
+it what they do to `python train.py`. But variables that torch, triton or rdm_fast read when they
+are imported (TRITON_INTERPRET) have pytest's values, and there is no GPU.
 
     done = call("train.py", "digits_byol", "--optim.epochs", "1", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
 
     process = start("rdm", "train", "--out", "run", cwd=tmp_path, out=tmp_path / "log")
-    process.send_signal(signal.SIGTERM)
+    process.terminate()
     assert process.wait(timeout=60) == 75
 """
 
@@ -23,7 +22,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
@@ -35,13 +34,8 @@ ROOT = Path(__file__).parents[1]
 PATIENCE = 120.0  # seconds; a shared machine may give a process a tenth of a core
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 ENTRIES = {"train.py": "train", "eval_linear.py": "evaluate", "rdm": "main"}
-PRELOADED = [
-    "rdm_fast.cli.commands",
-    "rdm_fast.evaluation.run",
-    "sklearn.datasets",
-    "hypothesis",
-    "tests.runs",
-]
+PRELOADED = ["rdm_fast.cli.commands", "rdm_fast.evaluation.run", "sklearn.datasets"]
+PRELOADED += ["hypothesis", "tests.runs"]
 
 _CONTEXT = multiprocessing.get_context("forkserver")
 _CONTEXT.set_forkserver_preload(PRELOADED)
@@ -49,10 +43,9 @@ _CONTEXT.set_forkserver_preload(PRELOADED)
 
 def environment() -> dict[str, str]:
     """For a process that finds the checkout, uses one thread and no GPU, and is not a rank."""
-    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
     kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     return kept | {
-        "PYTHONPATH": path,
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]),
         "OMP_NUM_THREADS": "1",
         "CUDA_VISIBLE_DEVICES": "",
         "GLOO_SOCKET_IFNAME": "lo",  # the host's name need not resolve
@@ -60,11 +53,10 @@ def environment() -> dict[str, str]:
 
 
 class Forked:
-    """A function that runs in a forked process, with the methods of `subprocess.Popen`.
+    """A function of a module in a forked process, with the methods of `subprocess.Popen`.
 
     Args:
-        function: a function of a module; SystemExit sets the exit code, as in a script.
-        args: must pickle.
+        function: called with args, which must pickle; SystemExit sets the exit code.
         out, err: files that stdout and stderr are appended to; without `err` both go to `out`.
         cwd: the process's folder; by default this process's.
         env: the whole environment; by default `environment()`.
@@ -77,33 +69,31 @@ class Forked:
         out: Path,
         err: Path | None = None,
         cwd: Path | None = None,
-        env: Mapping[str, str] | None = None,
+        env: dict[str, str] | None = None,
     ) -> None:
-        where = (str(cwd or Path.cwd()), dict(env or environment()), str(out), str(err or out))
         start_server()
-        self.process = _CONTEXT.Process(target=_run, args=(where, function, args))
-        self.process.start()
-        assert self.process.pid is not None
-        self.pid: int = self.process.pid
+        self._process = _CONTEXT.Process(
+            target=_run,
+            args=(env or environment(), cwd or Path.cwd(), (out, err or out), function, args),
+        )
+        self._process.start()
+        assert self._process.pid is not None
+        self.pid: int = self._process.pid
 
     @property
     def returncode(self) -> int | None:
         """The exit code, -n after signal n, None while it runs."""
-        return self.process.exitcode
+        return self._process.exitcode
 
     def poll(self) -> int | None:
-        return self.process.exitcode
+        return self.returncode
 
     def wait(self, timeout: float = PATIENCE) -> int:
-        """The exit code once it has ended.
-
-        Raises:
-            subprocess.TimeoutExpired: it still runs after `timeout` seconds.
-        """
-        self.process.join(timeout)
-        if self.process.exitcode is None:
+        """The exit code after the end; subprocess.TimeoutExpired after `timeout` seconds."""
+        self._process.join(timeout)
+        if self.returncode is None:
             raise subprocess.TimeoutExpired(str(self.pid), timeout)
-        return self.process.exitcode
+        return self.returncode
 
     def send_signal(self, number: int) -> None:
         if self.poll() is None:
@@ -117,24 +107,14 @@ class Forked:
 
 
 def start(script: str, *words: object, **settings: Any) -> Forked:
-    """Start a command: `train.py`, `eval_linear.py` or `rdm` with its words. Settings: `Forked`."""
+    """Start `train.py`, `eval_linear.py` or `rdm` with these words; settings as of `Forked`."""
     return Forked(_command, script, *map(str, words), **settings)
 
 
 def call(
     script: str, *words: object, cwd: Path, timeout: float = PATIENCE, **variables: str
 ) -> subprocess.CompletedProcess[str]:
-    """Run a command to its end: its exit code and what it printed.
-
-    Args:
-        script, words: as for `start`.
-        cwd: the process's folder.
-        timeout: seconds after which it is killed.
-        variables: added to `environment()`.
-
-    Raises:
-        subprocess.TimeoutExpired: it took too long.
-    """
+    """Run a command to its end, in a folder, with variables added to `environment()`."""
     with tempfile.TemporaryDirectory(prefix="forked-") as folder:
         out, err = Path(folder, "out"), Path(folder, "err")
         process = start(script, *words, out=out, err=err, cwd=cwd, env=environment() | variables)
@@ -142,13 +122,12 @@ def call(
             code = process.wait(timeout)
         finally:
             process.kill()
-        return subprocess.CompletedProcess(
-            [script, *map(str, words)], code, out.read_text(), err.read_text()
-        )
+        done = [script, *map(str, words)]
+        return subprocess.CompletedProcess(done, code, out.read_text(), err.read_text())
 
 
 def start_server() -> None:
-    """Start the server, unless it runs. It imports PRELOADED before it forks for the first time."""
+    """Start the server unless it runs; it imports PRELOADED before it forks."""
     with mock.patch.dict(os.environ, environment()):
         forkserver.ensure_running()
 
@@ -159,15 +138,18 @@ def enter() -> None:
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     server = forkserver._forkserver  # type: ignore[attr-defined]
-    os.close(server._forkserver_alive_fd)  # it ends once no process holds this
+    os.close(server._forkserver_alive_fd)  # the server ends once no process holds this
 
 
 def _run(
-    where: tuple[str, dict[str, str], str, str], function: Callable[..., object], args: tuple[Any]
+    env: dict[str, str],
+    cwd: Path,
+    files: tuple[Path, Path],
+    function: Callable[..., object],
+    args: tuple[Any, ...],
 ) -> None:
     enter()
     os.setsid()
-    cwd, env, *files = where
     os.environ.clear()
     os.environ.update(env)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)

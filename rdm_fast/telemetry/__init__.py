@@ -10,28 +10,10 @@ Only rank zero has writers. Other ranks have a `Telemetry` without any, so calle
 checks.
 """
 
-from rdm_fast.telemetry.console import ConsoleLine, Plan, progress_line
-from rdm_fast.telemetry.keys import KEYS, Metrics, Value
-from rdm_fast.telemetry.lines import SPECTRUM_KEYS, JsonLines, SpectrumLines, read_spectra
+from rdm_fast.telemetry.console import Plan
+from rdm_fast.telemetry.keys import KEYS
+from rdm_fast.telemetry.lines import SPECTRUM_KEYS, read_spectra
 from rdm_fast.telemetry.timer import StepTimer
-from rdm_fast.telemetry.trackers import TensorBoard, Trackio, WeightsAndBiases
-from rdm_fast.telemetry.writers import Telemetry, Writer
+from rdm_fast.telemetry.writers import Telemetry
 
-__all__ = [
-    "KEYS",
-    "SPECTRUM_KEYS",
-    "ConsoleLine",
-    "JsonLines",
-    "Metrics",
-    "Plan",
-    "SpectrumLines",
-    "StepTimer",
-    "Telemetry",
-    "TensorBoard",
-    "Trackio",
-    "Value",
-    "WeightsAndBiases",
-    "Writer",
-    "progress_line",
-    "read_spectra",
-]
+__all__ = ["KEYS", "SPECTRUM_KEYS", "Plan", "StepTimer", "Telemetry", "read_spectra"]

@@ -2,7 +2,7 @@
 
 import importlib
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rdm_fast.errors import Unavailable
 from rdm_fast.run.folder import RunFolder
@@ -27,31 +27,21 @@ class TensorBoard:
         self._writer.close()
 
 
-class WeightsAndBiases:
-    """A W&B run; a resumed training continues it under the same id."""
+class Tracker:
+    """A run of W&B or trackio, which a resumed training continues: its name is the folder's id.
 
-    def __init__(self, folder: RunFolder, environment: dict[str, Any]) -> None:
-        self._run = _optional("wandb", "wandb").init(
+    trackio has no run ids and finds a run by its name; its data is in TRACKIO_DIR.
+    """
+
+    def __init__(
+        self, package: Literal["wandb", "trackio"], folder: RunFolder, environment: dict[str, Any]
+    ) -> None:
+        named = {"id": folder.id, "dir": str(folder.path)}
+        self._run = _optional(package, package).init(
             project=PROJECT,
-            id=folder.id,
             resume="allow",
-            dir=str(folder.path),
             config=environment,
-        )
-
-    def log(self, step: int, metrics: Metrics) -> None:
-        self._run.log(dict(metrics), step=step)
-
-    def close(self) -> None:
-        self._run.finish()
-
-
-class Trackio:
-    """A trackio run, named by the run folder's id; its data is in TRACKIO_DIR."""
-
-    def __init__(self, folder: RunFolder, environment: dict[str, Any]) -> None:
-        self._run = _optional("trackio", "trackio").init(
-            project=PROJECT, name=folder.id, resume="allow", config=environment
+            **(named if package == "wandb" else {"name": folder.id}),
         )
 
     def log(self, step: int, metrics: Metrics) -> None:

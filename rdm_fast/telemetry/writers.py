@@ -10,7 +10,7 @@ from rdm_fast.run.folder import RunFolder
 from rdm_fast.telemetry.console import ConsoleLine, Plan
 from rdm_fast.telemetry.keys import Metrics
 from rdm_fast.telemetry.lines import JsonLines, SpectrumLines
-from rdm_fast.telemetry.trackers import TensorBoard, Trackio, WeightsAndBiases
+from rdm_fast.telemetry.trackers import TensorBoard, Tracker
 
 
 class Writer(Protocol):
@@ -48,9 +48,9 @@ class Telemetry:
         if config.log.tensorboard:
             writers.append(TensorBoard(folder.tensorboard, plan.resumed_step))
         if config.log.wandb:
-            writers.append(WeightsAndBiases(folder, environment))
+            writers.append(Tracker("wandb", folder, environment))
         if config.log.trackio:
-            writers.append(Trackio(folder, environment))
+            writers.append(Tracker("trackio", folder, environment))
         writers.append(JsonLines(folder.metrics, environment, plan.resumed_step))
         writers.append(ConsoleLine(plan))
         spectra = None

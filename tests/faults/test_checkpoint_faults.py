@@ -7,8 +7,7 @@ import pickle
 import random
 import resource
 import shutil
-import subprocess
-import sys
+import time
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,75 +21,45 @@ from safetensors.torch import save as safetensors_bytes
 from rdm_fast.errors import DataError
 from rdm_fast.run import checkpoint
 from rdm_fast.run.checkpoint import FILES, MANIFEST, Snapshot
+from tests.forks import Forked
 
-ROOT = Path(__file__).parents[2]
 
-# One process imports torch once and forks each victim, so that a kill costs a fork, not a start.
-SAVER = """
-import os, sys, time
-from pathlib import Path
-import torch
-from rdm_fast.run.checkpoint import Snapshot, save
-from rdm_fast.run import checkpoint
-
-folder = Path(sys.argv[1])
-
-def save_forever():
+def save_until_killed(folder: Path) -> None:
     path = checkpoint.newest(folder, print, sweep=True)
     step = checkpoint.load(path).step if path else 0
+    print(step, flush=True)
     while True:
         step += 1
         tensor = torch.full((200_000,), float(step))
-        save(folder, Snapshot(step, {"w": tensor}, {"w/m": tensor}, {}, {}), keep=2)
-        os.write(1, f"{step}\\n".encode())
-
-for line in sys.stdin:
-    if os.fork() == 0:
-        save_forever()
-    time.sleep(float(line))
-    victim = int(Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()[0])
-    os.kill(victim, 9)
-    os.waitpid(victim, 0)
-    os.write(1, b"killed\\n")
-"""
+        checkpoint.save(folder, Snapshot(step, {"w": tensor}, {"w/m": tensor}, {}, {}), keep=2)
+        print(step, flush=True)
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds its child through /proc")
 def test_forty_kills_while_saving_never_leave_a_bad_newest_checkpoint(tmp_path: Path) -> None:
-    draw = random.Random(0)
-    saver = subprocess.Popen(
-        [sys.executable, "-c", SAVER, str(tmp_path)],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert saver.stdin is not None and saver.stdout is not None
+    draw, folder, log = random.Random(0), tmp_path / "checkpoints", tmp_path / "log"
     kills_inside_a_save = newest = 0
-    try:
-        for _ in range(40):
-            saver.stdin.write(f"{draw.uniform(0.02, 0.25)}\n")
-            reported = newest
-            while (line := saver.stdout.readline().strip()) != "killed":
-                reported = int(line)  # a warning of a damaged checkpoint is no number, and fails
-            kills_inside_a_save += any(p.name.startswith(".tmp-") for p in tmp_path.iterdir())
-
-            warnings: list[str] = []
-            path = checkpoint.newest(tmp_path, warnings.append)
-            assert warnings == []
-            step = 0
-            if path is not None:
-                found = checkpoint.load(path)
-                step = found.step
-                assert torch.equal(found.model["w"], torch.full((200_000,), float(step)))
-            # what save() returned for is never lost; one more may be there, not yet reported
-            assert reported <= step <= reported + 1
-            newest = step
-    finally:
-        saver.stdin.close()
-        saver.wait(timeout=20)
-        saver.stdout.close()
-    assert newest > 40 and kills_inside_a_save >= 10  # the test did hit what it is about
-    checkpoint.newest(tmp_path, warnings.append, sweep=True)
-    assert not any(path.name.startswith(".tmp-") for path in tmp_path.iterdir())
+    for _ in range(40):
+        log.write_text("")
+        saver = Forked(save_until_killed, folder, out=log)
+        while not log.read_text():  # it is starting, and finds its last checkpoint
+            time.sleep(0.001)
+        time.sleep(draw.uniform(0.0, 0.2))
+        saver.kill()
+        saver.wait()
+        # a warning of a damaged checkpoint is no number, and fails
+        reported = max([newest, *map(int, log.read_text().split())])
+        kills_inside_a_save += any(folder.glob(".tmp-*"))
+        path, step = checkpoint.newest(folder, pytest.fail), 0
+        if path is not None:
+            found = checkpoint.load(path)
+            step = found.step
+            assert torch.equal(found.model["w"], torch.full((200_000,), float(step)))
+        # a step for which save() has returned is never lost; one more may be complete
+        assert reported <= step <= reported + 1
+        newest = step
+    assert newest > 40 and kills_inside_a_save >= 10  # the kills hit saves
+    checkpoint.newest(folder, pytest.fail, sweep=True)
+    assert not any(folder.glob(".tmp-*"))
 
 
 # ---- a full disk -----------------------------------------------------------------------------
@@ -122,8 +91,9 @@ def test_a_save_that_runs_out_of_space_leaves_everything_as_it_was(
     for earlier in (1, 2):
         checkpoint.save(tmp_path, snapshot(earlier), keep=2)
     before = content(tmp_path)
-    with largest_file(64 * 1024), pytest.raises(OSError, match=r"model\.safetensors"):
+    with largest_file(64 * 1024), pytest.raises(OSError) as failed:
         checkpoint.save(tmp_path, snapshot(step, size=100_000), keep=2)
+    assert "model.safetensors" in str(failed.value)
     assert content(tmp_path) == before and len(list(tmp_path.iterdir())) == 2
     path = checkpoint.save(tmp_path, snapshot(step, size=100_000), keep=2)  # there is space again
     assert checkpoint.load(path).step == step
@@ -134,7 +104,7 @@ def test_space_is_asked_for_before_anything_is_written(
 ) -> None:
     free = type(shutil.disk_usage(tmp_path))(10**9, 10**9, 2**22)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
-    with pytest.raises(OSError, match=r"needs 4\.8 MiB and 4\.0 MiB are free") as caught:
+    with pytest.raises(OSError) as caught:
         checkpoint.save(tmp_path, snapshot(1, size=2**20), keep=2)
     assert caught.value.errno == errno.ENOSPC and caught.value.filename == str(tmp_path)
     assert list(tmp_path.iterdir()) == []
@@ -153,16 +123,22 @@ def test_a_failure_in_any_rename_leaves_a_sound_checkpoint_of_each_step(
             raise OSError(errno.EIO, "I/O error")
         return rename(path, target)
 
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="I/O error"):
+    with monkeypatch.context() as patch, pytest.raises(OSError) as failed:
         patch.setattr(Path, "rename", fail)
         checkpoint.save(tmp_path, snapshot(2), keep=2)
-    warnings: list[str] = []
-    newest = checkpoint.newest(tmp_path, warnings.append)
-    assert newest is not None and checkpoint.load(newest).step == 2 and warnings == []
+    assert failed.value.errno == errno.EIO
+    newest = checkpoint.newest(tmp_path, pytest.fail)
+    assert newest is not None and checkpoint.load(newest).step == 2
     assert not any(path.name.startswith(".tmp-") for path in tmp_path.iterdir())
 
 
 # ---- files that would run code ---------------------------------------------------------------
+
+
+def vouch(path: Path) -> None:
+    """Give a changed checkpoint a manifest with the digests of its files."""
+    entries = {name: checkpoint._entry(path / name) for name in FILES}
+    (path / MANIFEST).write_text(checkpoint._manifest(entries))
 
 
 class Runs:
@@ -217,20 +193,20 @@ def test_no_payload_ever_runs(tmp_path: Path, name: str) -> None:
     marker = tmp_path / "ran"
     payload = payloads(marker)[name]
     (tmp_path / "foreign.pth").write_bytes(payload)
-    with pytest.raises(DataError, match=r"foreign\.pth is a file"):
+    with pytest.raises(DataError):
         checkpoint.load(tmp_path / "foreign.pth")
     for file in (*FILES, MANIFEST):
         folder = tmp_path / file
         path = checkpoint.save(folder, snapshot(1), keep=2)
         (path / file).write_bytes(payload)
-        with pytest.raises(DataError, match=file):
+        with pytest.raises(DataError) as refused:
             checkpoint.load(path)
+        assert file in str(refused.value)
         assert checkpoint.newest(folder, lambda text: None) is None
         if file != MANIFEST:  # even with a manifest that vouches for it
-            entries = {n: checkpoint._entry(path / n) for n in FILES}
-            (path / MANIFEST).write_text(checkpoint._manifest(entries))
+            vouch(path)
             checkpoint.verify(path)
-            with pytest.raises(DataError, match="content"):
+            with pytest.raises(DataError):
                 checkpoint.load(path)
     assert not marker.exists()
 
@@ -253,7 +229,7 @@ def test_forged_content_with_a_true_digest_is_a_data_error(
 ) -> None:
     path = checkpoint.save(tmp_path, snapshot(1), keep=2)
     (path / file).write_bytes(forged)
-    entries = {name: checkpoint._entry(path / name) for name in FILES}
-    (path / MANIFEST).write_text(checkpoint._manifest(entries))
-    with pytest.raises(DataError, match="step-00000001"):
+    vouch(path)
+    with pytest.raises(DataError) as refused:
         checkpoint.load(path)
+    assert path.name in str(refused.value)

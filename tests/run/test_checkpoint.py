@@ -29,10 +29,6 @@ def steps(folder: Path) -> list[int]:
     return sorted(int(path.name[5:]) for path in folder.iterdir())
 
 
-def refuse_warnings(text: str) -> None:
-    raise AssertionError(f"an unexpected warning: {text}")
-
-
 def bits(tensor: Tensor) -> bytes:
     return bytes(tensor.contiguous().reshape(-1).view(torch.uint8).tolist())
 
@@ -78,7 +74,7 @@ def test_plain_values_come_back_equal_to_the_last_digit(tmp_path: Path) -> None:
 def test_a_state_that_json_cannot_hold_is_refused_before_anything_is_written(
     tmp_path: Path,
 ) -> None:
-    with pytest.raises(ValueError, match="JSON"):
+    with pytest.raises(ValueError):
         checkpoint.save(tmp_path, Snapshot(1, {}, {}, {}, {"loss": float("nan")}), keep=2)
     assert list(tmp_path.iterdir()) == []
 
@@ -94,60 +90,50 @@ def test_a_loaded_checkpoint_survives_the_deletion_of_its_files(tmp_path: Path) 
 # ---- damage ----------------------------------------------------------------------------------
 
 
-def test_every_flipped_bit_is_found_and_the_file_named(tmp_path: Path) -> None:
+def assert_damaged(path: Path, name: str = "") -> None:
+    with pytest.raises(DataError) as found:
+        checkpoint.verify(path)
+    assert path.name in str(found.value) and name in str(found.value)
+
+
+@pytest.mark.parametrize("name", [*FILES, MANIFEST])
+def test_every_flipped_bit_and_every_truncation_is_found_and_the_file_named(
+    name: str, tmp_path: Path
+) -> None:
     path = checkpoint.save(tmp_path, snapshot(1), keep=2)
-    draw = random.Random(0)
-    for name in (*FILES, MANIFEST):
-        file = path / name
-        whole = file.read_bytes()
-        for _ in range(200):
-            at, bit = draw.randrange(len(whole)), draw.randrange(8)
-            file.write_bytes(whole[:at] + bytes([whole[at] ^ 1 << bit]) + whole[at + 1 :])
-            with pytest.raises(DataError, match=name):
-                checkpoint.verify(path)
-        file.write_bytes(whole)
+    file, draw = path / name, random.Random(0)
+    whole = file.read_bytes()
+    damaged = [whole[:length] for length in range(len(whole))] + [whole + b"\0"]
+    for _ in range(200):
+        at, bit = draw.randrange(len(whole)), draw.randrange(8)
+        damaged.append(whole[:at] + bytes([whole[at] ^ 1 << bit]) + whole[at + 1 :])
+    for content in damaged:
+        file.write_bytes(content)
+        assert_damaged(path, name)
+    file.unlink()
+    assert_damaged(path, name)
+    file.write_bytes(whole)
     checkpoint.verify(path)
 
 
-def test_every_truncation_is_found_and_the_file_named(tmp_path: Path) -> None:
-    path = checkpoint.save(tmp_path, snapshot(1), keep=2)
-    for name in (*FILES, MANIFEST):
-        whole = (path / name).read_bytes()
-        for length in range(len(whole)):
-            (path / name).write_bytes(whole[:length])
-            with pytest.raises(DataError, match=name):
-                checkpoint.verify(path)
-        (path / name).write_bytes(whole)
-        (path / name).write_bytes(whole + b"\0")
-        with pytest.raises(DataError, match=name):
-            checkpoint.verify(path)
-        (path / name).unlink()
-        with pytest.raises(DataError, match=rf"{name} cannot be read"):
-            checkpoint.load(path)
-        (path / name).write_bytes(whole)
-    checkpoint.verify(path)
-
-
-def test_a_manifest_cannot_promise_other_files_than_a_checkpoints(tmp_path: Path) -> None:
+def test_a_manifest_cannot_list_other_files_than_a_checkpoints(tmp_path: Path) -> None:
     path = checkpoint.save(tmp_path, snapshot(1), keep=2)
     files = json.loads((path / MANIFEST).read_text())["files"]
     without = {name: entry for name, entry in files.items() if name != "optim.safetensors"}
     beyond = {**files, "../../secret": files["state.json"]}
     for forged in (without, beyond, {}, {name: None for name in files}, []):
         (path / MANIFEST).write_text(checkpoint._manifest(forged))  # type: ignore[arg-type]
-        with pytest.raises(DataError, match="damaged"):
-            checkpoint.load(path)
+        assert_damaged(path)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "3", "null", "{}", '{"files": 1}', "[" * 100_000])
 def test_a_manifest_of_another_kind_is_a_data_error(tmp_path: Path, text: str) -> None:
     path = checkpoint.save(tmp_path, snapshot(1), keep=2)
     (path / MANIFEST).write_text(text)
-    with pytest.raises(DataError, match=MANIFEST):
-        checkpoint.verify(path)
+    assert_damaged(path, MANIFEST)
 
 
-def test_newest_passes_over_damaged_checkpoints_with_one_warning_each(tmp_path: Path) -> None:
+def test_newest_skips_damaged_checkpoints_with_one_warning_each(tmp_path: Path) -> None:
     for step in (10, 20, 30, 40):
         checkpoint.save(tmp_path, snapshot(step), keep=4)
     os.truncate(tmp_path / "step-00000040" / "model.safetensors", 7)
@@ -160,27 +146,27 @@ def test_newest_passes_over_damaged_checkpoints_with_one_warning_each(tmp_path: 
 
 
 def test_newest_of_nothing_is_none(tmp_path: Path) -> None:
-    assert checkpoint.newest(tmp_path / "not there", refuse_warnings) is None
-    assert checkpoint.newest(tmp_path, refuse_warnings, sweep=True) is None
+    assert checkpoint.newest(tmp_path / "not there", pytest.fail) is None
+    assert checkpoint.newest(tmp_path, pytest.fail, sweep=True) is None
 
 
 def test_only_a_sweep_deletes_what_a_killed_save_left(tmp_path: Path) -> None:
     checkpoint.save(tmp_path, snapshot(1), keep=2)
     (tmp_path / ".tmp-123-2").mkdir()
     (tmp_path / ".tmp-123-2" / "model.safetensors").write_bytes(b"half")
-    checkpoint.newest(tmp_path, refuse_warnings)
+    checkpoint.newest(tmp_path, pytest.fail)
     assert (tmp_path / ".tmp-123-2").exists()
-    newest = checkpoint.newest(tmp_path, refuse_warnings, sweep=True)
+    newest = checkpoint.newest(tmp_path, pytest.fail, sweep=True)
     assert list(tmp_path.iterdir()) == [newest]
 
 
 @pytest.mark.parametrize("name", ["step-00000009", "run.pth"])
 def test_a_path_that_is_no_checkpoint_is_named(tmp_path: Path, name: str) -> None:
-    with pytest.raises(InputMissing, match=name):
+    with pytest.raises(InputMissing) as missing:
         checkpoint.load(tmp_path / name)
+    assert name in str(missing.value)
     (tmp_path / name).write_bytes(b"\x80\x02")
-    with pytest.raises(DataError, match=f"{name} is a file"):
-        checkpoint.load(tmp_path / name)
+    assert_damaged(tmp_path / name)
 
 
 # ---- what is kept ----------------------------------------------------------------------------
@@ -190,7 +176,7 @@ def test_the_newest_are_kept_and_never_fewer_than_two(tmp_path: Path) -> None:
     for step in range(1, 6):
         checkpoint.save(tmp_path, snapshot(step), keep=3)
         assert steps(tmp_path) == list(range(max(1, step - 2), step + 1))
-    with pytest.raises(ValueError, match="at least 2"):
+    with pytest.raises(ValueError):
         checkpoint.save(tmp_path, snapshot(6), keep=1)
 
 
@@ -222,7 +208,7 @@ def test_a_step_can_be_saved_again_and_the_second_is_loaded(tmp_path: Path) -> N
 def test_a_kill_between_the_two_renames_of_a_replacement_loses_nothing(tmp_path: Path) -> None:
     path = checkpoint.save(tmp_path, snapshot(7), keep=2)
     path.rename(aside := tmp_path / "step-00000007.old")
-    found = checkpoint.newest(tmp_path, refuse_warnings, sweep=True)
+    found = checkpoint.newest(tmp_path, pytest.fail, sweep=True)
     assert found == aside and checkpoint.load(found).step == 7
     checkpoint.save(tmp_path, snapshot(7), keep=2)
     assert [p.name for p in tmp_path.iterdir()] == ["step-00000007"]

@@ -1,4 +1,4 @@
-"""rdm_fast.run.folder: whose folder it is, who holds it, and what is never touched."""
+"""rdm_fast.run.folder: ownership, the lock, and what is never touched."""
 
 import json
 import os
@@ -17,6 +17,7 @@ from rdm_fast.config.recipes import RECIPES
 from rdm_fast.config.saved import config_digest, config_to_dict
 from rdm_fast.errors import CannotCreate, ConfigMismatch, DataError, InputMissing
 from rdm_fast.run.folder import RunFolder, read_config, read_status
+from tests.forks import Forked
 
 ROOT = Path(__file__).parents[2]
 CONFIG = RECIPES["digits_rdm_simsiam"]()
@@ -63,7 +64,7 @@ def test_other_ranks_know_the_paths_and_write_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_earlier_run_is_taken_up_as_it_is(tmp_path: Path) -> None:
+def test_an_earlier_run_is_opened_as_it_is(tmp_path: Path) -> None:
     with open_run(tmp_path) as first:
         (tmp_path / "metrics.jsonl").write_text("{}\n")
     before = content(tmp_path)
@@ -80,7 +81,7 @@ def test_a_start_that_was_killed_before_its_mark_can_be_repeated(tmp_path: Path)
         assert not (tmp_path / ".tmp-99-run.json").exists()
 
 
-def test_a_start_that_was_killed_before_its_configuration_begins_anew(tmp_path: Path) -> None:
+def test_a_start_that_was_killed_before_its_configuration_starts_over(tmp_path: Path) -> None:
     open_run(tmp_path).close()
     (tmp_path / "config.yaml").unlink()
     (tmp_path / "checkpoints" / "step-00000001").mkdir()
@@ -121,23 +122,18 @@ def test_a_foreign_folder_is_refused_and_untouched(
 
 def test_a_file_in_the_way_is_named(tmp_path: Path) -> None:
     (tmp_path / "a").write_text("")
-    with pytest.raises(CannotCreate, match="a is a file"):
-        open_run(tmp_path / "a")
-    with pytest.raises(CannotCreate, match="cannot be written"):
-        open_run(tmp_path / "a" / "b")
-    with pytest.raises(CannotCreate, match="cannot be written"):
-        open_run(tmp_path / ("x" * 300))
+    for out in (tmp_path / "a", tmp_path / "a" / "b", tmp_path / ("x" * 300)):
+        with pytest.raises(CannotCreate) as refused:
+            open_run(out)
+        assert f"--out {out}" in str(refused.value)
 
 
 def test_a_read_only_folder_is_refused(tmp_path: Path) -> None:
     tmp_path.chmod(stat.S_IRUSR | stat.S_IXUSR)
     try:
-        if os.access(tmp_path, os.W_OK):  # root may write anyway: /proc lets nobody
-            with pytest.raises(CannotCreate, match="cannot be written"):
-                open_run(Path("/proc/run"))
-        else:
-            with pytest.raises(CannotCreate, match="cannot be written"):
-                open_run(tmp_path / "a")
+        may_write = os.access(tmp_path, os.W_OK)  # root may; nobody may write in /proc
+        with pytest.raises(CannotCreate):
+            open_run(Path("/proc/run") if may_write else tmp_path / "a")
     finally:
         tmp_path.chmod(stat.S_IRWXU)
 
@@ -172,49 +168,39 @@ def test_an_overwrite_gives_the_run_a_new_id(tmp_path: Path) -> None:
 
 # ---- the lock --------------------------------------------------------------------------------
 
-HOLDER = """
-import os, sys, time
-from rdm_fast.config.recipes import RECIPES
-from rdm_fast.run.folder import RunFolder
-folder = RunFolder.open(
-    sys.argv[1], RECIPES["digits_rdm_simsiam"](), overwrite=False, rank=0
-)
-if os.fork() == 0:  # as a loader's worker process, which may outlive its parent
-    os.close(1)
-    time.sleep(30)
-    os._exit(0)
-print("held", flush=True)
-time.sleep(30)
-"""
+
+def hold(out: Path) -> None:
+    with open_run(out):
+        if os.fork() == 0:  # like a loader's worker process, which may outlive its parent
+            time.sleep(30)
+            os._exit(0)
+        print("held", flush=True)
+        time.sleep(30)
 
 
-def test_a_second_process_is_told_who_holds_the_folder_until_that_one_dies(tmp_path: Path) -> None:
-    holder = subprocess.Popen(
-        [sys.executable, "-c", HOLDER, str(tmp_path)],
-        stdout=subprocess.PIPE, text=True, start_new_session=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
-    assert holder.stdout is not None
+def test_a_second_process_learns_who_holds_the_folder_until_that_one_dies(tmp_path: Path) -> None:
+    out, log = tmp_path / "run", tmp_path / "log"
+    holder = Forked(hold, out, out=log)
     try:
-        assert holder.stdout.readline() == "held\n"
-        before = content(tmp_path)
+        while not log.exists() or log.read_text() != "held\n":
+            assert holder.poll() is None
+        before = content(out)
         for overwrite in (False, True):
-            with pytest.raises(CannotCreate, match=rf"process {holder.pid} on host \S+: wait"):
-                open_run(tmp_path, overwrite=overwrite)
-        assert content(tmp_path) == before
+            with pytest.raises(CannotCreate) as refused:
+                open_run(out, overwrite=overwrite)
+            assert f"process {holder.pid} " in str(refused.value)
+        assert content(out) == before
         holder.kill()
         holder.wait()
-        with open_run(tmp_path) as folder:  # at once, though its forked child lives
+        with open_run(out) as folder:  # at once, though its forked child lives
             assert not folder.is_new
-            assert json.loads((tmp_path / "run.lock.json").read_text())["pid"] == os.getpid()
+            assert json.loads((out / "run.lock.json").read_text())["pid"] == os.getpid()
     finally:
         os.killpg(holder.pid, 9)
-        holder.wait()
-        holder.stdout.close()
 
 
 def test_a_closed_folder_can_be_opened_again_and_an_open_one_cannot(tmp_path: Path) -> None:
-    with open_run(tmp_path), pytest.raises(CannotCreate, match="in use by process"):
+    with open_run(tmp_path), pytest.raises(CannotCreate):
         open_run(tmp_path)
     open_run(tmp_path).close()
     assert not (tmp_path / "run.lock.json").exists()
@@ -242,31 +228,25 @@ def test_accept_refuses_another_run_and_keeps_its_configuration(tmp_path: Path) 
     longer = replace(CONFIG, optim=replace(CONFIG.optim, epochs=99))
     with open_run(tmp_path) as folder:
         (folder.checkpoints / "step-00000002").mkdir()
-        with pytest.raises(ConfigMismatch, match="seed 0 -> 3"):
-            folder.accept(replace(CONFIG, seed=3))
-        with pytest.raises(ConfigMismatch, match=r"optim\.epochs 60 -> 99"):
-            folder.accept(longer)
+        for other, name in ((replace(CONFIG, seed=3), "seed"), (longer, "optim.epochs")):
+            with pytest.raises(ConfigMismatch) as refused:
+                folder.accept(other)
+            assert name in str(refused.value)
         assert read_config(tmp_path) == CONFIG
         folder.accept(longer, allow=("optim.epochs",))
         assert read_config(tmp_path) == longer
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("a: [", "config.yaml cannot be read"),
-        ("- 1", "not a table"),
-        ("", "not a table"),
-        ("!!python/object/apply:os.system ['touch ran']", "config.yaml cannot be read"),
-        ("optim: {epoch: 1}", "optim.epochs"),
-    ],
+    "text",
+    ["a: [", "- 1", "", "!!python/object/apply:os.system ['touch ran']", "optim: {epoch: 1}"],
 )
 def test_an_unusable_configuration_file_is_one_sentence(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, message: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "config.yaml").write_text(text)
-    with pytest.raises(DataError, match=message) as caught:
+    with pytest.raises(DataError) as caught:
         read_config(tmp_path)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "ran").exists()
@@ -275,8 +255,9 @@ def test_an_unusable_configuration_file_is_one_sentence(
 @pytest.mark.parametrize("path", ["nothing", "a file"])
 def test_a_missing_run_is_named(tmp_path: Path, path: str) -> None:
     (tmp_path / "a file").write_text("")
-    with pytest.raises(InputMissing, match=f"{path} is not a run folder"):
+    with pytest.raises(InputMissing) as missing:
         read_config(tmp_path / path)
+    assert str(tmp_path / path) in str(missing.value)
 
 
 def test_status_says_what_was_last_written(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""collapse: what it says of which metrics, and what becomes of a run that collapses."""
+"""rdm_fast.training.collapse: its warnings, its remedies, and a run that collapses."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -44,43 +44,41 @@ def guarded(**settings: Any) -> CollapseGuard:
     return CollapseGuard(config, total_steps=100)
 
 
-# ---- when it speaks --------------------------------------------------------------------------
+# ---- when it warns ----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", HEALTHY)
-def test_healthy_recipes_are_not_warned_of(name: str) -> None:
+def test_healthy_recipes_give_no_warning(name: str) -> None:
     ranks, std = HEALTHY[name]
     guard = CollapseGuard(RECIPES[name](), total_steps=1)
     assert said(guard, *(line(rank, std) for rank in ranks)) == [None] * len(ranks)
 
 
 @pytest.mark.parametrize("name", COLLAPSED)
-def test_collapsing_runs_are_warned_of_once_after_three_lines(name: str) -> None:
+def test_collapsing_runs_give_one_warning_after_three_lines(name: str) -> None:
     ranks, std = COLLAPSED[name]
     guard = CollapseGuard(RECIPES[name](), total_steps=1)
     spoken = said(guard, *(line(rank, std) for rank in ranks))
     first = next(i for i, rank in enumerate(ranks) if rank < 3)
     assert [text is not None for text in spoken] == [i == first + 2 for i in range(len(ranks))]
-    assert spoken[first + 2].startswith(  # type: ignore[union-attr]
-        f"the projections have collapsed at step {first + 3}, effective rank "
-    )
+    assert f"step {first + 3}," in str(spoken[first + 2])
 
 
-def test_nothing_is_said_while_warming_up() -> None:
+def test_there_is_no_warning_while_warming_up() -> None:
     guard = guarded(warmup=0.04, patience=2)  # 4 of 100 steps
     spoken = said(guard, *[line(1.0)] * 8)
     assert [text is not None for text in spoken] == [False] * 5 + [True] + [False] * 2
 
 
-def test_one_good_line_starts_the_count_anew_and_a_second_collapse_is_told_again() -> None:
+def test_a_good_line_resets_the_count_and_a_second_collapse_warns_again() -> None:
     low, good = line(1.5), line(20.0)
     spoken = said(guarded(warmup=0.0), low, low, good, low, low, low, low, good, low, low, low)
     assert [i for i, text in enumerate(spoken) if text] == [5, 10]
 
 
-def test_rows_that_are_all_alike_are_told_by_their_std() -> None:
+def test_rows_that_are_all_alike_are_found_by_their_std() -> None:
     spoken = said(guarded(warmup=0.0, patience=1), line(50.0, std=0.05))
-    assert "all rows are nearly alike (std 0.05, under guard.min_std=0.1)" in str(spoken[0])
+    assert "guard.min_std=0.1" in str(spoken[0])
     zeros = {"effective_rank/projection": 0.0, "effective_rank/share": 0.0, "std": 1.0}
     assert said(guarded(warmup=0.0, patience=1, min_std=0.0), zeros)[0] is not None
 
@@ -93,19 +91,19 @@ def test_the_bound_is_at_most_a_tenth_of_what_the_batch_can_show() -> None:
     assert said(guarded(**guard, min_rank=1.5), line(2.0)) == [None]
 
 
-def test_what_is_not_finite_is_another_guards_business() -> None:
+def test_values_that_are_not_finite_are_ignored() -> None:
     nan = float("nan")
     assert said(guarded(warmup=0.0, patience=1), line(nan, nan)) == [None]
 
 
-def test_off_says_nothing_and_stop_says_it_of_every_later_line() -> None:
+def test_off_never_warns_and_stop_warns_of_every_later_line() -> None:
     lines = [line(1.0)] * 4
     assert said(guarded(mode="off", warmup=0.0), *lines) == [None] * 4
     spoken = said(guarded(mode="stop", warmup=0.0, patience=2), *lines)
     assert [text is not None for text in spoken] == [False, True, True, True]
 
 
-# ---- what it advises -------------------------------------------------------------------------
+# ---- remedies --------------------------------------------------------------------------------
 
 
 def advised(name: str, **filter: Any) -> str:
@@ -144,7 +142,7 @@ def warnings(path: Path) -> list[tuple[int, str]]:
     return [(each["step"], each["warning"]) for each in metrics(path) if "warning" in each]
 
 
-def test_a_collapsing_run_is_warned_of_or_stopped_and_goes_on_where_it_was_saved(
+def test_a_collapsing_run_warns_or_stops_and_continues_where_it_was_saved(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run(tmp_path / "warned", collapsing("warn"))
@@ -153,7 +151,7 @@ def test_a_collapsing_run_is_warned_of_or_stopped_and_goes_on_where_it_was_saved
     assert step < 56 and "filter.sigma=0 filters nothing" in text
 
     for _ in range(2):  # resumed as it is, it stops again, at the next line
-        with pytest.raises(Collapsed, match="the state is saved, and with --guard warn") as stopped:
+        with pytest.raises(Collapsed) as stopped:
             run(tmp_path / "stopped", collapsing("stop"))
         assert stopped.value.code == 71
         assert checkpoint.load(newest(tmp_path / "stopped")).step == step

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rdm_fast.config import Config
+from rdm_fast.data import Batch
 from rdm_fast.methods import build_method
 from rdm_fast.training.train_step import TrainStep
 from tests.ranks import run_ranks
@@ -16,6 +17,8 @@ from tests.tiny import METHODS, batch, rows_of, tiny, with_small_views
 
 ROWS = 32
 CPU = torch.device("cpu")
+SMALL = " with small views"
+NAMES = [*METHODS, f"digits_byol{SMALL}", f"digits_rdm_byol{SMALL}"]
 
 
 def new_step(config: Config, frozen_bn: bool = False) -> TrainStep:
@@ -37,77 +40,60 @@ def assert_close(one: dict[str, Tensor], other: dict[str, Tensor], tolerance: fl
         )
 
 
-@pytest.mark.parametrize("name", METHODS)
-def test_parts_give_the_update_of_the_whole_batch_where_batch_norm_is_frozen(name: str) -> None:
+def settings(name: str, accumulate: int = 1) -> Config:
+    """Of a method, or of one with small views."""
+    build = with_small_views if name.endswith(SMALL) else tiny
+    return build(name.removesuffix(SMALL), global_batch=ROWS, accumulate=accumulate)
+
+
+def seen(name: str, seed: int) -> Batch:
+    small = name.endswith(SMALL)
+    return batch(ROWS, seed=seed, size=16 if small else 8, small=2 if small else 0)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_parts_give_the_update_of_the_whole_batch_if_batch_norm_is_frozen(name: str) -> None:
     """Weights are of order 1 and gradients are summed in another order, in float32."""
-    config = tiny(name, global_batch=ROWS)
-    whole = new_step(config, frozen_bn=True)
-    parts = new_step(replace(config, optim=replace(config.optim, accumulate=4)), frozen_bn=True)
+    whole = new_step(settings(name), frozen_bn=True)
+    parts = new_step(settings(name, accumulate=4), frozen_bn=True)
     for i in range(5, 7):  # after the warm-up, which starts at zero
-        reports = [step(batch(ROWS, seed=i), i) for step in (whole, parts)]
-        torch.testing.assert_close(reports[0].loss, reports[1].loss, atol=1e-5, rtol=0)
-        torch.testing.assert_close(
-            reports[0].branches.online, reports[1].branches.online, atol=1e-3, rtol=0
-        )
+        one, other = (step(seen(name, i), i) for step in (whole, parts))
+        torch.testing.assert_close(one.loss, other.loss, atol=1e-5, rtol=0)
+        torch.testing.assert_close(one.branches.online, other.branches.online, atol=1e-3, rtol=0)
+    assert len(one.branches.online) == (4 if name.endswith(SMALL) else 2)
     assert_close(state(whole), state(parts), 1e-5)
 
 
-@pytest.mark.parametrize("name", ["digits_byol", "digits_rdm_byol"])
-def test_parts_give_the_update_of_the_whole_batch_with_small_views(name: str) -> None:
-    """In float32, as above. Small views do move the weights."""
-    config = with_small_views(name, global_batch=ROWS)
-    whole = new_step(config, frozen_bn=True)
-    parts = new_step(replace(config, optim=replace(config.optim, accumulate=4)), frozen_bn=True)
-    without = new_step(tiny(name, global_batch=ROWS), frozen_bn=True)
-    seen = batch(ROWS, size=16, small=2)
-    reports = [step(seen, 5) for step in (whole, parts)]
-    torch.testing.assert_close(reports[0].loss, reports[1].loss, atol=1e-5, rtol=0)
-    assert reports[0].branches.online.shape == reports[1].branches.online.shape == (4, ROWS, 24)
-    assert_close(state(whole), state(parts), 1e-5)
-    assert without(rows_of(batch(ROWS, size=16), slice(None)), 5).loss != reports[0].loss
-
-
-def _rank_steps_with_small_views(name: str) -> list[Tensor]:
-    step = new_step(with_small_views(name, global_batch=ROWS))
-    step.warm_up_ddp_buckets()
-    share = ROWS // dist.get_world_size()
-    rows = slice(dist.get_rank() * share, (dist.get_rank() + 1) * share)
-    for i in range(5, 7):
-        step(rows_of(batch(ROWS, seed=i, size=16, small=2), rows), i)
-    return list(state(step).values())
-
-
-@pytest.mark.parametrize("name", ["digits_byol", "digits_rdm_byol"])
-def test_ranks_take_the_step_of_one_rank_with_small_views(name: str, tmp_path: Path) -> None:
-    step = new_step(with_small_views(name, global_batch=ROWS))
-    for i in range(5, 7):
-        step(batch(ROWS, seed=i, size=16, small=2), i)
-    for results in run_ranks(2, _rank_steps_with_small_views, name, tmp_path=tmp_path):
-        for ours, theirs in zip(results, state(step).values(), strict=True):
-            torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-4)
+def test_small_views_count_in_the_loss() -> None:
+    name = NAMES[-1]
+    with_them = new_step(settings(name))(seen(name, 5), 5)
+    without = new_step(settings(METHODS[-1]))(batch(ROWS, seed=5, size=16), 5)
+    assert with_them.loss != without.loss
 
 
 def test_parts_leave_running_statistics_as_one_pass_over_them_would() -> None:
-    config = tiny("digits_rdm_simsiam", global_batch=ROWS, accumulate=2)
-    twice = new_step(config)
-    once = new_step(replace(config, predictor="mlp"))
-    twice(batch(ROWS), 0)
-    once(batch(ROWS), 0)
-    statistics = twice.method.backbone.bn1
-    assert torch.equal(statistics.running_mean, once.method.backbone.bn1.running_mean)
-    assert int(statistics.num_batches_tracked) == 4  # two views in two parts
+    config = settings("digits_rdm_simsiam", accumulate=2)
+    twice, once = new_step(config), new_step(replace(config, predictor="mlp"))
+    statistics = [step.method.backbone.bn1 for step in (twice, once)]
+    for step in (twice, once):
+        step(batch(ROWS), 0)
+    assert torch.equal(statistics[0].running_mean, statistics[1].running_mean)
+    assert int(statistics[0].num_batches_tracked) == 4  # two views in two parts
 
 
 def _rank_steps(names: list[str], accumulate: int) -> list[list[Tensor]]:
+    """Loss, gradient norm and state after two steps on this rank's rows; a warm-up before them
+    leaves no trace."""
     rank, world = dist.get_rank(), dist.get_world_size()
     rows = slice(rank * ROWS // world, (rank + 1) * ROWS // world)
     results = []
     for name in names:
-        step = new_step(tiny(name, global_batch=ROWS, accumulate=accumulate))
+        step = new_step(settings(name, accumulate))
+        before = state(step)
         step.warm_up_ddp_buckets()
+        assert all(torch.equal(before[key], tensor) for key, tensor in state(step).items())
         for i in range(5, 7):
-            whole = batch(ROWS, seed=i)
-            report = step(rows_of(whole, rows), i)
+            report = step(rows_of(seen(name, i), rows), i)
         loss = report.loss.clone()
         dist.all_reduce(loss)
         results.append([loss / world, report.grad_norm, *state(step).values()])
@@ -117,15 +103,15 @@ def _rank_steps(names: list[str], accumulate: int) -> list[list[Tensor]]:
 @pytest.mark.parametrize("world", [2, 4])
 def test_ranks_take_the_step_that_one_rank_takes(world: int, tmp_path: Path) -> None:
     """Batch norm is synchronized; sums over rows associate differently, in float32."""
-    ranks = run_ranks(world, _rank_steps, METHODS, 1, tmp_path=tmp_path)
-    for m, name in enumerate(METHODS):
-        step = new_step(tiny(name, global_batch=ROWS))
+    ranks = run_ranks(world, _rank_steps, NAMES, 1, tmp_path=tmp_path)
+    for m, name in enumerate(NAMES):
+        step = new_step(settings(name))
         for i in range(5, 7):
-            report = step(batch(ROWS, seed=i), i)
+            report = step(seen(name, i), i)
         expected = [report.loss, report.grad_norm, *state(step).values()]
         for results in ranks:
-            for ours, theirs in zip(results[m], expected, strict=True):
-                torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-4)
+            for found, wanted in zip(results[m], expected, strict=True):
+                torch.testing.assert_close(found, wanted, atol=2e-5, rtol=1e-4)
 
 
 def test_ranks_and_parts_together_take_the_step_of_parts_alone(tmp_path: Path) -> None:
@@ -133,31 +119,14 @@ def test_ranks_and_parts_together_take_the_step_of_parts_alone(tmp_path: Path) -
     with two parts whose halves are the ranks' shares."""
     name = "digits_rdm_simsiam"
     results = run_ranks(2, _rank_steps, [name], 2, tmp_path=tmp_path)[0][0]
-    step = new_step(tiny(name, global_batch=ROWS, accumulate=2))
+    step = new_step(settings(name, accumulate=2))
     quarter = ROWS // 4
-    order = torch.tensor(
-        [r for part in range(2) for rank in range(2)
-         for r in range((2 * rank + part) * quarter, (2 * rank + part + 1) * quarter)]
-    )  # fmt: skip
+    order = torch.cat([torch.arange(ROWS).split(quarter)[k] for k in (0, 2, 1, 3)])
     for i in range(5, 7):
-        whole = batch(ROWS, seed=i)
-        report = step(rows_of(whole, order), i)
-    for ours, theirs in zip(results[2:], state(step).values(), strict=True):
-        torch.testing.assert_close(ours, theirs, atol=2e-5, rtol=1e-4)
+        report = step(rows_of(seen(name, i), order), i)
+    for found, wanted in zip(results[2:], state(step).values(), strict=True):
+        torch.testing.assert_close(found, wanted, atol=2e-5, rtol=1e-4)
     torch.testing.assert_close(results[0], report.loss, atol=2e-5, rtol=0)
-
-
-def _rank_settles() -> list[Tensor]:
-    step = new_step(tiny(global_batch=ROWS))
-    before = state(step)
-    step.warm_up_ddp_buckets()
-    return [*before.values(), *state(step).values()]
-
-
-def test_settling_leaves_no_trace(tmp_path: Path) -> None:
-    for values in run_ranks(2, _rank_settles, tmp_path=tmp_path):
-        half = len(values) // 2
-        assert all(map(torch.equal, values[:half], values[half:]))
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
