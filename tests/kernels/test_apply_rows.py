@@ -1,6 +1,7 @@
 """rdm_kernels.apply_rows against float64: its definition and its kernels."""
 
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -61,25 +62,17 @@ def check(found: Tensor, N: Tensor, X: Tensor | None, scale: Tensor, dtype: torc
 
 
 @BODIES
-@settings(max_examples=30)
-@given(shape=shapes, X_dtype=dtypes, dtype=dtypes, seed=seeds)
+@settings(max_examples=45)
+@given(shape=shapes, kind=st.sampled_from([*NARROW, None, "wide"]), dtype=dtypes, seed=seeds)
 def test_elements_are_within_their_bound(
-    shape: tuple[int, int, int, int], X_dtype: torch.dtype, dtype: torch.dtype, seed: int,
-    body: Body,
-) -> None:  # fmt: skip
-    N, X, scale, loss = case(*shape, X_dtype, seed)
-    check(body(N, X, scale, loss, dtype), N, X, scale, dtype)
-
-
-@BODIES
-@settings(max_examples=15)
-@given(shape=shapes, wide=st.booleans(), dtype=dtypes, seed=seeds)
-def test_without_X_coefficients_are_scaled(
-    shape: tuple[int, int, int, int], wide: bool, dtype: torch.dtype, seed: int, body: Body
+    shape: tuple[int, int, int, int], kind: Any, dtype: torch.dtype, seed: int, body: Body
 ) -> None:
-    N, _, scale, loss = case(*shape, torch.float32, seed)
-    N, scale, loss = (x.double() if wide else x for x in (N, scale, loss))
-    check(body(N, None, scale, loss, dtype), N, None, scale, dtype)
+    """Of X in a dtype, or without X, with coefficients in float32 or in float64."""
+    with_X = kind in NARROW
+    N, X, scale, loss = case(*shape, kind if with_X else torch.float32, seed)
+    N, scale, loss = (x.double() if kind == "wide" else x for x in (N, scale, loss))
+    X = X if with_X else None
+    check(body(N, X, scale, loss, dtype), N, X, scale, dtype)
 
 
 @pytest.mark.parametrize("dtype", NARROW, ids=str)

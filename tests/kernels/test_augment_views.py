@@ -18,8 +18,8 @@ from rdm_kernels import augment_views, pack_views
 from rdm_kernels.views import definition as views
 from rdm_kernels.views.definition import COLUMNS, PIXELS
 from rdm_kernels.views.op import MAX_SIZE, MAX_TAPS, augment_views_op, augment_views_triton
+from tests.kernels.common import DEVICE
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 STILL: dict[str, Any] = {
     **dict.fromkeys(COLUMNS, 0),
     **{"brightness": 1, "contrast": 1, "saturation": 1, "order": 0b11100100},
@@ -138,26 +138,26 @@ def test_every_order_of_the_jitter() -> None:
     assert ties_only(levels_apart(photograph(len(codes), 3, 16, 16), table))
 
 
-@pytest.mark.parametrize("taps", [3, 23, MAX_TAPS])
-def test_a_blur_crosses_tiles_and_is_reflected_at_borders(taps: int) -> None:
-    images = photograph(1, 3, 40, 40)
-    table = any_views(2, 1, 40, 40, sigma=[0.7, 6.0], angle=0, shear=0)
-    off = levels_apart(images, table, size=40, taps=taps)
-    assert ties_only(off)
+UPRIGHT = {"angle": 0, "shear": 0}
+BLURRED, ALL = (
+    UPRIGHT | {"sigma": [0.7, 6.0]},
+    UPRIGHT | {"height": 60, "width": 50, "top": 0, "left": 0},
+)
 
 
-@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
-def test_a_large_image_is_shrunk_with_every_pixel_seen(interpolation: str) -> None:
+@pytest.mark.parametrize(
+    ("fixed", "options"),
+    [
+        *((BLURRED, {"size": 40, "taps": taps}) for taps in (3, 23, MAX_TAPS)),
+        *((ALL, {"size": 12, "interpolation": name}) for name in ("bilinear", "bicubic")),
+        (ALL | {"contrast": 0.3}, {"size": 48}),
+    ],
+)
+def test_a_step_sees_pixels_of_all_tiles_and_borders(fixed: Any, options: dict[str, Any]) -> None:
+    """A blur, a large image that is shrunk, and the mean of contrast."""
     images = photograph(1, 3, 60, 50)
-    table = any_views(1, 1, 60, 50, height=60, width=50, top=0, left=0, angle=0, shear=0)
-    assert ties_only(levels_apart(images, table, size=12, interpolation=interpolation))
-
-
-def test_the_mean_of_contrast_is_over_all_tiles() -> None:
-    images = photograph(1, 3, 48, 48)
-    images[:, :, 32:] = 255
-    table = any_views(2, 1, 48, 48, contrast=0.3, top=0, left=0, height=48, width=48)
-    assert ties_only(levels_apart(images, table, size=48))
+    images[:, :, 40:] //= 2
+    assert ties_only(levels_apart(images, any_views(2, 1, 60, 50, **fixed), **options))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -272,8 +272,8 @@ def test_a_gpu_gives_the_levels_of_the_cpu(C: int, side: int, size: int, taps: i
     images = photograph(8, C, side, side)
     table = any_views(32, 8, side, side)
     for interpolation in ("bilinear", "bicubic"):
-        off = levels_apart(images, table, size=size, taps=taps, interpolation=interpolation)
-        assert ties_only(off)
+        chosen = {"size": size, "taps": taps, "interpolation": interpolation}
+        assert ties_only(levels_apart(images, table, **chosen))
 
 
 @pytest.mark.gpu

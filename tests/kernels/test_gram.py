@@ -86,15 +86,11 @@ def test_no_less_accurate_than_float32_matmul(dtype: torch.dtype, how: How) -> N
 
 
 @pytest.mark.parametrize("how", [ROWS, COLUMNS, How(stacked=True)], ids=str)
-def test_the_launchers_own_blocks_cover_several_tiles(how: How) -> None:
-    X = batch(2, 70, 90, dtype=torch.bfloat16)
-    check(Symmetric(*gram_triton(X, *astuple(how))), X, how)
-
-
-def test_the_launcher_splits_a_long_sum_and_loses_no_term() -> None:
+@pytest.mark.parametrize("shape", [(2, 70, 90), (1, 3, 1030)], ids=["tiles", "a long sum"])
+def test_the_launchers_own_blocks_lose_no_term(shape: tuple[int, int, int], how: How) -> None:
     """K = 1030 is 17 steps of 64, and the last part is short."""
-    X = batch(1, 3, 1030, dtype=torch.float16)
-    check(Symmetric(*gram_triton(X, *astuple(ROWS))), X, ROWS)
+    X = batch(*shape, dtype=torch.bfloat16)
+    check(Symmetric(*gram_triton(X, *astuple(how))), X, how)
 
 
 @BODIES
@@ -113,10 +109,13 @@ def test_one_view_is_flagged(value: float, at: tuple[int, int], center: bool, bo
 
 
 @BODIES
-@pytest.mark.parametrize("scale", [1e-17, 1e17])
-def test_the_norm_neither_overflows_nor_vanishes(scale: float, body: Body) -> None:
-    X = batch(2, 20, 33) * scale
-    check(Symmetric(*body(X, *astuple(ROWS))), X, ROWS)
+@pytest.mark.parametrize(
+    ("scale", "mean", "how"), [(1e-17, 0, ROWS), (1e17, 0, ROWS), *((1, 1e3, c) for c in CENTERED)]
+)
+def test_extreme_scales_and_means(scale: float, mean: float, how: How, body: Body) -> None:
+    """The norm neither overflows nor vanishes, and a mean far from zero is subtracted."""
+    X = batch(2, 34, 17) * scale + mean
+    check(Symmetric(*body(X, *astuple(how))), X, how)
 
 
 @BODIES
@@ -124,13 +123,6 @@ def test_overflow_is_flagged_and_zeros_are_not(body: Body) -> None:
     X = batch(1, 4, 4)
     assert Symmetric(*body(X * 1e25, *astuple(ROWS))).nonfinite.item() == 1
     assert not any(field.any() for field in body(X * 0, *astuple(ROWS)))
-
-
-@BODIES
-@pytest.mark.parametrize("how", CENTERED, ids=str)
-def test_a_mean_far_from_zero_is_subtracted(how: How, body: Body) -> None:
-    X = batch(2, 34, 17) + 1000
-    check(Symmetric(*body(X, *astuple(how))), X, how)
 
 
 def test_padding_aligns_rows_and_fills_them_with_zeros() -> None:
