@@ -6,31 +6,24 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from PIL import Image
 
 from rdm_fast.config import AugmentConfig, Config, DataConfig
 from rdm_fast.data.images.datasets import load
 from rdm_fast.errors import ConfigMismatch
-from tests.data.conftest import natural
+from tests.data.files import PNG, good_images
 from tests.runs import final_state, run, run_to
 from tests.tiny import tiny
 
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """Four images in each of the classes a and b."""
-    for i, pixels in enumerate(natural(8, 20, 20)):
-        path = tmp_path / "data/train" / "ab"[i // 4] / f"{i}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(pixels).save(path)
-    return tmp_path / "data"
+    return good_images(tmp_path / "data")
 
 
 def config_of(root: Path) -> Config:
     data = DataConfig(name="folder", root=str(root), loader="torch", workers=0, max_bad=0.5)
-    return replace(
-        tiny("digits_simsiam", global_batch=4), data=data, augment=AugmentConfig(size=16)
-    )
+    small = tiny("digits_simsiam", global_batch=4)
+    return replace(small, data=data, augment=AugmentConfig(size=16))
 
 
 @pytest.fixture
@@ -40,38 +33,27 @@ def stopped(root: Path, tmp_path: Path) -> Path:
     return tmp_path / "run"
 
 
-def rename(root: Path) -> None:
-    (root / "train/a/1.png").rename(root / "train/a/one.png")
+CHANGES: dict[str, Callable[[Path], object]] = {
+    "renamed": lambda train: (train / "a/1.jpg").rename(train / "a/one.jpg"),
+    # order and names in a class stay as they were
+    "relabeled": lambda train: (train / "b/4.jpg").rename(train / "a/4.jpg"),
+    "removed": lambda train: (train / "b/7.jpg").unlink(),
+    # the index leaves it out, so that the order of the others is another
+    "spoiled": lambda train: (train / "b/7.jpg").write_bytes(b"no image"),
+    "rewritten": lambda train: (train / "b/7.jpg").write_bytes(PNG),
+}
 
 
-def relabel(root: Path) -> None:
-    """Order and names in a class stay as they were."""
-    (root / "train/b/4.png").rename(root / "train/a/4.png")
-
-
-def remove(root: Path) -> None:
-    (root / "train/b/7.png").unlink()
-
-
-def spoil(root: Path) -> None:
-    """The index leaves it out, so that the order of the others is another."""
-    (root / "train/b/7.png").write_bytes(b"no image")
-
-
-def rewrite(root: Path) -> None:
-    Image.new("RGB", (20, 20)).save(root / "train/b/7.png")
-
-
-@pytest.mark.parametrize("change", [rename, relabel, remove, spoil, rewrite])
-def test_changes_are_refused(change: Callable[[Path], None], root: Path, stopped: Path) -> None:
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_other_images_are_refused(
+    change: Callable[[Path], object], root: Path, stopped: Path
+) -> None:
     before = final_state(stopped)
-    change(root)
+    change(root / "train")
     with pytest.raises(ConfigMismatch) as caught:
         run(stopped, config_of(root))
     assert caught.value.code == 78
-    assert f"the images in --data.root {root} are not those that the run in {stopped}" in str(
-        caught.value
-    )
+    assert f"--data.root {root}" in str(caught.value) and str(stopped) in str(caught.value)
     assert final_state(stopped) == before
 
 

@@ -11,8 +11,6 @@ from rdm_fast.spectrum import (
     attainable_rank,
     branch_spectra,
     directions,
-    effective_rank,
-    eigenvalues,
     filtered_rows,
     measured_response,
 )
@@ -49,12 +47,8 @@ def test_directions_under_the_cutoff_are_zero(shape: tuple[int, int]) -> None:
 
 # ---- measured response ------------------------------------------------------------------------
 
-FILTERS = [
-    FilterConfig(),
-    FilterConfig(sigma=-0.5, location="target"),
-    FilterConfig(kind="log"),
-    FilterConfig(kind="log_2"),
-]
+FALLING = FilterConfig(sigma=-0.5, location="target")
+FILTERS = [FilterConfig(), FALLING, FilterConfig(kind="log"), FilterConfig(kind="log_2")]
 
 
 @pytest.mark.parametrize("config", FILTERS, ids=lambda c: f"{c.kind}{c.sigma:g}")
@@ -74,13 +68,6 @@ def test_the_measured_response_of_a_linear_map_is_its_diagonal_in_those_directio
     torch.testing.assert_close(measured_response(z, z @ A), expected, rtol=0, atol=1e-9)
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("factor", [1.0, -1.0, 0.0, 3.0])
-def test_the_response_of_a_multiple_is_that_factor(shape: tuple[int, int], factor: float) -> None:
-    z, expected = rows(shape), torch.full((min(shape),), factor, dtype=torch.float64)
-    torch.testing.assert_close(measured_response(z, factor * z), expected, rtol=1e-9, atol=1e-12)
-
-
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_there_is_no_response_under_the_cutoff_or_of_a_batch_that_is_not_finite(bad: float) -> None:
     z = rows((24, 64), "straddling")
@@ -96,7 +83,7 @@ def test_there_is_no_response_under_the_cutoff_or_of_a_batch_that_is_not_finite(
 def test_a_branch_is_aligned_with_itself_and_its_filtered_rows(shape: tuple[int, int]) -> None:
     z = rows(shape)
     axes = directions(z)
-    for online in (z, filtered_rows(z, FilterConfig()), filtered_rows(z, FILTERS[1])):
+    for online in (z, filtered_rows(z, FilterConfig()), filtered_rows(z, FALLING)):
         assert float(alignment(online, axes)) == pytest.approx(1, abs=1e-9)
 
 
@@ -129,18 +116,12 @@ def test_rows_that_sum_to_zero_show_one_less(shape: tuple[int, int], dtype: torc
     assert int(attainable_rank(norm(z).to(dtype))) == min(B - 1, d)
 
 
-def test_two_opposite_points_are_as_spread_out_as_two_centered_points_can_be() -> None:
-    z = torch.zeros(2, 768)
-    z[0, 0], z[1, 0] = 1.0, -1.0
-    assert float(effective_rank(eigenvalues(z))) / int(attainable_rank(z)) == 1.0
-
-
 # ---- both branches ----------------------------------------------------------------------------
 
 
 def test_a_profile_adds_the_alignment_of_the_outputs_view_by_view() -> None:
     online, target = torch.stack(two_views(24, 40, "k^-1/2")), torch.randn(2, 24, 40)
-    for config in (None, FilterConfig(sigma=2.0), FilterConfig(location="target", sigma=-0.5)):
+    for config in (None, FilterConfig(sigma=2.0), FALLING):
         plain = branch_spectra(online, target, online, config).metrics()
         full = branch_spectra(online, target, online, config, profile=True).metrics()
         filtered = config is not None and config.location == "online"

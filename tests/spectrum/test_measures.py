@@ -64,28 +64,21 @@ def test_effective_rank_is_its_definition_at_any_scale(values: list[float], scal
 
 
 def test_n_equal_directions_count_n_and_none_count_zero() -> None:
-    for n in (1, 2, 7, 64):
-        values = torch.cat([torch.full((n,), 0.37), torch.zeros(5)])
-        assert float(effective_rank(values)) == pytest.approx(n, rel=1e-5)
-    stacked = torch.tensor([[1.0, 1.0], [1.0, 0.0], [0.0, 0.0]])  # leading dimensions stay
+    stacked = torch.tensor([[0.4, 0.4], [1.0, 0.0], [0.0, 0.0]])  # leading dimensions stay
     torch.testing.assert_close(effective_rank(stacked), torch.tensor([2.0, 1.0, 0.0]))
-
-
-def test_rankme_on_singular_values_is_larger() -> None:
-    """The paper's number is of eigenvalues, not of their square roots."""
-    values = spectrum("k^-1", 32).square()
-    assert float(effective_rank(values)) == pytest.approx(definition(values.tolist()))
-    assert effective_rank(values.sqrt()) > 1.5 * effective_rank(values)
 
 
 # ---- eigenvalues ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shape", [*SHAPES, (1, 8), (8, 1), (1, 1)], ids=str)
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-def test_eigenvalues_equal_numpy_s(shape: tuple[int, int], dtype: torch.dtype) -> None:
-    """Those that are left out for B < D are zero."""
-    z = torch.randn(shape, dtype=torch.float64).to(dtype)
+@pytest.mark.parametrize("kind", [torch.float64, torch.float32, torch.bfloat16, *SPECTRA], ids=str)
+def test_eigenvalues_equal_numpy_s(shape: tuple[int, int], kind: torch.dtype | str) -> None:
+    """They are not centered, and those that are left out for B < D are zero."""
+    if isinstance(kind, str):
+        z = with_spectrum(*shape, spectrum(kind, min(shape)))
+    else:
+        z = (torch.randn(shape, dtype=torch.float64) + 1).to(kind)
     found, expected = eigenvalues(z), numpy_eigenvalues(z)
     n = min(shape)
     assert found.shape == (n,) and found.dtype == torch.float64
@@ -93,21 +86,6 @@ def test_eigenvalues_equal_numpy_s(shape: tuple[int, int], dtype: torch.dtype) -
     np.testing.assert_allclose(found.numpy(), expected[-n:], rtol=0, atol=tolerance)
     np.testing.assert_allclose(expected[:-n], 0, atol=1e-13 * expected[-1])
     assert (found.diff() >= 0).all() and (found >= 0).all()
-
-
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("kind", SPECTRA)
-def test_eigenvalues_are_squared_singular_values_over_B(shape: tuple[int, int], kind: str) -> None:
-    s = spectrum(kind, min(shape))
-    z = with_spectrum(*shape, s)
-    expected = (s.square() / shape[0]).sort().values
-    torch.testing.assert_close(eigenvalues(z), expected, rtol=0, atol=1e-13 * float(expected[-1]))
-
-
-def test_the_correlation_is_not_centered() -> None:
-    z = torch.randn(20, 6) + 10
-    assert float(eigenvalues(z)[-1]) > 500
-    assert float(eigenvalues(z - z.mean(dim=0))[-1]) < 5
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -156,10 +134,7 @@ def test_filtered_eigenvalues_are_those_of_the_filtered_rows(
 @pytest.mark.parametrize(
     "config",
     [
-        FilterConfig(),
-        FilterConfig(sigma=0.5),
-        FilterConfig(kind="log_1"),
-        FilterConfig(kind="log_2"),
+        *(FilterConfig(kind=kind) for kind in ("poly", "log_1", "log_2")),
         *(FilterConfig(location="target", sigma=sigma) for sigma in (-1.0, -0.5, -0.3)),
     ],
     ids=name,
@@ -187,13 +162,8 @@ def test_channel_std_is_zero_when_all_rows_are_alike_and_about_one_on_the_sphere
     row = torch.randn(1, 64)
     assert float(channel_std(row.expand(32, 64))) == pytest.approx(0, abs=1e-6)
     assert float(channel_std(row * torch.rand(32, 1) + 1e-3 * row)) == pytest.approx(0, abs=1e-5)
-    filled = float(channel_std(torch.randn(2000, 64)))
-    assert filled == pytest.approx(1, abs=0.01)
-
-
-def test_channel_std_ignores_the_length_of_rows() -> None:
-    z = torch.randn(50, 16)
-    torch.testing.assert_close(channel_std(z), channel_std(z * torch.rand(50, 1).clamp_min(0.1)))
+    filled = torch.randn(2000, 64) * torch.rand(2000, 1).clamp_min(0.1)  # of any length
+    assert float(channel_std(filled)) == pytest.approx(1, abs=0.01)
 
 
 # ---- both branches, one rank or two -----------------------------------------------------------
@@ -222,9 +192,6 @@ def test_branch_spectra_are_means_over_views_of_each_output(config: FilterConfig
     online, target, projection = branches()
     found = branch_spectra(online, target, projection, config)
 
-    def mean(views: list[Tensor]) -> np.ndarray:
-        return np.mean([numpy_eigenvalues(view)[-24:] for view in views], axis=0)
-
     outputs = {"online": list(online), "target": list(target), "projection": list(projection)}
     if config is not None:
         basis = list(online) if config.basis == "online" else [None, None]
@@ -234,7 +201,7 @@ def test_branch_spectra_are_means_over_views_of_each_output(config: FilterConfig
         ]
     metrics = found.metrics()
     for branch, views in outputs.items():
-        expected = mean(views)
+        expected = np.mean([numpy_eigenvalues(view)[-24:] for view in views], axis=0)
         np.testing.assert_allclose(getattr(found, branch), expected, atol=ROUNDED * expected[-1])
         assert metrics[f"effective_rank/{branch}"] == pytest.approx(
             definition(list(expected.clip(0))), rel=1e-4

@@ -8,6 +8,7 @@ import resource
 import subprocess
 import sys
 import types
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,14 +33,9 @@ CONFIG = RECIPES["digits_rdm_simsiam"]()
 ENVIRONMENT = {"torch": "2.15.0", "config": {"optim": {"lr": 0.1}}}
 PLAN = Plan(total_steps=420, steps_per_epoch=7, global_batch=200)
 METRICS = {
-    "epoch": 3.0,
-    "loss": -0.81234567,
-    "lr": 0.064,
-    "images_per_s": 2000.0,
-    "data_wait_s": 0.003,
-    "effective_rank/online": 31.234,
-    "effective_rank/target": 28.0,
-}
+    "epoch": 3.0, "loss": -0.81234567, "lr": 0.064, "images_per_s": 2000.0, "data_wait_s": 0.003,
+    "effective_rank/online": 31.234, "effective_rank/target": 28.0,
+}  # fmt: skip
 
 
 def strict(text: str) -> Any:
@@ -64,37 +60,48 @@ def write(path: Path, steps: range, resumed: int = 0, environment: Any = None) -
     lines.close()
 
 
+def spectra(step: int) -> dict[str, Any]:
+    values = np.linspace(step + 1, 0, 5) / 7
+    response = np.array([step, np.nan])
+    return {"online": values, "response": response, "alignment": step / 7}
+
+
+def write_spectra(path: Path, steps: range, resumed: int = 0) -> None:
+    lines = SpectrumLines(path, resumed)
+    for step in steps:
+        lines.log(step, spectra(step))
+    lines.close()
+
+
 # ---- metrics.jsonl ---------------------------------------------------------------------------
 
 
 def test_the_first_line_is_the_environment_and_the_others_are_flat(tmp_path: Path) -> None:
-    write(tmp_path / "m", range(1, 4))
-    first, *rest = records(tmp_path / "m")
-    assert first == {"environment": ENVIRONMENT}
-    assert rest == [{"step": step, "loss": 1 / step} for step in (1, 2, 3)]  # to the last digit
-
-
-def test_a_line_is_in_the_file_as_soon_as_it_is_logged(tmp_path: Path) -> None:
+    """And each is there, to the last digit, as soon as it is logged."""
+    expected: list[dict[str, Any]] = [{"environment": ENVIRONMENT}]
     lines = JsonLines(tmp_path / "m", ENVIRONMENT)
     for step in range(1, 4):
-        lines.log(step, {"loss": 0.5})
-        assert records(tmp_path / "m")[-1] == {"step": step, "loss": 0.5}
+        lines.log(step, {"loss": 1 / step})
+        expected.append({"step": step, "loss": 1 / step})
+        assert records(tmp_path / "m") == expected
     lines.close()
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_what_is_not_finite_is_null(tmp_path: Path, value: float) -> None:
     lines = JsonLines(tmp_path / "m", ENVIRONMENT)
-    lines.log(1, {"loss": value, "note": "nan", "count": 3, "missing": None})
+    others = {"note": "nan", "count": 3, "missing": None}
+    lines.log(1, {"loss": value, **others})
     lines.close()
-    assert records(tmp_path / "m")[1] == {
-        "step": 1, "loss": None, "note": "nan", "count": 3, "missing": None,
-    }  # fmt: skip
+    assert records(tmp_path / "m")[1] == {"step": 1, "loss": None, **others}
 
 
 @pytest.mark.parametrize("died_at", [10, 13, 20])
 @pytest.mark.parametrize("resumed", [0, 7, 10])
-def test_a_resumed_file_is_as_if_undisturbed(tmp_path: Path, died_at: int, resumed: int) -> None:
+@pytest.mark.parametrize("write", [write, write_spectra])
+def test_a_resumed_file_is_as_if_undisturbed(
+    tmp_path: Path, write: Callable[..., None], died_at: int, resumed: int
+) -> None:
     write(tmp_path / "whole", range(1, 21))
     write(tmp_path / "m", range(1, died_at + 1))
     with (tmp_path / "m").open("a") as file:
@@ -118,14 +125,11 @@ def test_another_environment_is_recorded_once_where_it_begins(tmp_path: Path) ->
     write(tmp_path / "m", range(5, 8), resumed=4, environment=other)
     write(tmp_path / "m", range(7, 9), resumed=6, environment=other)
     added = {"environment": other, "resumed_step": 4}
-    found = records(tmp_path / "m")
-    assert found[0] == {"environment": ENVIRONMENT} and found[5] == added
-    assert found.count(added) == 1
-    assert [r["step"] for r in found if "step" in r] == list(range(1, 9))
+    steps = [{"step": step, "loss": 1 / step} for step in range(1, 9)]
+    first = {"environment": ENVIRONMENT}
+    assert records(tmp_path / "m") == [first, *steps[:4], added, *steps[4:]]
     write(tmp_path / "m", range(3, 4), resumed=2)  # from before that environment
-    assert [r.get("step", "environment") for r in records(tmp_path / "m")] == [
-        "environment", 1, 2, 3,
-    ]  # fmt: skip
+    assert records(tmp_path / "m") == [first, *steps[:3]]
 
 
 def test_a_full_disk_loses_no_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -144,32 +148,6 @@ def test_a_full_disk_loses_no_line(tmp_path: Path, capsys: pytest.CaptureFixture
     lines.close()
     assert [r.get("step") for r in records(tmp_path / "m")] == [None, 1, 2, 3, 4, 5]
     assert capsys.readouterr().err.count("warning: m waits in memory") == 1
-
-
-# ---- spectrum.jsonl --------------------------------------------------------------------------
-
-
-def spectra(step: int) -> dict[str, Any]:
-    values = np.linspace(step + 1, 0, 5) / 7
-    response = np.array([step, np.nan])
-    return {"online": values, "response": response, "alignment": step / 7}
-
-
-def write_spectra(path: Path, steps: range, resumed: int = 0) -> None:
-    lines = SpectrumLines(path, resumed)
-    for step in steps:
-        lines.log(step, spectra(step))
-    lines.close()
-
-
-@pytest.mark.parametrize("resumed", [0, 7, 10])
-def test_resumed_spectra_are_those_of_an_undisturbed_run(tmp_path: Path, resumed: int) -> None:
-    write_spectra(tmp_path / "whole", range(1, 21))
-    write_spectra(tmp_path / "s", range(1, 13))
-    with (tmp_path / "s").open("a") as file:
-        file.write('{"step": 13, "online": [0.1, ')  # torn by a kill
-    write_spectra(tmp_path / "s", range(resumed + 1, 21), resumed)
-    assert (tmp_path / "s").read_bytes() == (tmp_path / "whole").read_bytes()
 
 
 def test_spectra_are_read_as_they_were_logged_to_five_digits(tmp_path: Path) -> None:
@@ -229,26 +207,23 @@ def test_tensorboard_shows_one_scalar_a_key_and_hides_what_a_resume_repeats(tmp_
     assert scalars(tmp_path) == {"loss": [(1, 0.25), (2, 0.5), (3, 7.0)]}
 
 
-@pytest.mark.parametrize(
-    ("module", "extra"),
-    [("torch.utils.tensorboard", "tensorboard"), ("wandb", "wandb"), ("trackio", "trackio")],
-)
-def test_a_missing_tracker_is_named_with_the_command_that_installs_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str, extra: str
-) -> None:
-    monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(Unavailable) as missing:
+TRACKERS = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb", "trackio": "trackio"}
+
+
+@pytest.mark.parametrize("extra", TRACKERS)
+def test_a_missing_tracker(extra: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, TRACKERS[extra], None)
+    with pytest.raises(Unavailable) as error:
         open_telemetry(tmp_path, 0, **{extra: True})
-    assert f"--log.{extra}" in str(missing.value) and f"rdm-fast[{extra}]" in str(missing.value)
+    assert f"--log.{extra} " in str(error.value) and f"rdm-fast[{extra}]" in str(error.value)
     open_telemetry(tmp_path / "other rank", 1, **{extra: True})
 
 
-@pytest.mark.parametrize(
-    ("tracker", "name"), [("wandb", "id"), ("trackio", "name")], ids=["wandb", "trackio"]
-)
-def test_a_tracker_goes_on_under_the_runs_own_id(
-    tracker: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("tracker", ["wandb", "trackio"])
+def test_trackers_keep_the_id(
+    tracker: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    name = {"wandb": "id", "trackio": "name"}[tracker]
     calls: list[Any] = []
     run = types.SimpleNamespace(
         log=lambda metrics, step: calls.append((step, metrics)), finish=lambda: calls.append("end")
@@ -267,18 +242,15 @@ def test_a_tracker_goes_on_under_the_runs_own_id(
 
 
 def test_no_tracker_is_loaded_unasked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in ("torch.utils.tensorboard", "wandb", "trackio"):
+    for module in TRACKERS.values():
         monkeypatch.setitem(sys.modules, module, None)  # an import would fail
     with open_telemetry(tmp_path, 0) as telemetry:
         telemetry.log(1, METRICS)
     written = {path.name for path in tmp_path.iterdir() if path.is_file()}
     assert written >= {"metrics.jsonl", "spectrum.jsonl"} and not (tmp_path / "wandb").exists()
-
-
-def test_spectra_are_written_only_if_they_are_taken(tmp_path: Path) -> None:
-    with open_telemetry(tmp_path, 0, spectrum_every=0) as telemetry:
+    with open_telemetry(tmp_path / "none", 0, spectrum_every=0) as telemetry:
         telemetry.log_spectra(1, spectra(1))
-    assert not (tmp_path / "spectrum.jsonl").exists()
+    assert not (tmp_path / "none/spectrum.jsonl").exists()
 
 
 # ---- console ---------------------------------------------------------------------------------
@@ -330,26 +302,20 @@ def printed(folder: Path, terminal: bool, **variables: str) -> str:
     return output.decode().replace("\r\n", "\n")
 
 
-@pytest.mark.parametrize(
-    ("terminal", "variables"),
-    [
-        (False, {"TERM": "xterm"}),
-        (True, {"TERM": "dumb"}),
-        (True, {"TERM": "xterm", "NO_COLOR": "1"}),
-        (True, {}),
-    ],
-    ids=["a pipe", "a dumb terminal", "NO_COLOR", "no TERM"],
-)
-def test_plain_lines_if_nothing_can_be_redrawn(
-    terminal: bool, variables: dict[str, str], tmp_path: Path
-) -> None:
+PLAIN: dict[str, tuple[bool, dict[str, str]]] = {
+    "a pipe": (False, {"TERM": "xterm"}), "a dumb terminal": (True, {"TERM": "dumb"}),
+    "NO_COLOR": (True, {"TERM": "xterm", "NO_COLOR": "1"}), "no TERM": (True, {}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("terminal", "variables"), PLAIN.values(), ids=PLAIN)
+def test_plain_lines(terminal: bool, variables: dict[str, str], tmp_path: Path) -> None:
+    """Nothing can be redrawn there."""
     text = printed(tmp_path, terminal, **variables)
     assert "\x1b" not in text
-    lines = text.splitlines()
-    assert [line.partition("  loss")[0] for line in lines] == [
-        "epoch 1/60  step 7/420", "epoch 2/60  step 14/420", "step 14  knn_top1 93.25",
-        "warning: it collapses",
-    ]  # fmt: skip
+    epochs = ["epoch 1/60  step 7/420", "epoch 2/60  step 14/420"]
+    lines = [line.partition("  loss")[0] for line in text.splitlines()]
+    assert lines == [*epochs, "step 14  knn_top1 93.25", "warning: it collapses"]
 
 
 def test_one_line_is_redrawn_on_a_terminal_and_other_lines_stay_above_it(tmp_path: Path) -> None:
@@ -376,20 +342,19 @@ def test_the_environment_has_versions_ranks_and_choices() -> None:
 
 def test_the_commit_is_of_this_checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def git(*words: str) -> str:
-        name = ["-c", "user.name=a", "-c", "user.email=a@b"]
-        command = ["git", "-C", str(tmp_path), *name, *words]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        command = ["git", "-c", "user.name=a", "-c", "user.email=a@b", *words]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=tmp_path)
+        return done.stdout.strip()
 
-    package = tmp_path / "project" / "rdm_fast" / "run"
-    package.mkdir(parents=True)
-    (package / "environment.py").write_text("")
-    monkeypatch.setattr(environment_module, "__file__", str(package / "environment.py"))
+    file = tmp_path / "project" / "rdm_fast" / "run" / "environment.py"
+    file.parent.mkdir(parents=True)
+    file.write_text("")
+    monkeypatch.setattr(environment_module, "__file__", str(file))
     git("init", "-q")
     git("add", ".")
     git("commit", "-q", "-m", "one")
     assert environment_module._git_commit() is None  # another project's checkout around it
     (tmp_path / ".git").rename(tmp_path / "project" / ".git")
-    monkeypatch.setattr(environment_module, "__file__", str(package / "environment.py"))
     commit = git("-C", "project", "rev-parse", "HEAD")
     assert environment_module._git_commit() == f"{commit}-dirty"  # the file has moved in it
 

@@ -15,22 +15,18 @@ from PIL import Image
 from rdm_fast.config import DataConfig
 from rdm_fast.data.images.datasets import load, load_digits
 from rdm_fast.errors import DataError, InputMissing, Unavailable
+from tests.data.files import put
 
 
 def test_digits_are_all_of_scikit_learns_once() -> None:
     train, test = load_digits("train"), load_digits("test")
     assert (len(train), len(test), train.channels) == (1400, 397, 1)
     digits = sklearn.datasets.load_digits()
-    expected = []
-    for levels, label in zip(digits.images, digits.target, strict=True):
-        image = Image.fromarray(np.rint(levels * 255 / 16).astype(np.uint8))
-        enlarged = image.resize((16, 16), Image.Resampling.BILINEAR)
-        expected.append((enlarged.tobytes(), int(label)))
-    found = [
-        (pixels.tobytes(), int(label))
-        for part in (train, test)
-        for pixels, label in zip(part.pixels, part.labels, strict=True)
-    ]
+    levels = np.rint(digits.images * 255 / 16).astype(np.uint8)
+    large = [Image.fromarray(x).resize((16, 16), Image.Resampling.BILINEAR) for x in levels]
+    expected = zip([image.tobytes() for image in large], digits.target.tolist(), strict=True)
+    pixels = [x.tobytes() for part in (train, test) for x in part.pixels]
+    found = zip(pixels, [*train.labels.tolist(), *test.labels.tolist()], strict=True)
     assert sorted(found) == sorted(expected)
     assert train.classes == [str(i) for i in range(10)]
 
@@ -46,14 +42,13 @@ def make_cifar(root: Path, n: int, name: str) -> np.ndarray:
     rng = np.random.default_rng(0)
     ten = name == "cifar10"
     folder = root / ("cifar-10-batches-py" if ten else "cifar-100-python")
-    folder.mkdir(parents=True)
     files = [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"] if ten else ["train", "test"]
     rows = rng.integers(0, 256, (len(files), n, 3072), dtype=np.uint8)
     for data, file in zip(rows, files, strict=True):
         entry = {"data": data, ("labels" if ten else "fine_labels"): list(range(n))}
-        (folder / file).write_bytes(pickle.dumps(entry))
+        put(folder / file, pickle.dumps(entry))
     names = {("label_names" if ten else "fine_label_names"): [f"c{i}" for i in range(n)]}
-    (folder / ("batches.meta" if ten else "meta")).write_bytes(pickle.dumps(names))
+    put(folder / ("batches.meta" if ten else "meta"), pickle.dumps(names))
     return rows
 
 
@@ -75,37 +70,27 @@ def test_stl10_trains_on_unlabeled_images(tmp_path: Path, monkeypatch: pytest.Mo
     folder = tmp_path / "stl10_binary"
     folder.mkdir()
     rng = np.random.default_rng(0)
-    planes = {
-        s: rng.integers(0, 256, (2, 3, 96, 96), dtype=np.uint8) for s in ("train", "unlabeled")
-    }
-    for part, pixels in planes.items():  # the files are column-major
+    planes = rng.integers(0, 256, (4, 3, 96, 96), dtype=np.uint8)
+    for part, pixels in (("train", planes[:2]), ("unlabeled", planes[2:])):
+        # the files are column-major
         (folder / f"{part}_X.bin").write_bytes(pixels.transpose(0, 1, 3, 2).tobytes())
     (folder / "train_y.bin").write_bytes(bytes([1, 10]))
     (folder / "class_names.txt").write_text("\n".join("abcdefghij"))
     images = load(DataConfig(name="stl10", root=str(tmp_path)), "train")
     assert images.labels is not None and images.labels.tolist() == [0, 9, -1, -1]
-    expected = np.concatenate(list(planes.values())).transpose(0, 2, 3, 1)
-    np.testing.assert_array_equal(images.pixels, expected)
-
-
-def make_fashion(root: Path, n: int) -> np.ndarray:
-    folder = root / "FashionMNIST/raw"
-    folder.mkdir(parents=True)
-    pixels = np.random.default_rng(0).integers(0, 256, (n, 28, 28), dtype=np.uint8)
-    for split in ("train", "t10k"):
-        images = struct.pack(">IIII", 0x803, n, 28, 28) + pixels.tobytes()
-        labels = struct.pack(">II", 0x801, n) + bytes(range(n))
-        for name, data in (
-            (f"{split}-images-idx3-ubyte", images),
-            (f"{split}-labels-idx1-ubyte", labels),
-        ):
-            (folder / name).write_bytes(data)
-            (folder / f"{name}.gz").write_bytes(gzip.compress(data))
-    return pixels
+    np.testing.assert_array_equal(images.pixels, planes.transpose(0, 2, 3, 1))
 
 
 def test_fashion_mnist_has_one_channel(tmp_path: Path) -> None:
-    pixels = make_fashion(tmp_path, 5)
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 28, 28), dtype=np.uint8)
+    files = {
+        "images-idx3-ubyte": struct.pack(">IIII", 0x803, 5, 28, 28) + pixels.tobytes(),
+        "labels-idx1-ubyte": struct.pack(">II", 0x801, 5) + bytes(range(5)),
+    }
+    for split in ("train", "t10k"):
+        for name, data in files.items():
+            put(tmp_path / f"FashionMNIST/raw/{split}-{name}", data)
+            put(tmp_path / f"FashionMNIST/raw/{split}-{name}.gz", gzip.compress(data))
     images = load(DataConfig(name="fashion_mnist", root=str(tmp_path)), "test")
     assert images.channels == 1 and images.classes[0] == "T-shirt/top"
     np.testing.assert_array_equal(images.pixels, pixels[..., None])

@@ -21,6 +21,7 @@ from rdm_fast.data.images.folder import load_folder
 from rdm_fast.data.images.index import FileEntry, Index
 from rdm_fast.data.images.tables import NAME
 from rdm_fast.runtime import atomic_files
+from tests.data.files import encode, put
 
 NAMES = ["a/0.png", "a/ü\n.png", "b/\udcff.png", "b/1.png", "c.gif"]
 SAVED = f"{NAME}.npz"
@@ -35,9 +36,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     for i, name in enumerate(NAMES):
-        path = tmp_path / "data" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (5 + i, 9 - i), (i, 0, 0)).save(path)
+        put(tmp_path / "data" / name, encode(Image.new("RGB", (5 + i, 9 - i), (i, 0, 0))))
     return tmp_path / "data"
 
 

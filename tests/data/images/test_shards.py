@@ -6,6 +6,7 @@ import tarfile
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from rdm_fast.data.images.folder import load_folder
 from rdm_fast.data.images.shards import ShardImages, expand
 from rdm_fast.errors import DataError, InputMissing, UserError
 from tests.data.conftest import natural
-from tests.data.files import encode
+from tests.data.files import encode, put
 from tests.data.loaders.dali_here import DECODING
 from tests.data.loaders.test_build import batches, configure, same
 from tests.runs import final_state, run, run_with_stops
@@ -62,9 +63,7 @@ def root(tmp_path: Path) -> Path:
 def folder(tmp_path: Path) -> Path:
     """The training images as files."""
     for i, data in enumerate(JPEGS):
-        path = tmp_path / "files/train" / "01"[i // 4] / f"{i}.jpg"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data)
+        put(tmp_path / "files/train" / "01"[i // 4] / f"{i}.jpg", data)
     return tmp_path / "files"
 
 
@@ -110,19 +109,14 @@ def test_every_loader_gives_the_batches_of_the_files(loader: str, root: Path, fo
 
 def test_shards_are_listed_once(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = read_in(root)
-    opened: list[str] = []
-    inspected: list[object] = []
-    list_shard, inspect = tar_members.list_shard, index.inspect_image
-    monkeypatch.setattr(
-        tar_members, "list_shard", lambda path: (opened.append(path.name), list_shard(path))[1]
-    )
-    monkeypatch.setattr(
-        index, "inspect_image", lambda *of, **how: (inspected.append(of), inspect(*of, **how))[1]
-    )
+    list_shard, inspect = (Mock(wraps=f) for f in (tar_members.list_shard, index.inspect_image))
+    monkeypatch.setattr(tar_members, "list_shard", list_shard)
+    monkeypatch.setattr(index, "inspect_image", inspect)
     again = read_in(root)
-    assert not opened and not inspected and again.digest == before.digest
+    assert not list_shard.called and not inspect.called and again.digest == before.digest
     pack(root / "train/001.tar", samples(range(6, 8)))
     changed = read_in(root)
+    opened = [call.args[0].name for call in list_shard.call_args_list]
     assert opened == ["000.tar", "001.tar"] and len(changed) == 7
     assert changed.digest != before.digest
     for saved in (root / "train").glob(".rdm_fast_index*"):

@@ -81,15 +81,6 @@ def test_a_gpu_shows_what_pillow_shows(precision: str, images: FileImages) -> No
 # ---- faults ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("share", [0.0, 0.3, 0.95])
-def test_a_truncated_file_is_replaced_as_by_torch(images: FileImages, share: float) -> None:
-    whole = images.path(5).read_bytes()
-    images.path(5).write_bytes(whole[: int(share * len(whole))])
-    expected = shown(batches(dali(loader="torch", max_bad=0.5), images))
-    assert shown(batches(dali(max_bad=0.5), images)) == expected
-    assert sorted(expected) == [0, 1, 2, 3, 4, 6, 6, 7]
-
-
 def test_a_file_for_pillow_alone(images: FileImages, monkeypatch: pytest.MonkeyPatch) -> None:
     """None is common: here Pillow's answer is made up."""
     before = batches(dali(), images)
