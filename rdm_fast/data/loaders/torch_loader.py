@@ -4,6 +4,7 @@ A worker makes whole batches, as uint8; the device normalizes. Nothing is drawn 
 results follow from the images' indices alone, so the number of workers changes nothing.
 """
 
+import gc
 from collections.abc import Callable, Iterator
 from typing import ClassVar
 
@@ -70,6 +71,8 @@ def in_workers(
     Raises:
         UserError: `make` raised it; without a worker's traceback.
     """
+    if workers:  # a forked worker that collects a DALI pipeline waits for threads that it lacks
+        gc.collect()
     loader: DataLoader[Made] = DataLoader(
         _Parts(make, parts),
         batch_size=None,
