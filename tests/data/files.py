@@ -14,10 +14,26 @@ from PIL import Image
 from rdm_fast.config import AugmentConfig, Config, DataConfig, OptimConfig, ViewConfig
 from rdm_fast.data import Batch, ImageSet, build_loader, load
 from rdm_fast.data.images.sets import EncodedImages, FileImages
-from tests.data.conftest import natural
 
+Pixels = NDArray[np.uint8]
 ADLER = 65521
 H, W = 64, 80
+
+
+def natural(n: int, height: int, width: int, seed: int = 0) -> Pixels:
+    """[n, height, width, 3]: soft colors, a few hard-edged boxes, a little grain."""
+    rng = np.random.default_rng(seed)
+    images = []
+    for _ in range(n):
+        soft = Image.fromarray(rng.integers(0, 256, (5, 5, 3), dtype=np.uint8))
+        image = np.array(soft.resize((width, height), Image.Resampling.BICUBIC), np.float64)
+        for _ in range(3):
+            top, left = rng.integers(0, height), rng.integers(0, width)
+            image[top : top + height // 3, left : left + width // 3] = rng.integers(0, 256, 3)
+        images.append(image + rng.normal(0, 4, image.shape))
+    return np.clip(np.rint(images), 0, 255).astype(np.uint8)
+
+
 PICTURE = Image.fromarray(natural(1, H, W, seed=7)[0])
 VIEW = ViewConfig(crop_scale=(0.2, 1), jitter=0.8, grey=0.2, blur=0.5, flip=0.5)
 AUGMENT = AugmentConfig(size=32, view1=VIEW, view2=replace(VIEW, solarize=0.2))
@@ -115,6 +131,6 @@ def epoch_of(images: ImageSet, loader: str = "torch", **data: object) -> Batch:
     return batch
 
 
-def levels(grey: NDArray[np.integer]) -> NDArray[np.uint8]:
+def levels(grey: NDArray[np.integer]) -> Pixels:
     """[H, W] as RGB, [H, W, 3]."""
     return np.repeat(grey[:, :, None], 3, axis=2).astype(np.uint8)

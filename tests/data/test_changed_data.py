@@ -10,14 +10,9 @@ import pytest
 from rdm_fast.config import AugmentConfig, Config, DataConfig
 from rdm_fast.data.images.datasets import load
 from rdm_fast.errors import ConfigMismatch
-from tests.data.files import PNG, good_images
+from tests.data.files import PNG
 from tests.runs import final_state, run, run_to
 from tests.tiny import tiny
-
-
-@pytest.fixture
-def root(tmp_path: Path) -> Path:
-    return good_images(tmp_path / "data")
 
 
 def config_of(root: Path) -> Config:

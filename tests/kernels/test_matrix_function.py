@@ -132,16 +132,6 @@ def test_a_scaled_matrix_has_a_scaled_filter(exponent: int) -> None:
     torch.testing.assert_close(scaled.tau / 2**k, plain.tau)
 
 
-def test_autocast_changes_no_bit() -> None:
-    X = with_spectrum(12, 20, spectrum("k^-1", 12)).float()
-    plain = matrix_function(X @ X.mT, torch.log1p)
-    G = X @ X.mT
-    with torch.autocast(DEVICE.type, dtype=torch.bfloat16):
-        cast = matrix_function(G, torch.log1p)
-    for a, b in zip(plain, cast, strict=True):
-        assert a.dtype == b.dtype and torch.equal(a, b)
-
-
 def test_degree_one_is_exact_for_s_and_the_default_is_not_wasted() -> None:
     """s at degree 1 needs no product; halving the default degree costs the log its tolerance."""
     X = with_spectrum(24, 64, spectrum("k^-1", 24))

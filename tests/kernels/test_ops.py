@@ -170,6 +170,7 @@ def test_autocast_changes_no_bit_and_only_losses_take_a_gradient() -> None:
         products = [gram(X, side="samples").matrix, sym_matmul(X).matrix, product(X, X.mT)]
         R = randn(2, 8, 8)
         losses = [neg_cosine(X, X.flip(0)), filtered_cosine(X, *forms, R, X.detach())]
+        products += spectral_filter(X)
         assert not any(found.requires_grad for found in products)
         return [*products, *losses, *(torch.autograd.grad(loss.sum(), X)[0] for loss in losses)]
 

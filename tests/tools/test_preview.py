@@ -13,7 +13,7 @@ from rdm_fast.config.recipes import recipe
 from rdm_fast.data.images.datasets import load
 from rdm_fast.data.loaders.batch import Batch
 from rdm_fast.tools.preview import CELL, GAP, TITLE, contact_sheet, first_batches, levels_of
-from tests.data.conftest import Pixels, natural
+from tests.data.files import Pixels, natural
 from tests.data.loaders.dali_here import HERE
 
 CPU = torch.device("cpu")

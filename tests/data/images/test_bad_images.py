@@ -31,7 +31,6 @@ from tests.data.files import (
     PNG,
     bomb,
     encode,
-    good_images,
     patched,
     png,
     put,
@@ -40,17 +39,6 @@ from tests.data.files import (
 )  # fmt: skip
 from tests.data.images.test_odd_images import APNG, GIF, PALETTE, PGM16, PIXELS, RGB16, STILL, WEBP
 from tests.ranks import run_ranks
-
-
-@pytest.fixture
-def root(tmp_path: Path) -> Path:
-    return good_images(tmp_path / "data")
-
-
-@pytest.fixture
-def table(tmp_path: Path) -> Path:
-    return tmp_path / "bad_files.tsv"
-
 
 SOF = JPEG.index(b"\xff\xc0")
 LIAR = patched(JPEG, SOF + 5, struct.pack(">HH", 65500, 65500))

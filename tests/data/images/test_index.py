@@ -2,10 +2,10 @@
 
 import os
 import pickle
-import threading
 import time
 import zipfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -40,16 +40,13 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "data"
 
 
-Inspect = Callable[[Path], object]
-
-
 class Inspected(list[str]):
     """Names of the files that were inspected, in any order; `before(path)` runs first."""
 
     full: bool | None = None
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.before: Inspect = lambda path: None
+        self.before: Callable[[Path], object] = lambda path: None
         monkeypatch.setattr(index, "inspect_image", self.inspect)
 
     def inspect(self, path: Path, *, full: bool) -> ImageSize | str:
@@ -265,14 +262,8 @@ def test_a_compressed_index_is_not_unpacked(folder: Path, monkeypatch: pytest.Mo
 
 def test_of_several_at_once_one_inspects(folder: Path, inspected: Inspected) -> None:
     inspected.before = lambda path: time.sleep(0.1)
-    results: list[Index] = []
-    threads = [
-        threading.Thread(target=lambda: results.append(build(folder, full=True))) for _ in range(4)
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(lambda _: build(folder, full=True), range(4)))
     assert len(inspected) == 5 and all(same(result, results[0]) for result in results)
 
 

@@ -16,7 +16,6 @@ from PIL import Image
 
 from rdm_fast.data.images.sets import FileImages, PixelImages
 from rdm_fast.data.loaders.dali_input import file_for_dali
-from tests.data.conftest import natural
 from tests.data.files import (
     JPEG,
     PICTURE,
@@ -27,6 +26,7 @@ from tests.data.files import (
     epoch_of,
     good_images,
     levels,
+    natural,
     png,
     put,
     read_folder,

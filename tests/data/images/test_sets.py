@@ -7,8 +7,7 @@ import numpy as np
 from PIL import Image
 
 from rdm_fast.data.images.sets import ImageSet, PixelImages
-from tests.data.conftest import natural
-from tests.data.files import encode, packed, put, read_folder
+from tests.data.files import encode, natural, packed, put, read_folder
 
 
 def test_three_ways_of_keeping_images_read_alike(tmp_path: Path) -> None:

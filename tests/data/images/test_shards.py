@@ -19,8 +19,7 @@ from rdm_fast.data.images.datasets import Split, load
 from rdm_fast.data.images.folder import load_folder
 from rdm_fast.data.images.shards import ShardImages, expand
 from rdm_fast.errors import DataError, InputMissing, UserError
-from tests.data.conftest import natural
-from tests.data.files import encode, put
+from tests.data.files import encode, natural, put
 from tests.data.loaders.dali_here import DECODING
 from tests.data.loaders.test_build import batches, configure, same
 from tests.runs import final_state, run, run_with_stops

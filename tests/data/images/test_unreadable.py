@@ -24,7 +24,6 @@ from tests.data.files import (
     PNG,
     encode,
     epoch_of,
-    good_images,
     put,
     read_folder,
     rows,
@@ -34,16 +33,6 @@ from tests.ranks import run_ranks
 from tests.tiny import tiny
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture
-def root(tmp_path: Path) -> Path:
-    return good_images(tmp_path / "data")
-
-
-@pytest.fixture
-def table(tmp_path: Path) -> Path:
-    return tmp_path / "bad_files.tsv"
 
 
 def damage(path: Path) -> None:

@@ -3,7 +3,7 @@
 import pickle
 import tomllib
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,11 +15,9 @@ from torch import Tensor
 from rdm_fast.config import AugmentConfig, Config, DataConfig, OptimConfig, ViewConfig
 from rdm_fast.data import Batch, ImageSet, Loader, build_loader, load
 from rdm_fast.data.images.sets import PixelImages
-from rdm_fast.data.loaders import dali_input, resident, torch_loader
-from rdm_fast.data.loaders.batch import draw_all_views
 from rdm_fast.data.loaders.dali_loader import install_line
 from rdm_fast.data.loaders.torch_loader import ViewsOfImages
-from rdm_fast.data.views.sampler import ViewParameters, epoch_order
+from rdm_fast.data.views.sampler import epoch_order
 from rdm_fast.errors import DataError, Unavailable, UsageError
 from rdm_fast.runtime.precision import dtype_of_views
 from tests.data.files import good_images, packed, read_folder
@@ -224,36 +222,6 @@ def test_an_epoch_resumes_bit_for_bit(loader: str, images: ImageSet, whole: Whol
     assert not torch.equal(other.indices, expected[0].indices)
     assert not torch.equal(next(build(configure(loader, seed=6), images).epoch(1)).indices,
                            expected[0].indices)  # fmt: skip
-
-
-def test_every_loader_draws_alike(images: ImageSet, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In any loader, on any number of ranks, and resuming at any step."""
-
-    def table(loader: str, world: int, start: int) -> dict[int, bytes]:
-        rows: dict[int, bytes] = {}
-
-        def recorded(
-            config: Config, images: ImageSet, epoch: int, indices: NDArray[np.int64]
-        ) -> list[ViewParameters]:
-            drawn = draw_all_views(config, images, epoch, indices)
-            for row, i in enumerate(indices.tolist()):
-                rows[i] = b"".join(
-                    getattr(p, field.name)[row].tobytes() for p in drawn for field in fields(p)
-                )
-            return drawn
-
-        for module in (resident, torch_loader, dali_input):
-            monkeypatch.setattr(module, "draw_all_views", recorded)
-        for rank in range(world):
-            batches(configure(loader), images, 1, start, rank, world)
-        return rows
-
-    whole = table("resident", 1, 0)
-    assert len(whole) == 96
-    for loader in ["resident", "torch"] + ["dali"] * HERE:
-        assert table(loader, 2, 0) == whole
-        rest = table(loader, 1, 4)
-        assert len(rest) == 32 and rest == {i: whole[i] for i in rest}
 
 
 @pytest.mark.parametrize(

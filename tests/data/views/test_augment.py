@@ -34,7 +34,7 @@ from rdm_fast.data.views.augment import (
 from rdm_fast.data.views.sampler import JITTER_ORDERS, ViewParameters, draw_views
 from rdm_kernels.views.geometry import resampling_taps
 from rdm_kernels.views.op import augment_views_triton
-from tests.data.conftest import natural
+from tests.data.files import natural
 from tests.data.loaders.dali_here import HERE, needs_dali
 
 if HERE:

@@ -23,16 +23,8 @@ def judge(
     """On an idle 8-core CPU without DALI, for times in milliseconds."""
     config = config or recipe("imagenet_rdm_simsiam")
     times = {"loader": loader, "model": model, "filter": filter, "end to end": 1.0}
-    settings: dict[str, object] = {
-        "loader": "torch",
-        "engine": "eigh",
-        "on_gpu": False,
-        "cpus": 8,
-        "threads": 8,
-        "fast_bf16": False,
-        "dali": "",
-    }
-    settings |= changed
+    settings: dict[str, object] = dict(loader="torch", engine="eigh", dali="", cpus=8, threads=8)
+    settings |= {"on_gpu": False, "fast_bf16": False, **changed}
     seconds = {name: t / 1e3 for name, t in times.items()}
     return verdict(Situation(config=config, seconds=seconds, **settings))  # type: ignore[arg-type]
 

@@ -171,20 +171,13 @@ def test_an_existing_export_is_replaced_only_on_request(run_of: RunOf, tmp_path:
     assert read_backbone(out).width == 4
 
 
-@pytest.mark.parametrize(
-    ("target", "out", "kind"),
-    [
-        ("torchvision", "x.pth", UsageError),
-        ("solo", "x", UsageError),
-        ("timm", "/proc/x.safetensors", CannotCreate),
-    ],
-    ids=["suffix", "none", "place"],
-)
-def test_an_impossible_out(target: Target, out: str, kind: type[Exception], run_of: RunOf) -> None:
+def test_an_impossible_out(run_of: RunOf) -> None:
     step, _ = run_of(config("cifar10_simsiam"))
-    with pytest.raises(kind) as error:
-        export_checkpoint(step, target, out=Path(out))
-    assert "--out" in str(error.value)
+    outs: dict[Target, str] = {"torchvision": "x.pth", "solo": "x", "timm": "/proc/x.safetensors"}
+    for target, out in outs.items():
+        with pytest.raises(CannotCreate if target == "timm" else UsageError) as error:
+            export_checkpoint(step, target, out=Path(out))
+        assert "--out" in str(error.value)
     assert not (step.parents[1] / "export").exists()
 
 

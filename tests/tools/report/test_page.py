@@ -1,8 +1,8 @@
 """rdm report from arguments to page, parsed as a browser parses it: nothing is fetched."""
 
 import base64
+import json
 import re
-import shutil
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
@@ -182,25 +182,23 @@ def test_panels_are_a_grid_with_titles_that_fit(count: int, rows: int, columns: 
 # ---- runs that are not whole -------------------------------------------------------------------
 
 
+FILES = ["config.yaml", "status.json", "metrics.jsonl"]
+GAPS: dict[str, Any] = dict.fromkeys(("loss", "rank_difference"))
+DAMAGE: dict[str, dict[str, bytes | str | None]] = {  # new contents of files; None for no file
+    "no metrics": {"metrics.jsonl": None},
+    "nothing but its mark": dict.fromkeys(FILES),
+    "binary metrics": {"metrics.jsonl": bytes(range(256)) * 40},
+    "only gaps": {"metrics.jsonl": "".join(json.dumps(line(i, **GAPS)) + "\n" for i in (2, 4))},
+    "damaged spectra": {"metrics.jsonl": None, "spectrum.jsonl": spectrum_line(2, s="damaged")},
+}
+
+
 def damage(path: Path, kind: str) -> None:
-    match kind:
-        case "no metrics":
-            (path / "metrics.jsonl").unlink()
-        case "nothing but its mark":
-            for name in ("config.yaml", "status.json", "metrics.jsonl"):
-                (path / name).unlink()
-        case "binary metrics":
-            (path / "metrics.jsonl").write_bytes(bytes(range(256)) * 40)
-        case "only gaps":
-            shutil.rmtree(path)
-            gaps: dict[str, Any] = dict.fromkeys(("loss", "rank_difference"))
-            make_run(path, lines=[line(step, **gaps) for step in (2, 4)])
-        case "damaged spectra":
-            damage(path, "no metrics")
-            (path / "spectrum.jsonl").write_text(spectrum_line(2, s="damaged"))
-
-
-DAMAGE = ["no metrics", "nothing but its mark", "binary metrics", "only gaps", "damaged spectra"]
+    for name, content in DAMAGE[kind].items():
+        if content is None:
+            (path / name).unlink()
+        else:
+            (path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
 
 
 def require_notes(page: Page, printed: str, label: str) -> None:
@@ -274,10 +272,7 @@ def test_a_page_that_cannot_be_written_names_the_flag(tmp_path: Path) -> None:
 
 
 def test_a_missing_matplotlib_is_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    find = style.importlib.util.find_spec
-    monkeypatch.setattr(
-        style.importlib.util, "find_spec", lambda name: None if name == "matplotlib" else find(name)
-    )
+    monkeypatch.setattr(style.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(Unavailable) as error:
         report(tmp_path, "absent")
     assert "rdm-fast[plot]" in str(error.value)

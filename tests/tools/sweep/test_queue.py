@@ -8,7 +8,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -70,9 +70,7 @@ def runs(tmp_path: Path, **plans: str) -> dict[str, Path]:
     return paths
 
 
-def complete_all(
-    paths: Mapping[str, Path], jobs: int = 1, gpus: tuple[str, ...] = ()
-) -> dict[str, Failure]:
+def complete(paths: dict[str, Path], jobs: int = 1, gpus: Sequence[str] = ()) -> dict[str, Failure]:
     return run_all(paths, jobs=jobs, device="cpu", gpus=gpus, threads=3)
 
 
@@ -90,7 +88,7 @@ def started(tmp_path: Path) -> list[list[str]]:
 def test_a_run_is_trained_then_evaluated_by_the_commands_of_a_user(tmp_path: Path) -> None:
     paths = runs(tmp_path, a="complete", b="complete")
     assert next_command(paths["a"], "cpu") == ["train", "--resume", str(paths["a"])]
-    assert complete_all(paths) == {}
+    assert complete(paths) == {}
     assert next_command(paths["a"], "cpu") is None
     seen = [str(os.getpid()), "3", "", os.environ.get("CUDA_VISIBLE_DEVICES", "none")]
     assert started(tmp_path) == [[run, do, *seen] for run in "ab" for do in ("train", "eval")]
@@ -102,16 +100,16 @@ def test_only_missing_commands_are_started(tmp_path: Path) -> None:
     paths["c"] = make_run(tmp_path / "c", checkpoint="step-00000008")
     evaluate(paths["c"])
     assert next_command(paths["b"], "cuda") == ["eval", str(paths["b"]), "--device", "cuda"]
-    assert complete_all(paths) == {}
+    assert complete(paths) == {}
     starts = [start[:2] for start in started(tmp_path)]
     assert starts == [["a", "train"], ["a", "eval"], ["b", "eval"]]
     (tmp_path / "board").unlink()
-    assert complete_all(paths) == {} and board(tmp_path) == []
+    assert complete(paths) == {} and board(tmp_path) == []
 
 
 def test_a_failed_run_is_named_with_its_reason_and_the_others_continue(tmp_path: Path) -> None:
     paths = runs(tmp_path, a="fail", b="die", c="nothing", d="complete")
-    failed = complete_all(paths)
+    failed = complete(paths)
     assert failed["a"] == Failure(71, "the loss is not finite")
     assert failed["b"].code == 76 and "SIGKILL" in failed["b"].sentence
     assert failed["c"].code == 70
@@ -120,7 +118,7 @@ def test_a_failed_run_is_named_with_its_reason_and_the_others_continue(tmp_path:
 
 def test_runs_at_a_time_are_limited_and_each_has_its_own_gpu(tmp_path: Path) -> None:
     paths = runs(tmp_path, **dict.fromkeys("abcdef", "complete"))
-    assert complete_all(paths, jobs=2, gpus=("4", "7")) == {}
+    assert complete(paths, jobs=2, gpus=("4", "7")) == {}
     busy: dict[str, str] = {}
     most = 0
     for kind, name, command, *seen in board(tmp_path):
@@ -146,7 +144,7 @@ def test_a_signal_lets_runs_under_way_save_and_starts_no_other(tmp_path: Path) -
     thread = threading.Thread(target=ask_to_stop)
     thread.start()
     with pytest.raises(Interrupted):
-        complete_all(paths, jobs=2)
+        complete(paths, jobs=2)
     thread.join()
     kinds = [note[:2] for note in board(tmp_path)]
     assert sorted(kinds[-2:]) == [["stopped", "a"], ["stopped", "b"]]
