@@ -6,13 +6,31 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 import bench.numbers as numbers
-from bench.measured import SWEEP, Column, Runs, Values, response, sweep_values
+from bench.measured import (
+    DEFAULT,
+    KNN,
+    LINEAR,
+    RANK,
+    SWEEP,
+    VARIANTS,
+    Column,
+    Runs,
+    Values,
+    lowest_rank,
+    measure_digits,
+    response,
+    sweep_values,
+    with_seeds,
+)  # fmt: skip
 from bench.pages import ENTRIES, Entry, claim, shown
+from rdm_fast.config.recipes import RECIPES
+from rdm_fast.tools.report.read import Run
 
 ROOT = Path(__file__).parents[2]
 PAGES = [
@@ -182,8 +200,44 @@ def test_values_of_a_sweep_and_the_claim_made_of_them() -> None:
     assert [value for [value] in values["online s^1"].values()] == [97, 98, 1, 4, 4, 3, 0.5]
     assert list(values["online s^1"]) == list(SWEEP)
     assert "All 2 filters" in claim({"values": values})
-    values["target s^-1"]["lowest"] = [-0.1]
+    values["target s^-1"]["lowest"] = [0.0]
     assert "1 of the 2 filters" in claim({"values": values})
+
+
+@pytest.fixture
+def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Runs:
+    """Runs whose seed k ends with effective rank 50 + k, after 1, 9 and 7 at epochs 1 to 3."""
+
+    def read(path: Path, label: str) -> Run:
+        seed = int(path.name[-1]) if "seed" in path.name else 0
+        ranks = zip((1, 2, 3, 60), (1.0, 9.0, 7.0, 50.0 + seed), strict=True)
+        lines = [{"step": 7 * e, "epoch": e, "effective_rank/projection": r} for e, r in ranks]
+        config = RECIPES["digits_rdm_simsiam"]()
+        evaluation = {"top1": 90.0 + seed, "knn_top1": 80.0 + seed}
+        return Run(path, label, config=config, lines=lines, evaluation=evaluation)
+
+    monkeypatch.setattr("bench.measured.read_run", read)
+    probed = SimpleNamespace(top1=97.7, knn_top1=97.5)
+    monkeypatch.setattr("bench.measured.score", lambda *args, **options: probed)
+    monkeypatch.setattr(Runs, "evaluated", lambda self, runs: list(runs))
+    return Runs(tmp_path, jobs=1)
+
+
+def test_digits_have_every_seed_with_and_without_the_filter(runs: Runs) -> None:
+    with_filter, without, pixels = measure_digits(runs, quick=False).values()
+    assert with_filter == without == {
+        LINEAR: [90, 91, 92, 93, 94], KNN: [80, 81, 82, 83, 84], RANK: [50, 51, 52, 53, 54]
+    }  # fmt: skip
+    assert pixels == {LINEAR: [97.7], KNN: [97.5]}
+    paths = {runs.path(row) for flags in VARIANTS.values() for row in with_seeds(flags)}
+    assert len(paths) == 10
+    assert measure_digits(runs, quick=True) == {
+        DEFAULT: {LINEAR: [90], KNN: [80], RANK: [50]}, "raw pixels, same probe": pixels
+    }  # fmt: skip
+
+
+def test_the_lowest_rank_is_that_after_the_guards_warm_up(runs: Runs) -> None:
+    assert lowest_rank(runs.folder) == 50.0  # 5 % of 60 epochs: the first three are left out
 
 
 def test_the_measured_response_of_known_directions() -> None:
