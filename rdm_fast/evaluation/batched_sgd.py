@@ -89,7 +89,7 @@ def fit_together(
         for epoch in range(protocol.epochs):
             order = torch.randperm(n, generator=generator).to(features.device)
             lr = rates * protocol.decay_at(epoch)
-            for rows in order[: n - n % batch].split(batch):
+            for rows in order[: protocol.images_per_epoch(n, batch)].split(batch):
                 flat = F.linear(features[rows], weight.flatten(0, 1), bias.flatten())
                 logits = flat.view(-1, k, classes).transpose(1, 2)  # [b, K, k]
                 targets = labels[rows, None].expand(-1, k)

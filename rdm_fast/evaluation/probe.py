@@ -72,9 +72,7 @@ def fit_iterated(
             for group in optimizer.param_groups:
                 group["lr"] = protocol.lr_at(epoch)
             order = torch.randperm(n, generator=generator).to(features.device)
-            # The rest of an epoch is dropped, as in the reference: a batch of a few images would
-            # move the weights as far as a full one, on far less evidence.
-            for rows in order[: n - n % batch].split(batch):
+            for rows in order[: protocol.images_per_epoch(n, batch)].split(batch):
                 loss = F.cross_entropy(F.linear(features[rows], weight, bias), labels[rows])
                 optimizer.zero_grad()
                 loss.backward()

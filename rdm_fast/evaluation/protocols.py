@@ -35,6 +35,8 @@ class Protocol:
     """Passes over the training embeddings."""
     batch: int = 256
     """Embeddings in one update; see `batch_for`."""
+    drop_last: bool = True
+    """Leave out the images of an epoch that fill no batch; otherwise they are a smaller one."""
     lr: float = 0.0
     """Learning rate of the first epoch, for `batch` images; never rescaled."""
     schedule: Schedule = "cosine"
@@ -96,6 +98,10 @@ class Protocol:
         """
         return min(self.batch, images) if self.epochs else images
 
+    def images_per_epoch(self, images: int, batch: int) -> int:
+        """Images of a training set of this size on which an epoch trains."""
+        return images - images % batch if self.drop_last else images
+
 
 def _steps(name: str, lr: float) -> Protocol:
     return Protocol(
@@ -114,8 +120,14 @@ PROTOCOLS: dict[str, Protocol] = {
         _steps("solo-cifar", lr=0.1),  # solo-learn's general_linear.sh; it has none for CIFAR
         _steps("reference-imagenet100", lr=30.0),  # rdmsimsiam_linear.sh
         _steps("reference-imagenet100-byol", lr=0.3),  # rdmbyol_linear.sh
-        Protocol(  # main_lincls.py --lars: lr is 0.1 * batch / 256
-            name="reference-imagenet", solver="lars", epochs=90, batch=4096, lr=1.6, init="normal"
+        Protocol(  # main_lincls.py --lars: lr is 0.1 * batch / 256, its DataLoader drops nothing
+            name="reference-imagenet",
+            solver="lars",
+            epochs=90,
+            batch=4096,
+            drop_last=False,
+            lr=1.6,
+            init="normal",
         ),
         Protocol(
             name="sgd-sweep",

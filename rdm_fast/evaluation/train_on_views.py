@@ -88,7 +88,9 @@ def train_on_views(
         for group in optimizer.param_groups:
             group["lr"] = protocol.lr_at(epoch)
         total, steps = torch.zeros((), device=device), 0
-        for views, labels in view_batches(images, config, view, seed, epoch, batch, device):
+        for views, labels in view_batches(
+            images, config, view, seed, epoch, batch, device, drop_last=protocol.drop_last
+        ):
             with autocast(config.precision, device):
                 if finetune:
                     logits = parallel(views)
@@ -116,16 +118,21 @@ def view_batches(
     epoch: int,
     batch: int,
     device: torch.device,
+    *,
+    drop_last: bool = True,
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """This rank's share of every full batch of an epoch.
+    """This rank's share of every batch of an epoch.
 
     Args:
-        images: labeled images; those that fill no batch are dropped.
+        images: labeled images.
         config: size, interpolation and normalization of a view, and worker processes.
         view: distribution of the views.
         seed, epoch: with an image's index they determine its view.
         batch: images over all ranks.
         device: where views and labels go.
+        drop_last: leave out the images that fill no batch. Otherwise they are a smaller one, to
+            which the epoch's first images are added until it divides over the ranks, as in
+            torch's DistributedSampler.
 
     Yields:
         Views [b, C, S, S], channels_last, and labels [b] int64, on the device.
@@ -135,6 +142,10 @@ def view_batches(
         step_indices(order, step, batch, rank(), world_size())
         for step in range(len(order) // batch)
     ]
+    rest = order[len(order) - len(order) % batch :]
+    if len(rest) and not drop_last:
+        rest = np.concatenate([rest, order[: -len(rest) % world_size()]])
+        parts.append(step_indices(rest, 0, len(rest), rank(), world_size()))
     assert images.labels is not None
     make = _MakeViews(images, config.augment, view, seed, epoch)
     if images.pixels is not None:

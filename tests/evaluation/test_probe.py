@@ -224,6 +224,20 @@ def test_images_that_fill_no_batch_are_dropped() -> None:
     assert poisoned == {True, False}  # used in 6 of 10 orders, dropped in 4
 
 
+def test_the_last_batch_of_simsiams_protocol_is_a_whole_step() -> None:
+    """Of equal images, a batch of 4 moves the weights as far as one of 6."""
+
+    def weight(n: int, drop_last: bool) -> torch.Tensor:
+        features, labels = torch.ones(n, 2), torch.zeros(n, dtype=torch.int64)
+        protocol = replace(LARS, batch=6, epochs=1, drop_last=drop_last)
+        return fit_iterated(features, labels, classes=2, protocol=protocol, seed=0).weight
+
+    assert not LARS.drop_last
+    torch.testing.assert_close(weight(10, False), weight(12, False), atol=1e-7, rtol=0)
+    torch.testing.assert_close(weight(10, True), weight(6, True), atol=1e-7, rtol=0)
+    assert (weight(10, False) - weight(10, True)).abs().max() > 1e-5
+
+
 def test_standardized_sgd_does_not_depend_on_scale_and_offset_of_a_dimension() -> None:
     features, labels = blobs()
     features = torch.cat([features, torch.full((len(features), 1), 0.7)], dim=1)  # and a constant

@@ -47,6 +47,20 @@ def test_settings_are_the_references() -> None:
     assert replace(byol, name=simsiam.name, lr=simsiam.lr) == simsiam
 
 
+def test_an_epoch_has_as_many_steps_as_in_the_source() -> None:
+    """main_lincls.py's DataLoader drops nothing; solo-learn's and DALI's drop the last batch."""
+    n = 1_281_167
+    for name, drop_last, batch, expected in [
+        ("reference-imagenet", False, 4096, 313),
+        ("reference-imagenet100", True, 256, 5004),
+        ("reference-cifar", True, 256, 5004),
+    ]:
+        protocol = PROTOCOLS[name]
+        loader = torch.utils.data.DataLoader(range(n), batch, drop_last=drop_last)  # type: ignore[arg-type, var-annotated]
+        used = protocol.images_per_epoch(n, protocol.batch_for(n))
+        assert -(-used // protocol.batch) == len(loader) == expected
+
+
 def test_a_small_training_set_is_one_batch_and_a_large_one_many() -> None:
     protocol = PROTOCOLS["reference-imagenet"]
     assert (protocol.batch_for(1400), protocol.batch_for(50_000)) == (1400, 4096)

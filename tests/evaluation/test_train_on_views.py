@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data.distributed import DistributedSampler
 
 from rdm_fast.config import Config, ViewConfig
 from rdm_fast.data import ImageSet
@@ -15,6 +16,7 @@ from rdm_fast.data.images.datasets import load_digits
 from rdm_fast.data.images.sets import PixelImages, Subset
 from rdm_fast.data.views.augment import view_of_image
 from rdm_fast.data.views.sampler import draw_views, epoch_order
+from rdm_fast.evaluation import train_on_views as module
 from rdm_fast.evaluation.protocols import PROTOCOLS, Protocol
 from rdm_fast.evaluation.train_on_views import VIEW, train_on_views, view_batches
 from rdm_fast.models.backbone import build_backbone
@@ -98,11 +100,11 @@ def test_a_frozen_backbone_does_not_change_and_the_seed_decides_the_probe(
 ) -> None:
     batches: list[int] = []
 
-    def spy(*args: Any) -> Any:
+    def spy(*args: Any, **options: Any) -> Any:
         batches.append(args[5])
-        return view_batches(*args)
+        return view_batches(*args, **options)
 
-    monkeypatch.setattr("rdm_fast.evaluation.train_on_views.view_batches", spy)
+    monkeypatch.setattr(module, "view_batches", spy)
     first, again, other = train(False), train(False), train(False, seed=1)
     assert batches == [SGD.batch] * SGD.epochs * 3
     assert torch.equal(first["backbone"], flat(make_backbone(tiny())))
@@ -120,23 +122,46 @@ def test_fine_tuning_learns_what_a_probe_of_random_weights_cannot() -> None:
 
 
 SHORT = replace(SGD, epochs=1, lr=0.02)  # longer training amplifies rounding
+WITH_REST = replace(SHORT, drop_last=False)
 
 
 def _on_a_rank() -> list[dict[str, Tensor]]:
     assert rank() in (0, 1)
-    return [train(finetune, SHORT) for finetune in (False, True)]
+    return _every_kind()
+
+
+def _every_kind() -> list[dict[str, Tensor]]:
+    """Frozen, fine-tuned, and frozen with a last batch of 8."""
+    return [train(False, SHORT), train(True, SHORT), train(False, WITH_REST)]
 
 
 def test_two_ranks_train_the_same_as_one(tmp_path: Path) -> None:
-    alone = [train(finetune, SHORT) for finetune in (False, True)]
+    alone = _every_kind()
     one, two = run_ranks(2, _on_a_rank, tmp_path=tmp_path)
-    for finetune in (False, True):
+    for ours, theirs, single in zip(one, two, alone, strict=True):
         for name in ("weight", "bias", "backbone"):
-            assert torch.equal(one[finetune][name], two[finetune][name])
-            # three steps, whose sums over a batch associate differently
-            torch.testing.assert_close(
-                one[finetune][name], alone[finetune][name], atol=1e-4, rtol=0
-            )
+            assert torch.equal(ours[name], theirs[name])
+            # three or four steps, whose sums over a batch associate differently
+            torch.testing.assert_close(ours[name], single[name], atol=1e-4, rtol=0)
     # The bound is not empty: without the other rank's half the result is far off.
     half = train(False, replace(SHORT, batch=32))
     assert (half["weight"] - alone[0]["weight"]).abs().max() > 1e-3
+    assert (alone[2]["weight"] - alone[0]["weight"]).abs().max() > 1e-3  # its fourth step
+
+
+def test_a_last_batch_is_filled_up_to_equal_shares_like_torchs_distributed_sampler(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    images, order = digits(10), epoch_order(5, 1, 10)
+    shown: list[list[Tensor]] = []
+    monkeypatch.setattr(module, "world_size", lambda: 3)
+    for place in range(3):
+        monkeypatch.setattr(module, "rank", lambda place=place: place)
+        part = view_batches(images, tiny(), VIEW, 5, 1, 6, CPU, drop_last=False)
+        shown.append([labels for _, labels in part])
+        sampler = DistributedSampler(range(10), 3, place, drop_last=False)  # type: ignore[arg-type, var-annotated]
+        assert sum(map(len, shown[-1])) == len(sampler) == 4
+    assert images.labels is not None
+    batches = [torch.cat(parts).tolist() for parts in zip(*shown, strict=True)]
+    found = [images.labels[rows].tolist() for rows in (order[:6], [*order[6:], *order[:2]])]
+    assert batches == found
