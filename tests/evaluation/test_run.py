@@ -27,7 +27,7 @@ STEP = "step-00000001"
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of random weights on digits, whose embeddings are useful all the same."""
-    config = tiny()
+    config = tiny(size=16)  # as the recipe that reads the file
     config = replace(config, model=replace(config.model, width=8))
     path = tmp_path_factory.mktemp("run") / "run"
     save_random(path, config)
