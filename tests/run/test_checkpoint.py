@@ -71,6 +71,13 @@ def test_plain_values_come_back_equal_to_the_last_digit(tmp_path: Path) -> None:
     assert loaded.state == {"all": state} and loaded.step == 12345
 
 
+def test_counters_of_earlier_checkpoints_become_the_state_of_their_parts(tmp_path: Path) -> None:
+    loose = {"skipped": 3, "skipped_in_a_row": 2, "collapsed_in_a_row": 1}
+    loaded = checkpoint.load(checkpoint.save(tmp_path, Snapshot(1, {}, {}, {}, loose), keep=2))
+    parts = {"skipped": {"total": 3, "in_a_row": 2}, "collapse_guard": {"low": 1}}
+    assert loaded.state == parts
+
+
 def test_a_state_that_json_cannot_hold_is_refused_before_anything_is_written(
     tmp_path: Path,
 ) -> None:
