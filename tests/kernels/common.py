@@ -36,6 +36,13 @@ def randn(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Ten
     return torch.randn(*shape, generator=generator, dtype=drawn).to(DEVICE, dtype)
 
 
+def rotated(eigenvalues: Tensor, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Q diag(eigenvalues) Q^T and the random rotation Q, float64."""
+    n = len(eigenvalues)
+    Q = torch.linalg.qr(randn(n, n, seed=seed, dtype=torch.float64))[0]
+    return Q * eigenvalues.to(Q) @ Q.mT, Q
+
+
 def roundoff(X: Tensor) -> float:
     return torch.finfo(X.dtype).eps / 2
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rdm_kernels import matrix_inverse_sqrt, matrix_log, matrix_log1p, matrix_power, matrix_sqrt
 from rdm_kernels.matrix_power import divided_differences
-from tests.kernels.common import DEVICE, randn
+from tests.kernels.common import DEVICE, rotated
 
 EPS = torch.finfo(torch.float64).eps
 FUNCTIONS: dict[str, tuple[Callable[..., Tensor], Callable[[Tensor], Tensor]]] = {
@@ -26,13 +26,6 @@ FUNCTIONS: dict[str, tuple[Callable[..., Tensor], Callable[[Tensor], Tensor]]] =
     "log1p": (matrix_log1p, torch.log1p),
 }
 ALL = pytest.mark.parametrize("name", FUNCTIONS)
-
-
-def rotated(eigenvalues: Tensor, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Q diag(eigenvalues) Q^T and the random rotation Q, float64."""
-    n = len(eigenvalues)
-    Q = torch.linalg.qr(randn(n, n, seed=seed, dtype=torch.float64))[0]
-    return Q * eigenvalues.to(Q) @ Q.mT, Q
 
 
 @ALL

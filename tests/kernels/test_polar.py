@@ -11,16 +11,10 @@ from torch import Tensor
 from rdm_kernels import polar
 from rdm_kernels.polar import SAFETY, bound, iterations_for, schedule
 from tests.kernels.common import DEVICE, U
-from tests.spectra import with_spectrum
+from tests.spectra import spectrum, with_spectrum
 
-SPECTRA = {
-    "flat": torch.linspace(1, 0.8, 24),
-    "k^-1/2": torch.arange(1, 25) ** -0.5,
-    "k^-1": torch.arange(1, 25) ** -1.0,
-    "k^-2": torch.arange(1, 25) ** -2.0,
-    "clusters": 10.0 ** -(torch.arange(24) // 8),
-    "one": torch.ones(24),
-}
+SPECTRA = {name: spectrum(name, 24) for name in ("flat", "k^-1/2", "k^-1", "k^-2", "clusters")}
+SPECTRA["one"] = torch.ones(24)
 ROUNDING = U / 3e-4  # of float32, amplified by at most 1 / lower on the way to 1
 
 

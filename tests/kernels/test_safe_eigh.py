@@ -8,7 +8,7 @@ from torch import Tensor
 
 from rdm_kernels import safe_eigh
 from rdm_kernels.safe_eigh import default_cutoff, has_fast_float64
-from tests.kernels.common import DEVICE, randn
+from tests.kernels.common import DEVICE, randn, rotated
 
 DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 EPS = torch.finfo(torch.float64).eps
@@ -17,9 +17,7 @@ SOLVES = pytest.mark.parametrize("solve", [torch.float64, torch.float32], ids=["
 
 def with_eigenvalues(eigenvalues: Tensor, seed: int = 0) -> Tensor:
     """Symmetric [n, n] float64 with these eigenvalues and random eigenvectors."""
-    n = len(eigenvalues)
-    Q = torch.linalg.qr(randn(n, n, seed=seed, dtype=torch.float64))[0]
-    A = Q * eigenvalues.to(Q) @ Q.mT
+    A, _ = rotated(eigenvalues, seed)
     return (A + A.mT) / 2
 
 

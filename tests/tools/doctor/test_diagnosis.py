@@ -6,6 +6,7 @@ Parts are slowed by work that cannot be hidden, by a factor of ten or more.
 import json
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -116,15 +117,12 @@ def test_batches_of_parallel_workers_are_measured_in_whole_bursts() -> None:
     assert len(used) == 2 + 4  # a burst to warm up
 
 
-class FakeClock:
-    """Replaces time.perf_counter; it moves only by `wait`."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.now = 0.0
-        monkeypatch.setattr(time, "perf_counter", lambda: self.now)
-
-    def wait(self, seconds: float) -> None:
-        self.now += seconds
+@pytest.fixture
+def wait(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
+    """Moves time.perf_counter on, which stands still otherwise."""
+    waited = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: sum(waited))
+    return waited.append
 
 
 @pytest.mark.parametrize(
@@ -132,22 +130,22 @@ class FakeClock:
     [(0.5, 1, 8), (0.5, 3, 9), (LIMIT_S / 4, 1, 4), (LIMIT_S / 4, 3, 6), (10 * LIMIT_S, 1, 1)],
 )
 def test_a_stage_measures_a_number_of_batches_or_for_a_time(
-    seconds: float, burst: int, expected: int, monkeypatch: pytest.MonkeyPatch
+    seconds: float, burst: int, expected: int, wait: Callable[[float], None]
 ) -> None:
-    clock = FakeClock(monkeypatch)
     timer = StageTimer(CPU, batches=8)
-    stage = timer.time("x", lambda: clock.wait(seconds), 32, warm_up=1, burst=burst)
+    stage = timer.time("x", lambda: wait(seconds), 32, warm_up=1, burst=burst)
     assert stage.batches == expected
     assert stage.seconds == pytest.approx(seconds)
     assert stage.images_per_s == pytest.approx(32 / seconds)
 
 
 @pytest.mark.parametrize("n_views", [2, 5])
-def test_single_images_are_scaled_to_a_batch(n_views: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_single_images_are_scaled_to_a_batch(
+    n_views: int, wait: Callable[[float], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = with_small_views("digits_byol", n_views - 2, global_batch=64)
     step = parts(with_data(config, loader="torch", workers=0))
-    clock = FakeClock(monkeypatch)
-    monkeypatch.setattr(stages, "view_of_image", lambda *_: clock.wait(0.25))
+    monkeypatch.setattr(stages, "view_of_image", lambda *_: wait(0.25))
     stage = step.augmentation()
     assert stage.seconds == pytest.approx(64 * n_views * 0.25)
     assert stage.images_per_s == pytest.approx(4 / n_views)
