@@ -92,7 +92,7 @@ def test_a_signal_is_passed_on_and_ranks_have_time_to_save(tmp_path: Path) -> No
     ("codes", "code"),
     [
         ({0: 65, 1: 65}, 65),
-        ({0: 76, 1: 70}, 70),  # rank 0 lost rank 1, which told why
+        ({0: 76, 1: 70}, 70),  # rank 0 lost rank 1, which reported its reason
         ({0: 75, 1: 70}, 70),  # rank 0 was ended by the agent, and saved
         ({0: -15, 1: 71}, 71),
         ({0: 76, 1: -9}, 76),
@@ -162,7 +162,7 @@ def test_a_run_ends_as_its_ranks_do(
     assert read_status(out)["state"] == state
 
 
-def test_what_no_rank_was_left_to_tell_is_told_by_the_launcher(
+def test_the_launcher_reports_a_lost_rank_if_no_rank_has(
     out: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     status(out, "running")
@@ -173,7 +173,7 @@ def test_what_no_rank_was_left_to_tell_is_told_by_the_launcher(
     assert found["checkpoint"] == "step-00000004"
 
 
-def test_what_a_rank_has_told_is_not_told_again(
+def test_the_launcher_does_not_repeat_what_a_rank_has_reported(
     out: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     status(out, "failed")

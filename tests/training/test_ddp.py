@@ -65,7 +65,7 @@ def gradients(step: TrainStep, *, averaged: bool) -> list[Tensor]:
 
 
 def reductions(step: TrainStep) -> Tensor:
-    """How many buckets a step sends: before buckets are laid out anew, and after that."""
+    """The number of buckets a step sends, before buckets are rebuilt and after."""
     sent: list[int] = []
 
     def count(state: object, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
