@@ -17,9 +17,9 @@ from importlib.util import find_spec
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from bench.bench_loader import natural_images, torchvision_view
+from bench.bench_loader import kornia_view, natural_images, torchvision_view
 from bench.conftest import is_small
 from rdm_fast.config import AugmentConfig, Config, DataConfig, OptimConfig, ViewConfig
 from rdm_fast.data.loaders.batch import draw_all_views
@@ -54,21 +54,6 @@ def configure(n: int, size: int) -> Config:
     )
 
 
-def by_kornia(augment: AugmentConfig) -> Callable[[Tensor], Tensor]:
-    import kornia.augmentation as K
-
-    view, taps = augment.view1, blur_taps(augment, augment.size)
-    steps = nn.Sequential(
-        K.RandomResizedCrop((augment.size, augment.size), view.crop_scale),
-        K.ColorJiggle(view.brightness, view.contrast, view.saturation, view.hue, p=view.jitter),
-        K.RandomGrayscale(p=view.grey),
-        K.RandomGaussianBlur((taps, taps), view.blur_sigma, p=view.blur),
-        K.RandomHorizontalFlip(p=view.flip),
-        K.Normalize(torch.tensor(augment.mean), torch.tensor(augment.std)),
-    )
-    return lambda images: steps(images.float() / 255).to(DTYPE)
-
-
 def bench_two_views(measure: Callable[..., None], name: str, case: str) -> None:
     n, side, size = map(int, case.replace(" to ", "x").split("x"))
     config, images = configure(n, size), natural_images(n, side, side)
@@ -98,7 +83,8 @@ def bench_two_views(measure: Callable[..., None], name: str, case: str) -> None:
         case "torchvision":
             run = by(torchvision_view(augment, dtype=DTYPE))
         case "kornia":
-            run = by(by_kornia(augment))
+            view = kornia_view(augment)
+            run = by(lambda images: view(images.float() / 255).to(DTYPE))
         case _:
             run = {"rdm": drawn, "rdm_op": made, "definition": defined}[name]
 

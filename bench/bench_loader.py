@@ -174,34 +174,29 @@ def epoch_of(
 
 
 def kornia(name: str, images: ImageSet, batch: int, workers: int) -> Epoch:
-    pytest.importorskip("kornia", reason="kornia is not installed")
-    from kornia.augmentation import (
-        AugmentationSequential,
-        ColorJitter,
-        Normalize,
-        RandomGaussianBlur,
-        RandomGrayscale,
-        RandomHorizontalFlip,
-        RandomResizedCrop,
-    )
-
-    augment = config_of(name, batch).augment
-    view, S = augment.view1, augment.size
-    chain = AugmentationSequential(
-        RandomResizedCrop((S, S), view.crop_scale, resample=augment.interpolation.upper()),
-        ColorJitter(view.brightness, view.contrast, view.saturation, view.hue, p=view.jitter),
-        RandomGrayscale(p=view.grey),
-        *([RandomGaussianBlur((23, 23), view.blur_sigma, p=view.blur)] if view.blur else []),
-        RandomHorizontalFlip(p=view.flip),
-        Normalize(torch.tensor(augment.mean), torch.tensor(augment.std)),
-    )
+    view = kornia_view(config_of(name, batch).augment)
 
     def two_views(levels: Tensor) -> Tensor:
         x = levels.float() / 255
-        chain(x)
-        return chain(x)
+        view(x)
+        return view(x)
 
     return epoch_of(Files(images, v2.PILToTensor(), 1), batch, workers, two_views)
+
+
+def kornia_view(augment: AugmentConfig) -> Callable[[Tensor], Tensor]:
+    """View 1 of a float batch, from 0 to 1, by kornia."""
+    K = pytest.importorskip("kornia.augmentation", reason="kornia is not installed")
+    view, S, taps = augment.view1, augment.size, blur_taps(augment, augment.size)
+    chain: Callable[[Tensor], Tensor] = K.AugmentationSequential(
+        K.RandomResizedCrop((S, S), view.crop_scale, resample=augment.interpolation.upper()),
+        K.ColorJitter(view.brightness, view.contrast, view.saturation, view.hue, p=view.jitter),
+        K.RandomGrayscale(p=view.grey),
+        *([K.RandomGaussianBlur((taps, taps), view.blur_sigma, p=view.blur)] if view.blur else []),
+        K.RandomHorizontalFlip(p=view.flip),
+        K.Normalize(torch.tensor(augment.mean), torch.tensor(augment.std)),
+    )
+    return chain
 
 
 # ---- speed -----------------------------------------------------------------------------------

@@ -61,19 +61,16 @@ class _Arrays:
     """The arrays of a file, checked as they are read."""
 
     def __init__(self, arrays: Mapping[str, Array], path: Path) -> None:
-        self._arrays, self.path = arrays, path
-
-    def __contains__(self, key: str) -> bool:
-        return key in self._arrays
+        self.arrays, self.path = arrays, path
 
     def get(self, key: str, kinds: str, dimensions: tuple[int, ...], what: str) -> Array:
         """An array with one of these dtype.kinds and dimensions; `what` describes it."""
-        if key not in self:
+        if key not in self.arrays:
             raise DataError(
-                f"{self.path} has no array {key} ({what}): it has {', '.join(sorted(self._arrays))}"
+                f"{self.path} has no array {key} ({what}): it has {', '.join(sorted(self.arrays))}"
             )
         try:
-            array = self._arrays[key]
+            array = self.arrays[key]
         except DAMAGED as error:
             raise self.refuse(key, f"cannot be read ({reason(error)}), wanted {what}") from error
         if array.dtype.kind not in kinds or array.ndim not in dimensions:
@@ -86,7 +83,7 @@ class _Arrays:
 
 def _read(arrays: _Arrays, split: str) -> ImageSet:
     jpeg, offset, images, label = (f"{split}_{x}" for x in ("jpeg", "offset", "images", "label"))
-    if images in arrays:
+    if images in arrays.arrays:
         pixels = arrays.get(images, "u", (3, 4), "uint8 [N, H, W, C]")
         pixels = pixels[..., None] if pixels.ndim == 3 else pixels
         if pixels.dtype != np.uint8 or pixels.shape[3] not in (1, 3) or not pixels.size:

@@ -12,9 +12,7 @@ from rdm_fast.data.loaders.resident import ResidentLoader
 from rdm_fast.data.loaders.torch_loader import TorchLoader
 from rdm_fast.errors import Unavailable, UsageError
 
-LOADERS: dict[str, type[Loader]] = {
-    kind.name: kind for kind in (DaliLoader, ResidentLoader, TorchLoader)
-}
+LOADERS: dict[str, type[Loader]] = {k.name: k for k in (DaliLoader, ResidentLoader, TorchLoader)}
 
 
 def build_loader(

@@ -37,13 +37,8 @@ class Fed(NamedTuple):
     drawn: list[ViewParameters]
 
 
-class _Reading(NamedTuple):
-    """The input of a step, under way."""
-
-    asked: Indices
-    images: list["Future[list[tuple[int, Pixels]]]"]
-    """In parts, with their indices."""
-    drawn: "Future[list[ViewParameters]]"
+_Read = list[tuple[int, Pixels]]
+"""Images with their indices."""
 
 
 class Source:
@@ -61,7 +56,8 @@ class Source:
     def plan(self, epoch: int, steps: Sequence[Indices]) -> None:
         """Begin these steps of an epoch; each is a batch of images."""
         self._epoch, self._steps = epoch, deque(steps)
-        self._ahead: deque[_Reading] = deque()
+        self._ahead: deque[tuple[Indices, list[Future[_Read]], Future[list[ViewParameters]]]]
+        self._ahead = deque()  # images asked for; read, in parts; drawn
         self.fed: deque[Fed] = deque()
         """Of the steps that DALI was given, oldest first."""
         self.error: UserError | None = None
@@ -70,7 +66,7 @@ class Source:
     def __call__(self) -> list[Any]:
         """The next step's images, then the corner and sides of each view's windows."""
         while self._steps and len(self._ahead) < READ_AHEAD:
-            self._ahead.append(self._read(self._steps.popleft()))
+            self._read_ahead(self._steps.popleft())
         if not self._ahead:
             raise StopIteration
         asked, parts, drawing = self._ahead.popleft()
@@ -84,12 +80,12 @@ class Source:
         self.fed.append(Fed(shown, drawn))
         return [[file for _, file in read], *(array for p in drawn for array in window(p))]
 
-    def _read(self, indices: Indices) -> _Reading:
+    def _read_ahead(self, indices: Indices) -> None:
         submit, parts = self._readers.submit, np.array_split(indices, min(READERS, len(indices)))
         reading = [submit(self._files, part) for part in parts]
-        return _Reading(indices, reading, submit(self._draw, indices))
+        self._ahead.append((indices, reading, submit(self._draw, indices)))
 
-    def _files(self, indices: Indices) -> list[tuple[int, Pixels]]:
+    def _files(self, indices: Indices) -> _Read:
         if self._images.pixels is not None:
             return list(zip(indices.tolist(), self._images.pixels[indices], strict=True))
         return [self._file(i) for i in indices.tolist()]

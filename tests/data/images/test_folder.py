@@ -150,9 +150,3 @@ def test_a_class_list_that_does_not_fit_is_refused(four_classes: Path, tmp_path:
     for name, kind in (("nowhere", InputMissing), ("binary", DataError)):
         config = replace(listed(tmp_path, ""), classes=str(tmp_path / name))
         assert f"--data.classes {tmp_path / name}" in refused(kind, load, config, "train")
-
-
-@pytest.mark.parametrize("changes", [{"classes": "x.txt"}, {"verify": "full"}])
-def test_options_of_folders_are_refused_elsewhere(changes: dict[str, str]) -> None:
-    with pytest.raises(ValueError, match=f"data.{next(iter(changes))} "):
-        DataConfig(name="digits", **changes)
