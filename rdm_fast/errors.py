@@ -5,7 +5,11 @@ A `UserError` is one sentence: the flag or file, what is wrong with it, and how 
 exits with its code. Any other exception is a bug (code 70).
 """
 
+import re
 from typing import ClassVar
+
+COLORS = re.compile(r"\x1b\[[0-9;]*m")
+"""Terminal codes that libraries put into their messages."""
 
 
 def printable(text: str) -> str:
@@ -13,6 +17,11 @@ def printable(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def message_of(error: BaseException) -> str:
+    """The whole text of any library's exception on one printable line; its type if it has none."""
+    return printable(" ".join(COLORS.sub("", str(error)).split())) or type(error).__name__
 
 
 class UserError(Exception):

@@ -7,6 +7,7 @@ from torch import nn
 
 from rdm_fast.config import Config
 from rdm_fast.methods import Method, build_method
+from rdm_fast.models.pretrained import file_note
 from rdm_fast.run import checkpoint
 from rdm_fast.run.checkpoint import Snapshot
 from rdm_fast.run.folder import RunFolder
@@ -23,4 +24,6 @@ def save_random(path: Path, config: Config, step: int = 1) -> tuple[Path, Method
             module.running_var.uniform_(0.5, 1.5)  # type: ignore[union-attr]
     with RunFolder.open(str(path), config, overwrite=False, rank=0) as folder:
         snapshot = Snapshot(step, dict(method.state_dict()), {}, {}, {})
-        return checkpoint.save(folder.checkpoints, snapshot, 2), method.eval()
+        return checkpoint.save(
+            folder.checkpoints, snapshot, 2, file_note(config.model)
+        ), method.eval()

@@ -19,7 +19,7 @@ from rdm_fast.cli.options import PreviewCommand, TrainCommand, check_resume_is_a
 from rdm_fast.cli.parse import Command, without_nproc
 from rdm_fast.config.checks import did_you_mean
 from rdm_fast.config.parallel import check_ranks
-from rdm_fast.errors import Interrupted, RankLost, UsageError, UserError
+from rdm_fast.errors import Interrupted, RankLost, UsageError, UserError, message_of
 from rdm_fast.evaluation.options import EvaluateCommand
 from rdm_fast.evaluation.protocols import PROTOCOLS
 from rdm_fast.runtime.printing import launched_rank, print_error, print_line
@@ -76,7 +76,7 @@ def _run(name: str, args: Sequence[str], prog: str) -> NoReturn:
     except Exception as error:
         if debug:
             raise
-        what = " ".join(f"{type(error).__name__}: {error}".split())
+        what = f"{type(error).__name__}: {message_of(error)}"
         _exit_with(UserError(f"{what}; this is a bug, --debug shows where"))
     raise SystemExit(0)
 

@@ -8,7 +8,7 @@ from tyro.conf import arg
 from rdm_fast.config.checks import require, require_between, require_choices
 
 BackboneName = Literal["resnet8", "resnet18", "resnet34", "resnet50"]
-Stem = Literal["imagenet", "cifar", "cifar_pad2"]
+Stem = Literal["imagenet", "cifar", "cifar_pad2", "cifar_no_relu"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -18,7 +18,8 @@ class ModelConfig:
     backbone: Annotated[BackboneName, arg(aliases=["--arch"])] = "resnet18"
     """torchvision's ResNet-18, 34 or 50, or a small ResNet-8 for CPUs."""
     stem: Stem = "cifar"
-    """First layers: imagenet (7x7, stride 2, max-pool), cifar (3x3), cifar_pad2 (RDM's code)."""
+    """First layers: imagenet (7x7, stride 2, max-pool), cifar (3x3), cifar_pad2 (RDM's code),
+    cifar_no_relu (lightly's examples)."""
     width: int = 24
     """Channels of the first stage of resnet8; the other backbones ignore it."""
     zero_init_residual: bool = False

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from rdm_fast.config import Config, Precision
 from rdm_fast.data import ImageSet, evaluation_batches
 from rdm_fast.data.images.bad_files import UnreadableImages
-from rdm_fast.errors import DataError
+from rdm_fast.errors import DataError, message_of
 from rdm_fast.runtime import atomic_files
 from rdm_fast.runtime.distributed import all_reduce_max, print0, rank, world_size
 from rdm_fast.runtime.precision import autocast, float32_products
@@ -208,7 +208,8 @@ def cached_features(
         try:
             write_tensors(path, {"features": features, "labels": labels}, {"key": wanted})
         except (SafetensorError, OSError) as error:
-            print0(f"{path} cannot be written ({error}): the next evaluation embeds again")
+            why = message_of(error)
+            print0(f"{path} cannot be written ({why}): the next evaluation embeds again")
     return features, labels
 
 
@@ -221,7 +222,7 @@ def _read(path: Path, wanted: str) -> Labeled | None:
                 return None
             return file.get_tensor("features"), file.get_tensor("labels")
     except (SafetensorError, OSError) as error:
-        print0(f"{path} cannot be read ({error}): embedding the images again")
+        print0(f"{path} cannot be read ({message_of(error)}): embedding the images again")
         return None
 
 

@@ -97,6 +97,9 @@ def _load_file(path: Path, command: EvaluateCommand) -> LoadedBackbone:
     found.require(model, channels, stem_flag="--stem")
     backbone, _ = build_backbone(model, channels)
     print0(f"{found.load_into(backbone)}; {model.backbone}, stem {model.stem}")
+    note = found.stem_note(model.stem, "--stem")
+    if note and (command.stem == "auto" or not found.stem_source):
+        print0(f"warning: {note}")
     with path.open("rb") as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
     folder = Path(command.out) if command.out else path.with_name(f"{path.name}-{FOLDER}")

@@ -40,8 +40,8 @@ class EvaluateCommand:
     arch: Literal[BackboneName, "auto"] = "auto"
     """For a file of weights: its backbone; auto reads it from the tensors."""
     stem: Literal[Stem, "auto"] = "auto"
-    """For a file of weights: its first layers. Tensors do not distinguish cifar from cifar_pad2:
-    auto takes what an export noted, else cifar_pad2 for solo-learn and cifar for others."""
+    """For a file of weights: its first layers. Tensors do not distinguish the 3x3 ones: auto takes
+    what files of rdm-fast note, else cifar_pad2 for solo-learn and cifar for others."""
     prefix: str | None = None
     """For a file of weights in an unknown layout: the prefix of the backbone's tensor names."""
     features_out: str = ""

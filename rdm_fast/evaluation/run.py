@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from rdm_fast.data import ImageSet, load
 from rdm_fast.data.images.sets import Subset
-from rdm_fast.errors import CannotCreate, DataError
+from rdm_fast.errors import CannotCreate, DataError, message_of
 from rdm_fast.evaluation.features import Labeled, cached_features, embed, write_tensors
 from rdm_fast.evaluation.loaded_backbone import LoadedBackbone
 from rdm_fast.evaluation.options import EvaluateCommand
@@ -172,7 +172,7 @@ def _write_features(file: Path, embedded: list[Labeled]) -> None:
             write_tensors(file, tensors)
     except (SafetensorError, OSError) as error:
         raise CannotCreate(
-            f"--features-out {file} cannot be written ({error}): name another file"
+            f"--features-out {file} cannot be written ({message_of(error)}): name another file"
         ) from error
     print0(f"embeddings and labels of both sets are in {file}")
 

@@ -6,6 +6,8 @@ The stems differ in their first convolution and in the max-pool after it:
     cifar       3x3, stride 1, padding 1, no max-pool       32 -> 32
     cifar_pad2  3x3, stride 1, padding 2, no max-pool       32 -> 34, as in RDM's released code
 
+cifar_no_relu is cifar without the ReLU after it, as in lightly's CIFAR examples.
+
 Convolutions start Kaiming-normal, as in torchvision. Only the 3x3 stem of ResNet-18, 34 and 50
 starts with torch's default, as in RDM's released code and solo-learn.
 
@@ -45,9 +47,11 @@ def build_backbone(model: ModelConfig, channels: int) -> tuple[nn.Module, int]:
     )
     width = backbone.conv1.out_channels
     if model.stem != "imagenet":
-        padding = 1 if model.stem == "cifar" else 2
+        padding = 2 if model.stem == "cifar_pad2" else 1
         backbone.conv1 = nn.Conv2d(channels, width, 3, padding=padding, bias=False)
         backbone.maxpool = nn.Identity()
+        if model.stem == "cifar_no_relu":
+            backbone.relu = nn.Identity()  # blocks have their own
     elif channels != 3:
         backbone.conv1 = nn.Conv2d(channels, width, 7, stride=2, padding=3, bias=False)
         _initialize_convolutions(backbone.conv1)

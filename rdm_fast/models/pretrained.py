@@ -1,10 +1,4 @@
-"""Pretrained backbones from the checkpoints of other trainers, and strict loading of weights.
-
-A ResNet has torchvision's tensor names everywhere, behind a prefix that identifies the trainer:
-
-    torchvision, timm     conv1.weight                   SimSiam       module.encoder.conv1.weight
-    solo-learn, rdm-fast  backbone.conv1.weight          MoCo          module.encoder_q.conv1.weight
-    lightly               backbone.0.weight: an nn.Sequential of the ResNet's children
+"""Pretrained backbones from the checkpoints of any trainer, and strict loading of weights.
 
 Reading is strict: every tensor of the backbone must be there in its shape, the first convolution
 must be the model's, and tensors that are left out are counted. Files are safetensors, or pickles
@@ -13,6 +7,7 @@ from which torch reads tensors only.
 
 import json
 import re
+import warnings
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,16 +19,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from rdm_fast.config import BackboneName, ModelConfig, Stem
-from rdm_fast.errors import DataError, InputMissing
+from rdm_fast.errors import DataError, InputMissing, message_of
 from rdm_fast.models.backbone import build_backbone
+from rdm_fast.models.layouts import Layout, find_layout
 from rdm_fast.runtime.distributed import print0, world_size
 
 METADATA = "rdm_fast"
-"""Key of a safetensors file's header: JSON that `rdm_fast.tools.export` writes."""
-CHILDREN = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
-"""Positions of a torchvision ResNet's children in an nn.Sequential; the others have no weights."""
-BODY = tuple(CHILDREN.values())
-FIRST_BLOCK = "layer1.0.conv1.weight"
+"""Where files written by rdm-fast note as JSON what tensors do not show: a key of a safetensors
+file's header, or of the dictionary in a pickle."""
 DEPTHS: dict[tuple[tuple[int, ...], bool], BackboneName] = {
     ((2, 2, 2, 2), False): "resnet18",
     ((3, 4, 6, 3), False): "resnet34",
@@ -41,39 +34,6 @@ DEPTHS: dict[tuple[tuple[int, ...], bool], BackboneName] = {
     ((1, 1, 1), False): "resnet8",
 }
 """Blocks of each stage, and whether they are bottlenecks."""
-
-
-@dataclass(frozen=True, slots=True)
-class Layout:
-    """How a trainer names the tensors of its backbone."""
-
-    name: str
-    prefix: str
-    is_sequential: bool = False
-
-    def rename(self, name: str) -> str | None:
-        """torchvision's name of a tensor; None for one outside the backbone."""
-        if not name.startswith(self.prefix):
-            return None
-        child, _, rest = name.removeprefix(self.prefix).partition(".")
-        child = CHILDREN.get(child, "") if self.is_sequential else child
-        return f"{child}.{rest}" if child in BODY else None
-
-
-LAYOUTS = {
-    layout.name: layout
-    for layout in (
-        Layout("torchvision", ""),
-        Layout("SimSiam", "module.encoder."),
-        Layout("MoCo", "module.encoder_q."),
-        Layout("MoCo v3", "module.base_encoder."),
-        Layout("solo-learn", "backbone."),
-        Layout("lightly", "backbone.", is_sequential=True),
-        Layout("old solo-learn", "encoder."),
-        Layout("DataParallel", "module."),
-    )
-}
-"""Layouts that are recognized; any other prefix can be given."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,8 +45,9 @@ class PretrainedBackbone:
         layout: how it names tensors.
         tensors: by torchvision's names.
         backbone, width, channels: its architecture; `width` is the channels of the first stage.
-        stem: cifar and cifar_pad2 have weights of one shape; solo-learn's is cifar_pad2, and a
-            file exported by rdm-fast names its own.
+        stem: of three 3 x 3 stems with weights of one shape, the one that the file notes, that its
+            trainer has, or cifar.
+        stem_source: which of these it is; empty if the file notes it, or there is no choice.
         ignored: number of tensors outside the backbone, by module.
     """
 
@@ -95,6 +56,7 @@ class PretrainedBackbone:
     tensors: dict[str, Tensor]
     backbone: BackboneName
     stem: Stem
+    stem_source: str
     width: int
     channels: int
     ignored: dict[str, int]
@@ -125,6 +87,22 @@ class PretrainedBackbone:
                 f"{self.path} is a backbone for images of {self.channels} channel(s), and these "
                 f"have {channels}: use images like those it was trained on"
             )
+
+    def stem_note(self, stem: Stem, flag: str) -> str:
+        """A line on a stem that the tensors do not confirm; empty if there is no doubt.
+
+        Args:
+            stem: the one that is used.
+            flag: changes it.
+        """
+        same = stem == self.stem
+        if not self.stem_source:
+            return "" if same else f"{self.path} was trained with {flag} {self.stem}, not {stem}"
+        source = f"{'which' if same else f'while {self.stem}'} is {self.stem_source}"
+        return (
+            f"{self.path} does not record the padding of its first convolution: it is read as "
+            f"{flag} {stem}, {source}; give {flag} if that is wrong"
+        )
 
     def load_into(self, module: nn.Module) -> str:
         """Fill a backbone of this project; returns a sentence on what was loaded.
@@ -161,7 +139,7 @@ def read_backbone(path: Path, prefix: str | None = None) -> PretrainedBackbone:
         DataError: it cannot be read as data alone, or holds no ResNet under a known prefix.
     """
     tensors, notes = _read(path)
-    layout = _layout(path, tensors, prefix)
+    layout = find_layout(path, tensors, prefix)
     body = {new: t for name, t in tensors.items() if (new := layout.rename(name)) is not None}
     ignored = Counter(
         name.removeprefix(layout.prefix).removeprefix("module.").partition(".")[0]
@@ -169,24 +147,31 @@ def read_backbone(path: Path, prefix: str | None = None) -> PretrainedBackbone:
         if layout.rename(name) is None
     )
     conv1, backbone = body["conv1.weight"], _backbone(path, body)
+    stem, stem_source = _stem(conv1, backbone, layout, notes)
     if notes:
         layout = replace(layout, name="rdm-fast")
-    stem = cast(Stem, notes.get("stem"))
-    if stem not in get_args(Stem):
-        is_padded = "solo-learn" in layout.name and backbone != "resnet8"
-        stem = "imagenet" if conv1.shape[-1] != 3 else "cifar_pad2" if is_padded else "cifar"
-    width, channels = conv1.shape[:2]
-    return PretrainedBackbone(path, layout, body, backbone, stem, width, channels, dict(ignored))
+    (width, channels), body = conv1.shape[:2], _unsplit(body)
+    return PretrainedBackbone(
+        path, layout, body, backbone, stem, stem_source, width, channels, dict(ignored)
+    )
 
 
-def load_backbone(path: str | Path) -> nn.Module:
+def load_backbone(path: str | Path, stem: Stem | None = None) -> nn.Module:
     """The backbone in a file, ready to embed: [B, C, H, W] -> [B, d_emb], in evaluation mode.
+
+    Args:
+        path: a file as `read_backbone` takes it.
+        stem: its first layers. If None, what the file notes or its trainer has; where that is not
+            certain, a warning says which stem is used.
 
     Raises:
         InputMissing, DataError: as `read_backbone`.
     """
     found = read_backbone(Path(path))
-    model = ModelConfig(backbone=found.backbone, stem=found.stem, width=found.width)
+    if stem is None and (note := found.stem_note(found.stem, "stem")):
+        warnings.warn(note, stacklevel=2)
+    model = ModelConfig(backbone=found.backbone, stem=stem or found.stem, width=found.width)
+    found.require(model, found.channels, "stem")
     module, _ = build_backbone(model, found.channels)
     found.load_into(module)
     return module.eval()
@@ -209,6 +194,8 @@ def warm_start(method: nn.Module, model: ModelConfig, channels: int) -> None:
         return
     found = read_backbone(Path(model.init))
     found.require(model, channels)
+    if note := found.stem_note(model.stem, "--model.stem"):
+        print0(f"warning: {note}")
     for name in ("backbone", "target_backbone"):
         if hasattr(method, name):
             text = found.load_into(getattr(method, name))
@@ -216,6 +203,11 @@ def warm_start(method: nn.Module, model: ModelConfig, channels: int) -> None:
     if world_size() > 1:
         for tensor in method.state_dict().values():
             dist.broadcast(tensor, 0)
+
+
+def file_note(model: ModelConfig) -> dict[str, str]:
+    """What a file of this backbone's weights must say: METADATA with its text."""
+    return {METADATA: json.dumps({"backbone": model.backbone, "stem": model.stem})}
 
 
 def load_strict(module: nn.Module, state: dict[str, Tensor], what: str) -> int:
@@ -258,79 +250,53 @@ def load_strict(module: nn.Module, state: dict[str, Tensor], what: str) -> int:
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors by name, and the metadata that `rdm_fast.tools.export` wrote with them."""
+    """Tensors by name, and the note of a file written by rdm-fast."""
     if not path.is_file():
         raise InputMissing(f"there is no file {path}: name a checkpoint")
     if path.suffix == ".safetensors":
         try:
             with safe_open(path, framework="pt") as file:
-                notes = json.loads((file.metadata() or {}).get(METADATA, "{}"))
+                notes = _note((file.metadata() or {}).get(METADATA))
                 return {name: file.get_tensor(name) for name in file.keys()}, notes  # noqa: SIM118
         except (SafetensorError, OSError, ValueError) as error:
-            raise DataError(f"{path} is not a sound safetensors file ({error})") from error
+            reason = message_of(error)
+            raise DataError(f"{path} is not a sound safetensors file ({reason})") from error
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # unpickling raises anything
-        reason = (str(error).splitlines() or [type(error).__name__])[0].strip()[:120]
-        raise DataError(
-            f"{path} cannot be read as data alone ({reason}): where you trust it, save only its "
-            "tensors, with torch.save(checkpoint['state_dict'], NEW_FILE)"
-        ) from error
+        raise DataError(f"{path} cannot be read as data alone: {_refusal(error)}") from error
+    notes = _note(content.get(METADATA)) if isinstance(content, dict) else {}
     for key in ("state_dict", "model"):
         if isinstance(content, dict) and isinstance(content.get(key), dict):
             content = content[key]
     if not isinstance(content, dict):
         raise DataError(f"{path} holds a {type(content).__name__}: use a file of tensors by name")
     tensors = {k: v for k, v in content.items() if isinstance(k, str) and isinstance(v, Tensor)}
-    return tensors, {}
+    return tensors, notes
 
 
-# ---- names -----------------------------------------------------------------------------------
+def _note(text: Any) -> dict[str, Any]:
+    """The table under METADATA; empty if there is none."""
+    try:
+        note = json.loads(text)
+    except (TypeError, ValueError):
+        return {}
+    return note if isinstance(note, dict) else {}
 
 
-def _layout(path: Path, tensors: dict[str, Tensor], prefix: str | None) -> Layout:
-    candidates = list(LAYOUTS.values())
-    if prefix is not None:
-        named = [layout for layout in candidates if layout.prefix == prefix]
-        candidates = named or [Layout(f"--prefix {prefix}", prefix)]
-        candidates.append(Layout(f"--prefix {prefix}", prefix, is_sequential=True))
-    for layout in candidates:
-        renamed = {layout.rename(name) for name in tensors}
-        if {"conv1.weight", FIRST_BLOCK} <= renamed:
-            return layout
-    found = f"{path}: none of its {len(tensors)} tensors is a ResNet's under a known prefix"
-    if prefix is not None:
-        under = sum(name.startswith(prefix) for name in tensors)
-        found = (
-            f"{path}: {under} of its {len(tensors)} tensors begin with --prefix {prefix}, and no "
-            "ResNet is among them"
+def _refusal(error: Exception) -> str:
+    """Why torch's restricted unpickler refused a file, and what to do; its own text has a page."""
+    text = message_of(error)
+    if found := re.search(r"GLOBAL (\S+)", text):
+        return (
+            f"unpickling it would use {found[1]}; where you trust it, save only its tensors, with "
+            "torch.save(checkpoint['state_dict'], NEW_FILE)"
         )
-    known = ", ".join(f"{layout.name} {layout.prefix!r}" for layout in LAYOUTS.values())
-    raise DataError(f"{found}{_elsewhere(tensors)}; known prefixes: {known}")
+    reason = text.rpartition("WeightsUnpickler error: ")[2].partition(" Check the documentation")[0]
+    return f"it is not a file from torch.save ({reason}); give one, or a .safetensors file"
 
 
-def _elsewhere(tensors: dict[str, Tensor]) -> str:
-    """The prefix of a ResNet that is there and the most similar layout; else two tensor names."""
-    for ending, is_sequential in ((FIRST_BLOCK, False), ("4.0.conv1.weight", True)):
-        for name in tensors:
-            if name == ending or name.endswith("." + ending):
-                prefix = name.removesuffix(ending)
-                count = sum(name.startswith(prefix) for name in tensors)
-                near = max(
-                    (each for each in LAYOUTS.values() if each.is_sequential == is_sequential),
-                    key=lambda layout: _common_ending(layout.prefix, prefix),
-                )
-                return (
-                    f", but {count} begin with {prefix!r} and are (nearest layout: {near.name}, "
-                    f"{near.prefix!r}): use --prefix {prefix!r}"
-                )
-    return f" (they are {', '.join(list(tensors)[:2])}, ...)" if tensors else ""
-
-
-def _common_ending(one: str, other: str) -> int:
-    """Parts, from the last one, that two prefixes share."""
-    pairs = zip(reversed(one.split(".")), reversed(other.split(".")), strict=False)
-    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
+# ---- architecture --------------------------------------------------------------------------
 
 
 def _backbone(path: Path, body: dict[str, Tensor]) -> BackboneName:
@@ -345,3 +311,32 @@ def _backbone(path: Path, body: dict[str, Tensor]) -> BackboneName:
             f"in its stages, as none of {known}: use a checkpoint of one of these"
         )
     return DEPTHS[depths, bottleneck]
+
+
+def _stem(
+    conv1: Tensor, backbone: BackboneName, layout: Layout, notes: dict[str, Any]
+) -> tuple[Stem, str]:
+    """The stem and its source: see PretrainedBackbone."""
+    if notes.get("stem") in get_args(Stem):
+        return cast(Stem, notes["stem"]), ""
+    if conv1.shape[-1] != 3:
+        return "imagenet", ""
+    if backbone == "resnet8":
+        return "cifar", ""
+    if layout.stem == "cifar_no_relu":  # only lightly's ResNetGenerator is laid out like that
+        return layout.stem, ""
+    return layout.stem or "cifar", f"{layout.name}'s" if layout.stem else "an assumption"
+
+
+def _unsplit(body: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The statistics of lightly's SplitBatchNorm, one row a split, as their mean: what it uses in
+    evaluation mode. All others stay as they are."""
+    merged = dict(body)
+    for name, tensor in body.items():
+        module, _, last = name.rpartition(".")
+        weight = body.get(f"{module}.weight")
+        if last in ("running_mean", "running_var") and weight is not None and tensor.ndim == 1:
+            splits, rest = divmod(len(tensor), len(weight))
+            if splits > 1 and rest == 0:
+                merged[name] = tensor.view(splits, -1).mean(0)
+    return merged

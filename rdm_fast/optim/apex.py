@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from rdm_fast.config import OptimConfig
-from rdm_fast.errors import Unavailable
+from rdm_fast.errors import Unavailable, message_of
 
 CLASSES = {"sgd": "FusedSGD", "adamw": "FusedAdam", "lamb": "FusedLAMB"}
 WAY_OUT = (
@@ -50,7 +50,7 @@ def build_apex_optimizer(
     try:
         return kind(groups, **settings)
     except RuntimeError as error:  # apex was built for Python only
-        raise Unavailable(f"optim.backend=apex: {error}: {WAY_OUT}") from error
+        raise Unavailable(f"optim.backend=apex: {message_of(error)}: {WAY_OUT}") from error
 
 
 def _fused(name: str) -> type[Optimizer]:
@@ -68,10 +68,9 @@ def _fused(name: str) -> type[Optimizer]:
         optimizers = importlib.import_module("apex.optimizers")
         found: type[Optimizer] = getattr(optimizers, name)
     except (ImportError, OSError, AttributeError) as error:
-        reason = " ".join(str(error).split())
         raise Unavailable(
-            f"optim.backend=apex: the installed NVIDIA apex has no usable {name} ({reason}), "
-            f"perhaps because it was built for another torch: {WAY_OUT}"
+            f"optim.backend=apex: the installed NVIDIA apex has no usable {name} "
+            f"({message_of(error)}), perhaps because it was built for another torch: {WAY_OUT}"
         ) from error
     return found
 

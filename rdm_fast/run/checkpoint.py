@@ -17,7 +17,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +28,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from rdm_fast.errors import DataError, InputMissing
+from rdm_fast.errors import DataError, InputMissing, message_of
 from rdm_fast.runtime import atomic_files
 
 FORMAT = 1
@@ -56,7 +56,9 @@ class Snapshot:
 # ---- writing ---------------------------------------------------------------------------------
 
 
-def save(folder: Path, snapshot: Snapshot, keep: int) -> Path:
+def save(
+    folder: Path, snapshot: Snapshot, keep: int, note: Mapping[str, str] | None = None
+) -> Path:
     """Write a checkpoint durably, then delete the oldest; returns its folder.
 
     Args:
@@ -64,6 +66,7 @@ def save(folder: Path, snapshot: Snapshot, keep: int) -> Path:
         snapshot: its tensors may be on any device, have any layout, and share storage.
         keep: how many of the newest sound checkpoints to keep, at least 2. Those of later steps
             belong to an abandoned continuation and are deleted.
+        note: of model.safetensors, for its header.
 
     Raises:
         OSError: it could not be written, for instance on a full disk. Nothing of it remains and
@@ -79,7 +82,7 @@ def save(folder: Path, snapshot: Snapshot, keep: int) -> Path:
     path = folder / f"step-{snapshot.step:08d}"
     temporary = folder / f"{atomic_files.TEMPORARY}{os.getpid()}-{snapshot.step}"
     try:
-        _write(temporary, tensors, state)
+        _write(temporary, tensors, state, {} if note is None else note)
         if path.exists():  # a folder cannot be renamed over another; the old one stays loadable
             shutil.rmtree(aside := path.with_name(path.name + ".old"), ignore_errors=True)
             path.rename(aside)
@@ -107,13 +110,15 @@ def _require_space(folder: Path, size: int) -> None:
         raise OSError(errno.ENOSPC, f"no space left: the checkpoint {need}", str(folder))
 
 
-def _write(path: Path, tensors: dict[str, dict[str, Tensor]], state: str) -> None:
+def _write(
+    path: Path, tensors: dict[str, dict[str, Tensor]], state: str, note: Mapping[str, str]
+) -> None:
     shutil.rmtree(path, ignore_errors=True)
     path.mkdir()
     for group, members in tensors.items():
         file = path / f"{group}.safetensors"
         try:
-            save_file(members, file, metadata={"format": "pt"})
+            save_file(members, file, {"format": "pt", **(note if group == "model" else {})})
         except SafetensorError as error:  # wraps an OSError, but is none
             raise OSError(errno.EIO, str(error), str(file)) from error
         atomic_files.sync(file)
@@ -225,7 +230,8 @@ def load(path: Path) -> Snapshot:
         }
     except (SafetensorError, OSError, ValueError, LookupError, AttributeError, TypeError,
             RecursionError) as error:  # fmt: skip
-        raise _damaged(path, f"its content is not that of a checkpoint ({error})") from error
+        why = f"its content is not that of a checkpoint ({message_of(error)})"
+        raise _damaged(path, why) from error
     if "skipped_in_a_row" in state:  # written before each part had an entry of its own
         state["skipped"] = {"total": state["skipped"], "in_a_row": state.pop("skipped_in_a_row")}
         state["collapse_guard"] = {"low": state.pop("collapsed_in_a_row", 0)}

@@ -31,7 +31,7 @@ from rdm_fast.config.saved import (
     config_from_dict,
     config_to_dict,
 )
-from rdm_fast.errors import CannotCreate, DataError, InputMissing
+from rdm_fast.errors import CannotCreate, DataError, InputMissing, message_of
 from rdm_fast.runtime import atomic_files
 
 FORMAT = 1
@@ -68,7 +68,7 @@ def _read(file: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
     except (FileNotFoundError, NotADirectoryError) as error:
         raise InputMissing(f"{file.parent} is not a run folder: it has no {file.name}") from error
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise DataError(f"{file} cannot be read: {' '.join(str(error).split())}") from error
+        raise DataError(f"{file} cannot be read: {message_of(error)}") from error
     if not isinstance(content, dict):
         raise DataError(f"{file} cannot be used: it is not a table of settings")
     return content

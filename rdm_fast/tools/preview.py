@@ -19,7 +19,7 @@ from rdm_fast.data.images.datasets import load
 from rdm_fast.data.images.sets import ImageSet, Pixels
 from rdm_fast.data.loaders.batch import Batch
 from rdm_fast.data.loaders.build import build_loader
-from rdm_fast.errors import CannotCreate, Unavailable, UsageError
+from rdm_fast.errors import CannotCreate, Unavailable, UsageError, message_of
 from rdm_fast.runtime.distributed import choose_device
 from rdm_fast.runtime.printing import print_line
 
@@ -55,7 +55,7 @@ def preview(config: Config, *, images: int, path: Path) -> None:
     try:
         sheet.save(path, optimize=True)
     except (OSError, ValueError) as error:
-        raise CannotCreate(f"--sheet {path} cannot be written ({error})") from error
+        raise CannotCreate(f"--sheet {path} cannot be written ({message_of(error)})") from error
     print_line(f"{path}: {len(chosen)} images of {config.data.name}, {', '.join(views)}")
 
 

@@ -14,7 +14,7 @@ from types import FrameType
 from typing import NoReturn
 
 from rdm_fast.config import Config
-from rdm_fast.errors import Interrupted, RankLost, UserError
+from rdm_fast.errors import Interrupted, RankLost, UserError, message_of
 from rdm_fast.run.folder import RunFolder, State, read_status
 from rdm_fast.runtime.printing import launched_rank, print_error
 
@@ -111,7 +111,7 @@ def record_failure(folder: RunFolder) -> Iterator[None]:
         if isinstance(error, RankLost):
             _report_rank_lost(folder, error)
         if not isinstance(error, UserError):
-            what = " ".join(f"{type(error).__name__}: {error}".split())
+            what = f"{type(error).__name__}: {message_of(error)}"
             error = UserError(f"{what} (a bug; the traceback is in {log})")
         if launched_rank() != 0:  # ranks usually fail alike, and rank zero speaks for them
             time.sleep(1.0)

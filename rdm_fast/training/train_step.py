@@ -22,7 +22,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from rdm_fast.config import Config
 from rdm_fast.data.loaders.batch import Batch
-from rdm_fast.errors import Unavailable
+from rdm_fast.errors import Unavailable, message_of
 from rdm_fast.methods import Branches, Method, StepOutput
 from rdm_fast.methods.ema import ema_momentum
 from rdm_fast.models.batchnorm import frozen_running_statistics, join_buffers, synchronize
@@ -172,9 +172,8 @@ class TrainStep:
         except RuntimeError as error:  # some library cannot be captured on this device
             if self.config.step.graph == "on" or self.graph.is_recorded:
                 raise
-            warnings.warn(
-                f"steps run without a CUDA graph, as recording failed: {error}", stacklevel=3
-            )
+            why = f"steps run without a CUDA graph, as recording failed: {message_of(error)}"
+            warnings.warn(why, stacklevel=3)
             self.graph = None
             self.optimizer.zero_grad(set_to_none=True)
             return self._step(*views)

@@ -19,7 +19,7 @@ from rdm_fast.errors import Collapsed, DataError, InputMissing, Interrupted, Out
 from rdm_fast.evaluation.online_probe import OnlineProbe, online_accuracies
 from rdm_fast.filters.response import advice
 from rdm_fast.methods import build_method
-from rdm_fast.models.pretrained import load_strict, warm_start
+from rdm_fast.models.pretrained import file_note, load_strict, warm_start
 from rdm_fast.run import checkpoint
 from rdm_fast.run.checkpoint import Snapshot
 from rdm_fast.run.environment import describe_environment
@@ -271,8 +271,9 @@ class Trainer:
         if rank() == 0 and self._last_saved != self.step:
             try:
                 path = checkpoint.save(
-                    self.folder.checkpoints, self.snapshot(), self.config.log.keep
-                )
+                    self.folder.checkpoints, self.snapshot(), self.config.log.keep,
+                    file_note(self.config.model),
+                )  # fmt: skip
                 self._last_saved, self._failed_saves = self.step, 0
                 self.folder.write_status("running", step=self.step, checkpoint=path.name)
             except OSError as error:

@@ -21,7 +21,7 @@ import pytest
 from rdm_fast.cli.commands import COMMANDS, main
 from rdm_fast.config.recipes import RECIPES
 from rdm_fast.evaluation.protocols import PROTOCOLS
-from rdm_fast.models.pretrained import LAYOUTS
+from rdm_fast.models.layouts import LAYOUTS
 from rdm_fast.tools.export.targets import TARGETS
 
 ROOT = Path(__file__).parents[2]

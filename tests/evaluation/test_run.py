@@ -11,11 +11,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from rdm_fast.config import ModelConfig
 from rdm_fast.errors import CannotCreate, DataError, InputMissing, UsageError
 from rdm_fast.evaluation import run as evaluation
 from rdm_fast.evaluation.loaded_backbone import load_for_evaluation
 from rdm_fast.evaluation.options import EvaluateCommand
 from rdm_fast.evaluation.score import Result
+from rdm_fast.models.backbone import build_backbone
+from rdm_fast.models.pretrained import file_note
 from rdm_fast.tools.export.write import export_checkpoint
 from tests.random_run import save_random
 from tests.tiny import tiny
@@ -129,6 +132,25 @@ def test_a_file_that_does_not_fit_is_an_error(
     with pytest.raises(kind) as error:
         evaluate(weights, **options)
     assert named in str(error.value)
+
+
+def test_the_stem_of_a_file_is_assumed_aloud_and_can_be_chosen(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    backbone, _ = build_backbone(ModelConfig(backbone="resnet18"), 3)
+    file = tmp_path / "x.pth"
+    for note, stem, line in (
+        ({}, "auto", "--stem cifar,"),
+        ({}, "cifar_pad2", None),
+        (file_note(ModelConfig(stem="cifar_pad2")), "auto", None),
+        (file_note(ModelConfig(stem="cifar_pad2")), "cifar", "--stem cifar_pad2, not cifar"),
+    ):
+        torch.save({"state_dict": backbone.state_dict(), **note}, file)
+        options: dict[str, Any] = {"recipe": "cifar10_byol", "stem": stem}
+        found = load_for_evaluation(EvaluateCommand(checkpoint=str(file), **options))
+        printed = [text for text in capsys.readouterr().out.splitlines() if "warning: " in text]
+        assert found.config.model.stem == ("cifar_pad2" if line is None else "cifar")
+        assert len(printed) == (line is not None) and (line or "") in "".join(printed)
 
 
 def test_paths_and_flags_that_do_not_fit_a_run_are_errors(run: Path) -> None:

@@ -1,28 +1,34 @@
 """models.pretrained: files in other trainers' layouts, by their documented key names."""
 
+import json
 import os
+from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torchvision.models import resnet18, resnet34, resnet50, resnet101
 
-from rdm_fast.config import ModelConfig
+from rdm_fast.config import ModelConfig, Stem
 from rdm_fast.errors import DataError, InputMissing
 from rdm_fast.methods import build_method
 from rdm_fast.models.backbone import build_backbone
+from rdm_fast.models.layouts import LAYOUTS
 from rdm_fast.models.pretrained import (
-    LAYOUTS,
+    METADATA,
+    file_note,
     load_backbone,
     load_strict,
     read_backbone,
     warm_start,
 )
+from rdm_fast.run import checkpoint
 from rdm_fast.run.folder import read_config
 from tests.runs import final_state, run, run_with_stops
 from tests.tiny import tiny
@@ -77,6 +83,23 @@ def solo(model: nn.Module) -> State:
     return under("backbone.", body(model)) | momentum | linear("classifier") | linear("projector.0")
 
 
+def mmpretrain(model: nn.Module) -> State:
+    """mmpretrain/models: ImageClassifier of ResNet_CIFAR, GlobalAveragePooling, LinearClsHead."""
+    return under("backbone.", body(model)) | linear("head.fc")
+
+
+def mmpretrain_simsiam(model: nn.Module) -> State:
+    """Its SimSiam of NonLinearNeck and LatentPredictHead."""
+    return under("backbone.", body(model)) | linear("neck.fc0") | linear("head.predictor.fc0")
+
+
+def generator(model: nn.Module) -> State:
+    """lightly's ResNetGenerator: no modules for ReLU and max-pool, and `shortcut`s."""
+    parts = [getattr(model, n) for n in ("conv1", "bn1", "layer1", "layer2", "layer3", "layer4")]
+    state = nn.Sequential(*parts).state_dict()
+    return {f"backbone.{n}".replace("downsample", "shortcut"): t for n, t in state.items()}
+
+
 def lightly(model: nn.Module) -> State:
     """Its examples: backbone = nn.Sequential(*list(resnet.children())[:-1])."""
     backbone = nn.Sequential(*list(model.children())[:-1])
@@ -87,12 +110,19 @@ def lightly(model: nn.Module) -> State:
 FILES: dict[str, tuple[Callable[[nn.Module], State], dict[str, int]]] = {
     "SimSiam": (simsiam, {"fc": 5, "predictor": 2}),
     "MoCo": (moco, {"fc": 2, "encoder_k": 120, "queue": 1, "queue_ptr": 1}),
+    "MMPretrain": (mmpretrain, {"head": 2}),
+    "plain backbone": (lambda model: under("backbone.", body(model)), {}),
+    "plain encoder": (lambda model: under("encoder.", body(model)), {}),
+    "lightly ResNetGenerator": (generator, {}),
     "solo-learn": (solo, {"momentum_backbone": 120, "classifier": 2, "projector": 2}),
     "lightly": (lightly, {"projection_head": 2, "prediction_head": 2}),
     "torchvision": (lambda model: dict(model.state_dict()), {"fc": 2}),
     "DataParallel": (lambda model: under("module.", dict(model.state_dict())), {"fc": 2}),
     "MoCo v3": (lambda model: under("module.base_encoder.", body(model)), {}),
-    "old solo-learn": (lambda model: under("encoder.", body(model)), {}),
+    "old solo-learn": (
+        lambda model: under("encoder.", body(model)) | linear("classifier"),
+        {"classifier": 2},
+    ),
 }
 
 
@@ -158,26 +188,144 @@ def test_tensors_that_are_no_resnet_are_named(file: Path) -> None:
     assert "blocks.0.attn.qkv.weight" in str(error.value)
 
 
-@pytest.mark.parametrize("stem", ["imagenet", "cifar", "cifar_pad2"])
+@pytest.mark.parametrize("stem", get_args(Stem))
 def test_another_stem_is_refused(stem: str, file: Path) -> None:
     backbone, _ = build_backbone(replace(RESNET18, stem=stem), 3)  # type: ignore[arg-type]
     torch.save(backbone.state_dict(), file)
     found = read_backbone(file)
-    for other in ("imagenet", "cifar", "cifar_pad2"):
+    for other in get_args(Stem):
         asked = replace(RESNET18, stem=other)  # type: ignore[arg-type]
         if (stem == "imagenet") == (other == "imagenet"):
-            found.require(asked, 3)  # the two small stems have weights of one shape
+            found.require(asked, 3)  # the small stems have weights of one shape
         else:
             with pytest.raises(DataError) as error:
                 found.require(asked, 3, stem_flag="--stem")
             assert str(error.value).endswith(f"--stem {found.stem}")
 
 
-def test_solo_learns_small_stem_is_padded_by_two(file: Path) -> None:
-    backbone, _ = build_backbone(replace(RESNET18, stem="cifar_pad2"), 3)
-    for prefix, stem in (("backbone.", "cifar_pad2"), ("module.encoder.", "cifar")):
-        torch.save(under(prefix, dict(backbone.state_dict())), file)
-        assert read_backbone(file).stem == stem
+# ---- small stems -----------------------------------------------------------------------------
+
+
+def settled(model: nn.Module) -> nn.Module:
+    """With the statistics of a batch."""
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 1.0
+    with torch.no_grad():
+        model.train()(torch.randn(8, 3, 32, 32))
+    return model
+
+
+def small(padding: int, *, has_relu: bool = True) -> nn.Module:
+    """torchvision's ResNet-18 with the changes that solo-learn, MMPretrain and others make."""
+    torch.manual_seed(3)
+    model = resnet18(weights=None)
+    model.conv1 = nn.Conv2d(3, 64, 3, padding=padding, bias=False)
+    model.maxpool, model.fc = nn.Identity(), nn.Identity()
+    model.relu = nn.ReLU() if has_relu else nn.Identity()
+    return settled(model)
+
+
+def require_equal_features(file: Path, model: nn.Module, atol: float = 1e-6) -> None:
+    images = torch.randn(3, 3, 32, 32, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = model.eval()(images).flatten(1)
+        found = load_backbone(file)(images)
+    assert expected.abs().mean() > 0.1
+    torch.testing.assert_close(found, expected, atol=atol, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("stem", "padding", "has_relu"),
+    [("cifar", 1, True), ("cifar_pad2", 2, True), ("cifar_no_relu", 1, False)],
+)
+def test_a_checkpoints_weights_embed_as_their_stem_did(
+    stem: Stem, padding: int, has_relu: bool, tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    model = small(padding, has_relu=has_relu)
+    state = under("backbone.", dict(model.state_dict())) | linear("projector.0")
+    note = file_note(replace(RESNET18, stem=stem))
+    step = checkpoint.save(tmp_path, checkpoint.Snapshot(1, state, {}, {}, {}), 2, note)
+    require_equal_features(step / "model.safetensors", model)
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize(
+    ("trainer", "padding", "sure"),
+    [
+        (solo, 2, "which is solo-learn's"),
+        (mmpretrain, 1, "which is MMPretrain's"),
+        (mmpretrain_simsiam, 1, "which is MMPretrain's"),
+        (body, 1, "which is an assumption"),
+    ],
+)
+def test_another_trainers_small_stem_is_named(
+    trainer: Callable[[nn.Module], State], padding: int, sure: str, file: Path
+) -> None:
+    model = small(padding)
+    torch.save({"meta": {"epoch": 3}, "state_dict": trainer(model)}, file)
+    with pytest.warns(UserWarning) as record:
+        require_equal_features(file, model)
+    (warning,) = record
+    assert sure in str(warning.message) and str(file) in str(warning.message)
+    with torch.no_grad():  # another stem on request, without a warning
+        other = load_backbone(file, stem="cifar" if padding == 2 else "cifar_pad2")
+        images = torch.randn(1, 3, 32, 32)
+        assert (other(images) - model.eval()(images)).abs().max() > 0.01
+
+
+def test_the_stem_of_a_7_by_7_file_cannot_be_chosen(model: nn.Module, file: Path) -> None:
+    torch.save(model.state_dict(), file)
+    with pytest.raises(DataError) as error:
+        load_backbone(file, stem="cifar")
+    assert "stem imagenet" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("stem", "said"), [("cifar", "--model.stem cifar_pad2, not cifar"), ("cifar_pad2", "")]
+)
+def test_a_warm_start_warns_of_another_padding(
+    stem: Stem, said: str, file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    note = file_note(replace(RESNET18, stem="cifar_pad2"))
+    torch.save({"state_dict": body(small(2)), **note}, file)
+    method = nn.Module()
+    method.backbone, _ = build_backbone(config := replace(RESNET18, stem=stem, init=str(file)), 3)
+    warm_start(method, config, 3)
+    out = capsys.readouterr().out
+    assert ("warning: " in out) == bool(said) and said in out
+
+
+# ---- lightly's own ResNet ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "splits"), [("resnet-18", 0), ("resnet-18", 4), ("resnet-50", 0)])
+def test_the_backbone_of_lightlys_cifar_examples_embeds_as_it_does(
+    name: str, splits: int, file: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    """nn.Sequential(*list(resnet.children())[:-1], nn.AdaptiveAvgPool2d(1)), and MoCo's splits."""
+    models = pytest.importorskip("lightly.models")
+    torch.manual_seed(4)
+    resnet = models.ResNetGenerator(name, num_splits=splits)
+    whole = nn.Module()
+    whole.backbone = nn.Sequential(*list(resnet.children())[:-1], nn.AdaptiveAvgPool2d(1))
+    whole.projection_head = models.modules.SimSiamProjectionHead(8, 8, 8)
+    settled(whole.backbone)
+    torch.save({"state_dict": whole.state_dict()}, file)
+    assert read_backbone(file).stem == "cifar_no_relu"
+    require_equal_features(file, whole.backbone, atol=1e-5)
+    assert not recwarn.list
+
+
+def test_lightlys_whole_resnet_embeds_as_it_does(file: Path) -> None:
+    """Its own forward has the ReLU that its children lack."""
+    models = pytest.importorskip("lightly.models")
+    torch.manual_seed(4)
+    resnet = settled(models.ResNetGenerator("resnet-18"))
+    torch.save(resnet.state_dict(), file)
+    resnet.linear = nn.Identity()
+    with pytest.warns(UserWarning):
+        require_equal_features(file, resnet, atol=1e-5)
 
 
 def test_another_network_or_number_of_channels_is_refused(model: nn.Module, file: Path) -> None:
@@ -246,9 +394,15 @@ class Payload:
 
 
 def test_a_file_that_would_run_code_is_refused(tmp_path: Path, file: Path) -> None:
-    torch.save({"state_dict": {}, "hyper": Payload(tmp_path / "mark")}, file)
-    with pytest.raises(DataError):
-        read_backbone(file)
+    for payload, name in (
+        (Payload(tmp_path / "mark"), "posix.mkdir;"),
+        (Namespace(), "argparse.Namespace;"),  # torch's text on it has terminal codes
+    ):
+        torch.save({"state_dict": {}, "hyper": payload}, file)
+        with pytest.raises(DataError) as error:
+            read_backbone(file)
+        assert str(file) in str(error.value) and name in str(error.value)
+        assert "x1b" not in str(error.value) and str(error.value).endswith("NEW_FILE)")
     assert not (tmp_path / "mark").exists()
 
 
@@ -259,7 +413,7 @@ def test_a_missing_or_meaningless_file_is_refused(name: str, tmp_path: Path) -> 
     (tmp_path / name).write_bytes(b"not a checkpoint, but long enough to be taken for one")
     with pytest.raises(DataError) as error:
         read_backbone(tmp_path / name)
-    assert name in str(error.value)
+    assert name in str(error.value) and "weights_only" not in str(error.value)
     torch.save([1, 2], tmp_path / "list.pth")
     with pytest.raises(DataError):
         read_backbone(tmp_path / "list.pth")
@@ -294,6 +448,9 @@ def test_a_resumed_run_needs_the_initial_file_no_more(file: Path, tmp_path: Path
     run(tmp_path / "other", replace(config, model=replace(config.model, init="")))
     assert final_state(tmp_path / "whole") != final_state(tmp_path / "other")
     assert read_config(tmp_path / "whole").model.init == str(file)
+    (weights,) = sorted(tmp_path.glob("whole/checkpoints/step-*/model.safetensors"))[-1:]
+    with safe_open(weights, framework="pt") as opened:
+        assert json.loads(opened.metadata()[METADATA]) == {"backbone": "resnet8", "stem": "cifar"}
     run_with_stops(tmp_path / "stopped", config, [3, 4])
     assert final_state(tmp_path / "stopped") == final_state(tmp_path / "whole")
 

@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
-from rdm_fast.errors import DataError
+from rdm_fast.errors import DataError, message_of
 
 Pixels = NDArray[np.uint8]
 
@@ -116,7 +116,7 @@ def reason(error: Exception) -> str:
         return f"more than {MAX_PIXELS} pixels"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror.lower()
-    return " ".join(str(error).split()) or type(error).__name__
+    return message_of(error)
 
 
 def one_line(path: str) -> str:

@@ -20,7 +20,7 @@ import numpy as np
 from rdm_fast.data.images.decode import one_line
 from rdm_fast.data.images.folder import SUFFIXES
 from rdm_fast.data.images.tables import Rows, folder_lock, load_table, save_table
-from rdm_fast.errors import DataError
+from rdm_fast.errors import DataError, message_of
 
 STAMP = "members 2"  # changes with the format
 LABEL_BYTES = 1 << 20
@@ -140,7 +140,7 @@ def list_shard(path: Path) -> list[Member]:
                 raise tarfile.ReadError(f"no header at byte {tar.offset}")
     except (tarfile.TarError, OSError, EOFError) as error:
         raise DataError(
-            f"{path} is damaged or not an uncompressed tar file ({str(error).splitlines()[0]}): "
+            f"{path} is damaged or not an uncompressed tar file ({message_of(error)}): "
             "fetch or pack it again"
         ) from error
     return [member._replace(label=labels.get(key, NO_LABEL)) for key, member in images]

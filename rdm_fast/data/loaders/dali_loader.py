@@ -30,7 +30,6 @@ from rdm_fast.errors import DataError, Unavailable
 from rdm_fast.runtime.precision import dtype_of_views
 
 QUEUE = 2  # steps that DALI works ahead
-SHOWN = 200  # characters of an error of DALI's
 
 
 class Pipeline(NamedTuple):
@@ -198,4 +197,4 @@ def _line(error: Exception) -> str:
     """The cause, in one line: DALI's messages have many, with places in its source."""
     text = str(error).partition("encountered:")[2] or str(error)
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return lines[0][:SHOWN].rstrip(".") if lines else type(error).__name__
+    return lines[0].rstrip(".") if lines else type(error).__name__

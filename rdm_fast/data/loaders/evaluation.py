@@ -88,6 +88,11 @@ class _CenterViews:
         return torch.from_numpy(pixels), torch.tensor(shown, dtype=torch.int64)
 
 
+def shorter_side(size: int) -> int:
+    """Pixels to which the shorter side of an image is resized, for views of this size."""
+    return round(size * MARGIN[0] / MARGIN[1]) if size >= NO_MARGIN_BELOW else size
+
+
 def center_view(image: Pixels, augment: AugmentConfig) -> Pixels:
     """An image as evaluation shows it: resized (antialiased), and cropped to its middle.
 
@@ -105,7 +110,7 @@ def center_view(image: Pixels, augment: AugmentConfig) -> Pixels:
     H, W, C = image.shape
     if (H, W) == (S, S):
         return image
-    short = round(S * MARGIN[0] / MARGIN[1]) if S >= NO_MARGIN_BELOW else S
+    short = shorter_side(S)
     height, width = (short, int(short * W / H)) if H <= W else (int(short * H / W), short)
     whole = Image.fromarray(image[:, :, 0] if C == 1 else image)
     resized = whole.resize((width, height), Image.Resampling[augment.interpolation.upper()])

@@ -7,6 +7,7 @@ reads only torch.save's format, such a file with nothing but tensors in it.
 
 import io
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,12 @@ import torch
 from torch import Tensor
 
 from rdm_fast.config import Config
+from rdm_fast.data.loaders.evaluation import shorter_side
 from rdm_fast.errors import CannotCreate, UsageError
 from rdm_fast.evaluation.loaded_backbone import load_method
 from rdm_fast.methods import Method
-from rdm_fast.models.pretrained import LAYOUTS, METADATA
+from rdm_fast.models.layouts import LAYOUTS
+from rdm_fast.models.pretrained import METADATA
 from rdm_fast.run.folder import read_config, version
 from rdm_fast.runtime import atomic_files
 from rdm_fast.tools.export.targets import Target
@@ -126,11 +129,15 @@ class _Export:
             return [
                 f"model.conv1 = torch.nn.Conv2d({channels}, 64, 7, stride=2, padding=3, bias=False)"
             ]
-        padding = 1 if model.stem == "cifar" else 2
-        return [
+        padding = 2 if model.stem == "cifar_pad2" else 1
+        lines = [
             f"model.conv1 = torch.nn.Conv2d({channels}, 64, 3, padding={padding}, bias=False)",
             "model.maxpool = torch.nn.Identity()",
         ]
+        if model.stem == "cifar_no_relu":
+            relu = "act1" if self.target == "timm" else "relu"
+            lines.append(f"model.{relu} = torch.nn.Identity()")
+        return lines
 
     @property
     def notes(self) -> list[str]:
@@ -138,10 +145,10 @@ class _Export:
         stem = self.config.model.stem
         if self.target == "simsiam" and stem != "imagenet":
             return ["main_lincls.py builds the 7x7 stem; change its model as above"]
-        if self.target == "solo" and stem == "cifar":
+        if self.target == "solo" and stem not in ("imagenet", "cifar_pad2"):
             return [
-                "solo-learn pads the first convolution by 2 and this run by 1: it loads there, "
-                "but embeds differently; set padding=1 in its main_linear.py"
+                "solo-learn's small stem pads by 2 and has a ReLU: the file loads there, but "
+                "embeds differently; change its model as above"
             ]
         return []
 
@@ -161,7 +168,8 @@ class _Export:
         if self.target in PREFIXES:
             buffer = io.BytesIO()
             prefix = PREFIXES[self.target]
-            torch.save({"state_dict": {prefix + n: t for n, t in backbone.items()}}, buffer)
+            state = {prefix + n: t for n, t in backbone.items()}
+            torch.save({"state_dict": state, METADATA: json.dumps(metadata)}, buffer)
             return {self.out: buffer.getvalue(), beside: text}
         if self.target == "safetensors":
             projector = _plain(method.projector.state_dict())
@@ -172,13 +180,26 @@ class _Export:
 
     def _metadata(self, step: int) -> dict[str, Any]:
         """Facts that weights do not contain."""
-        model, augment = self.config.model, self.config.augment
+        model = self.config.model
         return {
-            "backbone": model.backbone, "stem": model.stem, "size": augment.size,
-            "interpolation": augment.interpolation, "mean": augment.mean, "std": augment.std,
+            "backbone": model.backbone, "stem": model.stem, **self._preprocessing(),
             "method": self.config.method, "predictor": self.config.predictor,
             "data": self.config.data.name, "step": step, "version": version(),
         }  # fmt: skip
+
+    def _preprocessing(self) -> dict[str, Any]:
+        """How evaluation shows images, in the words of timm's `pretrained_cfg`."""
+        augment, size = self.config.augment, self.config.augment.size
+        crop_pct = size / (short := shorter_side(size))
+        if math.floor(size / crop_pct) != short:  # as timm computes it
+            crop_pct = math.nextafter(crop_pct, 0)
+        return {
+            "input_size": (augment.channels, size, size),
+            "interpolation": augment.interpolation,
+            "mean": augment.mean,
+            "std": augment.std,
+            "crop_pct": crop_pct,
+        }
 
     def _timm_config(self) -> dict[str, Any]:
         """config.json in the format of timm's models on the hub."""
@@ -188,11 +209,7 @@ class _Export:
             "num_classes": 0,
             "model_args": {"in_chans": augment.channels},
             "pretrained_cfg": {
-                "input_size": [augment.channels, augment.size, augment.size],
-                "interpolation": augment.interpolation,
-                "mean": augment.mean,
-                "std": augment.std,
-                "crop_pct": 224 / 256,
+                **self._preprocessing(),
                 "num_classes": 0,
                 "first_conv": "conv1",
                 "classifier": "fc",
@@ -226,7 +243,8 @@ class _Export:
                 return ["import torch, torchvision", load_file, "", *torchvision, load]
             case "timm":
                 grey = "" if channels == 3 else f", in_chans={channels}"
-                create = f'model = timm.create_model("{arch}", num_classes=0{grey})'
+                cfg = f"pretrained_cfg_overlay={self._preprocessing()}"
+                create = f'model = timm.create_model("{arch}", num_classes=0{grey}, {cfg})'
                 return ["import timm, torch", load_file, "", create, *self.preparation, load]
             case "safetensors":
                 return [

@@ -8,14 +8,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 from torch import Tensor, nn
 
 from rdm_fast.cli import commands as cli
 from rdm_fast.config import Config
 from rdm_fast.config.recipes import RECIPES
+from rdm_fast.data.loaders.evaluation import center_view
 from rdm_fast.errors import CannotCreate, UsageError
 from rdm_fast.methods import Method
 from rdm_fast.models.pretrained import METADATA, load_backbone, read_backbone
@@ -78,6 +81,7 @@ def require_same_embeddings(
 RESNET18 = {
     "cifar": ("cifar10_simsiam", {"stem": "cifar"}),
     "cifar_pad2": ("cifar10_simsiam", {}),
+    "cifar_no_relu": ("cifar10_simsiam", {"stem": "cifar_no_relu"}),
     "imagenet": ("imagenet100_simsiam", {}),
     "grey": ("digits_byol", {"backbone": "resnet18", "stem": "imagenet"}),
 }
@@ -102,35 +106,65 @@ def test_every_target_loads_its_file_and_embeds_the_same(
             continue
         said[target] = export_checkpoint(step, target, out=out)
         require_same_embeddings(made, method, said[target], monkeypatch)
+        file = out / "model.safetensors" if target == "hf" else out
+        require_note(file, made, target)
         if target in PREFIXES:
             require_tensors_alone(out, PREFIXES[target])
-        elif target != "hf":
-            require_metadata(out, made)
     # A small stem, which a plain ResNet lacks, is in the lines that are printed.
     small = "model.maxpool = torch.nn.Identity()"
     assert (small in said["torchvision"]) == (stem != "imagenet")
-    padding = {"cifar": "padding=1", "cifar_pad2": "padding=2"}.get(stem, "")
+    padding = {"imagenet": "", "cifar_pad2": "padding=2"}.get(stem, "padding=1")
     assert padding in said["torchvision"]
+    assert ("model.relu" in said["torchvision"]) == (stem == "cifar_no_relu")
     assert ("note: main_lincls.py" in said["simsiam"]) == (stem != "imagenet")
-    assert ("note: solo-learn" in said["solo"]) == (stem == "cifar")
+    assert ("note: solo-learn" in said["solo"]) == (stem in ("cifar", "cifar_no_relu"))
 
 
 def require_tensors_alone(file: Path, prefix: str) -> None:
     """A pickle for main_lincls.py or main_linear.py: whatever is left must be the classifier."""
     content = torch.load(file, weights_only=True)
-    assert set(content) == {"state_dict"} and len(content["state_dict"]) == 120
+    assert set(content) == {"state_dict", METADATA} and len(content["state_dict"]) == 120
     assert all(name.startswith(prefix) for name in content["state_dict"])
     assert f"{prefix}fc.weight" not in content["state_dict"]
     assert all(type(value) is Tensor for value in content["state_dict"].values())
 
 
-def require_metadata(file: Path, made: Config) -> None:
+def require_note(file: Path, made: Config, target: Target) -> None:
     """Facts that weights do not contain, such as the padding of a small stem."""
-    assert read_backbone(file).stem == made.model.stem
-    with safe_open(file, framework="pt") as opened:
-        notes = json.loads(opened.metadata()[METADATA])
+    found = read_backbone(file)
+    assert (found.stem, found.stem_source) == (made.model.stem, "")
+    if target in PREFIXES:
+        notes = json.loads(torch.load(file, weights_only=True)[METADATA])
+    else:
+        with safe_open(file, framework="pt") as opened:
+            notes = json.loads(opened.metadata()[METADATA])
     size, channels = made.augment.size, made.augment.channels
-    assert (notes["step"], notes["size"], len(notes["mean"])) == (STEP, size, channels)
+    assert notes["input_size"] == [channels, size, size]
+    assert (notes["step"], len(notes["mean"])) == (STEP, channels)
+
+
+@pytest.mark.parametrize(
+    ("size", "crop_pct"), [(32, 1.0), (96, 96 / 110), (224, 0.875), (443, 443 / 506)]
+)
+def test_timm_shows_images_as_evaluation_does(
+    size: int, crop_pct: float, run_of: RunOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Evaluation shows the whole of views under 64 pixels, else 224 of 256."""
+    data = pytest.importorskip("timm.data")
+    made = config("imagenet100_simsiam")
+    made = replace(made, augment=replace(made.augment, size=size, interpolation="bicubic"))
+    step, _ = run_of(made)
+    image = np.random.default_rng(1).integers(0, 256, (600, 520, 3), dtype=np.uint8)
+    levels = torch.from_numpy(center_view(image, made.augment).copy()).permute(2, 0, 1) / 255
+    mean, std = (torch.tensor(t)[:, None, None] for t in (made.augment.mean, made.augment.std))
+    for target in ("hf", "timm"):
+        out = tmp_path / f"{target}{SUFFIXES[target][0]}"
+        export_checkpoint(step, target, out=out)
+        text = out / "README.md" if target == "hf" else out.with_name(out.name + ".md")
+        settings = data.resolve_model_data_config(run_instructions(text, monkeypatch))
+        assert settings["crop_pct"] == pytest.approx(crop_pct, abs=1e-12)
+        view = data.create_transform(**settings)(Image.fromarray(image))
+        torch.testing.assert_close(view, (levels - mean) / std)
 
 
 @pytest.mark.slow  # three ResNet-50

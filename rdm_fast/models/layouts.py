@@ -1,0 +1,142 @@
+"""How trainers name the tensors of their backbones.
+
+A ResNet has torchvision's tensor names everywhere, behind a prefix that identifies the trainer:
+
+    torchvision, timm     conv1.weight                   SimSiam       module.encoder.conv1.weight
+    solo-learn, rdm-fast  backbone.conv1.weight          MoCo          module.encoder_q.conv1.weight
+    MMPretrain            backbone.conv1.weight
+    lightly               backbone.0.weight: an nn.Sequential of the ResNet's children
+
+Where prefixes are the same, other tensors of the file tell the trainers apart. lightly's own
+ResNet (`ResNetGenerator`) calls shortcuts `shortcut`, has no module for the ReLU after its first
+convolution, and so no such ReLU in an nn.Sequential of its children.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import Tensor
+
+from rdm_fast.config import Stem
+from rdm_fast.errors import DataError
+
+TORCHVISION = {"0": "conv1", "1": "bn1", "4": "layer1", "5": "layer2", "6": "layer3", "7": "layer4"}
+"""Positions of a torchvision ResNet's children in an nn.Sequential; the others have no weights."""
+GENERATOR = {"0": "conv1", "1": "bn1", "2": "layer1", "3": "layer2", "4": "layer3", "5": "layer4"}
+"""Those of lightly's ResNetGenerator, without ReLU and max-pool."""
+BODY = tuple(TORCHVISION.values())
+FIRST_BLOCK = "layer1.0.conv1.weight"
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How a trainer names the tensors of its backbone.
+
+    Attributes:
+        name: of the trainer.
+        prefix: of the backbone's tensors.
+        children: positions in an nn.Sequential; empty for names.
+        heads: prefixes of the trainer's other tensors, of which a file has one or more; empty if
+            it may have any.
+        stem: of its 3 x 3 first convolutions, whose padding tensors do not show; None if unknown.
+    """
+
+    name: str
+    prefix: str
+    children: dict[str, str] = field(default_factory=dict)
+    heads: tuple[str, ...] = ()
+    stem: Stem | None = None
+
+    def rename(self, name: str) -> str | None:
+        """torchvision's name of a tensor; None for one outside the backbone."""
+        if not name.startswith(self.prefix):
+            return None
+        child, _, rest = name.removeprefix(self.prefix).partition(".")
+        child = self.children.get(child, "") if self.children else child
+        rest = rest.replace(".shortcut.", ".downsample.")
+        return f"{child}.{rest}" if child in BODY else None
+
+    def fits(self, tensors: dict[str, Tensor]) -> bool:
+        """Whether a ResNet in this layout is among the tensors."""
+        renamed = {self.rename(name) for name in tensors}
+        known = not self.heads or any(name.startswith(self.heads) for name in tensors)
+        return known and {"conv1.weight", FIRST_BLOCK} <= renamed
+
+
+LAYOUTS = {
+    layout.name: layout
+    for layout in (
+        Layout("torchvision", ""),
+        Layout("SimSiam", "module.encoder."),
+        Layout("MoCo", "module.encoder_q."),
+        Layout("MoCo v3", "module.base_encoder."),
+        Layout("solo-learn", "backbone.", heads=("classifier.",), stem="cifar_pad2"),
+        Layout("MMPretrain", "backbone.", heads=("head.", "neck."), stem="cifar"),
+        Layout("plain backbone", "backbone."),
+        # first: its layer3 and layer4 have the places of a torchvision ResNet's layer1 and layer2
+        Layout("lightly ResNetGenerator", "backbone.", GENERATOR, stem="cifar_no_relu"),
+        Layout("lightly", "backbone.", TORCHVISION),
+        Layout("old solo-learn", "encoder.", heads=("classifier.",), stem="cifar_pad2"),
+        Layout("plain encoder", "encoder."),
+        Layout("DataParallel", "module."),
+    )
+}
+"""Layouts that are recognized, the first that fits; any other prefix can be given."""
+
+
+def find_layout(path: Path, tensors: dict[str, Tensor], prefix: str | None) -> Layout:
+    """The layout of a file's tensors.
+
+    Args:
+        path: of the file, for messages.
+        tensors: by name.
+        prefix: of the backbone's tensors; found if None.
+
+    Raises:
+        DataError: no ResNet is there under a known prefix, or under the given one.
+    """
+    candidates = list(LAYOUTS.values())
+    if prefix is not None:
+        name = f"--prefix {prefix}"
+        candidates = [layout for layout in candidates if layout.prefix == prefix]
+        candidates += [
+            Layout(name, prefix),
+            Layout(name, prefix, GENERATOR, stem="cifar_no_relu"),
+            Layout(name, prefix, TORCHVISION),
+        ]
+    for layout in candidates:
+        if layout.fits(tensors):
+            return layout
+    found = f"{path}: none of its {len(tensors)} tensors is a ResNet's under a known prefix"
+    if prefix is not None:
+        under = sum(name.startswith(prefix) for name in tensors)
+        found = (
+            f"{path}: {under} of its {len(tensors)} tensors begin with --prefix {prefix}, and no "
+            "ResNet is among them"
+        )
+    known = ", ".join(f"{layout.name} {layout.prefix!r}" for layout in LAYOUTS.values())
+    raise DataError(f"{found}{_elsewhere(tensors)}; known prefixes: {known}")
+
+
+def _elsewhere(tensors: dict[str, Tensor]) -> str:
+    """The prefix of a ResNet that is there and the most similar layout; else two tensor names."""
+    for ending, is_sequential in ((FIRST_BLOCK, False), ("4.0.conv1.weight", True)):
+        for name in tensors:
+            if name == ending or name.endswith("." + ending):
+                prefix = name.removesuffix(ending)
+                count = sum(name.startswith(prefix) for name in tensors)
+                near = max(
+                    (each for each in LAYOUTS.values() if bool(each.children) == is_sequential),
+                    key=lambda layout: _common_ending(layout.prefix, prefix),
+                )
+                return (
+                    f", but {count} begin with {prefix!r} and are (nearest layout: {near.name}, "
+                    f"{near.prefix!r}): use --prefix {prefix!r}"
+                )
+    return f" (they are {', '.join(list(tensors)[:2])}, ...)" if tensors else ""
+
+
+def _common_ending(one: str, other: str) -> int:
+    """Parts, from the last one, that two prefixes share."""
+    pairs = zip(reversed(one.split(".")), reversed(other.split(".")), strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(one), len(other)))
