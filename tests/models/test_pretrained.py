@@ -88,9 +88,9 @@ def mmpretrain(model: nn.Module) -> State:
     return under("backbone.", body(model)) | linear("head.fc")
 
 
-def mmpretrain_simsiam(model: nn.Module) -> State:
-    """Its SimSiam of NonLinearNeck and LatentPredictHead."""
-    return under("backbone.", body(model)) | linear("neck.fc0") | linear("head.predictor.fc0")
+def mmpretrain_simclr(model: nn.Module) -> State:
+    """Its SimCLR of NonLinearNeck and ContrastiveHead, which has no tensors."""
+    return under("backbone.", body(model)) | linear("neck.fc0") | linear("neck.fc1")
 
 
 def generator(model: nn.Module) -> State:
@@ -255,7 +255,7 @@ def test_a_checkpoints_weights_embed_as_their_stem_did(
     [
         (solo, 2, "which is solo-learn's"),
         (mmpretrain, 1, "which is MMPretrain's"),
-        (mmpretrain_simsiam, 1, "which is MMPretrain's"),
+        (mmpretrain_simclr, 1, "which is MMPretrain's"),
         (body, 1, "which is an assumption"),
     ],
 )
