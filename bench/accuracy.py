@@ -39,6 +39,7 @@ from bench.markdown import replace_between, table
 from rdm_fast import FilterConfig
 from rdm_fast.config import Kind
 from rdm_fast.errors import Unavailable
+from rdm_fast.filters.engines.gemm import LEAST_CUTOFF
 from rdm_fast.filters.loss import SpectralCosine
 from tests.spectra import damped_filter, g, gradients, paper_filter, paper_loss, two_views
 from tests.spectra import with_spectrum as matrix
@@ -102,7 +103,7 @@ def batch(spectrum: str, B: int, D: int, dtype: torch.dtype) -> tuple[Tensor, Te
     """Two correlated views [B, D] with the singular values that the column names.
 
     duplicates: the second half of the rows equals the first. rank 1: of both views together.
-    rank 8 + noise: 1/k for k <= 8, then 1e-4, a tenth of the cutoff.
+    rank 8 + noise: 1/k for k <= 8, then 1e-5, a tenth of the cutoff.
     """
     match spectrum:
         case "rank 1":
@@ -110,7 +111,7 @@ def batch(spectrum: str, B: int, D: int, dtype: torch.dtype) -> tuple[Tensor, Te
             views = first, matrix(B, B, torch.ones(B), seed=1) @ first
         case "rank 8 + noise":
             k = torch.arange(1.0, min(B, D) + 1)
-            s = math.sqrt(min(B, D)) * torch.where(k <= 8, 1 / k, 1e-4)
+            s = math.sqrt(min(B, D)) * torch.where(k <= 8, 1 / k, 1e-5)
             first = matrix(B, D, s)
             views = first, 0.8 * first + 0.6 * matrix(B, D, s, seed=1)
         case "zero":
@@ -181,7 +182,8 @@ def measure(config: FilterConfig, spectrum: str, z1: Tensor, z2: Tensor, device:
         )
         for grads in (found, exact)
     )
-    allowed = rounding_of_zero(config, z1) if spectrum == "rank 1" else 0.0
+    cutoff = max(config.cutoff, LEAST_CUTOFF) if used == "gemm" else config.cutoff
+    allowed = rounding_of_zero(config, cutoff, z1) if spectrum == "rank 1" else 0.0
     error = size if size > allowed else 0.0
     return Cell(error, 2 * exact_size + allowed, loss_error, finite, flagged)
 
@@ -192,10 +194,10 @@ def normalized(filter_of: FilterOf, X: Tensor, config: FilterConfig) -> Tensor:
     return W / torch.linalg.matrix_norm(W, 2) if config.kind == "poly" else W
 
 
-def rounding_of_zero(config: FilterConfig, X: Tensor) -> float:
+def rounding_of_zero(config: FilterConfig, cutoff: float, X: Tensor) -> float:
     """Largest x that rounding explains for a batch of rank 1 (see the module)."""
     s_1 = X.double().norm()
-    amplified = max(1.0, abs(float(g(config, config.cutoff * s_1) / g(config, s_1))))
+    amplified = max(1.0, abs(float(g(config, cutoff * s_1) / g(config, s_1))))
     passes = 2 if config.location == "online" else 1
     return (max(X.shape) + 2) * 2.0**-24 * amplified**passes
 

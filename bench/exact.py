@@ -15,6 +15,7 @@ from torch import Tensor
 
 from bench.reference import response
 from rdm_fast import FilterConfig
+from rdm_fast.filters.engines.gemm import LEAST_CUTOFF
 from rdm_fast.filters.response import cutoff, noise_floor
 
 Definition = Literal["cutoff", "damped"]
@@ -72,7 +73,7 @@ def weights(
             return s.square()
         rms = s.norm() / (B * D) ** 0.5
         noise = noise_floor(rms, samples=B, features=D, dtype=dtype)
-        tau = torch.maximum(config.cutoff * s.square().norm().sqrt(), noise)
+        tau = torch.maximum(max(config.cutoff, LEAST_CUTOFF) * s.square().norm().sqrt(), noise)
         damped = (s.square() + tau.square()).sqrt()
         return response(config, damped) * (s / damped).square()
     tau = cutoff(s[None], samples=B, features=D, dtype=dtype, relative=config.cutoff)[0]

@@ -42,7 +42,7 @@ def spectrum(name: str, n: int) -> Tensor:
             s = (k <= 8) / k
         case "rank B-1":
             s = (k < n).to(torch.float64)
-        case "straddling":  # half of them a hundred times under the cutoff
+        case "straddling":  # half of them a tenth of the cutoff
             s = torch.where(k <= n // 2, 1 / k, 1e-5)
         case _:
             raise ValueError(name)
@@ -88,7 +88,8 @@ def paper_filter(X: Tensor, config: FilterConfig) -> Tensor:
 def damped_filter(X: Tensor, config: FilterConfig) -> Tensor:
     """W as the gemm engine defines it: strengths s / (s^2 + tau^2)^(1/2) in place of a cutoff.
 
-    W = V g(sqrt(S^2 + tau^2)) S^2 / (S^2 + tau^2) V^T,   tau = max(cutoff c^(1/2), noise)
+    W = V g(sqrt(S^2 + tau^2)) S^2 / (S^2 + tau^2) V^T
+    tau = max(cutoff c^(1/2), 1e-3 c^(1/2), noise)
     """
     if config.kind == "poly" and config.sigma == 2:
         W = X.double().mT @ X.double()
@@ -97,7 +98,8 @@ def damped_filter(X: Tensor, config: FilterConfig) -> Tensor:
     _, s, Vh = torch.linalg.svd(X.double(), full_matrices=False)
     root_c = torch.linalg.vector_norm(s, 8)  # c = |G^2|_F^(1/2)
     noise = 0.75 * UNIT_ROUNDOFF.get(X.dtype, 2.0**-53) * X.double().square().mean().sqrt()
-    tau = max(config.cutoff * float(root_c), float(noise) * (math.sqrt(B) + math.sqrt(D)))
+    cutoff = max(config.cutoff, 1e-3)
+    tau = max(cutoff * float(root_c), float(noise) * (math.sqrt(B) + math.sqrt(D)))
     damped = (s.square() + tau**2).sqrt()
     return (Vh.mT * (g(config, damped) * (s / damped).square())) @ Vh
 

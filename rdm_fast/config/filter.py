@@ -28,8 +28,9 @@ class FilterConfig:
     """Exponent of kind=poly; 0 filters nothing. The other kinds ignore it."""
     basis: Basis = "own"
     """Spectrum that filters the target: the target's own, or the online branch's."""
-    cutoff: float = 1e-3
-    """Cut off singular values up to this share of the largest, and those of rounding noise."""
+    cutoff: float = 1e-4
+    """Cut off singular values up to this share of the largest, and those of rounding noise;
+    engine=gemm damps those under 1e-3 in any case."""
     center: bool = False
     """Take the spectrum of the centered projections (covariance) instead of the raw correlation."""
     engine: Engine = "auto"
@@ -56,7 +57,7 @@ class FilterConfig:
         require(
             0 < self.cutoff < 1,
             f"filter.cutoff={self.cutoff} is not a share of the largest singular value: "
-            "give a number between 0 and 1, such as 1e-3",
+            "give a number between 0 and 1, such as 1e-4",
         )
         require(
             self.basis == "own" or self.location == "target",
@@ -87,5 +88,5 @@ class FilterConfig:
         if self.center:
             return "filter.center"
         if not 1e-4 <= self.cutoff <= 0.1:
-            return f"filter.cutoff={self.cutoff:g} (gemm supports 1e-4 to 0.1)"
+            return f"filter.cutoff={self.cutoff:g} (gemm takes 1e-4 to 0.1)"
         return None

@@ -3,7 +3,7 @@
     samples, X X^T = U S^2 U^T [B, B]     features, X^T X = V S^2 V^T [D, D]     X = U S V^T
 
 Formed and solved in float64: squaring the singular values costs half the digits, and float32 has
-not enough for a cutoff of 1e-3. The sample side needs no V: it is V = X^T (U / S).
+not enough for a cutoff of 1e-4. The sample side needs no V: it is V = X^T (U / S).
 """
 
 from dataclasses import dataclass

@@ -38,16 +38,24 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-3, torch.float16: 1e-3}
 def test_loss_and_gradient_equal_the_paper_in_float64(
     config: FilterConfig, shape: tuple[int, int], spectrum: str
 ) -> None:
-    """float32 rounds a gradient to 6e-8 of itself; eigenvalues are solved in float64. A batch of
-    rank 1 has no gradient at all, so a few roundings of a cosine's, 1 / 2B|z_i|, are allowed."""
+    """float32 rounds a gradient to 6e-8 of itself, in a weak direction k to s_1 / s_k times that.
+    Eigenvalues are solved in float64. A batch of rank 1 has no gradient at all, so a few roundings
+    of a cosine's, 1 / 2B|z_i|, are allowed."""
     z1, z2 = two_views(*shape, spectrum)
+    weak = max(strongest_by_weakest(z1), strongest_by_weakest(z2))
     loss, *grads = gradients(z1, z2, config)
     expected, *expected_grads = paper_loss(z1, z2, config)
-    assert abs(loss - expected) <= 1e-6
+    assert abs(loss - expected) <= 1e-6 + 1e-10 * weak
     for grad, expected_grad, z in zip(grads, expected_grads, (z1, z2), strict=True):
         unit = (1 / (2 * len(z) * z.double().norm(dim=1))).norm()
         error = (grad.double() - expected_grad).norm()
-        assert error <= 1e-5 * expected_grad.norm() + 3e-7 * unit
+        assert error <= (1e-5 + 1e-7 * weak) * expected_grad.norm() + 3e-7 * unit
+
+
+def strongest_by_weakest(z: torch.Tensor) -> float:
+    """s_1 / s_k of the weakest direction over the default cutoff; the larger one if centered."""
+    spectra = [torch.linalg.svdvals(x) for x in (z.double(), z.double() - z.double().mean(dim=0))]
+    return max(float(s[0] / s[s > 1e-4 * s[0]].min()) for s in spectra)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)

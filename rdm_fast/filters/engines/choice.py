@@ -18,6 +18,7 @@ not accurate does not train: its filter is zero, and so is its gradient. From th
 """
 
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from torch import Tensor
 
 from rdm_fast.config import FilterConfig
 from rdm_fast.errors import Unavailable
-from rdm_fast.filters.engines.gemm import needs_float64
+from rdm_fast.filters.engines.gemm import LEAST_CUTOFF, needs_float64
 from rdm_fast.runtime.host_copy import HostCopy
 from rdm_kernels.matrix_function import CHOLESKY_FAILED, INACCURATE
 from rdm_kernels.safe_eigh import has_fast_float64
@@ -72,6 +73,12 @@ class EngineSelector:
         if self.name is None:
             self.name = choose(self.config, device)
         return self.name
+
+    @property
+    def applied(self) -> FilterConfig:
+        """The filter with the cutoff of the engine in use, for measuring what it does."""
+        least = LEAST_CUTOFF if self.name == "gemm" else 0.0
+        return replace(self.config, cutoff=max(self.config.cutoff, least))
 
     def watch(self, status: Tensor | None) -> None:
         """Read this status word, [v] int32, before the next batch; None from other engines."""

@@ -4,10 +4,11 @@
     features, F = X^T X     W = g(sqrt F)
 
 The functions of G come from `rdm_kernels.matrix_function`, which damps singular values under
-tau = cutoff |X| (or under the rounding noise of the projections) where the eigh engine cuts them
-off. s^2 needs no matrix function: h = 1, or W = F. The target of s^-1 is, apart from the damping,
-the polar factor of its batch; without damping (`rdm_kernels.polar`) a collapsed batch's targets
-would be mostly rounding noise.
+tau = max(cutoff, 1e-3) |X| (or under the rounding noise of the projections) where the eigh engine
+cuts them off; the rounding of a float32 Gram matrix hides weaker ones. s^2 needs no matrix
+function: h = 1, or W = F. The target of s^-1 is, apart from the damping, the polar factor of its
+batch; without damping (`rdm_kernels.polar`) a collapsed batch's targets would be mostly rounding
+noise.
 """
 
 from dataclasses import dataclass
@@ -25,7 +26,8 @@ from rdm_fast.filters.gram import WIDE, gram_and_swapped, gram_matrix, inner_pro
 from rdm_fast.filters.response import g, noise_floor
 from rdm_kernels import MatrixFunction, filtered_cosine, matrix_function, product
 
-FALLING_DEGREE = 200  # of the Chebyshev series: s^-1 to 1e-7 of its maximum, at a cutoff of 1e-3
+LEAST_CUTOFF = 1e-3
+FALLING_DEGREE = 200  # of the Chebyshev series: s^-1 to 1e-7 of its maximum, at this cutoff
 
 
 def needs_float64(config: FilterConfig) -> bool:
@@ -109,7 +111,7 @@ class GemmFilter(SpectralFilter):
         """Degree 1 is exact for s^0 and s^1; None lets the op choose one for a rising g."""
         degree = FALLING_DEGREE if self.config.is_falling else None
         degree = 1 if self._is_power(0) or self._is_power(1) else degree
-        cutoff = self.config.cutoff
+        cutoff = max(self.config.cutoff, LEAST_CUTOFF)
         return matrix_function(G, self._response, cutoff=cutoff, floor=floor, degree=degree)
 
     def _response(self, s: Tensor) -> Tensor:

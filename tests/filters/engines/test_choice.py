@@ -55,6 +55,17 @@ def test_a_named_engine_is_used(name: str) -> None:
     assert EngineSelector(config).current(torch.device("cuda")) == name
 
 
+@pytest.mark.parametrize(
+    ("engine", "cutoff", "applied"),
+    [("eigh", 1e-4, 1e-4), ("gemm", 1e-4, 1e-3), ("gemm", 1e-2, 1e-2)],
+)
+def test_measures_take_the_cutoff_of_the_engine(engine: Any, cutoff: float, applied: float) -> None:
+    selector = EngineSelector(FilterConfig(engine=engine, cutoff=cutoff))
+    selector.current(CPU)
+    assert selector.applied.cutoff == applied
+    assert selector.config.cutoff == cutoff
+
+
 @pytest.mark.parametrize("word", [CHOLESKY_FAILED, INACCURATE])
 def test_auto_switches_to_eigh_after_one_inaccurate_batch(word: int) -> None:
     selector = EngineSelector(SQUARE)
