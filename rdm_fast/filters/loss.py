@@ -40,6 +40,11 @@ class Criterion(nn.Module, ABC):
     filter: FilterConfig | None = None
     selector: EngineSelector | None = None
 
+    @property
+    def applied(self) -> FilterConfig | None:
+        """The filter as its engine applies it, for `rdm_fast.spectrum`."""
+        return None if self.selector is None else self.selector.applied
+
     @abstractmethod
     def forward(self, online: Tensor, target: Tensor | None = None) -> Tensor:
         """The loss of each pair of views (`pairwise_losses`), float32, float64 for float64 inputs.

@@ -190,8 +190,7 @@ class Trainer:
         if not (log or profile):
             return
         self.skipped.read()
-        b, selector = report.branches, self.train_step.method.criterion.selector
-        spectral = None if selector is None else selector.applied
+        b, spectral = report.branches, self.train_step.method.criterion.applied
         spectra = branch_spectra(b.online, b.target, b.projection, spectral, profile=profile)
         if profile:
             telemetry.log_spectra(self.step, spectra.record())

@@ -119,7 +119,7 @@ def _branches(method: Method, config: Config, device: torch.device) -> Iterator[
 
 def _spectra(method: Method, batches: Iterator[Branches], step: int) -> Spectra:
     """The mean over batches of the spectra that training records for one batch."""
-    config = method.criterion.filter
+    config = method.criterion.applied
     records = [
         branch_spectra(b.online, b.target, b.projection, config, profile=True).record()
         for b in batches
