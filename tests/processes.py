@@ -100,11 +100,12 @@ class Run:
 
     def kill(self) -> None:
         """kill -9 of the launcher and of every rank, as a node's failure would."""
-        launched = [process.pid for process in self.processes]
-        for pid in {*launched, *self.ranks, *children(launched[0])}:
-            if alive(pid):
-                with suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
+        running = {process.pid for process in self.processes if process.poll() is None}
+        under_launcher = {pid for parent in running for pid in children(parent)}
+        orphans = {pid for pid in self.ranks if "train" in name(pid)}  # a pid may be reused
+        for pid in running | under_launcher | orphans:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         self.wait()
         self.wait_for_ranks()
 
