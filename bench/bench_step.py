@@ -1,7 +1,9 @@
 """How close is a training step to what the machine can do, with and without its filter?
 
 The supervised roof takes turns with every step. It has the same backbone, channels-last, under the
-same autocast, with a linear classifier and cross-entropy, on made images. A step of a method sees
+same autocast, with a linear classifier and cross-entropy, on made images. On a GPU it has cuDNN's
+fastest algorithms, and each method's step is timed with the deterministic ones, which a run has
+unless told otherwise, and with the fastest. A step of a method sees
 two views of each image and the roof one, so a step at the roof's speed takes twice its time. On a
 GPU the roof of small images is the faster of the eager step and its CUDA graph.
 
@@ -21,6 +23,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from bench.conftest import is_small, plan, replay, warmed
 from bench.training import (
     CASES,
+    CUDNN,
     DEVICE,
     GPU,
     LAUNCHES_MATTER,
@@ -41,7 +44,9 @@ from bench.training import (
     supervised_step,
     train_step,
     turn,
+    with_cudnn,
 )
+from rdm_fast.config import Config
 from rdm_fast.runtime.precision import dtype_of_views
 
 METHODS = [
@@ -60,7 +65,8 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     small = is_small(metafunc.config)
     cases = [SMALLEST] if small else ON_GPU if GPU else ON_CPU
     metafunc.parametrize(
-        ("name", "case"), [(name, case.name) for case in cases for name in METHODS]
+        ("name", "case", "cudnn"),
+        [(name, case.name, cudnn) for case in cases for name in METHODS for cudnn in CUDNN],
     )
 
 
@@ -82,13 +88,14 @@ def bench_train_step(
     request: pytest.FixtureRequest,
     name: str,
     case: str,
+    cudnn: str,
 ) -> None:
-    torch.backends.cudnn.deterministic = True  # as in training
     if GPU:
         torch.cuda.empty_cache()  # the previous case may hold nearly all memory
     shape = CASES[case]
     try:
-        step = our_step(shape.config(name), filtered=not name.endswith(UNFILTERED))
+        config = with_cudnn(shape.config(name), cudnn)
+        step = our_step(config, filtered=not name.endswith(UNFILTERED))
         once = warmed(step)
         roof = roof_of(shape)
         warmed(roof)
@@ -96,7 +103,7 @@ def bench_train_step(
         pytest.skip("does not fit into this GPU's memory")
     if benchmark.disabled:
         benchmark(step)
-        phases_of(name, shape, rounds=1)
+        phases_of(name, config, rounds=1)
         return
     rounds, _ = plan(once, request.config.getoption("seconds"))
     memory = peak_memory_gib(step)
@@ -114,9 +121,10 @@ def bench_train_step(
         "rounds": rounds,
         "images_per_s": shape.batch / median,
         "percent_of_roof": percent([t.wall for t in of_roof], [t.wall for t in of_step]),
-        "phases_ms": phases_of(name, shape, PHASE_ROUNDS),
+        "phases_ms": phases_of(name, config, PHASE_ROUNDS),
         "peak_memory_gib": memory,
         "precision": PRECISION,
+        "cudnn": cudnn,
     }
     if not GPU:
         cpu = percent([t.cpu for t in of_roof], [t.cpu for t in of_step])
@@ -129,7 +137,6 @@ def percent(roof: list[float], step: list[float]) -> float:
     return 100 * ratio([2 * theirs for theirs in roof], step)
 
 
-def phases_of(name: str, case: Case, rounds: int) -> dict[str, float]:
-    config = case.config(name)
+def phases_of(name: str, config: Config, rounds: int) -> dict[str, float]:
     step = train_step(config, filtered=not name.endswith(UNFILTERED))
     return phases(step, noise(config, dtype_of_views(PRECISION, DEVICE)), rounds)

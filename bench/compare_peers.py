@@ -5,6 +5,7 @@
     simsiam, byol                 rdm-fast, with their learned predictors
     rdm_simsiam, rdm_byol         rdm-fast, with the recipe's spectral filter
     rdm_simsiam_unfiltered        rdm-fast, without filter and predictor
+    ... fastest                   the same with cuDNN's fastest algorithms; only on a GPU
     rdm_simsiam reference         the reference formulation in rdm-fast's step: SVD (filter.engine=
                                   reference), NCHW, in the precision of the released scripts: fp16
                                   autocast for CIFAR, fp32 for ImageNet and on a CPU
@@ -13,35 +14,36 @@
     ... bf16                      the same under bf16 autocast (on a GPU rdm-fast always uses it)
 
 All share the backbone, the widths of the heads, two views of noise, and SGD with momentum and
-weight decay; nothing is augmented. Before the timing, in fp32 on the CPU: lightly's SimSiam with
-rdm-fast's weights must have its loss, and the reference formulation its filter's gradient.
+weight decay; nothing is augmented. The reference formulation and lightly have cuDNN's
+fastest algorithms. Before the timing, in fp32 on the CPU: lightly's SimSiam with rdm-fast's weights
+must have its loss, and the reference formulation its filter's gradient.
 
 `pip install 'rdm-fast[peers]'` installs lightly; without it, its rows are left out with a warning.
 """
 
 import argparse
-import copy
-import importlib
 import json
 import os
 import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from importlib import metadata
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from bench.exact import views
+from bench.lightly_steps import LightlySimSiam, lightly_step, lightly_version
 from bench.machine import describe
 from bench.report import peers_table
 from bench.training import (
     CASES,
-    DEVICE,
+    CUDNN,
+    FASTEST,
     GPU,
     LAUNCHES_MATTER,
     ON_CPU,
@@ -52,20 +54,18 @@ from bench.training import (
     Case,
     Turn,
     in_turns,
-    noise,
     our_step,
     ratio,
     spread,
-    train_step,
+    with_cudnn,
 )
 from rdm_fast import spectral_loss
 from rdm_fast.config import Config, Precision
 from rdm_fast.config.step import Switch
 from rdm_fast.methods import Method, build_method
-from rdm_fast.models.backbone import build_backbone
-from rdm_fast.runtime.precision import autocast
 
 REFERENCE = "rdm_simsiam reference"
+SUFFIX = f" {FASTEST}"
 NO_LIGHTLY = (
     "lightly is not installed, so its rows are left out: pip install 'rdm-fast[peers]', or "
     "pip install 'lightly>=1.5'"
@@ -88,97 +88,6 @@ RATIOS = {  # title: (numerator, denominator)
 }
 
 
-# ---- lightly -----------------------------------------------------------------------------------
-
-
-def lightly_version() -> str | None:
-    try:
-        importlib.import_module("lightly.models.modules")
-        return metadata.version("lightly")
-    except ImportError:
-        return None
-
-
-class LightlySimSiam(nn.Module):
-    """lightly's SimSiam; as in its documentation, but for the backbone."""
-
-    heads = "SimSiamProjectionHead", "SimSiamPredictionHead"
-
-    def __init__(self, config: Config) -> None:
-        super().__init__()
-        from lightly.loss import NegativeCosineSimilarity
-        from lightly.models import modules
-
-        model, (projection, prediction) = config.model, self.heads
-        self.backbone, width = build_backbone(model, config.augment.channels)
-        hidden, D = model.projector_hidden, model.projector_dim
-        self.projection_head = getattr(modules, projection)(width, hidden, D)
-        self.prediction_head = getattr(modules, prediction)(D, model.predictor_hidden, D)
-        self.criterion = NegativeCosineSimilarity()
-
-    def loss(self, x0: Tensor, x1: Tensor) -> Tensor:
-        z0, z1 = (self.projection_head(self.backbone(x).flatten(1)) for x in (x0, x1))
-        p0, p1 = self.prediction_head(z0), self.prediction_head(z1)
-        return self.symmetric(p0, p1, z0.detach(), z1.detach())
-
-    def symmetric(self, p0: Tensor, p1: Tensor, z0: Tensor, z1: Tensor) -> Tensor:
-        loss: Tensor = 0.5 * (self.criterion(p0, z1) + self.criterion(p1, z0))
-        return loss
-
-    def update(self) -> None:
-        """Does nothing: there are no target weights."""
-
-
-class LightlyByol(LightlySimSiam):
-    """lightly's BYOL; as in its documentation, but for the backbone."""
-
-    heads = "BYOLProjectionHead", "BYOLPredictionHead"
-
-    def __init__(self, config: Config) -> None:
-        super().__init__(config)
-        self.backbone_momentum = copy.deepcopy(self.backbone).requires_grad_(False)
-        self.projection_momentum = copy.deepcopy(self.projection_head).requires_grad_(False)
-
-    def loss(self, x0: Tensor, x1: Tensor) -> Tensor:
-        p0, p1 = (
-            self.prediction_head(self.projection_head(self.backbone(x).flatten(1)))
-            for x in (x0, x1)
-        )
-        z0, z1 = (
-            self.projection_momentum(self.backbone_momentum(x).flatten(1)).detach()
-            for x in (x0, x1)
-        )
-        return self.symmetric(p0, p1, z0, z1)
-
-    def update(self) -> None:
-        from lightly.models.utils import update_momentum
-
-        update_momentum(self.backbone, self.backbone_momentum, m=0.996)
-        update_momentum(self.projection_head, self.projection_momentum, m=0.996)
-
-
-def lightly_step(case: Case, method: str, precision: Precision) -> Call:
-    torch.manual_seed(0)
-    config = case.config(method, precision)
-    model = (LightlySimSiam if method == "simsiam" else LightlyByol)(config).to(DEVICE)
-    optimizer = torch.optim.SGD(
-        [p for p in model.parameters() if p.requires_grad], lr=1e-5, momentum=0.9, weight_decay=1e-5
-    )
-    batch = noise(config, layout=torch.contiguous_format)
-    scaled = torch.amp.GradScaler(DEVICE.type, enabled=precision == "fp16")
-
-    def step() -> None:
-        model.update()
-        with autocast(precision, DEVICE):
-            loss = model.loss(batch.view1, batch.view2)
-        scaled.scale(loss).backward()
-        scaled.step(optimizer)
-        scaled.update()
-        optimizer.zero_grad()
-
-    return step
-
-
 # ---- rdm-fast ----------------------------------------------------------------------------------
 
 
@@ -196,15 +105,8 @@ def fair(config: Config, case: Case) -> Config:
 def reference_config(case: Case) -> Config:
     precision: Precision = "fp16" if GPU and case.recipes == "cifar10" else "fp32"
     config = case.config("rdm_simsiam", precision)
-    return replace(config, filter=replace(config.filter, engine="reference"))
-
-
-def reference_step(case: Case) -> Call:
-    config = reference_config(case)
-    step = train_step(config)
-    step.method.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
-    batch = noise(config, layout=torch.contiguous_format)
-    return lambda: step(batch, 0)
+    config = replace(config, filter=replace(config.filter, engine="reference"))
+    return with_cudnn(config, FASTEST)
 
 
 def rivals_of(case: Case, *, lightly: bool) -> dict[str, Callable[[], Call]]:
@@ -212,12 +114,14 @@ def rivals_of(case: Case, *, lightly: bool) -> dict[str, Callable[[], Call]]:
     methods = ["simsiam", "rdm_simsiam", f"rdm_simsiam{UNFILTERED}", "byol", "rdm_byol"]
     precisions: dict[str, Precision] = {"": PRECISION} if GPU else {"": "fp32", " bf16": "bf16"}
     rivals: dict[str, Callable[[], Call]] = {}
-    for suffix, precision in precisions.items():
+    for (suffix, precision), cudnn in product(precisions.items(), CUDNN):
         for method in methods:
-            config = fair(case.config(method, precision), case)
+            config = with_cudnn(fair(case.config(method, precision), case), cudnn)
+            name = method + suffix + (SUFFIX if cudnn == FASTEST else "")
             filtered = not method.endswith(UNFILTERED)
-            rivals[method + suffix] = partial(our_step, config, filtered=filtered)
-    rivals[REFERENCE] = partial(reference_step, case)
+            rivals[name] = partial(our_step, config, filtered=filtered)
+    nchw = torch.contiguous_format
+    rivals[REFERENCE] = partial(our_step, reference_config(case), layout=nchw, dtype=torch.float32)
     for method in ("simsiam", "byol") if lightly else ():
         rivals[f"lightly {method}"] = partial(lightly_step, case, method, "fp32")
         rivals[f"lightly {method} bf16"] = partial(lightly_step, case, method, "bf16")
@@ -279,7 +183,6 @@ def layers(module: nn.Module) -> list[nn.Module]:
 def race(case: Case, rounds: int, *, lightly: bool) -> dict[str, Any]:
     """The result of a case, as JSON values."""
     check(case, lightly=lightly)
-    torch.backends.cudnn.deterministic = True  # as in training
     rivals: dict[str, Call] = {}
     skipped = []
     for name, make in rivals_of(case, lightly=lightly).items():
@@ -300,6 +203,7 @@ def race(case: Case, rounds: int, *, lightly: bool) -> dict[str, Any]:
             rows[name] |= {"cpu_median_s": cpu_s, "cpu_iqr_s": cpu_iqr_s}
     return {
         "case": case.name,
+        "cudnn": ", ".join(CUDNN),
         "n": rounds,
         "steps": rows,
         "ratios": ratios_of(turns),
@@ -309,14 +213,19 @@ def race(case: Case, rounds: int, *, lightly: bool) -> dict[str, Any]:
 
 
 def ratios_of(turns: dict[str, list[Turn]]) -> dict[str, dict[str, float]]:
-    """Each of RATIOS whose two rivals ran, by the clock and, on a CPU, by CPU time."""
-    found = {}
-    for title, (one, other) in RATIOS.items():
-        if one in turns and other in turns:
-            both = turns[one], turns[other]
-            found[title] = {"wall": ratio(*([turn.wall for turn in times] for times in both))}
-            if not GPU:
-                found[title]["cpu"] = ratio(*([turn.cpu for turn in times] for times in both))
+    """Each of RATIOS whose two rivals ran, by the clock and, on a CPU, by CPU time.
+
+    On a GPU once more with cuDNN's fastest algorithms in rdm-fast's steps.
+    """
+    found: dict[str, dict[str, float]] = {}
+    clocks = ("wall",) if GPU else ("wall", "cpu")
+    for (title, pair), suffix in product(RATIOS.items(), ("", SUFFIX)):
+        names = tuple(name + suffix if name + suffix in turns else name for name in pair)
+        if {*names} <= {*turns} and (not suffix or names != pair):
+            found[title + suffix] = {
+                clock: ratio(*([getattr(turn, clock) for turn in turns[name]] for name in names))
+                for clock in clocks
+            }
     return found
 
 

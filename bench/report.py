@@ -135,6 +135,7 @@ def step(measured: list[Json]) -> list[str]:
     columns: Columns = {
         "case": lambda row: f"{row['case']} {row['precision']}",
         "method": lambda row: row["name"],
+        "cuDNN": lambda row: row["cudnn"],
         "step": timing,
         "n": lambda row: str(row["rounds"]),
         "images/s": lambda row: f"{row['images_per_s']:,.0f}",
@@ -145,8 +146,9 @@ def step(measured: list[Json]) -> list[str]:
     memory = "peak_memory_gib"
     columns["peak, GiB"] = lambda row: "" if row[memory] is None else f"{row[memory]:.1f}"
     note = (
-        "Median and inter-quartile range; on a CPU the second share is of CPU time. Phases are of "
-        "the eager step, each waited for."
+        "Median and inter-quartile range. The roof has cuDNN's fastest algorithms; on a CPU there "
+        "is no cuDNN, and the second share is of CPU time. Phases are of the eager step, each "
+        "waited for."
     )
     return [note, table_of(measured, columns)]
 
@@ -174,7 +176,8 @@ def peers_table(results: list[Json]) -> str:
             for title, values in result["ratios"].items()
         ]
         texts += [
-            f"**{result['case']}**, n = {result['n']}, load average {result['load_average']:.1f}",
+            f"**{result['case']}**, n = {result['n']}, load average {result['load_average']:.1f}, "
+            f"cuDNN: {result['cudnn']}",
             table(["step", "ms", "CPU ms", "images/s"], steps),
             table(["one's time over the other's", "ratio", "of CPU time"], ratios),
             *result["skipped"],

@@ -22,6 +22,7 @@ from rdm_fast.config.recipes import recipe
 from rdm_fast.data import Batch
 from rdm_fast.methods import build_method
 from rdm_fast.models.backbone import build_backbone
+from rdm_fast.runtime.cudnn import choose_algorithms
 from rdm_fast.runtime.precision import autocast, dtype_of_views
 from rdm_fast.tools.doctor.stages import without_filter
 from rdm_fast.training.cuda_graph import WARM_UP
@@ -33,6 +34,9 @@ PRECISION: Precision = "bf16" if GPU else "fp32"
 LAYOUT = torch.channels_last
 CLASSES = {"digits": 10, "cifar10": 10, "imagenet": 1000}
 UNFILTERED = "_unfiltered"
+FASTEST = "fastest"
+CUDNN = ("deterministic", FASTEST) if GPU else ("unused",)
+"""Algorithms of convolutions with which rdm-fast's steps are timed; a CPU has no cuDNN."""
 STEPS_PER_EPOCH = 100
 LAUNCHES_MATTER = 64  # pixels a side; a CUDA graph of larger images reserves tens of GiB
 Call = Callable[[], object]
@@ -101,22 +105,48 @@ def noise(
 
 def train_step(config: Config, *, filtered: bool = True) -> TrainStep:
     """rdm-fast's step."""
+    choose_algorithms(deterministic=config.step.deterministic)  # as the trainer does
     torch.manual_seed(0)
     method = build_method(config) if filtered else without_filter(config)
     return TrainStep(method, config, DEVICE, STEPS_PER_EPOCH)
 
 
-def our_step(config: Config, *, filtered: bool = True) -> Call:
-    """rdm-fast's step with its batch; if steps are CUDA graphs, already recorded."""
+def our_step(
+    config: Config,
+    *,
+    filtered: bool = True,
+    layout: torch.memory_format = LAYOUT,
+    dtype: torch.dtype | None = None,
+) -> Call:
+    """rdm-fast's step with its batch; if steps are CUDA graphs, already recorded.
+
+    Args:
+        config: the run.
+        filtered: with its spectral filter, if it has one.
+        layout: of weights and views.
+        dtype: of the views, unless it is that of the precision.
+    """
     step = train_step(config, filtered=filtered)
-    batch = noise(config, dtype_of_views(config.precision, DEVICE))
+    step.method.to(memory_format=layout)  # type: ignore[call-overload]
+    batch = noise(config, dtype or dtype_of_views(config.precision, DEVICE), layout)
     for _ in range(WARM_UP + 1 if step.graph else 0):
         step(batch, 0)
-    return lambda: step(batch, 0)
+
+    def once() -> None:
+        choose_algorithms(deterministic=config.step.deterministic)  # rivals choose others
+        step(batch, 0)
+
+    return once
+
+
+def with_cudnn(config: Config, algorithms: str) -> Config:
+    """The configuration with algorithms of CUDNN."""
+    return replace(config, step=replace(config.step, deterministic=algorithms != FASTEST))
 
 
 def supervised_step(case: Case, precision: Precision = PRECISION) -> Call:
-    """The roof: the same backbone with a linear classifier, one view of each image, SGD."""
+    """The roof: the same backbone with a linear classifier, one view of each image, SGD, and
+    cuDNN's fastest algorithms."""
     config = case.config("simsiam", precision)
     torch.manual_seed(0)
     backbone, d_embedding = build_backbone(config.model, config.augment.channels)
@@ -128,6 +158,7 @@ def supervised_step(case: Case, precision: Precision = PRECISION) -> Call:
     batch = noise(config, dtype_of_views(precision, DEVICE))
 
     def step() -> None:
+        choose_algorithms(deterministic=False)
         with autocast(precision, DEVICE):
             loss = F.cross_entropy(model(batch.view1), batch.labels)
         loss.backward()

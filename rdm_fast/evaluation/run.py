@@ -19,6 +19,7 @@ from rdm_fast.evaluation.options import EvaluateCommand
 from rdm_fast.evaluation.score import Result, score
 from rdm_fast.evaluation.train_on_views import train_on_views
 from rdm_fast.runtime import atomic_files
+from rdm_fast.runtime.cudnn import choose_algorithms
 from rdm_fast.runtime.distributed import print0, rank
 from rdm_fast.spectrum import effective_rank, eigenvalues
 
@@ -43,6 +44,7 @@ def evaluate(
     Raises:
         UserError: the data, the protocol or an output cannot be used (see its subclasses).
     """
+    choose_algorithms(deterministic=loaded.config.step.deterministic)
     data = loaded.config.data
     protocol = command.protocol_for(data.name)
     _require_outputs(loaded.folder, command)

@@ -31,6 +31,7 @@ from rdm_fast.run.state import (
     restore_optimizer,
     restore_parts,
 )
+from rdm_fast.runtime.cudnn import choose_algorithms
 from rdm_fast.runtime.distributed import all_reduce_max, print0, rank, world_size
 from rdm_fast.runtime.signals import StopOnSignal
 from rdm_fast.spectrum import BranchSpectra, branch_spectra
@@ -64,7 +65,7 @@ class Trainer:
             config, self.images, rank=rank(), world_size=world_size(), device=device
         )
         torch.manual_seed(config.seed)
-        torch.backends.cudnn.deterministic = True
+        choose_algorithms(deterministic=config.step.deterministic)
         self.train_step = TrainStep(
             build_method(config), config, device, self.loader.steps_per_epoch
         )
@@ -270,10 +271,8 @@ class Trainer:
         self.skipped.read()
         if rank() == 0 and self._last_saved != self.step:
             try:
-                path = checkpoint.save(
-                    self.folder.checkpoints, self.snapshot(), self.config.log.keep,
-                    file_note(self.config.model),
-                )  # fmt: skip
+                keep, note = self.config.log.keep, file_note(self.config.model)
+                path = checkpoint.save(self.folder.checkpoints, self.snapshot(), keep, note)
                 self._last_saved, self._failed_saves = self.step, 0
                 self.folder.write_status("running", step=self.step, checkpoint=path.name)
             except OSError as error:

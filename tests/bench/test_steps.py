@@ -12,12 +12,14 @@ import torch
 
 from bench import compare_peers, training
 from bench.bench_step import percent
-from bench.compare_peers import NO_LIGHTLY, RATIOS, check, rivals_of
+from bench.compare_peers import NO_LIGHTLY, RATIOS, REFERENCE, check, ratios_of, rivals_of
+from bench.lightly_steps import LightlyByol
 from bench.report import peers, step
 from bench.training import (
     CASES,
     SMALLEST,
     UNFILTERED,
+    Turn,
     in_turns,
     noise,
     phases,
@@ -105,9 +107,32 @@ def test_every_rival_has_the_same_optimizer_and_lightly_is_left_out_where_it_is_
     assert report["lightly"] is None and report["machine"]["torch"] == torch.__version__
     (result,) = report["results"]
     assert result["n"] == 1 and not any("lightly" in name for name in result["steps"])
-    assert "reference formulation / rdm-fast" in result["ratios"]
+    assert "reference formulation / rdm-fast" in result["ratios"] and result["cudnn"] == "unused"
     table = "\n".join(peers({"peers": report}))
     assert "lightly is not installed there" in table and "| rdm_simsiam | " in table
+
+
+def test_on_a_gpu_ratios_are_taken_with_the_fastest_algorithms_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """lightly and the reference formulation always have them, so only our side changes."""
+    monkeypatch.setattr(compare_peers, "CUDNN", ("deterministic", "fastest"))
+    monkeypatch.setattr(compare_peers, "GPU", True)
+    names = {*rivals_of(SMALLEST, lightly=True)}
+    assert {"simsiam", "simsiam fastest", "lightly simsiam", REFERENCE} <= names
+    assert not {"lightly simsiam fastest", f"{REFERENCE} fastest"} & names
+    seconds = {
+        "simsiam": 2.0, "simsiam fastest": 1.0, "lightly simsiam": 6.0,
+        "rdm_simsiam": 3.0, "rdm_simsiam fastest": 2.0,
+        "byol": 2.0, "lightly byol": 4.0,  # as if the fastest had not fitted into memory
+    }  # fmt: skip
+    found = ratios_of({name: [Turn(value, 0.0)] for name, value in seconds.items()})
+    assert {title: values["wall"] for title, values in found.items()} == {
+        "filter: RDM / plain SimSiam": 1.5, "filter: RDM / plain SimSiam fastest": 2.0,
+        "lightly / rdm-fast, SimSiam": 3.0, "lightly / rdm-fast, SimSiam fastest": 6.0,
+        "lightly / rdm-fast with filter": 2.0, "lightly / rdm-fast with filter fastest": 3.0,
+        "lightly / rdm-fast, BYOL": 2.0,
+    }  # fmt: skip
 
 
 def test_ratios_name_rivals_that_exist() -> None:
@@ -134,7 +159,7 @@ def test_lightlys_simsiam_with_our_weights_has_our_loss(monkeypatch: pytest.Monk
 
 def test_lightlys_byol_has_the_loss_of_its_documentation_and_moves_its_target() -> None:
     pytest.importorskip("lightly", reason="the extra peers is not installed")
-    model = compare_peers.LightlyByol(SMALLEST.config("byol", "fp32")).eval()
+    model = LightlyByol(SMALLEST.config("byol", "fp32")).eval()
     views = torch.randn(2, 4, 3, 8, 8)
 
     def cosine(x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
@@ -186,13 +211,16 @@ def test_the_campaigns_programs_import_nothing_that_a_machine_may_lack() -> None
 
 def test_the_table_of_steps_shows_the_share_of_the_roof() -> None:
     row = {
-        "case": "c", "name": "simsiam", "precision": "fp32", "median_s": 0.2, "iqr_s": 0.01,
-        "rounds": 5, "images_per_s": 80.0, "percent_of_roof": 91.2, "peak_memory_gib": None,
-        "cpu_percent_of_roof": 88.8,
+        "case": "c", "name": "simsiam", "precision": "fp32", "cudnn": "unused",
+        "median_s": 0.2, "iqr_s": 0.01, "rounds": 5, "images_per_s": 80.0,
+        "percent_of_roof": 91.2, "cpu_percent_of_roof": 88.8, "peak_memory_gib": None,
         "phases_ms": {"forward": 60.0, "loss": 1.5},
     }  # fmt: skip
     text = "\n".join(step([row]))
-    assert "| c fp32 | simsiam | 200 ms ± 10 ms | 5 | 80 | 91 % / 89 % | 60 | 1.5 |  |" in text
+    assert (
+        "| c fp32 | simsiam | unused | 200 ms ± 10 ms | 5 | 80 | 91 % / 89 % | 60 | 1.5 |  |"
+        in text
+    )
 
 
 def test_the_roofs_step_is_a_whole_one(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ from rdm_fast.config import Config, StepConfig
 from rdm_fast.data import Batch
 from rdm_fast.errors import Unavailable
 from rdm_fast.methods import Method, build_method
+from rdm_fast.runtime.cudnn import choose_algorithms
 from rdm_fast.runtime.host_copy import HostCopy
 from rdm_fast.training.cuda_graph import WARM_UP
 from rdm_fast.training.train_step import StepReport, TrainStep
@@ -201,7 +202,7 @@ def test_a_recorded_step_is_the_eager_step_bit_for_bit(
         pytest.skip("small views are for byol")
     config = with_small_views(name, small, global_batch=ROWS)
     config = replace(config, precision=precision)  # type: ignore[arg-type]
-    torch.backends.cudnn.deterministic = True
+    choose_algorithms(deterministic=True)
     eager, recorded = (new_step(with_step(config, graph=form), GPU) for form in ("off", "on"))
     for i in range(5, 12):
         shown = on_gpu(batch(ROWS, seed=i, size=16, small=small))

@@ -34,6 +34,7 @@ from rdm_fast.data.views.augment import view_of_image, view_table, views_of_tabl
 from rdm_fast.data.views.sampler import ViewParameters
 from rdm_fast.filters.loss import NegativeCosine
 from rdm_fast.methods import Method, build_method
+from rdm_fast.runtime.cudnn import choose_algorithms
 from rdm_fast.runtime.precision import dtype_of_views
 from rdm_fast.training import cuda_graph as graph
 from rdm_fast.training.train_step import TrainStep
@@ -140,7 +141,7 @@ class StepParts:
             UserError: the data cannot be read.
         """
         torch.manual_seed(self.config.seed)
-        torch.backends.cudnn.deterministic = True  # as in training
+        choose_algorithms(deterministic=self.config.step.deterministic)
         yield self.loading()
         yield self.transfer()
         yield self.decoding()

@@ -118,13 +118,16 @@ def _model_advice(now: Situation) -> list[str]:
     if precision not in HALVES and (now.on_gpu or now.fast_bf16):
         return [f"--precision bf16: instead of {precision}"]
     if now.on_gpu:
-        more = "more GPUs (--nproc gpu): data and filter keep up with this one"
+        advice = ["more GPUs (--nproc gpu): data and filter keep up with this one"]
+        if now.config.step.deterministic:
+            advice.insert(
+                0, "--step.no-deterministic: cuDNN's fastest convolutions, without exact resume"
+            )
         if now.config.step.compile == "none":
-            return [
-                "--step.compile default: fewer, larger kernels, after a minute of compilation",
-                more,
-            ]
-        return [more]
+            advice.insert(
+                0, "--step.compile default: fewer, larger kernels, after a minute of compilation"
+            )
+        return advice
     if now.threads < now.cpus:
         return [
             f"OMP_NUM_THREADS={now.cpus}: torch uses {now.threads} of {now.cpus} cores; more is "

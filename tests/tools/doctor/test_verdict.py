@@ -56,6 +56,7 @@ EIGH = recipe("imagenet_rdm_simsiam")  # 512 rows of width 2048
 REFERENCE = replace(EIGH, filter=replace(EIGH.filter, engine="reference"))
 NARROW = replace(EIGH, model=replace(EIGH.model, projector_dim=64))
 COMPILED = replace(EIGH, step=replace(EIGH.step, compile="default"))
+FASTEST = replace(EIGH, step=replace(COMPILED.step, deterministic=False))
 
 
 @pytest.mark.parametrize(
@@ -75,6 +76,8 @@ COMPILED = replace(EIGH, step=replace(EIGH.step, compile="default"))
         (SLOW_MODEL, imagenet("fp32"), {"on_gpu": True}, "--precision bf16"),
         (SLOW_MODEL, imagenet("fp32"), {"fast_bf16": True}, "--precision bf16"),
         (SLOW_MODEL, EIGH, {"on_gpu": True}, "--step.compile default"),
+        (SLOW_MODEL, COMPILED, {"on_gpu": True}, "--step.no-deterministic"),
+        (SLOW_MODEL, FASTEST, {"on_gpu": True}, "more GPUs"),
         (SLOW_MODEL, EIGH, {"threads": 2}, "OMP_NUM_THREADS=8"),
     ],
 )  # fmt: skip
@@ -92,6 +95,7 @@ def test_first_advice(times: Times, config: Config, here: dict[str, object], fir
         (SLOW_MODEL, imagenet("fp32"), {}, "--precision"),  # bf16 is slow here
         (SLOW_MODEL, COMPILED, {"on_gpu": True}, "compile"),
         (SLOW_MODEL, EIGH, {}, "OMP"),
+        (SLOW_MODEL, EIGH, {}, "deterministic"),
         (SLOW_MODEL, EIGH, {"threads": 2, "on_gpu": True}, "OMP"),
     ],
 )
