@@ -134,6 +134,10 @@ ENTRIES = {
         blocks={"kernels/README.md": None}, command="make accuracy",
         measure=m.check_accuracy,
     ),
+    "cutoff": Entry(
+        blocks={"docs/method.md": None}, why="measured once (LOG.md, 2026-11-30)",
+        command="gradients of spectral_loss against the released code's formulas in float64",
+    ),
     "cifar": Entry(
         blocks={"README.md": None}, command="rdm train cifar10_rdm_simsiam ..., below the table",
         why="needs CIFAR-10 and half an hour",

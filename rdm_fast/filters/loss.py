@@ -193,6 +193,11 @@ def spectral_loss(
 class SpectralPredictor(nn.Module):
     """p = z W, where W is the spectral filter of the global batch that z belongs to.
 
+        W = V g(S) V^T,   g(s) = (s / s_rms)^sigma for kind=poly,   s_rms^2 = |Z|_F^2 / min(B, D)
+
+    Every engine gives this scale, which keeps p about as large as z for any batch size: a flat
+    spectrum passes unchanged. The other kinds are g(s) as written.
+
     Use it in place of the learned predictor of a SimSiam or BYOL (filter.location=online), or
     apply it to the target projections before the loss (filter.location=target). W is detached:
     the gradient is dL/dz = dL/dp W. `spectral_loss` is the same mathematics in one op, and faster.
@@ -222,11 +227,11 @@ class _Filtered(torch.autograd.Function):
         engine = selector.current(z.device)
         batch, rows = gather_rows(z[None]), local_rows(len(z))
         ctx.W = build_filter(engine, batch, rows, selector.config)
-        p = ctx.W.filter_batch()[0].to(z.dtype)
+        p = (ctx.W.filter_batch() * ctx.W.scale)[0].to(z.dtype)
         selector.watch(ctx.W.status)
         return p
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         with torch.autocast(grad.device.type, enabled=False):
-            return ctx.W.filter_rows(grad[None])[0].to(grad.dtype), None
+            return (ctx.W.filter_rows(grad[None]) * ctx.W.scale)[0].to(grad.dtype), None

@@ -66,7 +66,7 @@ def save(
         snapshot: its tensors may be on any device, have any layout, and share storage.
         keep: how many of the newest sound checkpoints to keep, at least 2. Those of later steps
             belong to an abandoned continuation and are deleted.
-        note: of model.safetensors, for its header.
+        note: one entry for the header of model.safetensors.
 
     Raises:
         OSError: it could not be written, for instance on a full disk. Nothing of it remains and
@@ -117,8 +117,10 @@ def _write(
     path.mkdir()
     for group, members in tensors.items():
         file = path / f"{group}.safetensors"
+        # One entry: safetensors writes several in random order, and equal states are equal bytes.
+        header = dict(note) if note and group == "model" else {"format": "pt"}
         try:
-            save_file(members, file, {"format": "pt", **(note if group == "model" else {})})
+            save_file(members, file, header)
         except SafetensorError as error:  # wraps an OSError, but is none
             raise OSError(errno.EIO, str(error), str(file)) from error
         atomic_files.sync(file)

@@ -109,7 +109,7 @@ def filtered_eigenvalues(
 
 
 def filtered_rows(z: Tensor, config: FilterConfig, basis: Tensor | None = None) -> Tensor:
-    """z W, [B, d] float64; arguments as in `filtered_eigenvalues`."""
+    """z W, [B, d] float64, with g = (s / s_max)^sigma for kind=poly; arguments as above."""
     V, g = right_vectors((z if basis is None else basis)[None], config)
     return (z.to(torch.float64) @ V[0]) * g[0] @ V[0].mT
 

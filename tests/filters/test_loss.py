@@ -149,6 +149,32 @@ def test_a_predictor_in_a_plain_simsiam_has_the_gradient_of_the_fused_loss(
     assert predictor(z1.bfloat16()).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("engine", ["auto", "eigh", "gemm", "reference"])
+@pytest.mark.parametrize("config", ONLINE + TARGET[:1], ids=name)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_a_predictor_has_one_scale_in_every_engine(
+    config: FilterConfig, shape: tuple[int, int], engine: Any
+) -> None:
+    """(s / s_rms)^sigma, which a loss other than a cosine sees, forward and backward. gemm's series
+    for s^-1 ends at 7e-5."""
+    z, other = (7 * z for z in two_views(*shape, "flat"))
+    _, s, Vh = torch.linalg.svd(z.double(), full_matrices=False)
+    g = {
+        "poly": lambda: (s / s.square().mean().sqrt()) ** config.sigma,
+        "log": lambda: s.log(),
+        "log_1": lambda: (1 + s).log(),
+        "log_2": lambda: (1 + s**2).log(),
+    }[config.kind]()
+    W = (Vh.mT * g) @ Vh
+    z.requires_grad_()
+    p = SpectralPredictor(replace(config, engine=engine))(z)
+    (p - other).square().sum().backward()
+    assert z.grad is not None
+    error = 3e-4 if engine == "gemm" else 1e-5
+    assert relative(p.detach(), z.detach().double() @ W) <= error
+    assert relative(z.grad, 2 * (z.detach().double() @ W - other.double()) @ W) <= error
+
+
 @pytest.mark.parametrize(
     ("shape", "engine", "expected"),
     [((16, 32), "auto", [True]), ((32, 16), "auto", [False]), ((32, 16), "reference", [])],

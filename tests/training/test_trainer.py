@@ -332,10 +332,10 @@ def test_fp16_gradients_that_never_fit_stop_the_run(tmp_path: Path) -> None:
 def fail_saves(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
     save = checkpoint.save
 
-    def failing(folder: Path, snapshot: checkpoint.Snapshot, keep: int) -> Path:
+    def failing(folder: Path, snapshot: checkpoint.Snapshot, *args: Any) -> Path:
         if snapshot.step in steps:
             raise OSError(errno.ENOSPC, "no space left on device")
-        return save(folder, snapshot, keep)
+        return save(folder, snapshot, *args)
 
     monkeypatch.setattr(checkpoint, "save", failing)
 

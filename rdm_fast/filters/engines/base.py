@@ -28,6 +28,11 @@ class SpectralFilter(ABC):
         """[v] int32, of `rdm_kernels.matrix_function`; None for an engine that cannot fail."""
         return None
 
+    @property
+    def scale(self) -> Tensor | float:
+        """Factor, [v] or 1, from W to that of (s / s_rms)^sigma if kind=poly; cosines need none."""
+        return 1.0
+
     @abstractmethod
     def cosine(self, p: Tensor, z: Tensor) -> Tensor:
         """Mean negative cosine of each view, [v], between p W and z.
@@ -44,6 +49,12 @@ class SpectralFilter(ABC):
     @abstractmethod
     def filter_rows(self, z: Tensor) -> Tensor:
         """z W for any other rows z, [v, b, D]."""
+
+
+def power_of_rms(s: Tensor, unit: Tensor, sigma: float) -> Tensor:
+    """(unit / s_rms)^sigma, [v], for singular values s [v, n]: from (s / unit)^sigma to s_rms."""
+    rms = s.square().mean(dim=-1).sqrt()
+    return (unit / rms).where(rms > 0, 1) ** sigma
 
 
 def row_norms(z: Tensor, dtype: torch.dtype) -> Tensor:

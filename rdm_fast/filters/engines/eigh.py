@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from rdm_fast.filters.decomposition import center_samples, eigen_of_gram, respond, uses_samples
-from rdm_fast.filters.engines.base import SpectralFilter, combine_rows, row_norms
+from rdm_fast.filters.engines.base import SpectralFilter, combine_rows, power_of_rms, row_norms
 from rdm_fast.filters.engines.split_views import split_views_across_ranks
 from rdm_fast.filters.gram import WIDE, gram_and_swapped, gram_matrix, inner_products
 from rdm_kernels import filtered_cosine
@@ -37,6 +37,13 @@ class EighFilter(SpectralFilter):
         self.g = self.spectrum.g[:, None, :]
         if self.samples:
             self.U_over_S = self.spectrum.U_over_S
+
+    @property
+    def scale(self) -> Tensor | float:
+        s = self.spectrum.s
+        if self.config.kind != "poly":
+            return 1.0
+        return power_of_rms(s, s.amax(dim=-1), self.config.sigma)
 
     def cosine(self, p: Tensor, z: Tensor) -> Tensor:
         y = self.g * self._batch_coordinates()

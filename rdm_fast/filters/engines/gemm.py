@@ -99,24 +99,24 @@ class GemmFilter(SpectralFilter):
         G, _ = self._gram
         trace = G.diagonal(dim1=-2, dim2=-1).sum(dim=-1)
         if self._is_power(2):
-            unit = 1 / trace.where(trace != 0, 1)  # a cosine takes any scale; float32 does not
+            unit = len(G[0]) / trace.where(trace != 0, 1)  # 1 / s_rms^2
             return Functions(unit[:, None, None] * G, None, unit, None)
-        _, B, D = self.X.shape
-        rms = (trace / (B * D)).sqrt()
-        floor = noise_floor(rms, samples=B, features=D, dtype=self.X.dtype)
-        result = split_views_across_ranks(self._matrix_function, G, floor)
+        s_rms = (trace / len(G[0])).sqrt()
+        result = split_views_across_ranks(self._matrix_function, G, s_rms)
         return Functions(result.M, result.h, None, result.status)
 
-    def _matrix_function(self, G: Tensor, floor: Tensor) -> MatrixFunction:
+    def _matrix_function(self, G: Tensor, s_rms: Tensor) -> MatrixFunction:
         """Degree 1 is exact for s^0 and s^1; None lets the op choose one for a rising g."""
+        _, B, D = self.X.shape
+        rms = s_rms / max(B, D) ** 0.5
+        floor = noise_floor(rms, samples=B, features=D, dtype=self.X.dtype)
+        unit = s_rms.where(s_rms > 0, 1)[:, None] if self.config.kind == "poly" else 1
         degree = FALLING_DEGREE if self.config.is_falling else None
         degree = 1 if self._is_power(0) or self._is_power(1) else degree
         cutoff = max(self.config.cutoff, LEAST_CUTOFF)
-        return matrix_function(G, self._response, cutoff=cutoff, floor=floor, degree=degree)
-
-    def _response(self, s: Tensor) -> Tensor:
-        """g(s), [v, k]; a power of s / s_max, as the cosine loss ignores a constant factor."""
-        return g(self.config, s / s.amax(dim=-1, keepdim=True) if self.config.kind == "poly" else s)
+        return matrix_function(
+            G, lambda s: g(self.config, s / unit), cutoff=cutoff, floor=floor, degree=degree
+        )
 
     def _is_power(self, sigma: float) -> bool:
         return self.config.kind == "poly" and self.config.sigma == sigma

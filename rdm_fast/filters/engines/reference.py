@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rdm_fast.filters.engines.base import SpectralFilter
+from rdm_fast.filters.engines.base import SpectralFilter, power_of_rms
 from rdm_fast.filters.response import g
 
 
@@ -39,6 +39,12 @@ class ReferenceFilter(SpectralFilter):
             self.s, self.Vh = eigenvalues.sqrt(), V.mT
         else:
             self.U, self.s, self.Vh = torch.linalg.svd(X, full_matrices=False)
+
+    @property
+    def scale(self) -> Tensor | float:
+        if self.config.kind != "poly":
+            return 1.0
+        return power_of_rms(self.s, torch.ones_like(self.s[:, 0]), self.config.sigma)
 
     def cosine(self, p: Tensor, z: Tensor) -> Tensor:
         y, t = self.filter_rows(p), z.to(self.dtype)
