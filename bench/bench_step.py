@@ -3,7 +3,7 @@
 The supervised roof takes turns with every step. It has the same backbone, channels-last, under the
 same autocast, with a linear classifier and cross-entropy, on made images. On a GPU it has cuDNN's
 fastest algorithms, and each method's step is timed with the deterministic ones, which a run has
-unless told otherwise, and with the fastest. A step of a method sees
+by default, and with the fastest. A step of a method sees
 two views of each image and the roof one, so a step at the roof's speed takes twice its time. On a
 GPU the roof of small images is the faster of the eager step and its CUDA graph.
 

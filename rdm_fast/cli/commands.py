@@ -35,7 +35,7 @@ PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
-    """Run `rdm COMMAND ...`; the exit code tells how it ended."""
+    """Run `rdm COMMAND ...`; the exit code says how it ended."""
     args = sys.argv[1:] if argv is None else list(argv)
     if not args or args[0] in ("-h", "--help"):
         print("usage: rdm {" + ",".join(COMMANDS) + "} ...; rdm COMMAND --help lists its flags")

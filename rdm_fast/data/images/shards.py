@@ -59,8 +59,8 @@ def load_shards(root: Path, split: str, config: DataConfig, bad_files: Path | No
     Args:
         root: a folder that holds .tar files or folders train and val (or test) of them; or a
             pattern of training shards, as `train-{0000..0146}.tar`.
-        split: train or test. Shards in one folder are told apart by these words in their names; if
-            no name has one, all are for training.
+        split: train or test. In one folder, these words in the names of shards decide; if no name
+            has one, all are for training.
         config: verify, on_bad_image and max_bad.
         bad_files: the table that lists images that cannot be used; None for none.
 

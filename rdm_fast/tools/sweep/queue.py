@@ -1,7 +1,7 @@
 """Runs commands as processes, several at a time, each on its own GPU or share of the cores.
 
 A run is trained and then evaluated with the commands that a user would give: `rdm train --resume
-RUN` and `rdm eval RUN`. The run folder tells which command is next, so the queue keeps no state.
+RUN` and `rdm eval RUN`. The run folder shows which command is next, so the queue keeps no state.
 """
 
 import os
