@@ -51,10 +51,12 @@ class SpectralFilter(ABC):
         """z W for any other rows z, [v, b, D]."""
 
 
-def power_of_rms(s: Tensor, unit: Tensor, sigma: float) -> Tensor:
-    """(unit / s_rms)^sigma, [v], for singular values s [v, n]: from (s / unit)^sigma to s_rms."""
+def power_of_rms(config: FilterConfig, s: Tensor, unit: Tensor | float) -> Tensor | float:
+    """(unit / s_rms)^sigma, [v], for s [v, n]: from (s / unit)^sigma to s_rms; 1 for other g."""
+    if config.kind != "poly":
+        return 1.0
     rms = s.square().mean(dim=-1).sqrt()
-    return (unit / rms).where(rms > 0, 1) ** sigma
+    return (unit / rms).where(rms > 0, 1) ** config.sigma
 
 
 def row_norms(z: Tensor, dtype: torch.dtype) -> Tensor:

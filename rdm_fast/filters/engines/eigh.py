@@ -41,9 +41,7 @@ class EighFilter(SpectralFilter):
     @property
     def scale(self) -> Tensor | float:
         s = self.spectrum.s
-        if self.config.kind != "poly":
-            return 1.0
-        return power_of_rms(s, s.amax(dim=-1), self.config.sigma)
+        return power_of_rms(self.config, s, s.amax(dim=-1))
 
     def cosine(self, p: Tensor, z: Tensor) -> Tensor:
         y = self.g * self._batch_coordinates()

@@ -42,9 +42,7 @@ class ReferenceFilter(SpectralFilter):
 
     @property
     def scale(self) -> Tensor | float:
-        if self.config.kind != "poly":
-            return 1.0
-        return power_of_rms(self.s, torch.ones_like(self.s[:, 0]), self.config.sigma)
+        return power_of_rms(self.config, self.s, 1.0)
 
     def cosine(self, p: Tensor, z: Tensor) -> Tensor:
         y, t = self.filter_rows(p), z.to(self.dtype)
