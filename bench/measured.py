@@ -153,7 +153,7 @@ SWEEP = {
 def measure_sweep(runs: Runs, quick: bool) -> Values:
     """The results of `rdm sweep`."""
     folder = runs.folder / "sweep"
-    command = ["-m", "rdm_fast.cli.commands", "sweep", "digits_rdm_simsiam"]
+    command = ["-m", "rdm_fast", "sweep", "digits_rdm_simsiam"]
     runs.call(*command, "--jobs", str(runs.jobs), "--out", str(folder))
     return sweep_values(json.loads((folder / "sweep.json").read_text("utf-8"))["rows"])
 
