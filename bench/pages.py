@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import bench.measured as m
+from bench.cutoff import CUTOFF, measure_cutoff
 from bench.measured import Column, Runs, Values
 
 Record = dict[str, Any]
@@ -135,8 +136,9 @@ ENTRIES = {
         measure=m.check_accuracy,
     ),
     "cutoff": Entry(
-        blocks={"docs/method.md": None}, why="measured once (LOG.md, 2026-11-30)",
-        command="gradients of spectral_loss against the released code's formulas in float64",
+        blocks={"docs/method.md": shown("float32 projections, 256 x 256", CUTOFF)},
+        command="RDM_CIFAR10_NPZ=... python -m bench.numbers cutoff --check",
+        measure=measure_cutoff, columns=CUTOFF, quick=True,
     ),
     "cifar": Entry(
         blocks={"README.md": None}, command="rdm train cifar10_rdm_simsiam ..., below the table",
