@@ -38,7 +38,8 @@ class DataConfig:
     on_bad_image: Annotated[Literal["skip", "stop"], arg(aliases=["--on-bad-image"])] = "skip"
     """Skip unusable image files and list them in bad_files.tsv, or stop."""
     max_bad: Annotated[float, arg(aliases=["--max-bad"])] = 0.001
-    """Share of the image files that may be skipped; if more are bad, the run stops."""
+    """Share of the image files that may be skipped; if more are bad, the run stops. Three may be
+    bad in any case, unless this is 0."""
 
     def __post_init__(self) -> None:
         require_choices("data.", self)

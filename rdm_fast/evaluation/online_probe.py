@@ -9,7 +9,6 @@ bitwise the same with and without it.
 
 from collections import deque
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -17,18 +16,12 @@ from torch import Tensor, nn
 
 from rdm_fast.config import Config
 from rdm_fast.data import ImageSet
-from rdm_fast.data.images.sets import Subset
-from rdm_fast.evaluation.accuracy import rank_classes, topk_accuracy
-from rdm_fast.evaluation.features import embed
-from rdm_fast.evaluation.knn import knn_accuracy
 from rdm_fast.evaluation.probe import LinearClassifier
 from rdm_fast.runtime.distributed import world_size
 
 LR, MOMENTUM = 0.1, 0.9
 """As the released code's online classifier, at the peak of the run's schedule."""
 VIEWS = 2
-BATCH = 256
-NEIGHBORS = 20
 
 
 class OnlineProbe:
@@ -110,41 +103,3 @@ class OnlineProbe:
         """Continue from `state_dict`; without log.probe, do nothing."""
         if self.is_on:
             self._tensors = {name: tensor.to(self.device) for name, tensor in state.items()}
-
-
-def online_accuracies(
-    backbone: nn.Module,
-    train: ImageSet,
-    test: ImageSet | None,
-    config: Config,
-    device: torch.device,
-    probe: LinearClassifier | None = None,
-) -> dict[str, float]:
-    """Top-1 accuracies in percent on the test images; every rank embeds its share.
-
-    Returns:
-        `knn_top1`, of weighted kNN with a bank of at most log.knn_bank labeled training images,
-        evenly spread; and `probe_top1`, of the probe if one is given. Unreadable images are
-        skipped. Empty if training or test images have no labels.
-    """
-    if train.labels is None or test is None or test.labels is None:
-        return {}
-    labeled = np.flatnonzero(train.labels >= 0)
-    keep = min(len(labeled), config.log.knn_bank)
-    if keep < NEIGHBORS:
-        return {}
-    chosen = labeled[np.linspace(0, len(labeled) - 1, keep).round().astype(np.int64)]
-
-    bank, bank_images = embed(backbone, Subset(train, chosen), config, device, batch=BATCH)
-    queries, test_images = embed(backbone, test, config, device, batch=BATCH)
-    if len(bank) < NEIGHBORS:
-        return {}
-    bank_labels = torch.from_numpy(train.labels[chosen])[bank_images]
-    labels = torch.from_numpy(test.labels)[test_images]
-    top1, _ = knn_accuracy(
-        bank, bank_labels, queries, labels, classes=len(train.classes), k=NEIGHBORS
-    )
-    found = {"knn_top1": top1}
-    if probe is not None:
-        found["probe_top1"] = topk_accuracy(rank_classes(probe.logits(queries), 1), labels, 1)
-    return found

@@ -11,12 +11,12 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from rdm_fast.data import ImageSet, load
-from rdm_fast.data.images.sets import Subset
-from rdm_fast.errors import CannotCreate, DataError, message_of
+from rdm_fast.data.images.sets import labeled
+from rdm_fast.errors import CannotCreate, message_of
 from rdm_fast.evaluation.features import Labeled, cached_features, embed, write_tensors
 from rdm_fast.evaluation.loaded_backbone import LoadedBackbone
 from rdm_fast.evaluation.options import EvaluateCommand
-from rdm_fast.evaluation.score import Result, score
+from rdm_fast.evaluation.score import Result, require_two_classes, score
 from rdm_fast.evaluation.train_on_views import train_on_views
 from rdm_fast.runtime import atomic_files
 from rdm_fast.runtime.cudnn import choose_algorithms
@@ -26,6 +26,7 @@ from rdm_fast.spectrum import effective_rank, eigenvalues
 FIT = 4
 """GPU memory that scoring needs, as a multiple of the embeddings."""
 SPLITS: tuple[Literal["train", "test"], ...] = ("train", "test")
+WHICH = {"train": "training", "test": "test"}
 
 
 def evaluate(
@@ -48,7 +49,8 @@ def evaluate(
     data = loaded.config.data
     protocol = command.protocol_for(data.name)
     _require_outputs(loaded.folder, command)
-    sets = [_labeled(load(data, split)) for split in SPLITS]
+    sets = [labeled(load(data, split), WHICH[split]) for split in SPLITS]
+    require_two_classes(torch.from_numpy(sets[0].labels))
     classes = len(sets[0].classes)
     loaded.backbone.to(device)
     classifier = None
@@ -70,8 +72,15 @@ def evaluate(
     train, test = ((features.to(place), labels.to(place)) for features, labels in embedded)
     if classifier is not None:
         classifier = classifier.to(place)
-    result = score(train, test, protocol, classes=classes, seed=command.seed, classifier=classifier)
-    _report(result, spectrum, loaded)
+
+    def save(result: Result) -> Path:
+        return _save(result, spectrum, loaded)
+
+    result = score(
+        train, test, protocol,
+        classes=classes, seed=command.seed, classifier=classifier, keep=save,
+    )  # fmt: skip
+    _report(result, spectrum, save(result))
     return result
 
 
@@ -87,17 +96,6 @@ def _require_outputs(folder: Path, command: EvaluateCommand) -> None:
             f"{'--out ' if command.out else ''}{folder} cannot be created ({error.strerror}): "
             "give --out a writable folder"
         ) from error
-
-
-def _labeled(images: ImageSet) -> ImageSet:
-    """The images with a label."""
-    if images.labels is None or not (images.labels >= 0).any():
-        raise DataError(
-            "a linear probe needs labels and these images have none: "
-            "arrange them as <root>/train/<class>/ and <root>/test/<class>/"
-        )
-    with_label = np.flatnonzero(images.labels >= 0)
-    return images if len(with_label) == len(images) else Subset(images, with_label)
 
 
 def _embed(
@@ -179,18 +177,25 @@ def _write_features(file: Path, embedded: list[Labeled]) -> None:
     print0(f"embeddings and labels of both sets are in {file}")
 
 
-def _report(result: Result, spectrum: Tensor | None, loaded: LoadedBackbone) -> None:
-    """Print the result and save it, with the eigenvalues of the test images' projections."""
+def _save(result: Result, spectrum: Tensor | None, loaded: LoadedBackbone) -> Path:
+    """Write the result, with the eigenvalues of the test images' projections."""
     file = loaded.folder / f"{loaded.name}-{result.label}.json"
     plain: dict[str, object] = asdict(result)
+    if spectrum is not None:
+        directions = float(effective_rank(spectrum))
+        plain |= {"effective_rank": directions, "eigenvalues": spectrum.flip(0).tolist()}
+    atomic_files.replace(file, json.dumps(plain, indent=1) + "\n")
+    return file
+
+
+def _report(result: Result, spectrum: Tensor | None, file: Path) -> None:
     lines = [
         f"{result.test_images} test images of {result.classes} classes, protocol {result.protocol}",
         f"  linear probe    top-1 {result.top1:6.2f} %   top-5 {result.top5:6.2f} %{result.chosen}",
         f"  kNN             top-1 {result.knn_top1:6.2f} %   top-5 {result.knn_top5:6.2f} %",
     ]
     if spectrum is not None:
-        directions = float(effective_rank(spectrum))
-        plain |= {"effective_rank": directions, "eigenvalues": spectrum.flip(0).tolist()}
-        lines += [f"  effective rank of the projections   {directions:.1f}"]
-    atomic_files.replace(file, json.dumps(plain, indent=1) + "\n")
+        lines += [f"  effective rank of the projections   {float(effective_rank(spectrum)):.1f}"]
+    if result.lowered:
+        lines += [f"warning: few images: {'; '.join(result.lowered)}"]
     print0("\n".join([*lines, f"saved in {file}"]))

@@ -1,16 +1,17 @@
 """From embeddings of a training and a test set to the accuracies that are reported."""
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from torch import Tensor
 
-from rdm_fast.errors import NonFinite
+from rdm_fast.errors import DataError, NonFinite
 from rdm_fast.evaluation.accuracy import TOP, check_labels, rank_classes, topk_accuracy
 from rdm_fast.evaluation.batched_sgd import fit_best_sgd
 from rdm_fast.evaluation.features import Labeled
 from rdm_fast.evaluation.knn import knn_accuracy
-from rdm_fast.evaluation.logistic import fit_logistic
+from rdm_fast.evaluation.logistic import FOLDS, UNTUNED, fit_logistic
 from rdm_fast.evaluation.probe import (
     LinearClassifier,
     choose_ridge,
@@ -29,8 +30,11 @@ class Result:
     """Linear probe, after the last epoch."""
     top5: float
     """With fewer than 5 classes, over all of them."""
-    knn_top1: float
-    knn_top5: float
+    knn_top1: float | None
+    """None while kNN has not run."""
+    knn_top5: float | None
+    knn_k: int
+    """Neighbors that vote: the protocol's, or all training images if there are fewer."""
     train_images: int
     test_images: int
     classes: int
@@ -46,6 +50,8 @@ class Result:
     trained_on: Literal["features", "views"]
     """Cached embeddings, or a random view of each image in each epoch."""
     seed: int
+    lowered: list[str] = field(default_factory=list)
+    """What the protocol asks for and too few images cannot give."""
 
     @property
     def label(self) -> str:
@@ -71,8 +77,12 @@ def score(
     classes: int,
     seed: int,
     classifier: LinearClassifier | None = None,
+    keep: Callable[[Result], object] = lambda _: None,
 ) -> Result:
     """Accuracy on the test set of a linear classifier fitted to the training set, and of kNN.
+
+    With too few training images for a setting of the protocol, the setting is lowered and the
+    result says so.
 
     Args:
         train: embeddings [N, d] float32 and labels [N] int64; everything runs on their device.
@@ -81,10 +91,11 @@ def score(
         classes: number of classes K, the largest label of both sets + 1.
         seed: of initial weights, order of images and held-out images.
         classifier: one trained on views, measured in place of a fit to `train`.
+        keep: is given the result before kNN starts, which may fail.
 
     Raises:
-        ValueError: features and labels do not match, or there are fewer training images than
-            voting neighbors.
+        ValueError: features and labels do not match.
+        DataError: the training images are of one class.
         NonFinite: an embedding is NaN or infinite.
     """
     for (features, labels), name in ((train, "training"), (test, "test")):
@@ -103,19 +114,23 @@ def score(
             "must come from one backbone"
         )
 
+    require_two_classes(train[1])
+
     on_views = classifier is not None
-    penalty, lr = None, protocol.lr or None
+    penalty, lr, lowered = None, protocol.lr or None, list[str]()
     if classifier is None:
-        classifier, penalty, lr = _fit(*train, protocol, classes, seed)
+        classifier, penalty, lr = _fit(*train, protocol, classes, seed, lowered)
     ranking = rank_classes(classifier.logits(test[0]))
-    k, temperature = protocol.knn_k, protocol.knn_temperature
-    knn = knn_accuracy(*train, *test, classes=classes, k=k, temperature=temperature)
-    return Result(
+    k = min(protocol.knn_k, len(train[1]))
+    if k < protocol.knn_k:
+        lowered.append(f"all {k} training images vote in kNN, not {protocol.knn_k} neighbors")
+    result = Result(
         protocol=protocol.name,
         top1=topk_accuracy(ranking, test[1], 1),
         top5=topk_accuracy(ranking, test[1], TOP),
-        knn_top1=knn[0],
-        knn_top5=knn[1],
+        knn_top1=None,
+        knn_top5=None,
+        knn_k=k,
         train_images=len(train[1]),
         test_images=len(test[1]),
         classes=classes,
@@ -125,17 +140,46 @@ def score(
         lr=lr,
         trained_on="views" if on_views else "features",
         seed=seed,
+        lowered=lowered,
     )
+    keep(result)
+    top1, top5 = knn_accuracy(
+        *train, *test, classes=classes, k=k, temperature=protocol.knn_temperature
+    )
+    return replace(result, knn_top1=top1, knn_top5=top5)
+
+
+def require_two_classes(labels: Tensor) -> None:
+    """Refuse training labels [N] of one class, of which any classifier is right.
+
+    Raises:
+        DataError: there are fewer than two classes.
+    """
+    if len(found := labels.unique()) < 2:
+        raise DataError(
+            f"the training images that have a label are all of class {int(found[0])}: an accuracy "
+            "needs two classes or more"
+        )
 
 
 def _fit(
-    features: Tensor, labels: Tensor, protocol: Protocol, classes: int, seed: int
+    features: Tensor,
+    labels: Tensor,
+    protocol: Protocol,
+    classes: int,
+    seed: int,
+    lowered: list[str],
 ) -> tuple[LinearClassifier, float | None, float | None]:
-    """The classifier, and its penalty and learning rate, if any."""
+    """The classifier, and its penalty and learning rate, if any; adds to `lowered`."""
     match protocol.solver:
         case "logistic":
-            classifier, strength = fit_logistic(features, labels, classes=classes, seed=seed)
-            return classifier, strength, None
+            found = fit_logistic(features, labels, classes=classes, seed=seed)
+            if not found.folds:
+                lowered.append(f"C is {UNTUNED:g}: no two classes have 2 training images")
+            elif found.folds < FOLDS:
+                few = "a class has no more training images"
+                lowered.append(f"{found.folds} folds choose C, not {FOLDS}: {few}")
+            return found.classifier, found.strength, None
         case "closed-form":
             scaled = protocol.standardize
             ridge = choose_ridge(features, labels, classes=classes, seed=seed, standardize=scaled)

@@ -15,11 +15,13 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from rdm_fast.config import AugmentConfig, Config, ViewConfig
+from rdm_fast.config import Config, ViewConfig
 from rdm_fast.data import ImageSet
+from rdm_fast.data.images.bad_files import read_or_next
 from rdm_fast.data.loaders.torch_loader import in_workers
 from rdm_fast.data.views.augment import view_of_image, views_of_batch, views_of_levels
 from rdm_fast.data.views.sampler import ViewParameters, draw_views, epoch_order, step_indices
+from rdm_fast.errors import UsageError
 from rdm_fast.evaluation.probe import LinearClassifier, build_optimizer, initial_weights
 from rdm_fast.evaluation.protocols import Protocol
 from rdm_fast.models.batchnorm import synchronize
@@ -60,7 +62,12 @@ def train_on_views(
     Returns:
         The classifier, the same on every rank, for embeddings of the returned backbone (which is
         in evaluation mode again).
+
+    Raises:
+        UsageError: there are more ranks than images.
     """
+    if len(images) < world_size():
+        raise UsageError(f"--nproc {world_size()} is more than the {len(images)} training images")
     augment = config.augment
     with torch.no_grad():
         blank = torch.zeros(1, augment.channels, augment.size, augment.size, device=device)
@@ -147,7 +154,7 @@ def view_batches(
         rest = np.concatenate([rest, order[: -len(rest) % world_size()]])
         parts.append(step_indices(rest, 0, len(rest), rank(), world_size()))
     assert images.labels is not None
-    make = _MakeViews(images, config.augment, view, seed, epoch)
+    make = _MakeViews(images, config, view, seed, epoch)
     if images.pixels is not None:
         for part in parts:
             pixels = torch.from_numpy(images.pixels[part]).to(device)
@@ -162,10 +169,13 @@ def view_batches(
 
 @dataclass(frozen=True)
 class _MakeViews:
-    """Called in a worker: one view of each image, uint8 [b, S, S, C], and their indices."""
+    """Called in a worker: one view of each image, uint8 [b, S, S, C], and their indices.
+
+    They are those asked for, but for images that cannot be read (`read_or_next`).
+    """
 
     images: ImageSet
-    augment: AugmentConfig
+    config: Config
     view: ViewConfig
     seed: int
     epoch: int
@@ -175,9 +185,8 @@ class _MakeViews:
         return draw_views(self.view, self.seed, self.epoch, indices, 0, heights, widths)
 
     def __call__(self, indices: NDArray[np.int64]) -> tuple[Tensor, ...]:
-        drawn = self.draw(indices)
-        views = [
-            view_of_image(self.images.read(i), drawn, row, self.augment)
-            for row, i in enumerate(indices.tolist())
-        ]
-        return torch.from_numpy(np.stack(views)), torch.from_numpy(indices)
+        read = [read_or_next(self.images, i, self.config.data) for i in indices.tolist()]
+        shown = np.array([i for i, _ in read])
+        drawn, augment = self.draw(shown), self.config.augment
+        views = [view_of_image(image, drawn, row, augment) for row, (_, image) in enumerate(read)]
+        return torch.from_numpy(np.stack(views)), torch.from_numpy(shown)

@@ -8,15 +8,15 @@ functions of the step. So an exact resume needs the step number, model, optimize
 """
 
 from collections.abc import Callable
-from functools import cached_property
 
 import torch
 import torch.distributed as dist
 
 from rdm_fast.config import Config
-from rdm_fast.data import Batch, ImageSet, build_loader, load, require_same_images
+from rdm_fast.data import Batch, build_loader, load, require_same_images
 from rdm_fast.errors import Collapsed, DataError, InputMissing, Interrupted, OutputFailed
-from rdm_fast.evaluation.online_probe import OnlineProbe, online_accuracies
+from rdm_fast.evaluation.online_accuracy import OnlineAccuracy
+from rdm_fast.evaluation.online_probe import OnlineProbe
 from rdm_fast.filters.response import advice
 from rdm_fast.methods import build_method
 from rdm_fast.models.pretrained import file_note, load_strict, warm_start
@@ -72,6 +72,7 @@ class Trainer:
         self.selector = self.train_step.selector
         self.collapse_guard = CollapseGuard(config, self.train_step.total_steps)
         self.probe = OnlineProbe(config, self.images, self.train_step.method.backbone, device)
+        self.accuracy = OnlineAccuracy(config, self.images, device, folder.bad_test_files)
         self.skipped = SkippedSteps(config, self.train_step.scaler)
         self.parts: dict[str, Stateful] = {
             "scaler": self.train_step.scaler,
@@ -237,24 +238,11 @@ class Trainer:
 
     def _evaluate(self, telemetry: Telemetry) -> None:
         """Log kNN on the backbone's embeddings, if there are labeled test images."""
-        if self._test_images is None:
-            return
         backbone = self.train_step.method.backbone
-        sets = self.images, self._test_images
         with self.train_step.uncompiled():
-            found = online_accuracies(
-                backbone, *sets, self.config, self.device, self.probe.classifier
-            )
+            found = self.accuracy.measure(backbone, self.probe.classifier)
         if found:
             telemetry.log(self.step, found)
-
-    @cached_property
-    def _test_images(self) -> ImageSet | None:
-        try:
-            return load(self.config.data, "test", self.folder.bad_test_files)
-        except InputMissing as error:
-            print0(f"no kNN while training: {error}")
-            return None
 
     # ---- checkpoints -------------------------------------------------------------------------
 

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from rdm_fast.config import Config
 from rdm_fast.data import Batch
 from rdm_fast.errors import DataError, Interrupted, NonFinite, OutputFailed
-from rdm_fast.evaluation import online_probe as online
+from rdm_fast.evaluation import online_accuracy as online
 from rdm_fast.filters.engines import choice
 from rdm_fast.run import checkpoint
 from rdm_fast.run.folder import RunFolder, read_status

@@ -1,9 +1,9 @@
 """Image files that cannot be used: left out, replaced, listed, and counted against data.max_bad.
 
-Files that the index finds bad are left out of the data set. A file that turns bad later (it
-vanished, changed its size, or has damage that only decoding shows) keeps its place in the order, so
-that nothing else moves: the next readable image is shown in its place, drawn as that image is drawn
-in this epoch. Evaluation has no order, and leaves it out.
+Up to `allowed_bad` files may be bad. Files that the index finds bad are left out of the data set.
+A file that turns bad later (it vanished, changed its size, or has damage that only decoding shows)
+keeps its place in the order, so that nothing else moves: the next readable image is shown in its
+place, drawn as that image is drawn in this epoch. Evaluation has no order, and leaves it out.
 """
 
 from contextlib import suppress
@@ -21,8 +21,15 @@ from rdm_fast.runtime import atomic_files
 from rdm_fast.runtime.distributed import print0, rank
 
 HEADER = "path\treason\n"
+FEW_BAD = 3
+"""Bad files that are always allowed, unless data.max_bad is 0."""
 NEIGHBORS = 16
 """Images to try before blaming the storage."""
+
+
+def allowed_bad(config: DataConfig, total: int) -> int:
+    """How many of all images may be bad: the share data.max_bad, and at least FEW_BAD."""
+    return max(FEW_BAD, int(config.max_bad * total)) if config.max_bad else 0
 
 
 def report_bad_files(
@@ -39,8 +46,8 @@ def report_bad_files(
 
     Raises:
         CannotCreate: the table cannot be written.
-        DataError: data.on_bad_image is stop, or more than data.max_bad of the files are bad, or
-            all are; the message names the first.
+        DataError: data.on_bad_image is stop, or more files are bad than `allowed_bad`, or all
+            are; the message names the first.
     """
     if listing is not None and rank() == 0:
         try:
@@ -59,10 +66,10 @@ def report_bad_files(
     )
     if config.on_bad_image == "stop" or len(bad) == total:
         raise DataError(f"{found}: repair or remove them")
-    if len(bad) > config.max_bad * total:
+    if len(bad) > (allowed := allowed_bad(config, total)):
         raise DataError(
-            f"{found}: repair or remove them, or allow more than {config.max_bad:g} of all with "
-            "--data.max-bad"
+            f"{found}: repair or remove them, or allow more than {allowed} with --data.max-bad, a "
+            f"share of all (now {config.max_bad:g})"
         )
     print0(f"warning: {found}: they are left out")
 
@@ -104,7 +111,7 @@ class UnreadableImages:
         """List and count image i, with one warning for the first image.
 
         Raises:
-            DataError: more than data.max_bad of the images are unreadable, or data.on_bad_image is
+            DataError: more images are unreadable than `allowed_bad`, or data.on_bad_image is
                 stop.
         """
         if i in self.indices:
@@ -119,7 +126,7 @@ class UnreadableImages:
                 raise
             why = str(error)
         listed_before = self._list(name, why.removeprefix(name).strip())
-        if len(self.indices) > config.max_bad * len(self._images):
+        if len(self.indices) > allowed_bad(config, len(self._images)):
             raise DataError(
                 f"{why}; with it rank {rank()} lost {len(self.indices)} of {len(self._images)} "
                 f"images, more than --data.max-bad {config.max_bad:g}: repair them and run "

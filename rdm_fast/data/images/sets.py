@@ -262,6 +262,21 @@ class Subset(ImageSet):
         digest.update(np.ascontiguousarray(self.indices).data)
 
 
+def labeled(images: ImageSet, which: str) -> ImageSet:
+    """The images with a label; `which` names the set in messages.
+
+    Raises:
+        DataError: there are none.
+    """
+    if images.labels is None or not (images.labels >= 0).any():
+        raise DataError(
+            f"the {which} images have no labels, which an accuracy needs: arrange image files as "
+            "ROOT/train/<class>/ and ROOT/val/<class>/"
+        )
+    with_label = np.flatnonzero(images.labels >= 0)
+    return images if len(with_label) == len(images) else Subset(images, with_label)
+
+
 def require_channels(images: ImageSet, augment: AugmentConfig, name: str) -> None:
     if images.channels != augment.channels:
         raise UsageError(

@@ -161,22 +161,30 @@ def test_a_class_of_bad_files_keeps_its_label(root: Path) -> None:
 
 
 def test_few_bad_files_or_many(root: Path, table: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    for name in ("odd\n1.png", "odd2.png"):
+    for name in ("odd\n1.png", "odd2.png", "odd3.png"):
         put(root / "train/a" / name, b"")
-    assert len(read_folder(root, table, max_bad=0.2)) == 8  # 2 of 10
+    assert len(read_folder(root, table, max_bad=0.001)) == 8  # three are few
+    put(root / "train/a/odd4.png", b"")
+    capfd.readouterr()
+    assert len(read_folder(root, table, max_bad=0.34)) == 8  # 4 of 12
     printed = capfd.readouterr().out
     assert printed.count("\n") == 1 and r"odd\n1.png (empty)" in printed and str(table) in printed
     for options in (
-        {"max_bad": 0.19},
+        {"max_bad": 0.33},
         {"max_bad": 0.001},
+        {"max_bad": 0.0},
         {"on_bad_image": "stop", "max_bad": 1.0},
     ):
         with pytest.raises(DataError) as caught:
             read_folder(root, table, **options)
         assert r"odd\n1.png" in str(caught.value)
-        assert len(rows(table)) == 2  # all are listed all the same
+        assert len(rows(table)) == 4  # all are listed all the same
     for path in (root / "train/a").glob("odd*"):
         path.unlink()
+    put(root / "train/a/odd.png", b"")
+    with pytest.raises(DataError, match=r"--data\.max-bad"):
+        read_folder(root, table, max_bad=0.0)
+    (root / "train/a/odd.png").unlink()
     read_folder(root, table)
     assert not table.exists()
 
