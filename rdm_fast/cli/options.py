@@ -7,8 +7,9 @@ from typing import Annotated
 import tyro
 
 from rdm_fast.config import Config
-from rdm_fast.config.checks import require
+from rdm_fast.config.checks import Between, require_fields
 from rdm_fast.config.parallel import check_nproc
+from rdm_fast.config.saved import check_allowed
 from rdm_fast.errors import UsageError
 
 WITH_RESUME = ("--resume", "--nproc", "--print-config", "--debug")
@@ -35,6 +36,7 @@ class TrainCommand:
 
     def __post_init__(self) -> None:
         check_nproc(self.nproc)
+        check_allowed(self.allow_change)
 
 
 def check_resume_is_alone(args: Sequence[str]) -> None:
@@ -58,7 +60,7 @@ class PreviewCommand:
     """Options of `rdm preview`."""
 
     config: Annotated[Config, tyro.conf.arg(name="")]
-    images: int = 8
+    images: Annotated[int, Between(2, 1000)] = 8
     """Number of images, one row each."""
     sheet: str = "preview.png"
     """Picture file to write."""
@@ -66,4 +68,4 @@ class PreviewCommand:
     """Show the traceback of an error."""
 
     def __post_init__(self) -> None:
-        require(self.images >= 2, f"--images {self.images}: give 2 or more")
+        require_fields("--", self)

@@ -19,6 +19,8 @@ from rdm_fast.errors import UsageError
 
 Options = TypeVar("Options")
 HELP = "--help lists all"
+KINDS = {"INT": "a whole number", "FLOAT": "a number", "FLOAT FLOAT": "two numbers"}
+"""What tyro's placeholders stand for."""
 
 
 @dataclass(frozen=True)
@@ -86,7 +88,10 @@ def _message(event: _errors.ParseErrorEvent, args: Sequence[str], options: type)
         case _errors.InstantiationFailure(argument=argument, message=message):
             if argument is None:  # a check of the options' own
                 return message
-            return f"{argument.display_name()} takes {argument.lowered.metavar}: {message}"
+            kind = KINDS.get(str(argument.lowered.metavar), argument.lowered.metavar)
+            found = re.search(r"'.*'$", message)
+            not_this = f", not {found[0]}" if found else ""  # of too many digits, Python shows none
+            return f"{argument.display_name()} takes {kind}{not_this}"
     known = flags(options)
     for arg in args:
         flag = arg.partition("=")[0].replace("_", "-")

@@ -1,9 +1,10 @@
 """Config validation; every error says how to fix it."""
 
 import difflib
-import math
+import reprlib
 from collections.abc import Iterable
-from typing import Literal, get_args, get_origin, get_type_hints
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 from rdm_fast.errors import UsageError
 
@@ -18,46 +19,65 @@ def require(condition: bool, message: str) -> None:
         raise UsageError(message)
 
 
-def require_between(
-    table: str, settings: object, names: Iterable[str], low: float, high: float = math.inf
-) -> None:
-    """Require finite numbers from `low` to `high` in these settings.
+@dataclass(frozen=True, slots=True)
+class Between:
+    """The least and the largest number that a setting takes; stands beside its type in Annotated.
+
+    Attributes:
+        low, high: both finite, so NaN and infinity are outside. They bound each number of a tuple.
+        above: low itself is outside.
+        rising: of two numbers, the second is at least the first.
+    """
+
+    low: float
+    high: float
+    above: bool = False
+    rising: bool = False
+
+    def holds(self, value: Any) -> bool:
+        """Whether a number, or each number of a tuple, is inside."""
+        numbers = value if isinstance(value, tuple) else (value,)
+        inside = all(self.low <= n <= self.high and not (self.above and n == self.low)
+                     for n in numbers)  # fmt: skip
+        return inside and not (self.rising and numbers[0] > numbers[1])
+
+    def __str__(self) -> str:
+        numbers = "two rising numbers" if self.rising else "a number"
+        start = f"above {self.low}" if self.above else f"from {self.low}"
+        return f"{numbers} {start} to {self.high}"
+
+
+MANY = 10**9
+"""The largest number of steps or images that a setting takes."""
+Share = Annotated[float, Between(0, 1)]
+Count = Annotated[int, Between(1, MANY)]
+CountOrNone = Annotated[int, Between(0, MANY)]
+Seed = Annotated[int, Between(0, 2**63 - 1)]
+"""What torch, numpy and Philox all take."""
+
+
+def require_fields(table: str, settings: object) -> None:
+    """Require values that the types list: choices of a Literal, numbers inside their `Between`.
+
+    Args:
+        table: stands before each name in messages: a table of settings, or `--` for a command's.
+        settings: a dataclass.
 
     Raises:
-        UsageError: a number is outside.
+        UsageError: a value is unknown or outside. The message names it and what to give instead.
     """
-    allowed = f"give {low} or more" if high == math.inf else f"give a number from {low} to {high}"
-    for name in names:
+    for name, hint in get_type_hints(type(settings), include_extras=True).items():
         value = getattr(settings, name)
-        inside = math.isfinite(value) and low <= value <= high
-        require(inside, f"{table}{name}={value}: {allowed}")
-
-
-def require_range(flag: str, limits: tuple[float, float], most: float = math.inf) -> None:
-    """Require two finite numbers above 0, in rising order, of at most `most`.
-
-    Raises:
-        UsageError: they are not.
-    """
-    low, high = limits
-    bound = "" if most == math.inf else f" and up to {most}"
-    require(
-        0 < low <= high <= most and high < math.inf,
-        f"{flag}={limits}: give two rising numbers above 0{bound}",
-    )
-
-
-def require_choices(table: str, settings: object) -> None:
-    """Require values that Literal types list; Python code could pass others.
-
-    Raises:
-        UsageError: a value is unknown. The message names the nearest choice.
-    """
-    for name, hint in get_type_hints(type(settings)).items():
-        if get_origin(hint) is Literal:
-            value, choices = getattr(settings, name), get_args(hint)
+        flag = f"{table}{name}".replace("_", "-") if table == "--" else f"{table}{name}"
+        plain, *notes = get_args(hint) if get_origin(hint) is Annotated else (hint,)
+        if get_origin(plain) is Literal:
+            choices = get_args(plain)
             fix = did_you_mean(str(value), choices, f"use one of {', '.join(choices)}")
-            require(value in choices, f"{table}{name}={value!r} is unknown: {fix}")
+            require(value in choices, f"{flag}={value!r} is unknown: {fix}")
+        for bounds in notes:
+            if isinstance(bounds, Between):
+                found = f"{flag}={reprlib.repr(value)}"
+                require(bounds.holds(value), f"{found}: give {bounds}")
 
 
 def did_you_mean(word: str, known: Iterable[str], otherwise: str) -> str:

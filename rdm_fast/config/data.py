@@ -1,17 +1,18 @@
 """Which images a run reads, and how their random views are drawn."""
 
-import math
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal
 
 from tyro.conf import arg
 
-from rdm_fast.config.checks import require, require_between, require_choices, require_range
+from rdm_fast.config.checks import Between, Share, require, require_fields
 
 DataName = Literal[
     "digits", "cifar10", "cifar100", "stl10", "fashion_mnist", "folder", "webdataset", "arrays"
 ]
 Interpolation = Literal["bilinear", "bicubic"]
+CropScale = Annotated[tuple[float, float], Between(0, 1, above=True, rising=True)]
+Side = Annotated[int, Between(8, 16_384)]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,7 +30,7 @@ class DataConfig:
     loader: Literal["auto", "dali", "torch", "resident"] = "auto"
     """dali decodes on the GPU (or CPU threads), torch in worker processes, resident keeps pixels on
     the device; auto uses resident for small images of one size, otherwise dali on a GPU."""
-    workers: Annotated[int, arg(aliases=["--workers"])] = 2
+    workers: Annotated[int, Between(0, 256), arg(aliases=["--workers"])] = 2
     """Worker processes of the torch loader, or CPU threads of the DALI loader, on each rank."""
     classes: str = ""
     """File that lists the classes of a folder to use, one a line; empty for all."""
@@ -37,14 +38,12 @@ class DataConfig:
     """How image files are checked before training: read headers and ends, or decode all."""
     on_bad_image: Annotated[Literal["skip", "stop"], arg(aliases=["--on-bad-image"])] = "skip"
     """Skip unusable image files and list them in bad_files.tsv, or stop."""
-    max_bad: Annotated[float, arg(aliases=["--max-bad"])] = 0.001
+    max_bad: Annotated[Share, arg(aliases=["--max-bad"])] = 0.001
     """Share of the image files that may be skipped; if more are bad, the run stops. Three may be
     bad in any case, unless this is 0."""
 
     def __post_init__(self) -> None:
-        require_choices("data.", self)
-        require_between("data.", self, ["max_bad"], 0, 1)
-        require_between("data.", self, ["workers"], 0)
+        require_fields("data.", self)
         require(
             not self.classes or self.name == "folder",
             f"data.classes is for image folders: with data.name={self.name}, leave it out",
@@ -59,33 +58,33 @@ class DataConfig:
 class ViewConfig:
     """How one random view of an image is drawn. Steps run in the order of these fields."""
 
-    crop_scale: tuple[float, float] = (0.2, 1.0)
+    crop_scale: CropScale = (0.2, 1.0)
     """Area of the crop as a share of the image, drawn uniformly from this range."""
-    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    crop_ratio: Annotated[tuple[float, float], Between(0.01, 100, rising=True)] = (3 / 4, 4 / 3)
     """Aspect ratio of the crop, drawn log-uniformly from this range."""
-    rotate: float = 0.0
+    rotate: Annotated[float, Between(0, 180)] = 0.0
     """Largest rotation, in degrees, either way."""
-    shear: float = 0.0
+    shear: Annotated[float, Between(0, 89)] = 0.0
     """Largest horizontal shear, in degrees, either way."""
-    jitter: float = 0.0
+    jitter: Share = 0.0
     """Probability of color jitter: brightness, contrast, saturation and hue in random order."""
-    brightness: float = 0.4
+    brightness: Share = 0.4
     """Brightness factor is drawn from [1 - this, 1 + this]."""
-    contrast: float = 0.4
+    contrast: Share = 0.4
     """Contrast factor is drawn from [1 - this, 1 + this]."""
-    saturation: float = 0.4
+    saturation: Share = 0.4
     """Saturation factor is drawn from [1 - this, 1 + this]."""
-    hue: float = 0.1
+    hue: Annotated[float, Between(0, 0.5)] = 0.1
     """Hue is shifted by a share of the color circle from [-this, this]."""
-    grey: float = 0.0
+    grey: Share = 0.0
     """Probability of dropping the color."""
-    blur: float = 0.0
+    blur: Share = 0.0
     """Probability of Gaussian blur."""
-    blur_sigma: tuple[float, float] = (0.1, 2.0)
+    blur_sigma: Annotated[tuple[float, float], Between(0.01, 4, rising=True)] = (0.1, 2.0)
     """Standard deviation of the blur, in pixels up to 4, drawn uniformly from this range."""
-    solarize: float = 0.0
+    solarize: Share = 0.0
     """Probability of inverting all pixels of 128 or more."""
-    flip: float = 0.0
+    flip: Share = 0.0
     """Probability of a horizontal flip."""
 
     def check(self, table: str) -> None:
@@ -94,54 +93,39 @@ class ViewConfig:
         Raises:
             UsageError: a field is out of range.
         """
-        shares = ("jitter", "grey", "blur", "solarize", "flip")
-        require_between(table, self, (*shares, "brightness", "contrast", "saturation"), 0, 1)
-        require_between(table, self, ["hue"], 0, 0.5)
-        require_between(table, self, ["rotate"], 0, 180)
-        require_between(table, self, ["shear"], 0, 89)
-        require_range(f"{table}crop_scale", self.crop_scale, most=1)
-        require_range(f"{table}crop_ratio", self.crop_ratio)
-        require_range(f"{table}blur_sigma", self.blur_sigma, most=4)
+        require_fields(table, self)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class AugmentConfig:
     """The views of an image and what they have in common."""
 
-    size: int = 32
+    size: Side = 32
     """Side of either view, in pixels."""
     interpolation: Interpolation = "bilinear"
     """How the crop is resized (antialiased)."""
-    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    mean: Annotated[tuple[float, ...], Between(0, 1)] = (0.485, 0.456, 0.406)
     """Mean of each channel, from 0 to 1, subtracted last. Its length is the channel count."""
-    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+    std: Annotated[tuple[float, ...], Between(1e-6, 1000)] = (0.229, 0.224, 0.225)
     """Standard deviation of each channel, divided by last."""
     view1: ViewConfig = field(default_factory=ViewConfig)
     view2: ViewConfig = field(default_factory=ViewConfig)
-    small_views: int = 0
+    small_views: Annotated[int, Between(0, 64)] = 0
     """Number of additional small views of an image (multi-crop), each matched with both targets.
     Only for method=byol, where the target weights never see them."""
-    small_size: int = 96
+    small_size: Side = 96
     """Side of a small view, in pixels."""
-    small_scale: tuple[float, float] = (0.05, 0.14)
+    small_scale: CropScale = (0.05, 0.14)
     """Area of a small view's crop as a share of the image; all else is drawn as for view1."""
 
     def __post_init__(self) -> None:
-        require_choices("augment.", self)
-        require_between("augment.", self, ["size", "small_size"], 8)
-        require_between("augment.", self, ["small_views"], 0)
-        require_range("augment.small_scale", self.small_scale, most=1)
+        require_fields("augment.", self)
         self.view1.check("augment.view1.")
         self.view2.check("augment.view2.")
         require(
             len(self.mean) == len(self.std) and len(self.mean) in (1, 3),
             f"augment.mean has {len(self.mean)} and augment.std {len(self.std)} channels: "
             "give 1 or 3 numbers to both",
-        )
-        require(
-            all(math.isfinite(m) for m in self.mean) and all(0 < s < math.inf for s in self.std),
-            f"augment.mean={self.mean} and augment.std={self.std}: give finite means and "
-            "standard deviations above 0",
         )
         require(
             self.small_views == 0 or self.small_size <= self.size,

@@ -1,13 +1,12 @@
 """The spectral filter."""
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from tyro.conf import Suppress, arg
 
-from rdm_fast.config.checks import require, require_choices
+from rdm_fast.config.checks import Between, require, require_fields
 
 Kind = Literal["poly", "log", "log_1", "log_2", "custom"]
 Location = Literal["online", "target"]
@@ -24,11 +23,11 @@ class FilterConfig:
     your own function, from Python only."""
     location: Annotated[Location, arg(aliases=["--pred-location"])] = "online"
     """Branch to filter. RDM calls for a rising g on the online branch, falling on the target."""
-    sigma: Annotated[float, arg(aliases=["--sigma"])] = 1.0
+    sigma: Annotated[float, Between(-100, 100), arg(aliases=["--sigma"])] = 1.0
     """Exponent of kind=poly; 0 filters nothing. The other kinds ignore it."""
     basis: Basis = "own"
     """Spectrum that filters the target: the target's own, or the online branch's."""
-    cutoff: float = 1e-4
+    cutoff: Annotated[float, Between(0, 1, above=True)] = 1e-4
     """Cut off singular values up to this share of the largest, and those of rounding noise;
     engine=gemm damps those under 1e-3 in any case."""
     center: bool = False
@@ -42,7 +41,7 @@ class FilterConfig:
     batch that are above the cutoff, float64 [k], ascending, and returns as many, in float64."""
 
     def __post_init__(self) -> None:
-        require_choices("filter.", self)
+        require_fields("filter.", self)
         require(
             self.kind != "custom" or self.response is not None,
             "filter.kind=custom needs a function, so it exists only in Python as "
@@ -53,9 +52,8 @@ class FilterConfig:
             f"FilterConfig has response={self.response!r} with kind={self.kind}: give a function, "
             "with kind='custom' only",
         )
-        require(math.isfinite(self.sigma), f"filter.sigma={self.sigma}: give a finite number")
         require(
-            0 < self.cutoff < 1,
+            self.cutoff < 1,
             f"filter.cutoff={self.cutoff} is not a share of the largest singular value: "
             "give a number between 0 and 1, such as 1e-4",
         )

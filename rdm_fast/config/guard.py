@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 
 from tyro.conf import arg
 
-from rdm_fast.config.checks import require_between, require_choices
+from rdm_fast.config.checks import Between, Count, Share, require_fields
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -14,19 +14,16 @@ class GuardConfig:
 
     mode: Annotated[Literal["warn", "stop", "off"], arg(aliases=["--guard"])] = "warn"
     """warn prints advice once; stop also saves a checkpoint and exits with code 71."""
-    min_rank: float = 3.0
+    min_rank: Annotated[float, Between(0, 1e6)] = 3.0
     """Effective rank of the projections, in directions, below which they have collapsed; capped at
     a tenth of the directions that the batch can show."""
-    min_std: float = 0.1
+    min_std: Annotated[float, Between(0, 1e6)] = 0.1
     """Standard deviation of the normalized projections (1 is spread out) below which they have
     collapsed."""
-    warmup: float = 0.05
+    warmup: Share = 0.05
     """Share of the run's steps, from the first, in which the guard is silent."""
-    patience: int = 3
+    patience: Count = 3
     """Lines of metrics in a row below a bound before the guard responds."""
 
     def __post_init__(self) -> None:
-        require_choices("guard.", self)
-        require_between("guard.", self, ["min_rank", "min_std"], 0)
-        require_between("guard.", self, ["warmup"], 0, 1)
-        require_between("guard.", self, ["patience"], 1)
+        require_fields("guard.", self)

@@ -5,10 +5,12 @@ from typing import Annotated, Literal
 
 from tyro.conf import arg
 
-from rdm_fast.config.checks import require, require_between, require_choices
+from rdm_fast.config.checks import Between, require, require_fields
 
 BackboneName = Literal["resnet8", "resnet18", "resnet34", "resnet50"]
 Stem = Literal["imagenet", "cifar", "cifar_pad2", "cifar_no_relu"]
+
+Width = Annotated[int, Between(1, 65_536)]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -20,31 +22,28 @@ class ModelConfig:
     stem: Stem = "cifar"
     """First layers: imagenet (7x7, stride 2, max-pool), cifar (3x3), cifar_pad2 (RDM's code),
     cifar_no_relu (lightly's examples)."""
-    width: int = 24
+    width: Width = 24
     """Channels of the first stage of resnet8; the other backbones ignore it."""
     zero_init_residual: bool = False
     """Start every residual branch at zero."""
-    projector_layers: int = 3
+    projector_layers: Annotated[int, Between(2, 3)] = 3
     """Linear layers of the projector, 2 or 3."""
-    projector_hidden: int = 2048
+    projector_hidden: Width = 2048
     """Width of the projector's hidden layers."""
-    projector_dim: int = 2048
+    projector_dim: Width = 2048
     """Width D of a projection."""
     projector_bn: bool = True
     """End the projector with a batch norm without affine parameters (SimSiam's, not BYOL's)."""
-    predictor_hidden: int = 512
+    predictor_hidden: Width = 512
     """Hidden width of the learned predictor."""
     init: Annotated[str, arg(aliases=["--init"])] = ""
     """Weights file whose backbone the run starts from (warm start), from this or another trainer;
     empty for random weights. A resumed run does not read it again."""
 
     def __post_init__(self) -> None:
-        require_choices("model.", self)
-        require_between("model.", self, ["projector_layers"], 2, 3)
+        require_fields("model.", self)
         require(
             self.backbone != "resnet8" or self.stem == "cifar",
             f"model.stem={self.stem} does not exist for model.backbone=resnet8: "
             "use model.stem=cifar, or a larger backbone such as resnet18",
         )
-        widths = ["width", "projector_hidden", "projector_dim", "predictor_hidden"]
-        require_between("model.", self, widths, 1)

@@ -5,8 +5,11 @@ from typing import Annotated, Literal
 
 from tyro.conf import arg
 
-from rdm_fast.config.checks import require, require_between, require_choices
+from rdm_fast.config.checks import Between, Share, require, require_fields
 from rdm_fast.errors import UsageError
+
+Rate = Annotated[float, Between(0, 1e6)]
+Parts = Annotated[int, Between(1, 2**20)]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -17,39 +20,39 @@ class OptimConfig:
     """SGD with momentum, LARS (SGD with layer-wise trust ratios), AdamW, or apex's LAMB."""
     backend: Literal["torch", "apex"] = "torch"
     """torch's optimizers (LARS is part of rdm-fast), or NVIDIA apex's fused sgd, adamw or lamb."""
-    epochs: Annotated[int, arg(aliases=["--epochs"])] = 100
+    epochs: Annotated[int, Between(1, 10**6), arg(aliases=["--epochs"])] = 100
     """Passes over the data."""
-    global_batch: Annotated[int, arg(aliases=["--batch-size"])] = 256
+    global_batch: Annotated[Parts, arg(aliases=["--batch-size"])] = 256
     """Images in one optimizer step, over all ranks and accumulated parts."""
-    accumulate: int = 1
+    accumulate: Parts = 1
     """Parts in which each rank computes its share of a step, to save memory."""
-    base_lr: Annotated[float, arg(aliases=["--lr"])] = 0.5
+    base_lr: Annotated[Rate, arg(aliases=["--lr"])] = 0.5
     """Learning rate for a global batch of 256; the step uses base_lr * global_batch / 256."""
-    warmup_epochs: float = 10
+    warmup_epochs: Rate = 10
     """Epochs of linear warm-up from warmup_lr; then a cosine down to final_lr."""
-    warmup_lr: float = 3e-5
+    warmup_lr: Rate = 3e-5
     """Learning rate of the first step, not scaled with the batch."""
-    final_lr: float = 0.0
+    final_lr: Rate = 0.0
     """Learning rate at the end of the cosine, not scaled with the batch."""
-    momentum: Annotated[float, arg(aliases=["--momentum"])] = 0.9
+    momentum: Annotated[Share, arg(aliases=["--momentum"])] = 0.9
     """Momentum of SGD and LARS."""
-    weight_decay: Annotated[float, arg(aliases=["--wd"])] = 1e-5
+    weight_decay: Annotated[Rate, arg(aliases=["--wd"])] = 1e-5
     """Weight decay."""
     decay_norm_and_bias: bool = True
     """Decay 1-D parameters too (batch norm, biases). LARS then scales them as well."""
-    lars_eta: float = 0.02
+    lars_eta: Annotated[float, Between(0, 1e6, above=True)] = 0.02
     """Trust coefficient of LARS."""
     lars_clip: bool = True
     """Never let LARS raise a layer's learning rate above the schedule's."""
     fixed_predictor_lr: bool = True
     """Keep the learned predictor's learning rate constant (SimSiam, section 4.2)."""
-    ema_start: float = 0.99
+    ema_start: Share = 0.99
     """Momentum of BYOL's target weights at the first step; rises to ema_end on a cosine."""
-    ema_end: float = 1.0
+    ema_end: Share = 1.0
     """Momentum of BYOL's target weights at the last step."""
 
     def __post_init__(self) -> None:
-        require_choices("optim.", self)
+        require_fields("optim.", self)
         require(
             self.optimizer != "lamb" or self.backend == "apex",
             "optim.optimizer=lamb exists in NVIDIA apex only: add optim.backend=apex, or use lars",
@@ -58,10 +61,6 @@ class OptimConfig:
             self.optimizer != "lars" or self.backend == "torch",
             "optim.backend=apex has no lars: use optim.backend=torch, or optim.optimizer=lamb",
         )
-        require_between("optim.", self, ["epochs", "global_batch", "accumulate"], 1)
-        rates = ["base_lr", "warmup_epochs", "warmup_lr", "final_lr", "weight_decay"]
-        require_between("optim.", self, rates, 0)
-        require_between("optim.", self, ["momentum", "ema_start", "ema_end"], 0, 1)
         require(
             self.warmup_epochs <= self.epochs,
             f"optim.warmup_epochs={self.warmup_epochs} is longer than "

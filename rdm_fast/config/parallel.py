@@ -2,20 +2,22 @@
 
 import os
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
-from rdm_fast.config.checks import require, require_between, require_choices
+from rdm_fast.config.checks import Between, require, require_fields
 from rdm_fast.config.optim import OptimConfig
 
 Compress = Literal["none", "bf16", "fp16"]
 DEFAULT_BUCKET_MB = 25.0
+MOST_RANKS = 1024
+"""On one machine."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ParallelConfig:
     """How ranks average their gradients; no effect with one rank."""
 
-    bucket_mb: float = DEFAULT_BUCKET_MB
+    bucket_mb: Annotated[float, Between(1e-3, 1e5)] = DEFAULT_BUCKET_MB
     """MiB of gradients in one all-reduce; the default's first is 1 MiB, to start early."""
     compress: Compress = "none"
     """Precision of gradients on the wire: bf16, fp16, or none for uncompressed."""
@@ -23,9 +25,7 @@ class ParallelConfig:
     """Promise DistributedDataParallel that every step is alike; not with optim.accumulate."""
 
     def __post_init__(self) -> None:
-        require_choices("parallel.", self)
-        require_between("parallel.", self, ["bucket_mb"], 0)
-        require(self.bucket_mb > 0, "parallel.bucket_mb=0: give a size in MiB, such as 25")
+        require_fields("parallel.", self)
 
 
 def world_size() -> int:
@@ -40,8 +40,9 @@ def check_nproc(nproc: str) -> None:
         UsageError: it is not a number of ranks, gpu or auto; or this process is itself a rank.
     """
     require(
-        nproc in ("gpu", "auto") or (nproc.isascii() and nproc.isdigit() and int(nproc) > 0),
-        f"nproc={nproc} is not a number of ranks: give 1 or more, gpu, or auto",
+        nproc in ("gpu", "auto")
+        or (nproc.isascii() and nproc.isdigit() and 0 < int(nproc[:9]) <= MOST_RANKS),
+        f"nproc={nproc} is not a number of ranks: give 1 to {MOST_RANKS}, gpu, or auto",
     )
     require(
         nproc == "1" or "RANK" not in os.environ,

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
-from rdm_fast.config.checks import require, require_between, require_choices
+from rdm_fast.config.checks import Seed, require, require_fields
 from rdm_fast.config.data import AugmentConfig, DataConfig
 from rdm_fast.config.filter import FilterConfig
 from rdm_fast.config.guard import GuardConfig
@@ -35,7 +35,7 @@ class Config:
     log: LogConfig = field(default_factory=LogConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     guard: GuardConfig = field(default_factory=GuardConfig)
-    seed: int = 5
+    seed: Seed = 5
     """Seed of weights, data order and augmentation; makes a run reproducible."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto uses a GPU if there is one."""
@@ -48,7 +48,7 @@ class Config:
     """Run folder. The same command resumes an unfinished run."""
 
     def __post_init__(self) -> None:
-        require_choices("", self)
+        require_fields("", self)
         require(
             (self.method == "symsimsiam") == (self.predictor == "none"),
             f"method={self.method} with predictor={self.predictor}: symsimsiam has predictor=none, "
@@ -60,7 +60,6 @@ class Config:
             f"augment.small_views={self.augment.small_views} with method={self.method}: small "
             "views need the target weights of method=byol; give 0",
         )
-        require_between("", self, ["seed"], 0)
         require(
             not (self.parallel.static_graph and self.optim.accumulate > 1),
             "parallel.static_graph needs every backward pass to be alike, which optim.accumulate="

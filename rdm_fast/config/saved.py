@@ -127,6 +127,22 @@ def deciding_changes(old: Config, new: Config) -> dict[str, str]:
     }
 
 
+def check_allowed(allow: tuple[str, ...]) -> None:
+    """Check the names in --allow-change.
+
+    Raises:
+        UsageError: it does not cover a setting, or there is none of this name.
+    """
+    known = [name for name in flat(config_to_dict(Config())) if rule(name) == "schedule"]
+    for name in allow:
+        if name not in known:
+            raise UsageError(
+                f"--allow-change {name}: only settings of optim.* can change within a run (not "
+                "optim.optimizer, optim.backend, optim.accumulate); "
+                + did_you_mean(name, known, "start a new run with --out")
+            )
+
+
 def check_resumable(old: dict[str, Any], new: Config, allow: tuple[str, ...] = ()) -> None:
     """Check that a run can be resumed with another configuration.
 
@@ -137,14 +153,7 @@ def check_resumable(old: dict[str, Any], new: Config, allow: tuple[str, ...] = (
 
     Raises:
         ConfigMismatch: settings differ that may not. The message lists them all.
-        UsageError: `allow` names a setting that --allow-change does not cover.
     """
-    for name in allow:
-        if name not in flat(config_to_dict(new)) or rule(name) != "schedule":
-            raise UsageError(
-                f"--allow-change {name}: only settings of optim.* can change within a run (not "
-                "optim.optimizer, optim.backend, optim.accumulate); start a new run with --out"
-            )
     changes = deciding_changes(config_from_dict(old), new)
     changed = {name: change for name, change in changes.items() if name not in allow}
     if not changed:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Literal
 
-from rdm_fast.config.checks import require_choices
+from rdm_fast.config.checks import require_fields
 
 CompileMode = Literal["none", "default", "max-autotune"]
 Switch = Literal["auto", "on", "off"]
@@ -22,4 +22,4 @@ class StepConfig:
     --step.no-deterministic times all of them and takes the fastest."""
 
     def __post_init__(self) -> None:
-        require_choices("step.", self)
+        require_fields("step.", self)

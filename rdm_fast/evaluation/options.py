@@ -3,12 +3,12 @@
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
 
 from rdm_fast.config import BackboneName, Precision, Stem
-from rdm_fast.config.checks import require, require_choices
+from rdm_fast.config.checks import Between, Seed, require, require_fields
 from rdm_fast.config.parallel import check_nproc
 from rdm_fast.config.recipes import RECIPES
 from rdm_fast.errors import UsageError
@@ -26,9 +26,9 @@ class EvaluateCommand:
     weights from this or another trainer."""
     protocol: str = "auto"
     """Linear probe on frozen features, by name; auto chooses by data set."""
-    epochs: int = 0
+    epochs: Annotated[int, Between(0, 10**6)] = 0
     """Passes over the training images; 0 takes the protocol's."""
-    lr: float = 0.0
+    lr: Annotated[float, Between(0, 1e6)] = 0.0
     """Learning rate of the first epoch; 0 takes the protocol's."""
     augment: bool = False
     """Train the probe on a new random crop and flip of each image in every epoch, as the published
@@ -51,11 +51,11 @@ class EvaluateCommand:
     FILE-evaluation beside a file of weights."""
     data_root: str | None = None
     """Where the data set is now, if not where the run found it."""
-    batch: int = 256
+    batch: Annotated[int, Between(1, 2**20)] = 256
     """Images in one forward pass of the backbone, on each rank."""
     precision: Literal[Precision, "auto"] = "auto"
     """Arithmetic of the backbone; auto takes that of the run or recipe."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of the probe."""
     nproc: str = "1"
     """Ranks to start on this machine: a number, gpu (one for each GPU), or auto (gpu, or 1 without
@@ -67,7 +67,7 @@ class EvaluateCommand:
 
     def __post_init__(self) -> None:
         check_nproc(self.nproc)
-        require_choices("", self)
+        require_fields("--", self)
         require(
             self.protocol in ("auto", *PROTOCOLS),
             f"protocol={self.protocol} is unknown: use auto, {_or(PROTOCOLS)}",
@@ -75,11 +75,6 @@ class EvaluateCommand:
         require(
             not self.recipe or self.recipe in RECIPES,
             f"recipe={self.recipe} is unknown: use {_or(RECIPES)}",
-        )
-        require(self.batch >= 1, f"batch={self.batch}: give 1 or more images")
-        require(
-            self.epochs >= 0 and self.lr >= 0,
-            f"epochs={self.epochs} and lr={self.lr}: give numbers above 0, or leave them out",
         )
         require(
             not self.finetune or (self.protocol == "auto" and not self.augment),

@@ -6,7 +6,7 @@ from typing import Annotated
 import tyro
 
 from rdm_fast.config import Config
-from rdm_fast.config.checks import require
+from rdm_fast.config.checks import Count, require, require_fields
 from rdm_fast.config.parallel import world_size
 
 
@@ -17,13 +17,13 @@ class DoctorCommand:
     config: Annotated[Config, tyro.conf.arg(name="")]
     json: str | None = None
     """Also write the findings and measurements to this file, as JSON."""
-    batches: int = 8
+    batches: Count = 8
     """Batches to measure in each stage; fewer if they take over 15 seconds."""
     debug: bool = False
     """Show the traceback of an error."""
 
     def __post_init__(self) -> None:
-        require(self.batches >= 1, f"--batches {self.batches}: give 1 or more")
+        require_fields("--", self)
         require(
             world_size() == 1,
             "rdm doctor measures one process: start it without torchrun, with "

@@ -1,11 +1,11 @@
 """Command line of `rdm report`. Nothing here imports torch."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
 
-from rdm_fast.config.checks import require, require_choices
+from rdm_fast.config.checks import Between, require, require_fields
 
 Layout = Literal["tsne", "umap", "none"]
 
@@ -20,11 +20,11 @@ class ReportCommand:
     """The page; by default report.html in the run folder, or for several runs in this folder."""
     map: Layout = "tsne"
     """Draw embeddings by t-SNE, by UMAP (extra rdm-fast[umap]), or not at all."""
-    images: int = 1000
+    images: Annotated[int, Between(10, 100_000)] = 1000
     """Largest number of images on a map, evenly spread over the test set."""
     data_root: str | None = None
     """Where the data set of these runs is now, if not where they found it."""
-    seed: int = 0
+    seed: Annotated[int, Between(0, 2**32 - 1)] = 0
     """Seed of the map."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where checkpoints run; auto takes a GPU if there is one."""
@@ -32,11 +32,9 @@ class ReportCommand:
     """Show the traceback of an error."""
 
     def __post_init__(self) -> None:
-        require_choices("", self)
+        require_fields("--", self)
         require(bool(self.runs), "name one or more run folders, such as runs/digits_rdm_simsiam")
         require(
             self.out is None or self.out.endswith(".html"),
             f"--out {self.out} is not a page: give a name that ends in .html",
         )
-        require(self.images >= 10, f"--images {self.images}: give 10 or more, or --map none")
-        require(self.seed >= 0, f"--seed {self.seed}: give 0 or more")

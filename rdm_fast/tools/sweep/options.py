@@ -7,7 +7,7 @@ from typing import Annotated, Self
 import tyro
 
 from rdm_fast.config import Config
-from rdm_fast.config.checks import require
+from rdm_fast.config.checks import Between, require, require_fields
 from rdm_fast.config.parallel import world_size
 from rdm_fast.config.recipes import recipe
 from rdm_fast.tools.sweep.grid import GRID, configure, require_name
@@ -27,7 +27,7 @@ class SweepCommand:
     filter: tuple[str, ...] = GRID
     """Filters, one run each: branch and g, such as online_s1, online_log_1 or target_s-0.5; control
     filters nothing, symsimsiam is the paper's symmetric control."""
-    jobs: int = 0
+    jobs: Annotated[int, Between(0, 1024)] = 0
     """Runs at a time; 0 for one per GPU, or one per core on a CPU, which then share its threads."""
     overwrite: bool = False
     """Delete the runs in the sweep's folder and start all of them again."""
@@ -35,12 +35,12 @@ class SweepCommand:
     """Show the traceback of an error."""
 
     def __post_init__(self) -> None:
+        require_fields("--", self)
         require(bool(self.filter), "--filter needs the name of one filter or more")
         for name in self.filter:
             require_name(name)
         twice = sorted({name for name in self.filter if self.filter.count(name) > 1})
         require(not twice, f"--filter lists {', '.join(twice)} twice: list each filter once")
-        require(self.jobs >= 0, f"--jobs {self.jobs}: give 1 or more, or 0 to choose")
         require(
             self.config.method != "symsimsiam",
             "method=symsimsiam has no filter to sweep over: sweep a simsiam or byol recipe "
