@@ -8,6 +8,7 @@ REQUIREMENTS := pyproject.toml constraints.txt
 # The oldest Triton that pyproject.toml allows, for `make aot`, beside the installed one.
 OLDEST := $(shell sed -n 's/.*"triton>=\([0-9.]*\).*/\1/p' pyproject.toml)
 OLDEST_TRITON := $(VENV)/triton-$(OLDEST)
+AUDIT := $(VENV)/audit
 PYTHONS := $(or $(PYTHON),python3 python3.14 python3.13 python3.12 python3.11)
 
 # The main job, and the same in seconds for a check of an installation.
@@ -20,7 +21,7 @@ TWO_FILES := -n 2 --dist loadfile --no-loadscope-reorder -p no:benchmark
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help train test test-all lint format types bench bench-check accuracy numbers numbers-quick aot docs package check clean
+.PHONY: help train test test-all faults audit lint format types bench bench-check accuracy numbers numbers-quick aot docs package check clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -34,6 +35,10 @@ test: $(VENV)/.dev ## run the tests, two files at a time
 
 test-all: $(VENV)/.dev ## the same, and the tests that are slow by nature
 	$(BIN)/python -m pytest $(TWO_FILES)
+
+faults: $(VENV)/.dev ## break runs in every way, half an hour; write the table of docs/reliability.md
+	RDM_FAULT_SIGNALS=200 RDM_FAULT_KILLS=20 $(BIN)/python -m pytest $(TWO_FILES) --timeout 7200 \
+	  --fault-table docs/reliability.md tests/faults
 
 lint: $(VENV)/.dev ## check style and formatting
 	$(BIN)/ruff check .
@@ -66,6 +71,12 @@ numbers-quick: $(VENV)/.dev ## the same in two minutes, as in CI: one seed of di
 aot: $(VENV)/.dev $(OLDEST_TRITON)/.installed ## compile every kernel for three GPUs, without one
 	$(BIN)/python -m rdm_kernels.aot
 	PYTHONPATH=$(OLDEST_TRITON) $(BIN)/python -m rdm_kernels.aot
+
+# Not in CI: its database is on the network.
+audit: $(VENV)/.dev $(AUDIT)/.installed ## look for known vulnerabilities, list licenses, refuse some
+	$(AUDIT)/bin/pip-licenses --python $(BIN)/python --from=mixed --order=license \
+	  --partial-match --fail-on='AGPL;Affero;NonCommercial;Non-Commercial'
+	$(AUDIT)/bin/pip-audit --strict --disable-pip --no-deps -r constraints.txt
 
 docs: $(VENV)/.dev ## build the pages of docs/ as a site, in site/
 	$(BIN)/mkdocs build --strict
@@ -103,6 +114,11 @@ $(OLDEST_TRITON)/.installed: $(VENV)/.python
 	@echo "installing triton $(OLDEST) into $(OLDEST_TRITON) (once; about 650 MB)"
 	@rm -rf $(OLDEST_TRITON)
 	@$(PIP) install --quiet --no-deps --target $(OLDEST_TRITON) 'triton==$(OLDEST)'
+	@touch $@
+
+$(AUDIT)/.installed: $(VENV)/.python
+	@$(BIN)/python -m venv $(AUDIT)
+	@$(AUDIT)/bin/python -m pip --disable-pip-version-check install --quiet pip-audit pip-licenses
 	@touch $@
 
 # An environment that is already there is kept, whoever made it.

@@ -140,6 +140,9 @@ ENTRIES = {
         command="RDM_CIFAR10_NPZ=... python -m bench.numbers cutoff --check",
         measure=measure_cutoff, columns=CUTOFF, quick=True,
     ),
+    "faults": Entry(
+        blocks={"docs/reliability.md": None}, command="make faults", why="takes half an hour"
+    ),
     "cifar": Entry(
         blocks={"README.md": None}, command="rdm train cifar10_rdm_simsiam ..., below the table",
         why="needs CIFAR-10 and half an hour",

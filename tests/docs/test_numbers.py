@@ -1,5 +1,6 @@
 """Every number on the pages has a command, and `bench.numbers` notices one that is wrong."""
 
+import importlib.util
 import json
 import math
 import re
@@ -24,8 +25,8 @@ from bench.measured import (
     Values,
     lowest_rank,
     measure_digits,
+    measure_sweep,
     response,
-    sweep_values,
     with_seeds,
 )  # fmt: skip
 from bench.pages import ENTRIES, Entry, claim, shown
@@ -188,7 +189,9 @@ def test_the_list_says_what_is_not_checked(capsys: pytest.CaptureFixture) -> Non
 # ---- values ------------------------------------------------------------------------------------
 
 
-def test_values_of_a_sweep_and_the_claim_made_of_them() -> None:
+def test_values_of_a_sweep_and_the_claim_made_of_them(
+    runs: Runs, monkeypatch: pytest.MonkeyPatch
+) -> None:
     ranks = {"online": 1.0, "target": 4.0, "projection": 4.0}
     row = {"knn_top1": 97.0, "probe_top1": 98.0, "effective_rank": ranks, "rank_difference": 3.0}
     rows = [
@@ -196,7 +199,15 @@ def test_values_of_a_sweep_and_the_claim_made_of_them() -> None:
         row | {"filter": "target s^-1", "rank_difference_lowest": 0.1},
         row | {"filter": "no filter", "rank_difference_lowest": 0.0},
     ]
-    values = sweep_values(rows)
+
+    def call(runs: Runs, _: str, module: str, command: str, *arguments: str) -> None:
+        assert importlib.util.find_spec(f"{module}.__main__") and command == "sweep"
+        out = Path(arguments[arguments.index("--out") + 1])
+        out.mkdir()
+        (out / "sweep.json").write_text(json.dumps({"rows": rows}))
+
+    monkeypatch.setattr(Runs, "call", call)
+    values = measure_sweep(runs, quick=False)
     assert [value for [value] in values["online s^1"].values()] == [97, 98, 1, 4, 4, 3, 0.5]
     assert list(values["online s^1"]) == list(SWEEP)
     assert "All 2 filters" in claim({"values": values})
