@@ -75,7 +75,7 @@ def build_optimizer(method: nn.Module, optim: OptimConfig, device: torch.device)
                 # otherwise uninitialized if the first step is skipped
                 sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         return sgd
-    return AdamW(groups, fused=True)
+    return AdamW(groups, fused=True, capturable=device.type == "cuda")
 
 
 def learning_rate(step: int, steps_per_epoch: int, optim: OptimConfig) -> float:

@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rdm_fast.config import OptimConfig
@@ -112,6 +113,13 @@ def test_configuration_reaches_the_optimizer(name: str, kind: type) -> None:
             assert (group["trust_coefficient"], group["clip"]) == (0.03, False)
         else:
             assert group["fused"] is True and not group["foreach"]
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_cuda_graph_can_hold_adamw(device: str) -> None:
+    with FakeTensorMode():
+        optim = build_optimizer(Method(), OptimConfig(optimizer="adamw"), torch.device(device))
+    assert optim.defaults["capturable"] is (device == "cuda")
 
 
 @pytest.mark.parametrize("name", ["sgd", "lars", "adamw"])

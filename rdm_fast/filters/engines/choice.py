@@ -66,10 +66,14 @@ class EngineSelector:
     def current(self, device: torch.device) -> str:
         """Name of the engine to use for the next batch on this device.
 
+        While a CUDA graph is captured, nothing is read: the host may not wait then, and the graph
+        would keep the engine anyway.
+
         Raises:
             Unavailable: filter.engine=gemm was not accurate on the last batch.
         """
-        self._read_status()
+        if not _capturing(device):
+            self._read_status()
         if self.name is None:
             self.name = choose(self.config, device)
         return self.name
@@ -84,7 +88,7 @@ class EngineSelector:
         """Read this status word, [v] int32, before the next batch; None from other engines."""
         if status is None:
             return
-        if status.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        if _capturing(status.device):
             self._recorded = status
         else:
             self._pending = HostCopy(status)
@@ -120,3 +124,7 @@ class EngineSelector:
         self.failures += 1
         self.name = "eigh"
         warnings.warn(f"{why}; skipped this batch, switching to engine=eigh", stacklevel=3)
+
+
+def _capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

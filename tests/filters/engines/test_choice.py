@@ -55,6 +55,19 @@ def test_a_named_engine_is_used(name: str) -> None:
     assert EngineSelector(config).current(torch.device("cuda")) == name
 
 
+def test_a_status_word_waits_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA forbids the capturing thread to wait for the word of an earlier batch."""
+    selector = EngineSelector(RISING)
+    monkeypatch.setattr(choice_module, "has_fast_float64", lambda device: True)
+    selector.watch(status(INACCURATE, 0))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert selector.current(torch.device("cuda")) == "gemm" and selector.failures == 0
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    with pytest.warns(UserWarning, match="not accurate"):
+        assert selector.current(torch.device("cuda")) == "eigh"
+    assert selector.failures == 1
+
+
 @pytest.mark.parametrize(
     ("engine", "cutoff", "applied"),
     [("eigh", 1e-4, 1e-4), ("gemm", 1e-4, 1e-3), ("gemm", 1e-2, 1e-2)],
