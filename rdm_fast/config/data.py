@@ -41,6 +41,8 @@ class DataConfig:
     max_bad: Annotated[Share, arg(aliases=["--max-bad"])] = 0.001
     """Share of the image files that may be skipped; if more are bad, the run stops. Three may be
     bad in any case, unless this is 0."""
+    white_level: Annotated[int, Between(1, 65535)] = 65535
+    """Value of 16-bit grey images that is shown as white: 4095 for those of a 12-bit camera."""
 
     def __post_init__(self) -> None:
         require_fields("data.", self)
@@ -51,6 +53,10 @@ class DataConfig:
         require(
             self.verify == "header" or self.name in ("folder", "webdataset"),
             f"data.verify is for image files: with data.name={self.name}, leave it out",
+        )
+        require(
+            self.white_level == 65535 or self.name in ("folder", "webdataset", "arrays"),
+            f"data.white_level is for image files: with data.name={self.name}, leave it out",
         )
 
 

@@ -99,7 +99,7 @@ RULES: dict[str, Rule] = {
     "augment.": "identity", "seed": "identity", "precision": "identity", "sync_bn": "identity",
     "data.name": "identity", "data.root": "free", "data.download": "free", "data.loader": "free",
     "data.workers": "free", "data.classes": "identity", "data.verify": "identity",
-    "data.on_bad_image": "free", "data.max_bad": "free",
+    "data.on_bad_image": "free", "data.max_bad": "free", "data.white_level": "identity",
     "optim.": "schedule", "optim.optimizer": "identity", "optim.backend": "identity",
     "optim.accumulate": "identity",
     "parallel.": "free", "parallel.compress": "identity",

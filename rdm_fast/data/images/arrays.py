@@ -11,6 +11,8 @@ and
 
     s_label   integer [N]        class, or -1 for none
     classes   str [K]            names of the classes, in label order
+
+or no s_label, if the images have none.
 """
 
 import zipfile
@@ -22,7 +24,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rdm_fast.data.images.decode import reason
+from rdm_fast.data.images.decode import WHITE, reason
+from rdm_fast.data.images.deep_images import warn_of_range
 from rdm_fast.data.images.folder import listing
 from rdm_fast.data.images.sets import EncodedImages, ImageSet, PixelImages
 from rdm_fast.errors import DataError, InputMissing
@@ -33,7 +36,7 @@ DAMAGED = (zipfile.BadZipFile, zlib.error, ValueError, EOFError, OSError)
 """numpy raises these for a file or array that it cannot read, pickled objects included."""
 
 
-def load_arrays(path: Path, split: str) -> ImageSet:
+def load_arrays(path: Path, split: str, white_level: int = WHITE) -> ImageSet:
     """The train or test images of a packed file.
 
     Raises:
@@ -54,7 +57,7 @@ def load_arrays(path: Path, split: str) -> ImageSet:
     if not isinstance(arrays, np.lib.npyio.NpzFile):
         raise DataError(f"{path} is not an .npz file: pack the arrays with numpy.savez")
     with arrays:
-        return _read(_Arrays(arrays, path), split)
+        return _read(_Arrays(arrays, path), split, white_level)
 
 
 class _Arrays:
@@ -81,7 +84,7 @@ class _Arrays:
         return DataError(f"{self.path}: array {key} {why}")
 
 
-def _read(arrays: _Arrays, split: str) -> ImageSet:
+def _read(arrays: _Arrays, split: str, white_level: int) -> ImageSet:
     jpeg, offset, images, label = (f"{split}_{x}" for x in ("jpeg", "offset", "images", "label"))
     if images in arrays.arrays:
         pixels = arrays.get(images, "u", (3, 4), "uint8 [N, H, W, C]")
@@ -100,10 +103,16 @@ def _read(arrays: _Arrays, split: str) -> ImageSet:
     if (np.diff(offsets) < 0).any():
         raise arrays.refuse(offset, f"falls after entry {int(np.argmax(np.diff(offsets) < 0))}")
     labels, classes = _labels(arrays, label, len(offsets) - 1)
-    return EncodedImages(encoded, offsets, labels, classes, f"{arrays.path}:{jpeg}").decoded()
+    packed = EncodedImages(encoded, offsets, labels, classes, f"{arrays.path}:{jpeg}")
+    packed.white_level = white_level
+    warn_of_range(packed, f"{arrays.path}:{jpeg}")
+    return packed.decoded()
 
 
-def _labels(arrays: _Arrays, key: str, n: int) -> tuple[NDArray[np.int64], list[str]]:
+def _labels(arrays: _Arrays, key: str, n: int) -> tuple[NDArray[np.int64] | None, list[str]]:
+    mistaken = key not in arrays.arrays and any(name.startswith(key) for name in arrays.arrays)
+    if key not in arrays.arrays and not mistaken:
+        return None, []
     labels = arrays.get(key, "iu", (1,), "integer [N], -1 for no label").astype(np.int64)
     classes = arrays.get("classes", "U", (1,), "str [K], names in label order").tolist()
     if len(labels) != n:

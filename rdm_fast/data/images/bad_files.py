@@ -6,6 +6,7 @@ keeps its place in the order, so that nothing else moves: the next readable imag
 place, drawn as that image is drawn in this epoch. Evaluation has no order, and leaves it out.
 """
 
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -33,7 +34,12 @@ def allowed_bad(config: DataConfig, total: int) -> int:
 
 
 def report_bad_files(
-    bad: list[BadFile], total: int, folder: Path, config: DataConfig, listing: Path | None
+    bad: list[BadFile],
+    total: int,
+    folder: Path,
+    config: DataConfig,
+    listing: Path | None,
+    ignored: Sequence[BadFile] = (),
 ) -> None:
     """List the files that the index found bad (on rank zero); stop if they are too many.
 
@@ -43,6 +49,7 @@ def report_bad_files(
         folder: where they are, for the message.
         config: on_bad_image and max_bad.
         listing: the table to write; None for none.
+        ignored: images that are listed with them, and do not count.
 
     Raises:
         CannotCreate: the table cannot be written.
@@ -52,8 +59,8 @@ def report_bad_files(
     if listing is not None and rank() == 0:
         try:
             listing.unlink(missing_ok=True)  # from an earlier start
-            if bad:
-                rows = (f"{one_line(path)}\t{reason}\n" for path, reason in bad)
+            if bad or ignored:
+                rows = (f"{one_line(path)}\t{reason}\n" for path, reason in (*bad, *ignored))
                 atomic_files.replace(listing, HEADER + "".join(rows))
         except OSError as error:
             raise CannotCreate(f"{listing} cannot be written ({error.strerror})") from error

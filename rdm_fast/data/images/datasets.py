@@ -44,7 +44,7 @@ def load(config: DataConfig, split: Split, bad_files: Path | None = None) -> Ima
     if config.name == "webdataset":
         return load_shards(root, split, config, bad_files)
     if config.name == "arrays":
-        return load_arrays(root, split)
+        return load_arrays(root, split, config.white_level)
     return load_torchvision(config.name, root, split, config.download)
 
 

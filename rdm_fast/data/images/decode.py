@@ -4,7 +4,8 @@ Every file becomes 8-bit RGB in one way, the same for every loader:
 
     grey, 1 bit, palette, CMYK, YCbCr    as Pillow converts them
     transparency                         dropped: the colors beneath it stay, on no background
-    16 bits a channel                    the high byte, of grey (Pillow would clip) as of RGB
+    16 bits a channel                    the high byte, of grey (Pillow would clip) as of RGB; or
+                                         grey as a share of data.white_level
     animations                           the first frame
     EXIF orientation                     not applied
 
@@ -12,28 +13,38 @@ Files are not trusted: only the formats listed here are tried, by content and no
 nothing is decoded whose header claims more than MAX_PIXELS.
 """
 
+import logging
 import os
 import stat
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, TiffImagePlugin, UnidentifiedImageError
 
 from rdm_fast.errors import DataError, message_of
 
 Pixels = NDArray[np.uint8]
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")
+Image.init()  # loads Pillow's formats, which threads should not do at the same time
+logging.getLogger("PIL").addHandler(logging.NullHandler())  # else it prints lines of its own
+_WANTED = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF", "JPEG2000")
+FORMATS = tuple(form for form in _WANTED if form in Image.OPEN)
 """Not all that Pillow knows: it would hand EPS to Ghostscript."""
+SUFFIXES = tuple(sorted(end for end, form in Image.EXTENSION.items() if form in (*FORMATS, "MPO")))
+"""Of files in these formats, in lower case. MPO is a JPEG of several pictures."""
+BANDS = 277  # TIFF's tag SamplesPerPixel
+MOST_BANDS = 4
 EIGHT_BIT = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr")
 SIXTEEN_BIT = ("I;16", "I;16B", "I;16L", "I;16N")
 SIXTEEN_BIT_AS_32 = ("PNG", "PPM")
 """Formats whose 16-bit grey Pillow holds as mode I; that mode is 32 bits deep elsewhere."""
+WHITE = 65535
+"""The largest value of 16 bits."""
 MAX_PIXELS = 178_956_970
 """Pillow's own limit for a decompression bomb."""
 LARGE = 16_000_000
@@ -71,8 +82,8 @@ def inspect_image(source: Path | BinaryIO, *, full: bool) -> ImageSize | str:
         return reason(error)
 
 
-def decode(source: Path | BinaryIO, name: str) -> Pixels:
-    """The image as 8-bit RGB, [H, W, 3].
+def decode(source: Path | BinaryIO, name: str, white_level: int = WHITE) -> Pixels:
+    """The image as 8-bit RGB, [H, W, 3]; `white_level` of 16-bit grey becomes 255.
 
     Raises:
         DataError: it is missing, damaged, too large or unsupported; the message calls it `name`.
@@ -81,12 +92,30 @@ def decode(source: Path | BinaryIO, name: str) -> Pixels:
         with _opened(source) as file, _image(file) as image:
             if not image.mode.startswith("I"):
                 return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
-            grey = (np.asarray(image) >> 8).astype(np.uint8)
-            return np.repeat(grey[:, :, None], 3, axis=2)
+            grey = np.asarray(image)
+            if white_level == WHITE:
+                grey = grey >> 8
+            else:
+                grey = (np.minimum(grey, white_level) * 255.0 / white_level).round()
+            return np.repeat(grey.astype(np.uint8)[:, :, None], 3, axis=2)
     except MemoryError:
         raise
     except Exception as error:
         raise unreadable(name, reason(error)) from error
+
+
+def largest_value(source: BinaryIO) -> tuple[int | None, bool]:
+    """The largest value of an image of 16 bits a channel, None for another, and whether it is grey.
+
+    Of color, Pillow keeps the high byte, so the value is the largest with that byte.
+    """
+    with suppress(Exception), _image(source) as image:  # a damaged file raises anything
+        is_grey = image.mode.startswith("I")
+        if is_grey:
+            return int(np.asarray(image).max()), True
+        if ";16" in repr(getattr(image, "tile", "")):  # how Pillow names what it unpacks
+            return 256 * int(np.asarray(image).max()) + 255, False
+    return None, False
 
 
 def read_file(path: Path, name: str, offset: int = 0, size: int = -1) -> bytes:
@@ -151,7 +180,14 @@ def _image(file: BinaryIO) -> Image.Image:
     if not file.seek(0, os.SEEK_END):
         raise ValueError("empty")
     file.seek(0)
-    image = Image.open(file, formats=FORMATS)
+    try:
+        image = Image.open(file, formats=FORMATS)
+    except UnidentifiedImageError:
+        if (bands := _tiff_bands(file)) > MOST_BANDS:
+            raise ValueError(
+                f"TIFF of {bands} bands, and only 1, 3 or {MOST_BANDS} are an image here"
+            ) from None
+        raise
     width, height = image.size
     if width * height > MAX_PIXELS:
         raise ValueError(f"more than {MAX_PIXELS} pixels")
@@ -160,6 +196,17 @@ def _image(file: BinaryIO) -> Image.Image:
     ):
         raise ValueError(f"{image.format} of mode {image.mode}, which is not supported")
     return image
+
+
+def _tiff_bands(file: BinaryIO) -> int:
+    """Channels that a TIFF's header claims; 0 if it has none that can be read."""
+    with suppress(Exception):  # Pillow raises many kinds for a damaged header
+        file.seek(0)
+        directory = TiffImagePlugin.ImageFileDirectory_v2(file.read(8))
+        file.seek(directory.next)
+        directory.load(file)
+        return int(directory[BANDS])
+    return 0
 
 
 def _ends_whole(file: BinaryIO, form: str) -> bool:

@@ -18,7 +18,6 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from rdm_fast.data.images.decode import MAX_PIXELS, ImageSize, inspect_image, one_line, reason
 from rdm_fast.data.images.tables import Rows, folder_lock, load_table, save_table
@@ -135,7 +134,6 @@ def _inspect_files(
 ) -> Iterator[tuple[int, ImageSize | str]]:
     """Inspect the chosen files in threads and yield results in order; print progress."""
     start = reported = time.monotonic()
-    Image.init()  # loads Pillow's formats, which threads should not do at the same time
     with warnings.catch_warnings(), ThreadPoolExecutor(THREADS) as pool:
         warnings.simplefilter("ignore")  # Pillow's, about oddities in files that it can read
         for first in range(0, len(chosen), CHUNK):

@@ -15,8 +15,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rdm_fast.config import AugmentConfig
+from rdm_fast.data.images.decode import (
+    WHITE,
+    decode,
+    inspect_image,
+    one_line,
+    read_file,
+    unreadable,
+)
 from rdm_fast.data.images.decode import Pixels as Pixels
-from rdm_fast.data.images.decode import decode, inspect_image, one_line, read_file, unreadable
 from rdm_fast.data.images.index import Index
 from rdm_fast.errors import ConfigMismatch, DataError, UsageError
 
@@ -35,6 +42,8 @@ class ImageSet(ABC):
     channels: int = 3
     bad_files: Path | None = None
     """The table that lists images that turn bad during training."""
+    white_level: int = WHITE
+    """What 16-bit grey images have as white."""
 
     def __init__(self, labels: Labels | None, classes: list[str], sizes: NDArray[np.int64]) -> None:
         self.labels = labels
@@ -80,6 +89,8 @@ class ImageSet(ABC):
         digest = hashlib.sha256(repr((len(self), self.channels, self.classes)).encode())
         if self.labels is not None:
             digest.update(np.ascontiguousarray(self.labels, dtype="<i8").data)
+        if self.white_level != WHITE:
+            digest.update(str(self.white_level).encode())
         self._content(digest)
         return digest.hexdigest()
 
@@ -151,7 +162,7 @@ class EncodedImages(ImageSet):
         return f"image {i} of {self._source}"
 
     def read(self, i: int) -> Pixels:
-        return decode(io.BytesIO(self.file(i).tobytes()), self.name(i))
+        return decode(io.BytesIO(self.file(i).tobytes()), self.name(i), self.white_level)
 
     def _content(self, digest: "hashlib._Hash") -> None:
         digest.update(np.ascontiguousarray(self._offsets, dtype="<i8").data)
@@ -202,7 +213,7 @@ class StoredImages(ImageSet):
         return np.frombuffer(data, np.uint8)
 
     def read(self, i: int) -> Pixels:
-        pixels = decode(io.BytesIO(self._bytes(i)), self.name(i))
+        pixels = decode(io.BytesIO(self._bytes(i)), self.name(i), self.white_level)
         self._require_size(i, *pixels.shape[:2])
         return pixels
 
@@ -245,7 +256,7 @@ class Subset(ImageSet):
         labels = None if images.labels is None else images.labels[indices]
         super().__init__(labels, images.classes, images.sizes[indices])
         self.images, self.indices, self.channels = images, indices, images.channels
-        self.bad_files = images.bad_files
+        self.bad_files, self.white_level = images.bad_files, images.white_level
         self.pixels = None if images.pixels is None else images.pixels[indices]
 
     def read(self, i: int) -> Pixels:

@@ -16,11 +16,13 @@ import numpy as np
 from rdm_fast.config import DataConfig
 from rdm_fast.data.images import index
 from rdm_fast.data.images.bad_files import report_bad_files
-from rdm_fast.data.images.decode import one_line, read_file
-from rdm_fast.data.images.folder import SUFFIXES, TEST_NAMES, listing, require_folder
+from rdm_fast.data.images.decode import SUFFIXES, one_line, read_file
+from rdm_fast.data.images.deep_images import warn_of_range
+from rdm_fast.data.images.folder import listing, require_folder
 from rdm_fast.data.images.index import FileEntry, Index
+from rdm_fast.data.images.names import TEST_NAMES, TRAIN_NAMES, Ignored
 from rdm_fast.data.images.sets import Labels, StoredImages
-from rdm_fast.data.images.tar_members import NO_LABEL, Member, MemberFile, list_members
+from rdm_fast.data.images.tar_members import HIDDEN, NO_LABEL, Member, MemberFile, list_members
 from rdm_fast.errors import DataError, InputMissing
 
 RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*,[^{}]*)\}")
@@ -30,13 +32,17 @@ class ShardImages(StoredImages):
     """Image files in tar files."""
 
     def __init__(
-        self, shards: Sequence[Path], members: Sequence[Member], found: Index, labels: Labels
+        self,
+        shards: Sequence[Path],
+        members: Sequence[Member],
+        found: Index,
+        labels: Labels,
+        classes: list[str],
     ) -> None:
         """The usable ones of `members`, which the index `found` lists in their order.
 
         `labels` are those of all members, NO_LABEL for none.
         """
-        classes = [str(k) for k in range(labels.max(initial=NO_LABEL) + 1)]
         super().__init__(found, labels if classes else None, classes)
         self._shards = list(shards)
         self._shard = np.array([m.shard for m in members], np.int64)[found.usable]
@@ -66,22 +72,30 @@ def load_shards(root: Path, split: str, config: DataConfig, bad_files: Path | No
 
     Raises:
         InputMissing: there are no such shards.
-        DataError: a shard is damaged, a label is no number or not one of the training images', or
-            too many images cannot be used; the message names the first.
+        DataError: a shard is damaged, the training images have no such class, or too many images
+            cannot be used; the message names the first.
     """
     shards = find_shards(root, split)
     folder, part = shards[0].parent, _part(shards)
-    members = list_members(shards, part)
+    members, classes, left_out = list_members(shards, part)
     changed = [shard.stat().st_mtime_ns for shard in shards]
     places = {f"{shards[m.shard].name}/{m.name}": m for m in members}
+    ignored = Ignored()
+    for path, why in left_out:
+        if why == HIDDEN:
+            ignored.count(why, path)
+        else:
+            ignored.add_image(str(folder / path), why)
     if not members:
+        other = f"; not used: {ignored}" if left_out else ""
         named = " ".join(f"KEY{suffix}" for suffix in SUFFIXES)
-        raise DataError(f"{shards[0]} (--data.root) has no images, named {named}")
+        raise DataError(f"{shards[0]} (--data.root) has no images, named {named}{other}")
+    ignored.report(str(folder))
     if len(places) < len(members):
         raise DataError(f"two members of a shard in {folder} have the same name: pack it again")
     labels = np.array([member.label for member in members], np.int64)
     if split == "test":
-        _require_known(labels, root, folder)
+        labels, classes = _as_in_training(labels, classes, root, folder)
 
     def open_member(file: FileEntry) -> io.BufferedReader:
         member = places[file.path]
@@ -94,25 +108,37 @@ def load_shards(root: Path, split: str, config: DataConfig, bad_files: Path | No
         part=part,
         open_file=open_member,
     )
-    report_bad_files(found.bad, len(members), folder, config, bad_files)
-    images = ShardImages(shards, members, found, labels)
-    images.bad_files = bad_files
+    report_bad_files(found.bad, len(members), folder, config, bad_files, ignored.images)
+    images = ShardImages(shards, members, found, labels, classes)
+    images.bad_files, images.white_level = bad_files, config.white_level
+    warn_of_range(images, one_line(str(folder)))
     return images
 
 
-def _require_known(labels: Labels, root: Path, folder: Path) -> None:
-    """Refuse test images of a class that no training image has."""
+def _as_in_training(
+    labels: Labels, classes: list[str], root: Path, folder: Path
+) -> tuple[Labels, list[str]]:
+    """Labels and classes of test images, numbered as the training images' classes are.
+
+    Raises:
+        DataError: no training image has one of these classes.
+    """
     try:
         shards = find_shards(root, "train")
-        train = list_members(shards, _part(shards))
     except InputMissing:
-        return
-    known = max((member.label for member in train), default=NO_LABEL)
-    if known != NO_LABEL and labels.max() > known:
+        return labels, classes
+    train = list_members(shards, _part(shards)).classes
+    if not train:
+        return labels, classes
+    number = {name: k for k, name in enumerate(train)}
+    used = sorted({classes[k] for k in labels.tolist() if k != NO_LABEL})
+    if unknown := [name for name in used if name not in number]:
         raise DataError(
-            f"the test images in {folder} have the label {labels.max()}, those for training none "
-            f"above {known}: pack both with the same classes"
+            f"the test images in {folder} have the label {one_line(unknown[0])}, which no training "
+            "image has: pack both with the same classes"
         )
+    numbers = [number.get(name, NO_LABEL) for name in classes]
+    return np.array([k if k == NO_LABEL else numbers[k] for k in labels.tolist()], np.int64), train
 
 
 # ---- which shards ----------------------------------------------------------------------------
@@ -128,7 +154,7 @@ def find_shards(root: Path, split: str) -> list[Path]:
     if is_pattern or (root.suffix == ".tar" and root.is_file()):
         return _named(root, split)
     require_folder(root)
-    words = ("train",) if split == "train" else TEST_NAMES
+    words = TRAIN_NAMES if split == "train" else TEST_NAMES
     for word in words:
         if found := _tars(root / word):
             return found

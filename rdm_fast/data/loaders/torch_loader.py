@@ -5,6 +5,8 @@ results follow from the images' indices alone, so the number of workers changes 
 """
 
 import gc
+import multiprocessing
+import sys
 from collections.abc import Callable, Iterator
 from typing import ClassVar
 
@@ -20,6 +22,8 @@ from rdm_fast.data.loaders.batch import Batch, Indices, Loader, draw_all_views
 from rdm_fast.data.views.augment import view_of_image, views_of_levels
 from rdm_fast.errors import UserError
 
+FIRST_CHOICE = "fork" if sys.platform == "linux" else "spawn"
+"""How worker processes start, whatever the default of this version of Python."""
 Made = tuple[Tensor, ...] | UserError
 """A batch from a worker, or its error: as a value it keeps its message, while torch would bury an
 exception in a traceback."""
@@ -71,12 +75,15 @@ def in_workers(
     Raises:
         UserError: `make` raised it; without a worker's traceback.
     """
+    # fork is quick and copies no million paths; a program that has chosen another way keeps it.
+    start = multiprocessing.get_start_method(allow_none=True) or FIRST_CHOICE
     if workers:  # a forked worker that collects a DALI pipeline waits for threads that it lacks
         gc.collect()
     loader: DataLoader[Made] = DataLoader(
         _Parts(make, parts),
         batch_size=None,
         num_workers=workers,
+        multiprocessing_context=multiprocessing.get_context(start) if workers else None,
         pin_memory=device.type == "cuda",
         generator=torch.Generator(),  # else every epoch would draw from the global generator
     )

@@ -68,7 +68,7 @@ def test_encoded_images_come_back(step: int, tmp_path: Path, jpeg_files: list[by
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        ({"train_label": None}, "train_label"),
+        ({"train_label": None, "train_labels": np.zeros(4, int)}, "no array train_label "),
         ({"classes": None}, "classes"),
         ({"train_images": None}, "train_jpeg"),
         ({"train_label": np.array([0, 1])}, "train_label has 2 labels for 4"),

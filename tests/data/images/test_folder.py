@@ -97,7 +97,7 @@ def test_order_and_digest_do_not_depend_on_the_file_system(tmp_path: Path) -> No
         (["train/readme.md"], "", DataError, ["--data.root", "readme.md"]),
         (["train/a/1.png", "train/2.png"], "", DataError, ["2.png"]),  # labeled or not
         (["train/a/1.png", "val/z/1.png"], "", DataError, ["class z"]),
-        (["cats/1.png", "dogs/1.png"], "", InputMissing, ["--data.root", "cats"]),
+        (["readme.md", "docs/readme.md"], "", InputMissing, ["--data.root", "docs"]),
         (["cats/1.png"], "nowhere/at/all", InputMissing, ["--data.root", "at/all", "cats"]),
         (["file.png"], "file.png", InputMissing, ["--data.root", "file.png is a file"]),
     ],
