@@ -72,7 +72,7 @@ class EngineSelector:
         Raises:
             Unavailable: filter.engine=gemm was not accurate on the last batch.
         """
-        if not _capturing(device):
+        if self._pending and not _capturing(device):
             self._read_status()
         if self.name is None:
             self.name = choose(self.config, device)
