@@ -40,9 +40,7 @@ CHANGES: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_other_images_are_refused(
-    change: Callable[[Path], object], root: Path, stopped: Path
-) -> None:
+def test_other_data_is_refused(change: Callable[[Path], object], root: Path, stopped: Path) -> None:
     before = final_state(stopped)
     change(root / "train")
     with pytest.raises(ConfigMismatch) as caught:

@@ -87,9 +87,7 @@ def test_the_launchers_own_tiles_cover_rows_of_several_tiles(dtype: torch.dtype,
 @BODIES
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("size", [1e-12, 1e12])
-def test_coefficients_may_exceed_the_range_of_float16(
-    size: float, dtype: torch.dtype, body: Body
-) -> None:
+def test_coefficients_may_leave_float16s_range(size: float, dtype: torch.dtype, body: Body) -> None:
     N, X, scale, loss = case(1, 5, 17, 20, dtype)
     check(body(N * size, X, scale, loss, torch.float32), N * size, X, scale, torch.float32)
 

@@ -9,7 +9,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from rdm_kernels import matrix_function, polar, product, sym_matmul
 from rdm_kernels.matrix_function import (
@@ -25,6 +24,7 @@ from rdm_kernels.tiles import Symmetric
 from tests import spectra
 from tests.kernels.common import DEVICE
 from tests.spectra import relative, spectrum
+from tests.spies import Operators
 
 RESPONSES: dict[str, Callable[[Tensor], Tensor]] = {
     "s^0.5": lambda s: s**0.5,
@@ -260,25 +260,19 @@ def test_zero_and_rank_one_are_finite(name: str) -> None:
     assert found.M[0].abs().max() <= 1e-4
 
 
-class Multiplied(TorchDispatchMode):
-    """Counts PyTorch's own products below float64."""
-
-    count = 0
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if {"mm", "bmm", "addmm", "baddbmm", "mv", "dot"} & set(str(func).split(".")):
-            self.count += args[0].dtype != torch.float64
-        return func(*args, **(kwargs or {}))
-
-
 def test_kernels_do_every_multiplication(monkeypatch: pytest.MonkeyPatch) -> None:
     """On CUDA each op is its kernel: the same numbers, and no product of PyTorch's."""
     X = with_spectrum(20, 30, spectrum("k^-1", 20)).float()
-    with Multiplied() as control:
+    products: list[str] = []  # PyTorch's own, below float64
+
+    def see(operator: Any, args: Any) -> None:
+        named = {"mm", "bmm", "addmm", "baddbmm", "mv", "dot"} & {*str(operator).split(".")}
+        if named and args[0].dtype != torch.float64:
+            products.extend(named)
+
+    with Operators(see):
         G = X @ X.mT
-    assert control.count == 1
+    assert products == ["mm"]
 
     def work() -> list[Tensor]:
         filtered = matrix_function(G, torch.log1p, cutoff=0.05)
@@ -289,8 +283,8 @@ def test_kernels_do_every_multiplication(monkeypatch: pytest.MonkeyPatch) -> Non
     for op in ("sym_matmul", "product"):
         module = sys.modules[f"rdm_kernels.{op}"]  # the name in the package is the function
         monkeypatch.setattr(module, f"{op}_op", getattr(module, f"{op}_triton"))
-    with Multiplied() as kernels:
+    with Operators(see):
         found = work()
-    assert kernels.count == 0
+    assert products == ["mm"]
     for a, b in zip(found, expected, strict=True):
         assert relative(a, b) <= 1e-4

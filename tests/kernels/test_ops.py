@@ -46,6 +46,7 @@ from rdm_kernels.sym_matmul import define_sym_matmul, sym_matmul_op, sym_matmul_
 from rdm_kernels.tiles import LARGE
 from rdm_kernels.variant import OPTIONS, POINTERS, Variant
 from tests.kernels.common import DEVICE, Body, Launches, randn
+from tests.spies import nothing_waits
 
 BF16, FP32 = torch.bfloat16, torch.float32
 NARROW = (torch.float16, BF16, FP32)
@@ -324,11 +325,8 @@ def test_nothing_waits_and_a_captured_graph_replays_the_same_bits(name: str) -> 
     found["filter"] = spectral_filter, (X.float(),)  # its first call copies constants
     work, args = found[name]
     work(*args)  # compiles
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with nothing_waits():
         work(*args)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         captured = tensors(work(*args))

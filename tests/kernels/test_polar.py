@@ -72,9 +72,7 @@ def test_the_safety_factor_holds_singular_values_above_the_bound() -> None:
 @pytest.mark.parametrize("shape", [(24, 40), (24, 24), (40, 24)], ids=str)
 @pytest.mark.parametrize("name", SPECTRA)
 @pytest.mark.parametrize(("lower", "iterations"), [(3e-4, 7), (1e-3, 6), (1e-3, 9)])
-def test_values_become_one(
-    name: str, shape: tuple[int, int], lower: float, iterations: int
-) -> None:
+def test_values_become_1(name: str, shape: tuple[int, int], lower: float, iterations: int) -> None:
     X = matrix(*shape, SPECTRA[name])
     error = schedule(lower, iterations).error
     assert distance(polar(X, lower=lower, iterations=iterations), X) <= error + 1e-12

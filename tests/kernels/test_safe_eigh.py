@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.testing import assert_close
 
 from rdm_kernels import safe_eigh
 from rdm_kernels.safe_eigh import default_cutoff, has_fast_float64
@@ -57,13 +58,11 @@ def test_drawn_spectra_come_back(eigenvalues: list[float], seed: int, exponent: 
     unit = largest.where(largest > 0, 1) * scale
     bound = 4 * n * EPS
     assert (found.eigenvalues.diff() >= 0).all()
-    torch.testing.assert_close(
-        found.eigenvalues / unit, expected * (scale / unit), atol=bound, rtol=0
-    )
+    assert_close(found.eigenvalues / unit, expected * (scale / unit), atol=bound, rtol=0)
     V = found.vectors
-    torch.testing.assert_close(V.mT @ V, torch.eye(n).to(V), atol=bound, rtol=0)
+    assert_close(V.mT @ V, torch.eye(n).to(V), atol=bound, rtol=0)
     rebuilt = V * (found.eigenvalues / unit) @ V.mT
-    torch.testing.assert_close(rebuilt, A / unit, atol=bound, rtol=0)
+    assert_close(rebuilt, A / unit, atol=bound, rtol=0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -77,9 +76,7 @@ def test_every_dtype_equals_float64_of_the_same_matrix(name: str, dtype: torch.d
     assert found.eigenvalues.dtype == found.vectors.dtype == out and bool(found.finite)
     rounding = EPS * 10 + torch.finfo(out).eps / 2 * (out == torch.float32)
     unit = expected.abs().max().clamp_min(1e-30)
-    torch.testing.assert_close(
-        found.eigenvalues.double() / unit, expected / unit, atol=rounding, rtol=0
-    )
+    assert_close(found.eigenvalues.double() / unit, expected / unit, atol=rounding, rtol=0)
     rebuilt = found.vectors.double() * found.eigenvalues.double() @ found.vectors.double().mT
     assert (rebuilt - wide).norm() <= 10 * rounding * unit
 
@@ -112,9 +109,7 @@ def test_a_power_of_two_scales_eigenvalues_alone(scale: float, solve: torch.dtyp
 def test_float32_entries_of_extreme_scale_neither_vanish_nor_overflow(scale: float) -> None:
     expected = torch.tensor([1.0, 2.0, 3.0], device=DEVICE).double() * scale
     found = safe_eigh(with_eigenvalues(expected).float())
-    torch.testing.assert_close(
-        found.eigenvalues.double() / scale, expected / scale, atol=1e-6, rtol=0
-    )
+    assert_close(found.eigenvalues.double() / scale, expected / scale, atol=1e-6, rtol=0)
     assert int(found.rank) == 3
 
 
@@ -151,7 +146,7 @@ def test_a_solver_that_does_not_converge_flags_its_matrix(monkeypatch: pytest.Mo
     found = safe_eigh(batch)
     assert found.finite.tolist() == [[True, True], [False, True]]
     # Solved one by one now, which some processors round differently.
-    torch.testing.assert_close(
+    assert_close(
         found.eigenvalues[found.finite], clean.eigenvalues[found.finite], atol=1e-13, rtol=0
     )
     assert torch.equal(found.vectors[1, 0], torch.eye(5).to(batch))
@@ -198,7 +193,7 @@ def test_rayleigh_quotients_give_a_float32_solve_the_square_of_its_accuracy() ->
     assert refined < 2e-3 and plain > 20 * refined
     assert (found.eigenvalues.diff() >= 0).all()
     norms = found.vectors.norm(dim=-2)
-    torch.testing.assert_close(norms, torch.ones_like(norms), atol=4 * EPS, rtol=0)
+    assert_close(norms, torch.ones_like(norms), atol=4 * EPS, rtol=0)
 
 
 @SOLVES
@@ -209,7 +204,7 @@ def test_the_largest_components_are_positive_and_noise_flips_no_sign(solve: torc
     assert (largest > 0).all()
     noise = randn(6, 6, dtype=torch.float64)
     again = safe_eigh(A + 1e-10 * (noise + noise.mT), solve=solve).vectors
-    torch.testing.assert_close(again, V, atol=1e-6, rtol=0)
+    assert_close(again, V, atol=1e-6, rtol=0)
 
 
 def test_equally_large_components_are_decided_by_the_first() -> None:

@@ -13,18 +13,13 @@ Times = tuple[float, float, float]
 
 
 def judge(
-    loader: float,
-    model: float,
-    filter: float = 0.0,
-    /,
-    config: Config | None = None,
-    **changed: object,
+    loader: float, model: float, filter: float = 0, /, config: Config | None = None, **here: object
 ) -> Verdict:
     """On an idle 8-core CPU without DALI, for times in milliseconds."""
     config = config or recipe("imagenet_rdm_simsiam")
     times = {"loader": loader, "model": model, "filter": filter, "end to end": 1.0}
     settings: dict[str, object] = dict(loader="torch", engine="eigh", dali="", cpus=8, threads=8)
-    settings |= {"on_gpu": False, "fast_bf16": False, **changed}
+    settings |= {"on_gpu": False, "fast_bf16": False, **here}
     seconds = {name: t / 1e3 for name, t in times.items()}
     return verdict(Situation(config=config, seconds=seconds, **settings))  # type: ignore[arg-type]
 
