@@ -12,12 +12,15 @@ from typing import Any
 import pytest
 import torch
 
+from rdm_fast.cli.commands import main
 from rdm_fast.config import Config
 from rdm_fast.data import Batch
 from rdm_fast.errors import Interrupted
+from rdm_fast.methods import build_method
 from rdm_fast.run import checkpoint
 from rdm_fast.run.folder import RunFolder
 from rdm_fast.runtime.distributed import rank
+from rdm_fast.training.train_step import TrainStep
 from rdm_fast.training.trainer import Trainer
 
 CPU = torch.device("cpu")
@@ -25,6 +28,12 @@ TIMING = ("images_per_s", "data_wait_s")
 SAFETY = 4.0
 """Of a tolerance that is the largest of a few measured deviations."""
 LAYERS = 10  # of the tiny backbone and projector, with their batch norms
+
+
+def new_step(config: Config, device: torch.device = CPU) -> TrainStep:
+    """The steps of a new method, at four steps an epoch."""
+    torch.manual_seed(0)
+    return TrainStep(build_method(config), config, device, steps_per_epoch=4)
 
 
 def with_log(config: Config, **log: Any) -> Config:
@@ -37,6 +46,13 @@ def run(path: Path, config: Config, prepare: Callable[[Trainer], object] = lambd
         trainer = Trainer(config, folder, CPU)
         prepare(trainer)
         trainer.fit()
+
+
+def rdm(line: str, *words: object) -> int | str | None:
+    """The exit code of a command of `rdm`, in this process."""
+    with pytest.raises(SystemExit) as ended:
+        main([*line.split(), *map(str, words)])
+    return ended.value.code
 
 
 def run_with_stops(path: Path, config: Config, stops: Sequence[int]) -> None:

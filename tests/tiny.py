@@ -9,6 +9,7 @@ from torch import Tensor
 from rdm_fast.config import Config, LogConfig, ModelConfig
 from rdm_fast.config.recipes import RECIPES
 from rdm_fast.data import Batch
+from rdm_fast.runtime.distributed import rank, world_size
 
 METHODS = [
     "digits_simsiam",
@@ -62,6 +63,12 @@ def batch(rows: int, seed: int = 0, size: int = 8, small: int = 0) -> Batch:
         indices=torch.from_numpy(np.arange(rows)),
         small=tuple(image[:, :, i : i + size // 2, : size // 2] for i in range(small)),
     )
+
+
+def own_rows(whole: Batch) -> Batch:
+    """Those of this rank, in rank order."""
+    share = len(whole.labels) // world_size()
+    return rows_of(whole, slice(rank() * share, (rank() + 1) * share))
 
 
 def rows_of(whole: Batch, rows: Tensor | slice) -> Batch:
