@@ -32,10 +32,12 @@ from rdm_kernels.matrix_function import INACCURATE
 from tests import runs
 from tests.ranks import run_ranks
 from tests.runs import CPU, final_state, in_step, metrics, run, run_to, run_with_stops, with_log
+from tests.spies import calls_of
 from tests.tiny import tiny, with_small_views
 
 STEPS = 8  # two epochs of four
 TIMEOUT = 300.0  # seconds, for all that is done in one set of ranks
+STOP = Trainer.ask_to_stop
 
 
 def fp16(config: Config) -> Config:
@@ -56,6 +58,7 @@ CONFIGS: dict[str, Config] = {
     "rdm_simsiam in fp16": fp16(tiny("digits_rdm_simsiam")),
 }
 Undisturbed = Callable[[str], Path]
+Band = list[tuple[float, float]]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -140,9 +143,7 @@ def test_a_run_that_is_resumed_after_every_step_ends_with_the_bits_of_an_undistu
     assert_same_run(tmp_path / "run", undisturbed(name))
 
 
-def test_the_runs_that_are_compared_do_move_everything_that_is_compared(
-    undisturbed: Undisturbed,
-) -> None:
+def test_the_runs_compared_do_move_everything_that_is_compared(undisturbed: Undisturbed) -> None:
     """A constant loss scale, or no skipped step, would prove nothing."""
     state = checkpoint.load(runs.newest(undisturbed("rdm_simsiam in fp16"))).state
     skipped = state["skipped"]["total"]
@@ -171,9 +172,7 @@ def test_resume_is_exact_with(config: Config, tmp_path: Path) -> None:
     assert_same_run(tmp_path / "resumed", tmp_path / "undisturbed")
 
 
-def test_a_finished_run_that_is_started_again_changes_nothing(
-    undisturbed: Undisturbed, tmp_path: Path
-) -> None:
+def test_starting_a_finished_run_changes_nothing(undisturbed: Undisturbed, tmp_path: Path) -> None:
     """As after a kill between the last checkpoint and the status `finished`."""
     path = tmp_path / "run"
     run(path, CONFIGS["byol"])
@@ -181,9 +180,7 @@ def test_a_finished_run_that_is_started_again_changes_nothing(
     assert_same_run(path, undisturbed("byol"))
 
 
-def test_the_log_has_the_momentum_of_the_step_just_done(
-    undisturbed: Undisturbed, tmp_path: Path
-) -> None:
+def test_the_log_has_the_momentum_of_the_step_just_done(undisturbed: Undisturbed) -> None:
     """tau = 1 - (1 - 0.99) (cos(pi k / K) + 1) / 2 in step k of K, from 0."""
     logged = [line["ema_momentum"] for line in metrics(undisturbed("byol"))]
     tau = [1 - (1 - 0.99) * (math.cos(math.pi * k / STEPS) + 1) / 2 for k in (1, 3, 5, 7)]
@@ -198,12 +195,9 @@ def test_a_signal_stops_after_the_running_step_saved_and_nothing_is_lost(
     number: signal.Signals, undisturbed: Undisturbed, tmp_path: Path
 ) -> None:
     before = [signal.getsignal(each) for each in SIGNALS]
+    kill = partial(in_step, step=5, action=lambda _: os.kill(os.getpid(), number))
     with pytest.raises(Interrupted) as stopped:
-        run(
-            tmp_path / "run",
-            CONFIGS["rdm_simsiam"],
-            lambda trainer: in_step(trainer, 5, lambda _: os.kill(os.getpid(), number)),
-        )
+        run(tmp_path / "run", CONFIGS["rdm_simsiam"], kill)
     assert stopped.value.code == 75
     assert runs.newest(tmp_path / "run").name == "step-00000005"
     assert [signal.getsignal(each) for each in SIGNALS] == before
@@ -221,65 +215,36 @@ def test_a_second_signal_stops_at_once(tmp_path: Path) -> None:
     assert runs.newest(tmp_path / "run").name == "step-00000002"
 
 
-def test_a_signal_in_the_last_step_lets_the_run_finish(
-    undisturbed: Undisturbed, tmp_path: Path
-) -> None:
-    run(
-        tmp_path / "run",
-        CONFIGS["byol"],
-        lambda trainer: in_step(trainer, STEPS, Trainer.ask_to_stop),
-    )
+def test_a_signal_in_the_last_step_lets_it_finish(undisturbed: Undisturbed, tmp_path: Path) -> None:
+    run(tmp_path / "run", CONFIGS["byol"], partial(in_step, step=STEPS, action=STOP))
     assert_same_run(tmp_path / "run", undisturbed("byol"))
 
 
 # ---- what is not finite ----------------------------------------------------------------------
 
 
-class SpoiledLoader:
-    """Batches with a NaN in these steps of the run, counted from 1."""
-
-    def __init__(self, loader: Any, steps: set[int]) -> None:
-        self.loader, self.steps = loader, steps
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.loader, name)
-
-    def epoch(self, epoch: int, start_step: int = 0) -> Iterator[Batch]:
-        first = epoch * self.loader.steps_per_epoch + start_step + 1
-        for step, batch in enumerate(self.loader.epoch(epoch, start_step), start=first):
-            if step in self.steps:
-                batch.view2[1] = math.nan
-            yield batch
-
-
 def spoil(trainer: Trainer, *steps: int) -> None:
-    trainer.loader = SpoiledLoader(trainer.loader, set(steps))
+    """Put a NaN into the batches of these steps of the run, counted from 1."""
+
+    def before(batch: Batch, number: int) -> None:
+        if number + 1 in steps:
+            batch.view2[1] = math.nan
+
+    trainer.before_step.append(before)
 
 
 @pytest.mark.parametrize("name", ["rdm_simsiam", "byol", "rdm_simsiam in fp16"])
-def test_steps_that_are_not_finite_stop_the_run_and_touch_no_parameter(
-    name: str, tmp_path: Path
-) -> None:
+def test_steps_not_finite_stop_the_run_and_touch_no_parameter(name: str, tmp_path: Path) -> None:
     config = with_log(CONFIGS[name], max_nonfinite=3, save_every=1)
     kept: list[Trainer] = []
-
-    def prepare(trainer: Trainer) -> None:
-        spoil(trainer, 5, 6, 7)
-        kept.append(trainer)
-
     with pytest.raises(NonFinite) as stopped:
-        run(tmp_path / "run", config, prepare)
+        run(tmp_path / "run", config, lambda t: (kept.append(t), spoil(t, 5, 6, 7)))
     assert stopped.value.code == 71
-    (trainer,) = kept
-    assert trainer.step == 7
-    with RunFolder.open(str(tmp_path / "other"), config, overwrite=False, rank=0) as folder:
-        clean = Trainer(config, folder, CPU)
-        in_step(clean, 4, Trainer.ask_to_stop)
-        with pytest.raises(Interrupted):
-            clean.fit()
-    spoiled = trainer.train_step.method.state_dict()
-    for key, tensor in clean.train_step.method.state_dict().items():
-        assert torch.equal(spoiled[key], tensor), key
+    with pytest.raises(Interrupted):
+        run(tmp_path / "clean", config, lambda t: (kept.append(t), in_step(t, 4, STOP)))
+    assert [trainer.step for trainer in kept] == [7, 4]
+    spoiled, clean = (trainer.train_step.method.state_dict() for trainer in kept)
+    assert [key for key in clean if not torch.equal(spoiled[key], clean[key])] == []
 
 
 def test_fewer_steps_that_are_not_finite_are_counted_and_training_continues(tmp_path: Path) -> None:
@@ -289,7 +254,7 @@ def test_fewer_steps_that_are_not_finite_are_counted_and_training_continues(tmp_
 
     def prepare(trainer: Trainer) -> None:
         spoil(trainer, *spoiled)
-        in_step(trainer, 4, Trainer.ask_to_stop)
+        in_step(trainer, 4, STOP)
 
     for stopped in (True, False):
         with pytest.raises(Interrupted) if stopped else nullcontext():
@@ -306,7 +271,7 @@ def test_steps_that_are_not_finite_are_counted_across_a_resume(tmp_path: Path) -
 
     def prepare(trainer: Trainer) -> None:
         spoil(trainer, 4, 5, 6)
-        in_step(trainer, 5, Trainer.ask_to_stop)
+        in_step(trainer, 5, STOP)
 
     for error in (Interrupted, NonFinite):
         with pytest.raises(error):
@@ -353,12 +318,18 @@ def test_a_save_that_fails_is_a_warning_and_changes_nothing(
     assert_same_run(tmp_path / "run", undisturbed("rdm_simsiam"))
 
 
-def test_the_third_failed_save_in_a_row_stops_the_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("failing", "save_every", "stop"),
+    [({3, 4, 5}, 1, 0), ({3}, 2, 3)],
+    ids=["the third in a row", "at a stop"],
+)
+def test_a_run_that_cannot_be_saved_stops_and_is_not_called_saved(
+    failing: set[int], save_every: int, stop: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fail_saves(monkeypatch, {3, 4, 5})
+    fail_saves(monkeypatch, failing)
+    config = with_log(tiny(), save_every=save_every)
     with pytest.raises(OutputFailed) as stopped:
-        run(tmp_path / "run", with_log(tiny(), save_every=1))
+        run(tmp_path / "run", config, partial(in_step, step=stop, action=STOP))
     assert stopped.value.code == 74
     assert runs.newest(tmp_path / "run").name == "step-00000002"
 
@@ -374,14 +345,6 @@ def test_no_run_is_called_finished_without_its_last_checkpoint(
     assert read_status(path)["state"] != "finished"
     run(path, config)
     assert_same_run(path, undisturbed("rdm_simsiam"))
-
-
-def test_no_run_is_called_saved_that_could_not_be(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    fail_saves(monkeypatch, {3})
-    with pytest.raises(OutputFailed):
-        run(tmp_path / "run", tiny(), lambda t: in_step(t, 3, Trainer.ask_to_stop))
 
 
 def damage(step_folder: Path) -> None:
@@ -428,19 +391,12 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_refused_and_left_alone(tmp_p
 def test_knn_is_logged_from_a_bounded_bank_and_training_does_not_feel_it(
     undisturbed: Undisturbed, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    banks: list[int] = []
-    knn_accuracy = online.knn_accuracy
-
-    def spy(bank: torch.Tensor, *args: Any, **kwargs: Any) -> dict[str, float]:
-        banks.append(len(bank))
-        return knn_accuracy(bank, *args, **kwargs)
-
-    monkeypatch.setattr(online, "knn_accuracy", spy)
+    calls = calls_of(monkeypatch, online, "knn_accuracy")
     path = tmp_path / "run"
     run_with_stops(path, with_log(CONFIGS["rdm_simsiam"], knn_every=1, knn_bank=100), [4])
     found = {line["step"]: line["knn_top1"] for line in metrics(path) if "knn_top1" in line}
     assert list(found) == [0, 4, 8] and all(10 < top1 <= 100 for top1 in found.values())
-    assert banks == [100, 100, 100]
+    assert [len(bank) for bank, *_ in calls] == [100, 100, 100]
     assert final_state(path) == final_state(undisturbed("rdm_simsiam"))
 
 
@@ -549,17 +505,16 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> RankRuns:
 
 
 @pytest.fixture(scope="module")
-def band(tmp_path_factory: pytest.TempPathFactory) -> list[tuple[float, float]]:
+def band(tmp_path_factory: pytest.TempPathFactory) -> Band:
     return runs.rounding_band(tmp_path_factory.mktemp("band"), EVERY_STEP)
 
 
-@pytest.mark.parametrize("world", [2, 4])
-def test_resume_is_exact_on_several_ranks(world: int, ranks: RankRuns) -> None:
-    assert_same_run(ranks.folders[world] / "resumed", ranks.folders[world] / "undisturbed")
-
-
-def test_resume_of_byol_is_exact_on_four_ranks_twice_in_a_row(ranks: RankRuns) -> None:
-    assert_same_run(ranks.folders[4] / "byol-3-6", ranks.folders[4] / "byol")
+@pytest.mark.parametrize(
+    ("world", "resumed", "other"),
+    [(2, "resumed", "undisturbed"), (4, "resumed", "undisturbed"), (4, "byol-3-6", "byol")],
+)
+def test_resume_is_exact_on_ranks(world: int, resumed: str, other: str, ranks: RankRuns) -> None:
+    assert_same_run(ranks.folders[world] / resumed, ranks.folders[world] / other)
 
 
 def test_without_warm_up_resume_is_not_exact_on_four_ranks(ranks: RankRuns) -> None:
@@ -571,30 +526,26 @@ def test_without_warm_up_resume_is_not_exact_on_four_ranks(ranks: RankRuns) -> N
 
 @pytest.mark.parametrize("world", [2, 4])
 def test_ranks_see_the_images_of_one_rank_in_its_order_and_have_its_losses(
-    world: int, ranks: RankRuns, band: list[tuple[float, float]], tmp_path: Path
+    world: int, ranks: RankRuns, band: Band, tmp_path: Path
 ) -> None:
     assert ranks.seen[world] == _indices(tmp_path / "one", EVERY_STEP)
     assert runs.outside(runs.losses(ranks.folders[world] / "undisturbed"), band) == []
 
 
 def test_batch_norms_that_are_not_synchronized_lie_outside_the_band_of_rounding(
-    ranks: RankRuns, band: list[tuple[float, float]]
+    ranks: RankRuns, band: Band
 ) -> None:
     assert len(runs.outside(runs.losses(ranks.folders[2] / "local-norm"), band)) >= 4
 
 
-def test_nan_on_one_rank_reaches_no_parameter_and_stops_both_ranks_in_the_same_step(
-    ranks: RankRuns,
-) -> None:
+def test_nan_on_one_rank_reaches_no_parameter_and_stops_both_in_one_step(ranks: RankRuns) -> None:
     for name in SPOILED:
         folder = ranks.folders[2] / f"spoiled-{name}"
         stops = [folder.with_name(f"{folder.name}-rank{rank}").read_text() for rank in range(2)]
         assert stops == ["8", "8"], name
 
 
-def test_a_run_may_continue_with_another_number_of_ranks(
-    ranks: RankRuns, band: list[tuple[float, float]]
-) -> None:
+def test_a_run_may_continue_with_another_number_of_ranks(ranks: RankRuns, band: Band) -> None:
     run(ranks.moved, EVERY_STEP)
     assert runs.outside(runs.losses(ranks.moved), band) == []
     worlds = [
