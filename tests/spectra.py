@@ -10,6 +10,7 @@ from torch import Tensor
 from rdm_fast.config import FilterConfig
 from rdm_fast.filters.loss import SpectralCosine
 
+Shape = tuple[int, int]
 UNIT_ROUNDOFF = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-24}
 
 

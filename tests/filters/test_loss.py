@@ -20,12 +20,15 @@ from tests.spectra import (
     SPECTRA,
     TARGET,
     VARIANTS,
+    Shape,
+    g,
     gradients,
     name,
     paper_loss,
     relative,
     two_views,
 )
+from tests.spies import calls_of, refused
 
 pytestmark = pytest.mark.filterwarnings("ignore:filter.location")
 
@@ -35,9 +38,7 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-3, torch.float16: 1e-3}
 @pytest.mark.parametrize("config", ONLINE + TARGET + VARIANTS, ids=name)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("spectrum", SPECTRA)
-def test_loss_and_gradient_equal_the_paper_in_float64(
-    config: FilterConfig, shape: tuple[int, int], spectrum: str
-) -> None:
+def test_it_equals_the_paper_in_float64(config: FilterConfig, shape: Shape, spectrum: str) -> None:
     """float32 rounds a gradient to 6e-8 of itself, in a weak direction k to s_1 / s_k times that.
     Eigenvalues are solved in float64. A batch of rank 1 has no gradient at all, so a few roundings
     of a cosine's, 1 / 2B|z_i|, are allowed."""
@@ -62,7 +63,7 @@ def strongest_by_weakest(z: torch.Tensor) -> float:
 @pytest.mark.parametrize("config", ONLINE, ids=name)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_16_bit_inputs_cost_no_accuracy_before_the_gradient_is_rounded(
-    config: FilterConfig, shape: tuple[int, int], dtype: torch.dtype
+    config: FilterConfig, shape: Shape, dtype: torch.dtype
 ) -> None:
     """The op's own gradient is float32, and within 1e-3; autograd then rounds it to the dtype of
     its input, which costs at most half a unit in the last place of every element."""
@@ -82,7 +83,7 @@ def test_16_bit_inputs_cost_no_accuracy_before_the_gradient_is_rounded(
 @pytest.mark.parametrize("shape", [(128, 384), (384, 128)], ids=str)
 @pytest.mark.parametrize("spectrum", ["k^-2", "clusters"])
 def test_16_bit_inputs_are_filtered_as_exactly_as_wider_ones_near_the_cutoff(
-    spectrum: str, shape: tuple[int, int], dtype: torch.dtype
+    spectrum: str, shape: Shape, dtype: torch.dtype
 ) -> None:
     """Sums in float32 would leave an eigenvalue there a few percent uncertain, and the loss 3e-5.
     Gradients of clusters are too small for float16."""
@@ -107,7 +108,7 @@ def noise_as_cutoff(config: FilterConfig, z: torch.Tensor) -> FilterConfig:
 
 @pytest.mark.parametrize("config", ONLINE + TARGET, ids=name)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_targets_replace_the_other_view(config: FilterConfig, shape: tuple[int, int]) -> None:
+def test_targets_replace_the_other_view(config: FilterConfig, shape: Shape) -> None:
     z1, z2 = two_views(*shape, "k^-1/2")
     targets = two_views(*shape, "flat")
     loss, *grads = gradients(z1, z2, config, targets)
@@ -119,9 +120,7 @@ def test_targets_replace_the_other_view(config: FilterConfig, shape: tuple[int, 
 
 @pytest.mark.parametrize("config", [c for c in ONLINE + TARGET if c.kind != "log"], ids=name)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_the_reference_engine_agrees_where_it_is_well_defined(
-    config: FilterConfig, shape: tuple[int, int]
-) -> None:
+def test_the_reference_agrees_where_it_is_well_defined(config: FilterConfig, shape: Shape) -> None:
     """All singular values are far from zero, so nothing is cut off; its SVD is in float32."""
     z1, z2 = two_views(*shape, "flat")
     loss, *grads = gradients(z1, z2, config)
@@ -132,9 +131,7 @@ def test_the_reference_engine_agrees_where_it_is_well_defined(
 
 @pytest.mark.parametrize("config", ONLINE + TARGET + VARIANTS[2:4], ids=name)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_a_predictor_in_a_plain_simsiam_has_the_gradient_of_the_fused_loss(
-    config: FilterConfig, shape: tuple[int, int]
-) -> None:
+def test_a_predictor_in_simsiam_has_the_fused_gradient(config: FilterConfig, shape: Shape) -> None:
     z1, z2 = two_views(*shape, "k^-1/2")
     predictor, online = SpectralPredictor(config), config.location == "online"
     a, b = z1.clone().requires_grad_(), z2.clone().requires_grad_()
@@ -152,20 +149,13 @@ def test_a_predictor_in_a_plain_simsiam_has_the_gradient_of_the_fused_loss(
 @pytest.mark.parametrize("engine", ["auto", "eigh", "gemm", "reference"])
 @pytest.mark.parametrize("config", ONLINE + TARGET[:1], ids=name)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_a_predictor_has_one_scale_in_every_engine(
-    config: FilterConfig, shape: tuple[int, int], engine: Any
-) -> None:
+def test_every_engine_has_one_scale(config: FilterConfig, shape: Shape, engine: Any) -> None:
     """(s / s_rms)^sigma, which a loss other than a cosine sees, forward and backward. gemm's series
     for s^-1 ends at 7e-5."""
     z, other = (7 * z for z in two_views(*shape, "flat"))
     _, s, Vh = torch.linalg.svd(z.double(), full_matrices=False)
-    g = {
-        "poly": lambda: (s / s.square().mean().sqrt()) ** config.sigma,
-        "log": lambda: s.log(),
-        "log_1": lambda: (1 + s).log(),
-        "log_2": lambda: (1 + s**2).log(),
-    }[config.kind]()
-    W = (Vh.mT * g) @ Vh
+    s = s / s.square().mean().sqrt() if config.kind == "poly" else s
+    W = (Vh.mT * g(config, s)) @ Vh
     z.requires_grad_()
     p = SpectralPredictor(replace(config, engine=engine))(z)
     (p - other).square().sum().backward()
@@ -180,26 +170,18 @@ def test_a_predictor_has_one_scale_in_every_engine(
     [((16, 32), "auto", [True]), ((32, 16), "auto", [False]), ((32, 16), "reference", [])],
 )
 def test_the_fused_op_is_used(
-    shape: tuple[int, int], engine: Any, expected: list[bool], monkeypatch: pytest.MonkeyPatch
+    shape: Shape, engine: Any, expected: list[bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With a last product on the samples' side, without one on the features'."""
-    taken: list[bool] = []
-    original = eigh.filtered_cosine
-
-    def counted(*args: Any) -> torch.Tensor:
-        taken.append(args[6] is not None)
-        return original(*args)
-
-    monkeypatch.setattr(eigh, "filtered_cosine", counted)
+    calls = calls_of(monkeypatch, eigh, "filtered_cosine")
     gradients(*two_views(*shape, "flat"), FilterConfig(engine=engine))
-    assert taken == expected
+    assert [X is not None for *_, X in calls] == expected
 
 
 @pytest.mark.parametrize("target", [(2, 4, 9), (3, 4, 8), (4, 8)], ids=str)
 def test_branches_that_do_not_fit_are_refused(target: tuple[int, ...]) -> None:
-    with pytest.raises(ValueError) as error:
+    with refused(ValueError, "(2, 4, 8)", str(target)):
         SpectralCosine(FilterConfig())(torch.zeros(2, 4, 8), torch.zeros(target))
-    assert "(2, 4, 8)" in str(error.value) and str(target) in str(error.value)
 
 
 def test_a_filter_on_the_wrong_branch_warns_at_the_callers_line() -> None:
@@ -227,7 +209,7 @@ def _on_one_rank() -> list[Any]:
     """Gradients of good batches, of batches with a NaN on rank 0, and the collectives of a step."""
     rank, world = dist.get_rank(), dist.get_world_size()
 
-    def mine(shape: tuple[int, int], kind: str) -> list[torch.Tensor]:
+    def mine(shape: Shape, kind: str) -> list[torch.Tensor]:
         return [z.chunk(world)[rank].clone() for z in two_views(*shape, kind)]
 
     good = [gradients(*mine(s, "k^-1/2"), c) for s in RANK_SHAPES for c in RANK_CONFIGS]
@@ -238,21 +220,14 @@ def _on_one_rank() -> list[Any]:
             if rank == 0:
                 z1[1, 2] = float("nan")
             bad.append(gradients(z1, z2, config))
-    calls: list[str] = []
-    gather = dist.all_gather_into_tensor
-
-    def counted(*args: Any) -> Any:
-        calls.append("gather")
-        return gather(*args)
-
-    dist.all_gather_into_tensor = counted  # type: ignore[assignment]
+    gathers = calls_of(pytest.MonkeyPatch(), dist, "all_gather_into_tensor")
     for other in ("all_reduce", "all_gather", "reduce_scatter_tensor", "broadcast"):
         setattr(dist, other, None)  # anything else would fail
     z1, z2 = mine((24, 64), "flat")
     loss = spectral_loss(z1.requires_grad_(), z2.requires_grad_(), FilterConfig())
-    calls.append("backward")
+    forward = len(gathers)
     loss.backward()
-    return [good, bad, calls]
+    return [good, bad, [forward, len(gathers)]]
 
 
 @pytest.mark.parametrize("world", [2, 4])
@@ -261,7 +236,7 @@ def test_ranks_together_have_the_gradient_of_the_global_batch(world: int, tmp_pa
     and the mean over ranks that data parallelism takes makes them equal. A batch that is not finite
     on one rank is NaN on all, so that all skip the step. Trap 24: the reference gathers projections
     twice a loss, with autograd, which all-reduces backward."""
-    goods, bads, calls = zip(*run_ranks(world, _on_one_rank, tmp_path=tmp_path), strict=True)
+    goods, bads, gathers = zip(*run_ranks(world, _on_one_rank, tmp_path=tmp_path), strict=True)
     cases = [(shape, config) for shape in RANK_SHAPES for config in RANK_CONFIGS]
     for (shape, config), of_ranks in zip(cases, zip(*goods, strict=True), strict=True):
         expected = gradients(*two_views(*shape, "k^-1/2"), config)
@@ -271,11 +246,11 @@ def test_ranks_together_have_the_gradient_of_the_global_batch(world: int, tmp_pa
             assert relative(torch.cat(rows) / world, grad) <= 1e-5
     for loss, *grads in (each for bad in bads for each in bad):
         assert loss.isnan() and all(grad.isfinite().all() for grad in grads)
-    assert list(calls) == [["gather", "backward"]] * world
+    assert list(gathers) == [[1, 1]] * world
 
 
 @pytest.mark.parametrize("shape", [(24, 64), (64, 64)], ids=str)
-def test_centering_a_gram_matrix_centers_the_samples(shape: tuple[int, int]) -> None:
+def test_centering_a_gram_matrix_centers_the_samples(shape: Shape) -> None:
     X = two_views(*shape, "k^-1/2", torch.float64)[0][None] + 3.0
     centered = smaller_gram(X - X.mean(dim=1, keepdim=True))
     torch.testing.assert_close(center_samples(smaller_gram(X)), centered, rtol=0, atol=1e-9)

@@ -35,9 +35,7 @@ def tau(value: float) -> Tensor:
 @each_filter
 @few
 @given(values=spectra, scale=st.floats(1e-6, 1e6))
-def test_the_response_is_its_formula(
-    config: FilterConfig, values: list[float], scale: float
-) -> None:
+def test_response_is_its_formula(config: FilterConfig, values: list[float], scale: float) -> None:
     """poly is divided by its value at the largest s, which makes it independent of the scale."""
     s = column(values)
     found, expected = response(config, s, tau(0.0)), g(config, s)
@@ -54,13 +52,6 @@ def test_poly_is_one_at_the_largest_kept_value_at_every_scale(config: FilterConf
         assert response(config, s, tau(scale * 1e-3))[0, 3] == 1.0
 
 
-@pytest.mark.parametrize("config", LOGS, ids=lambda c: c.kind)
-def test_log_kinds_depend_on_the_scale(config: FilterConfig) -> None:
-    s = column([1.5, 30.0])
-    small, large = response(config, s, tau(0.0))[0], response(config, 10 * s, tau(0.0))[0]
-    assert abs(small[0] / small[1] - large[0] / large[1]) > 0.05
-
-
 @each_filter
 def test_values_up_to_tau_are_cut_off_and_the_rest_unchanged(config: FilterConfig) -> None:
     s = column([0.0, 1e-300, 0.2, math.nextafter(0.2, 1), 3.0])
@@ -72,9 +63,7 @@ def test_values_up_to_tau_are_cut_off_and_the_rest_unchanged(config: FilterConfi
 
 @each_filter
 @pytest.mark.parametrize("values", [[0.0, 0.0], [-1e-9, 0.0, 2.0], [1e-200, 1e200], [1.0]])
-def test_the_response_is_finite_for_every_finite_spectrum(
-    config: FilterConfig, values: list[float]
-) -> None:
+def test_a_finite_spectrum_has_a_finite_response(config: FilterConfig, values: list[float]) -> None:
     s = column(values)
     threshold = cutoff(s, samples=4, features=4, dtype=torch.float32, relative=1e-3)
     found = response(config, s, threshold)
@@ -85,9 +74,7 @@ def test_the_response_is_finite_for_every_finite_spectrum(
 
 @each_filter
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-def test_views_are_filtered_separately_in_their_dtype(
-    config: FilterConfig, dtype: torch.dtype
-) -> None:
+def test_views_are_filtered_apart_in_their_dtype(config: FilterConfig, dtype: torch.dtype) -> None:
     one, other = (column(v).to(dtype) for v in ([0.5, 2.0, 4.0], [1e-5, 7.0, 100.0]))
     thresholds = torch.tensor([[0.0], [1e-3]], dtype=dtype)
     both = response(config, torch.cat([one, other]), thresholds)
@@ -104,9 +91,7 @@ def test_views_are_filtered_separately_in_their_dtype(
     [(torch.bfloat16, 2**-8), (torch.float16, 2**-11), (torch.float32, 2**-24)],
     ids=str,
 )
-def test_the_cutoff_is_the_larger_of_its_terms_and_above_rounding_noise(
-    dtype: torch.dtype, u: float
-) -> None:
+def test_the_cutoff_is_the_larger_term_and_above_rounding(dtype: torch.dtype, u: float) -> None:
     assert unit_roundoff(dtype) == u
 
     @few
@@ -146,9 +131,7 @@ def test_views_have_their_own_cutoffs() -> None:
     ],
     ids=lambda x: x if isinstance(x, str) else f"{x.kind} {x.sigma:g}",
 )
-def test_the_trend_is_the_sign_of_the_slope_and_decides_the_advice(
-    config: FilterConfig, expected: str
-) -> None:
+def test_the_trend_is_the_slopes_sign_and_gives_advice(config: FilterConfig, expected: str) -> None:
     assert trend(config) == expected
     found = response(config, column([1.5, 2.0, 3.0, 9.0]), tau(0.0))[0].diff()
     assert (found.sign() == {"rising": 1, "falling": -1, "flat": 0}[expected]).all()

@@ -13,6 +13,7 @@ from tests.spectra import (
     ONLINE,
     SHAPES,
     TARGET,
+    Shape,
     gradients,
     name,
     paper_filter,
@@ -21,6 +22,7 @@ from tests.spectra import (
     two_views,
     with_spectrum,
 )
+from tests.spies import refused
 
 pytestmark = pytest.mark.filterwarnings("ignore:filter.location")
 
@@ -46,7 +48,7 @@ HARD = {
     ids=name,
 )
 def test_gradients_are_finite_and_bounded_on_degenerate_batches(
-    config: FilterConfig, dtype: torch.dtype, case: str, shape: tuple[int, int]
+    config: FilterConfig, dtype: torch.dtype, case: str, shape: Shape
 ) -> None:
     """|dL/dp_i| |p_i| is at most (g_max / g_min kept) / 2b for a cosine of filtered rows, and
     with the default cutoff that quotient is at most 10,000 for |sigma| <= 1."""
@@ -65,7 +67,7 @@ def test_gradients_are_finite_and_bounded_on_degenerate_batches(
 @pytest.mark.parametrize("config", [FilterConfig(), FilterConfig(location="target", sigma=-1.0)])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_a_value_that_is_not_finite_makes_the_loss_nan_and_leaves_the_gradient_finite(
-    config: FilterConfig, bad: float, shape: tuple[int, int]
+    config: FilterConfig, bad: float, shape: Shape
 ) -> None:
     z1, z2 = two_views(*shape, "flat")
     z1[3, 5] = bad
@@ -87,9 +89,8 @@ def test_the_kind_applies_on_the_target() -> None:
 @pytest.mark.parametrize("setting", ["kind", "location", "basis", "engine"])
 def test_an_unknown_name_is_refused(setting: str) -> None:
     """Traps 18 and 19: an unknown type is silently sigma 2, an unknown location returns None."""
-    with pytest.raises(ValueError) as error:
+    with refused(ValueError, f"filter.{setting}"):
         FilterConfig(**{setting: "own_"})  # type: ignore[arg-type]
-    assert f"filter.{setting}" in str(error.value)
 
 
 def test_centering_takes_a_common_offset_out_of_the_filter() -> None:
@@ -156,9 +157,7 @@ def test_genuine_directions_of_square_batches_are_kept(location: Any, sigma: flo
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_sigma_2_does_not_overflow_when_one_direction_holds_all_the_energy(
-    dtype: torch.dtype,
-) -> None:
+def test_sigma_2_does_not_overflow_if_one_direction_has_all_the_energy(dtype: torch.dtype) -> None:
     """Traps 25 and 27: the reference casts W to float16, whatever the input, and s^2 > 65504."""
     z1, z2 = two_views(256, 512, "k^-2", torch.float32)
     z1, z2 = (1000 * z1).to(dtype), (1000 * z2).to(dtype)
@@ -179,21 +178,3 @@ def test_autocast_does_not_reach_the_filter() -> None:
     with torch.autocast("cpu", torch.bfloat16):
         cast = spectral_loss(z1, z2, FilterConfig())
     assert cast.dtype == torch.float32 and torch.equal(plain, cast)
-
-
-def test_the_gradient_does_not_pass_through_the_filter() -> None:
-    """It is dL/dy W: adding to p a direction orthogonal to the batch's row space changes nothing,
-    so the gradient lies in that row space (B < D)."""
-    z1, z2 = two_views(24, 64, "flat")
-    _, grad, _ = gradients(z1, z2, FilterConfig())
-    _, _, Vh = torch.linalg.svd(z1.double(), full_matrices=False)
-    outside = grad.double() - grad.double() @ Vh.mT @ Vh
-    assert outside.norm() <= 1e-6 * grad.norm()
-
-
-def test_the_gradient_scales_with_the_loss() -> None:
-    z1, z2 = two_views(24, 64, "flat")
-    _, once, _ = gradients(z1, z2, FilterConfig())
-    a = z1.clone().requires_grad_()
-    (3 * spectral_loss(a, z2, FilterConfig())).backward()
-    torch.testing.assert_close(a.grad, 3 * once)

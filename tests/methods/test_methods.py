@@ -5,7 +5,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -13,7 +12,9 @@ from rdm_fast.config import FilterConfig
 from rdm_fast.filters import loss as loss_module
 from rdm_fast.filters.loss import NegativeCosine, SpectralCosine, spectral_loss
 from rdm_fast.methods import Byol, Method, SimSiam, SymSimSiam, build_method
+from rdm_fast.runtime.distributed import rank, world_size
 from tests.ranks import run_ranks
+from tests.spies import calls_of
 from tests.tiny import METHODS, tiny
 
 B, WIDTH, D = 12, 10, 6
@@ -133,17 +134,10 @@ def test_byol_matches_small_views_with_both_targets(
     shown = [*views(), *(views(seed)[0] for seed in range(2, 2 + n_small))]
     assert_same(method, written_out_pairs(method, shown, config), *shown)
     if config is not None:  # the filter is computed once for each view that has one
-        taken: list[int] = []
-        real = loss_module.build_filter
-
-        def build(engine: str, X: Tensor, *rest: Any, **options: Any) -> Any:
-            taken.append(len(X))
-            return real(engine, X, *rest, **options)
-
-        monkeypatch.setattr(loss_module, "build_filter", build)
+        built = calls_of(monkeypatch, loss_module, "build_filter")
         method(*shown)
         own_target = config.location == "target" and config.basis == "own"
-        assert taken == [2 if own_target else 2 + n_small]
+        assert [len(X) for _, X, *_ in built] == [2 if own_target else 2 + n_small]
 
 
 def test_byols_target_starts_as_a_copy_has_no_gradient_and_follows() -> None:
@@ -178,11 +172,9 @@ def test_built_methods_continue_from_the_gradient_of_the_online_branch(name: str
 
 def _losses_and_gradients() -> list[Tensor]:
     """Of this rank's rows, for each method whose criterion sees the whole batch."""
-    world = dist.get_world_size() if dist.is_initialized() else 1
-    rank = dist.get_rank() if dist.is_initialized() else 0
     results = []
     for method in (make(SymSimSiam), make(SimSiam, FILTERS[1]), *(make(Byol, f) for f in FILTERS)):
-        loss = method(*(v.chunk(world)[rank] for v in views())).loss
+        loss = method(*(v.chunk(world_size())[rank()] for v in views())).loss
         results += [loss.detach(), *gradients(loss, method)]
     return results
 

@@ -15,19 +15,16 @@ from rdm_fast.spectrum import (
     measured_response,
 )
 from rdm_fast.spectrum.branches import OncePerBatch
-from tests.spectra import SHAPES, g, spectrum, two_views, with_spectrum
+from tests.spectra import SHAPES, Shape, g, spectrum, two_views, with_spectrum
 
 
-def rows(shape: tuple[int, int], kind: str = "k^-1/2") -> Tensor:
+def rows(shape: Shape, kind: str = "k^-1/2") -> Tensor:
     return with_spectrum(*shape, spectrum(kind, min(shape)))
-
-
-# ---- directions -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-def test_directions_are_right_singular_vectors(shape: tuple[int, int], dtype: torch.dtype) -> None:
+def test_directions_are_right_singular_vectors(shape: Shape, dtype: torch.dtype) -> None:
     z = rows(shape).to(dtype)
     found = directions(z)
     _, s, Vh = torch.linalg.svd(z.double(), full_matrices=False)
@@ -38,14 +35,12 @@ def test_directions_are_right_singular_vectors(shape: tuple[int, int], dtype: to
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_directions_under_the_cutoff_are_zero(shape: tuple[int, int]) -> None:
+def test_directions_under_the_cutoff_are_zero(shape: Shape) -> None:
     found = directions(rows(shape, "straddling"))
     n = min(shape)
     assert found.kept.tolist() == [True] * (n // 2) + [False] * (n - n // 2)
     assert (found.V[:, n // 2 :] == 0).all() and found.s.shape == (n,)
 
-
-# ---- measured response ------------------------------------------------------------------------
 
 FALLING = FilterConfig(sigma=-0.5, location="target")
 FILTERS = [FilterConfig(), FALLING, FilterConfig(kind="log"), FilterConfig(kind="log_2")]
@@ -53,7 +48,7 @@ FILTERS = [FilterConfig(), FALLING, FilterConfig(kind="log"), FilterConfig(kind=
 
 @pytest.mark.parametrize("config", FILTERS, ids=lambda c: f"{c.kind}{c.sigma:g}")
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_the_response_of_a_filter_is_its_g(shape: tuple[int, int], config: FilterConfig) -> None:
+def test_the_response_of_a_filter_is_its_g(shape: Shape, config: FilterConfig) -> None:
     z = rows(shape)
     s = directions(z).s
     expected = g(config, s / s[0] if config.kind == "poly" else s)
@@ -76,11 +71,8 @@ def test_there_is_no_response_under_the_cutoff_or_of_a_batch_that_is_not_finite(
     assert measured_response(z, z).isnan().all()
 
 
-# ---- alignment --------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_a_branch_is_aligned_with_itself_and_its_filtered_rows(shape: tuple[int, int]) -> None:
+def test_a_branch_is_aligned_with_itself_and_its_filtered_rows(shape: Shape) -> None:
     z = rows(shape)
     axes = directions(z)
     for online in (z, filtered_rows(z, FilterConfig()), filtered_rows(z, FALLING)):
@@ -103,20 +95,14 @@ def test_branches_that_share_no_direction_are_not_aligned() -> None:
     assert float(alignment(p, directions(z))) == pytest.approx(0, abs=1e-9)
 
 
-# ---- what a batch can show --------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("shape", [*SHAPES, (2, 768), (4, 768), (2000, 8)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-def test_rows_that_sum_to_zero_show_one_less(shape: tuple[int, int], dtype: torch.dtype) -> None:
+def test_rows_that_sum_to_zero_show_one_less(shape: Shape, dtype: torch.dtype) -> None:
     B, d = shape
     z = torch.randn(shape, dtype=torch.float64)
     norm = torch.nn.BatchNorm1d(d, affine=False, dtype=torch.float64)
     assert int(attainable_rank((z + 0.5).to(dtype))) == min(B, d)
     assert int(attainable_rank(norm(z).to(dtype))) == min(B - 1, d)
-
-
-# ---- both branches ----------------------------------------------------------------------------
 
 
 def test_a_profile_adds_the_alignment_of_the_outputs_view_by_view() -> None:

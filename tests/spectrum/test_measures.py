@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from rdm_fast.config import FilterConfig
+from rdm_fast.runtime.distributed import rank, world_size
 from rdm_fast.spectrum import (
     branch_spectra,
     channel_std,
@@ -46,9 +46,6 @@ def numpy_eigenvalues(z: Tensor) -> np.ndarray:
     return np.linalg.eigvalsh(Z.T @ Z / len(Z))
 
 
-# ---- effective rank ---------------------------------------------------------------------------
-
-
 @settings(max_examples=50)
 @given(
     st.lists(st.one_of(st.just(0.0), st.floats(1e-6, 1e6)), min_size=1, max_size=20).filter(any),
@@ -66,9 +63,6 @@ def test_effective_rank_is_its_definition_at_any_scale(values: list[float], scal
 def test_n_equal_directions_count_n_and_none_count_zero() -> None:
     stacked = torch.tensor([[0.4, 0.4], [1.0, 0.0], [0.0, 0.0]])  # leading dimensions stay
     torch.testing.assert_close(effective_rank(stacked), torch.tensor([2.0, 1.0, 0.0]))
-
-
-# ---- eigenvalues ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shape", [*SHAPES, (1, 8), (8, 1), (1, 1)], ids=str)
@@ -98,9 +92,6 @@ def test_eigenvalues_are_nan_if_the_batch_is_not_finite(shape: tuple[int, int], 
     assert effective_rank(eigenvalues(z)).isnan()
 
 
-# ---- filtered eigenvalues ---------------------------------------------------------------------
-
-
 def paper_rows(z: Tensor, config: FilterConfig, basis: Tensor | None = None) -> Tensor:
     """z W with the paper's W, scaled like ours: poly uses s / s_max."""
     X = z if basis is None else basis
@@ -128,9 +119,6 @@ def test_filtered_eigenvalues_are_those_of_the_filtered_rows(
     np.testing.assert_allclose(found.numpy(), expected, rtol=0, atol=ROUNDED * expected[-1])
 
 
-# ---- rank difference --------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     "config",
     [
@@ -153,9 +141,6 @@ def test_rank_difference_is_positive_for_rdm(config: FilterConfig, shape: tuple[
 def test_rank_difference_is_the_target_s_minus_the_online_s() -> None:
     online, target = with_spectrum(8, 8, torch.tensor([1.0] * 2 + [0.0] * 6)), torch.eye(8)
     assert float(rank_difference(online, target)) == pytest.approx(8 - 2)
-
-
-# ---- standard deviation -----------------------------------------------------------------------
 
 
 def test_channel_std_is_zero_when_all_rows_are_alike_and_about_one_on_the_sphere() -> None:
@@ -215,9 +200,7 @@ def test_branch_spectra_are_means_over_views_of_each_output(config: FilterConfig
 
 def all_branch_spectra() -> list[Tensor]:
     """With every configuration, from this rank's rows."""
-    world = dist.get_world_size() if dist.is_initialized() else 1
-    rank = dist.get_rank() if dist.is_initialized() else 0
-    rows = [x.chunk(world, dim=1)[rank] for x in branches()]
+    rows = [x.chunk(world_size(), dim=1)[rank()] for x in branches()]
     found = [branch_spectra(*rows, config) for config in BRANCH_CONFIGS]
     return [x for each in found for x in (each.online, each.target, each.projection, each.std)]
 

@@ -17,6 +17,7 @@ from rdm_fast.filters.engines.gemm import GemmFilter
 from rdm_fast.filters.loss import SpectralCosine, SpectralPredictor, spectral_loss
 from rdm_kernels.matrix_function import CHOLESKY_FAILED, INACCURATE, NOT_FINITE
 from tests.spectra import gradients, two_views
+from tests.spies import calls_of
 
 CPU = torch.device("cpu")
 SQUARE = FilterConfig(sigma=2.0)
@@ -126,17 +127,9 @@ def test_a_failed_factorization_costs_one_batch(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.filterwarnings("ignore:filter.engine=gemm was not accurate")
-def test_calls_of_spectral_loss_share_a_selector_and_modules_do_not(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    real, config = loss.build_filter, FilterConfig(sigma=2.0, cutoff=2e-3)  # no other test has it
-    built: list[str] = []
-
-    def build(engine: str, *args: Any, **options: Any) -> Any:
-        built.append(engine)
-        return real(engine, *args, **options)
-
-    monkeypatch.setattr(loss, "build_filter", build)
+def test_spectral_loss_shares_a_selector_modules_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = FilterConfig(sigma=2.0, cutoff=2e-3)  # no other test has it
+    built = calls_of(monkeypatch, loss, "build_filter")
     monkeypatch.setattr(GemmFilter, "status", status(INACCURATE))
     z1, z2 = two_views(16, 32, "flat")
     for _ in range(3):
@@ -144,7 +137,7 @@ def test_calls_of_spectral_loss_share_a_selector_and_modules_do_not(
     predictor = SpectralPredictor(config)
     for _ in range(2):
         predictor(z1)
-    assert built == ["gemm", "eigh", "eigh", "gemm", "eigh"]
+    assert [engine for engine, *_ in built] == ["gemm", "eigh", "eigh", "gemm", "eigh"]
 
 
 def test_a_copied_or_pickled_predictor_forgets_the_batch_of_the_original() -> None:

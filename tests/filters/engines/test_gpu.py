@@ -7,7 +7,8 @@ from torch import Tensor
 from rdm_fast.config import FilterConfig
 from rdm_fast.filters.engines import choice
 from rdm_fast.filters.loss import spectral_loss
-from tests.spectra import ONLINE, TARGET, name, two_views
+from tests.spectra import ONLINE, TARGET, Shape, name, two_views
+from tests.spies import nothing_waits
 
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:filter.location")]
 
@@ -17,7 +18,7 @@ SIDES = pytest.mark.parametrize("shape", [(64, 256), (256, 64)], ids=str)
 DEVICE = torch.device("cuda")
 
 
-def views(shape: tuple[int, int]) -> list[Tensor]:
+def views(shape: Shape) -> list[Tensor]:
     return [z.to(DEVICE).requires_grad_() for z in two_views(*shape, "k^-1/2", torch.bfloat16)]
 
 
@@ -28,24 +29,17 @@ def step(z: list[Tensor], config: FilterConfig) -> list[Tensor]:
 
 @ALL
 @SIDES
-def test_forward_and_backward_wait_for_nothing(
-    config: FilterConfig, shape: tuple[int, int]
-) -> None:
+def test_forward_and_backward_wait_for_nothing(config: FilterConfig, shape: Shape) -> None:
     assert choice.choose(config, DEVICE) == "gemm"
     z = views(shape)
     step(z, config)  # compiles, and copies constants
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with nothing_waits():
         step(z, config)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @ALL
 @SIDES
-def test_a_captured_graph_replays_the_bits_of_the_eager_step(
-    config: FilterConfig, shape: tuple[int, int]
-) -> None:
+def test_a_captured_graph_replays_the_eager_bits(config: FilterConfig, shape: Shape) -> None:
     z = views(shape)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())

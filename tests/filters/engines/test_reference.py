@@ -3,7 +3,7 @@
 They are those of `solo/methods/rdmsimsiam.py` and of `imagenet/main_simsiam.py`.
 """
 
-from typing import Any
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,19 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rdm_fast.config import FilterConfig
-from tests.spectra import SHAPES, gradients, relative, two_views
+from tests import spectra
+from tests.spectra import SHAPES, Shape, g, gradients, relative, two_views
 
 pytestmark = pytest.mark.filterwarnings("ignore:filter.location")
 
-F_OF_S: dict[str, Any] = {
-    "log": lambda s: s.log(),
-    "log_1": lambda s: (1 + s).log(),
-    "log_2": lambda s: (1 + s * s).log(),
-}
-ONLINE = [FilterConfig(sigma=sigma, engine="reference") for sigma in (0.5, 1.0, 2.0)] + [
-    FilterConfig(kind=kind, engine="reference")  # type: ignore[arg-type]
-    for kind in F_OF_S
-]
+ONLINE = [replace(config, engine="reference") for config in spectra.ONLINE]
 TARGET = [
     FilterConfig(location="target", sigma=sigma, engine="reference", basis=basis)
     for sigma in (-1.0, -0.7, -0.5, -0.3)
@@ -35,7 +28,6 @@ def released(p: Tensor, z: Tensor, config: FilterConfig, narrow: torch.dtype) ->
     """One half of the loss; products have operands of the narrow dtype, as under autocast."""
     wide = torch.promote_types(p.dtype, torch.float32)
     B, D = p.shape
-    f = F_OF_S.get(config.kind, lambda s: s**config.sigma)
     with torch.no_grad():
         if config.location == "target" and config.basis == "own":  # CIFAR, ImageNet-100
             U, s, Vh = torch.linalg.svd(z.to(wide), full_matrices=False)
@@ -46,7 +38,7 @@ def released(p: Tensor, z: Tensor, config: FilterConfig, narrow: torch.dtype) ->
             z = z @ (V @ torch.diag(eigenvalues.sqrt() ** config.sigma) @ V.T)
         else:
             _, s, Vh = torch.linalg.svd(p.to(wide), full_matrices=False)
-            W = Vh.T.to(narrow) @ torch.diag(f(s)).to(narrow) @ Vh.to(narrow)
+            W = Vh.T.to(narrow) @ torch.diag(g(config, s)).to(narrow) @ Vh.to(narrow)
             z = z if config.location == "online" else z @ W
     if config.location == "online":
         p = p @ W
@@ -65,7 +57,7 @@ def expected(z1: Tensor, z2: Tensor, config: FilterConfig) -> tuple[Tensor, ...]
 )
 @pytest.mark.parametrize(("dtype", "error"), [(torch.float64, 1e-10), (torch.float32, 1e-4)])
 def test_it_is_the_released_code(
-    config: FilterConfig, shape: tuple[int, int], dtype: torch.dtype, error: float
+    config: FilterConfig, shape: Shape, dtype: torch.dtype, error: float
 ) -> None:
     z1, z2 = two_views(*shape, "k^-1", dtype)
     for found, exact in zip(gradients(z1, z2, config), expected(z1, z2, config), strict=True):

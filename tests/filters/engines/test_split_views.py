@@ -5,7 +5,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from rdm_fast.config import FilterConfig
 from rdm_fast.filters.engines import eigh as eigh_module
@@ -14,6 +13,7 @@ from rdm_fast.filters.loss import SpectralCosine, SpectralPredictor
 from rdm_kernels.matrix_function import CHOLESKY_FAILED
 from tests.ranks import run_ranks
 from tests.spectra import gradients, two_views
+from tests.spies import calls_of
 
 CPU = torch.device("cpu")
 N = 24
@@ -28,29 +28,20 @@ FILTERS = {
 CASES = [(shape, name) for shape in ((N, 66), (66, N)) for name in FILTERS]  # both sides
 
 
-def _count(module: object, name: str, sizes: list[int]) -> None:
-    """Record the number of views in every call."""
-    function = getattr(module, name)
-
-    def counted(G: Tensor, *args: object, **options: object) -> object:
-        sizes.append(len(G))
-        return function(G, *args, **options)
-
-    setattr(module, name, counted)
-
-
 def _on_one_rank() -> dict[str, Any]:
     rank, world = dist.get_rank(), dist.get_world_size()
-    sizes: list[int] = []
-    _count(eigh_module, "eigen_of_gram", sizes)
-    _count(gemm, "matrix_function", sizes)
+    patch = pytest.MonkeyPatch()
+    eigh_calls = calls_of(patch, eigh_module, "eigen_of_gram")
+    gemm_calls = calls_of(patch, gemm, "matrix_function")
     found: dict[str, Any] = {"split": [], "redundant": []}
     for shape, name in CASES:
         views = [z.chunk(world)[rank] for z in two_views(*shape, "k^-1/2")]
         for how, smallest in (("split", N), ("redundant", N + 1)):
             split_views.SMALLEST = smallest
-            found[how].append([*gradients(*views, FILTERS[name]), sizes.copy()])
-            sizes.clear()
+            made = gradients(*views, FILTERS[name])
+            found[how].append([*made, [len(G) for G, *_ in eigh_calls + gemm_calls]])
+            eigh_calls.clear()
+            gemm_calls.clear()
 
     # A view that is not finite on rank 1; then one whose factorization fails there.
     split_views.SMALLEST = N
@@ -80,9 +71,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return run_ranks(3, _on_one_rank, tmp_path=tmp_path_factory.mktemp("ranks"))
 
 
-def test_each_rank_computes_one_view_and_has_the_bits_of_computing_both(
-    ranks: list[dict[str, Any]],
-) -> None:
+def test_each_rank_computes_one_view_and_has_the_bits_of_both(ranks: list[dict[str, Any]]) -> None:
     for found in ranks:
         for case, split, redundant in zip(CASES, found["split"], found["redundant"], strict=True):
             assert (split.pop(), redundant.pop()) == ([1], [2]), case
@@ -100,9 +89,7 @@ def test_every_rank_learns_what_failed_on_another(ranks: list[dict[str, Any]]) -
 def test_one_rank_or_one_view_is_not_split(monkeypatch: pytest.MonkeyPatch) -> None:
     assert split_views.SMALLEST == 1024  # the published recipes have n <= 512
     monkeypatch.setattr(split_views, "SMALLEST", 1)
-    sizes: list[int] = []
-    monkeypatch.setattr(eigh_module, "eigen_of_gram", eigh_module.eigen_of_gram)
-    _count(eigh_module, "eigen_of_gram", sizes)
+    calls = calls_of(monkeypatch, eigh_module, "eigen_of_gram")
     gradients(*two_views(N, 66, "flat"), FILTERS["eigh"])
     SpectralPredictor(FILTERS["eigh"])(torch.randn(N, 66))
-    assert sizes == [2, 1]
+    assert [len(G) for G, *_ in calls] == [2, 1]
