@@ -13,6 +13,7 @@ from rdm_fast import FilterConfig
 pytestmark = pytest.mark.filterwarnings("ignore:filter.location")
 EIGH = FilterConfig(engine="eigh")
 Change = Callable[[list[Tensor]], None]
+Install = Callable[[Change], None]
 
 
 def cell(spectrum: str) -> Cell:
@@ -20,7 +21,7 @@ def cell(spectrum: str) -> Cell:
 
 
 @pytest.fixture
-def change_gradients(monkeypatch: pytest.MonkeyPatch) -> Callable[[Change], None]:
+def change_gradients(monkeypatch: pytest.MonkeyPatch) -> Install:
     right = accuracy.gradients
 
     def install(change: Change) -> None:
@@ -35,9 +36,7 @@ def change_gradients(monkeypatch: pytest.MonkeyPatch) -> Callable[[Change], None
 
 
 @pytest.mark.parametrize("spectrum", SPECTRA)
-def test_only_a_wrong_gradient_is_a_fault(
-    spectrum: str, change_gradients: Callable[[Change], None]
-) -> None:
+def test_only_a_wrong_gradient_is_a_fault(spectrum: str, change_gradients: Install) -> None:
     found = cell(spectrum)
     assert not fault(EIGH, spectrum, found)
     assert (found.text == "0") == (spectrum in NO_GRADIENT)
@@ -50,9 +49,7 @@ def test_only_a_wrong_gradient_is_a_fault(
         assert fault(EIGH, spectrum, cell(spectrum))
 
 
-def test_nan_from_finite_inputs_is_a_fault(
-    change_gradients: Callable[[Change], None],
-) -> None:
+def test_nan_from_finite_inputs_is_a_fault(change_gradients: Install) -> None:
     change_gradients(lambda grads: grads[1][3].fill_(torch.nan))
     found = cell("flat")
     assert found.text == "NaN" and fault(EIGH, "flat", found)

@@ -112,9 +112,7 @@ def test_every_rival_has_the_same_optimizer_and_lightly_is_left_out_where_it_is_
     assert "lightly is not installed there" in table and "| rdm_simsiam | " in table
 
 
-def test_on_a_gpu_ratios_are_taken_with_the_fastest_algorithms_too(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_on_a_gpu_ratios_have_the_fastest_algorithms_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """lightly and the reference formulation always have them, so only our side changes."""
     monkeypatch.setattr(compare_peers, "CUDNN", ("deterministic", "fastest"))
     monkeypatch.setattr(compare_peers, "GPU", True)
@@ -169,13 +167,10 @@ def test_lightlys_byol_has_the_loss_of_its_documentation_and_moves_its_target() 
 
     expected = -(cosine(*views) + cosine(*views.flip(0))) / 2
     torch.testing.assert_close(model.loss(*views), expected)
-    pairs = [
-        (next(online.parameters()), next(target.parameters()))
-        for online, target in (
-            (model.backbone, model.backbone_momentum),
-            (model.projection_head, model.projection_momentum),
-        )
-    ]
+    networks = [model.backbone, model.backbone_momentum]
+    networks += [model.projection_head, model.projection_momentum]
+    first = [next(network.parameters()) for network in networks]
+    pairs = [first[:2], first[2:]]
     expected_targets = []
     with torch.no_grad():
         for online, target in pairs:

@@ -281,11 +281,8 @@ def test_every_test_file_that_a_page_names_exists() -> None:
 
 
 def test_lines_are_at_most_120_columns_outside_tables() -> None:
-    pages = [
-        *PAGES,
-        *(ROOT / f"{name}.md" for name in ("CONTRIBUTING", "SECURITY", "CHANGELOG", "LOG")),
-    ]
-    for page in pages:
+    others = (ROOT / f"{name}.md" for name in ("CONTRIBUTING", "SECURITY", "CHANGELOG", "LOG"))
+    for page in [*PAGES, *others]:
         lines = page.read_text("utf-8").splitlines()
         long = [line for line in lines if len(line) > 120 and line[0] not in "|!"]
         assert not long, f"{page.name}: {long[0]}"

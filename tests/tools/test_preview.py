@@ -8,27 +8,18 @@ import pytest
 import torch
 from PIL import Image
 
-from rdm_fast.cli import commands as cli
 from rdm_fast.config.recipes import recipe
 from rdm_fast.data.images.datasets import load
 from rdm_fast.data.loaders.batch import Batch
 from rdm_fast.tools.preview import CELL, GAP, TITLE, contact_sheet, first_batches, levels_of
 from tests.data.files import Pixels, natural
 from tests.data.loaders.dali_here import HERE
-
-CPU = torch.device("cpu")
-
-
-def preview(*args: object) -> int | str | None:
-    """The exit code of `rdm preview`."""
-    with pytest.raises(SystemExit) as ended:
-        cli.main(["preview", "digits_simsiam", "--device", "cpu", *map(str, args)])
-    return ended.value.code
+from tests.runs import CPU, rdm
 
 
 def test_a_sheet_has_rows_and_columns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "sheet.png"
-    assert preview("--images", 3, "--sheet", path) == 0
+    assert rdm("preview digits_simsiam --device cpu --images 3 --sheet", path) == 0
     columns = 5 + 2 * HERE
     side = CELL + GAP  # a cell is a multiple of the 16 pixels of a view of digits
     assert Image.open(path).size == (columns * side + GAP, 3 * side + GAP + TITLE)
@@ -39,7 +30,7 @@ def test_a_sheet_has_rows_and_columns(tmp_path: Path, capsys: pytest.CaptureFixt
 
 def test_an_unwritable_sheet_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "none" / "sheet.png"
-    assert preview("--images", 2, "--sheet", path) == 73
+    assert rdm("preview digits_simsiam --device cpu --images 2 --sheet", path) == 73
     assert f"--sheet {path}" in capsys.readouterr().err
 
 

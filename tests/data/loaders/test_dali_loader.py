@@ -90,9 +90,7 @@ def collect_garbage(indices: NDArray[np.int64]) -> tuple[torch.Tensor, ...]:
     return (torch.from_numpy(indices),)
 
 
-def test_a_forked_worker_does_not_wait_for_the_threads_of_a_dropped_pipeline(
-    images: FileImages,
-) -> None:
+def test_a_forked_worker_does_not_wait_for_a_dropped_pipelines_threads(images: FileImages) -> None:
     gc.disable()
     try:
         loader = build(dali(), images)

@@ -16,7 +16,6 @@ import pytest
 import torch
 from PIL import Image
 
-from rdm_fast.cli import commands as cli
 from rdm_fast.config import Config
 from rdm_fast.data import build_loader, load
 from rdm_fast.methods import build_method
@@ -24,13 +23,13 @@ from rdm_fast.tools.doctor import stages
 from rdm_fast.tools.doctor.diagnosis import diagnose
 from rdm_fast.tools.doctor.stages import LIMIT_S, StageTimer, StepParts, without_filter
 from tests.data.loaders.dali_here import needs_dali
+from tests.runs import CPU, rdm
 from tests.tiny import METHODS, batch, tiny, with_small_views
 
-CPU = torch.device("cpu")
 LARGE = 1500  # side in pixels of a file whose view has 16: 0.1 s to decode, where a step takes 0.02
 TINY = (
-    "digits_rdm_simsiam --model.width 4 --model.projector-hidden 16 --model.projector-dim 24 "
-    "--optim.global-batch 64 --batches 1"
+    "doctor digits_rdm_simsiam --model.width 4 --model.projector-hidden 16 "
+    "--model.projector-dim 24 --optim.global-batch 64 --batches 1"
 )
 
 
@@ -178,18 +177,11 @@ def test_the_model_without_its_filter_differs_in_the_criterion_only(name: str) -
 # ---- the command -----------------------------------------------------------------------------
 
 
-def doctor(line: str) -> int | str | None:
-    """The exit code of `rdm doctor`."""
-    with pytest.raises(SystemExit) as ended:
-        cli.main(["doctor", *line.split()])
-    return ended.value.code
-
-
 def test_without_a_terminal_it_prints_plain_lines_and_the_verdict(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert doctor(TINY) == 0
+    assert rdm(TINY) == 0
     printed = capsys.readouterr().out
     assert printed.isascii() and "\x1b" not in printed
     assert torch.__version__ in printed
@@ -201,16 +193,16 @@ def test_mistakes_are_named_in_one_line(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert doctor("--json nowhere/report.json") == 73
+    assert rdm("doctor --json nowhere/report.json") == 73
     out, err = capsys.readouterr()
     assert "--json nowhere/report.json" in err and err.count("\n") == 1 and out == ""
-    assert doctor(f"cifar10_simsiam --data.root {tmp_path}") == 66
+    assert rdm("doctor cifar10_simsiam --data.root", tmp_path) == 66
     assert "torch " in capsys.readouterr().out  # the machine is shown all the same
 
     def full(_: StepParts) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(StepParts, "stages", full)
-    assert doctor("digits_byol") == 2
+    assert rdm("doctor digits_byol") == 2
     err = capsys.readouterr().err
     assert "--optim.global-batch 200" in err and "--optim.accumulate 2" in err

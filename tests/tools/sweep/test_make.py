@@ -26,7 +26,7 @@ from rdm_fast.tools.sweep.make import make_sweep, visible_gpus
 from rdm_fast.tools.sweep.queue import LAUNCHED, Failure
 from tests.forks import PATIENCE, start
 from tests.processes import alive, children, final_bytes
-from tests.runs import run
+from tests.runs import rdm, run
 from tests.tiny import command
 from tests.tools.report.made import make_run
 
@@ -185,10 +185,8 @@ def test_a_killed_sweep_continues_and_ends_with_the_bits_of_an_undisturbed_run(
         monkeypatch.delenv(name, raising=False)
     popen = SimpleNamespace(Popen=forked, DEVNULL=None, STDOUT=None)
     monkeypatch.setattr(queue, "subprocess", popen)
-    with pytest.raises(SystemExit) as ended:
-        cli.main(["sweep", *args])
+    assert rdm("sweep", *args) == 0
     printed = capsys.readouterr()
-    assert ended.value.code == 0, printed.err
     assert "resumed from step" in (out / "online_s1" / "logs" / "sweep.log").read_text()
     assert "| online s^1 | positive |" in printed.out
 
@@ -199,6 +197,5 @@ def test_a_killed_sweep_continues_and_ends_with_the_bits_of_an_undisturbed_run(
 def test_a_process_without_its_sweep_ends(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv(LAUNCHED, str(os.getpid()))  # not the id of this process's parent
     monkeypatch.setattr(cli, "_end_with_launcher", lambda: None)
-    with pytest.raises(SystemExit) as ended:
-        cli.main(["train", *command(), "--out", str(tmp_path / "run")])
-    assert ended.value.code == 75 and not (tmp_path / "run").exists()
+    assert rdm("train", *command(), "--out", tmp_path / "run") == 75
+    assert not (tmp_path / "run").exists()
