@@ -5,6 +5,7 @@ A `UserError` is one sentence: the flag or file, what is wrong with it, and how 
 exits with its code. Any other exception is a bug (code 70).
 """
 
+import os
 import re
 from typing import ClassVar
 
@@ -97,3 +98,16 @@ class ConfigMismatch(UserError):
     """The configuration contradicts the checkpoint."""
 
     code = 78
+
+
+def explained(error: Exception, where: str) -> UserError:
+    """The error to report for any exception: of a file (74), else a bug (70), seen `where`."""
+    if isinstance(error, UserError):
+        return error
+    what = f"{type(error).__name__}: {message_of(error)}"
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        return OutputFailed(
+            f"{os.fsdecode(error.filename)} cannot be read or written ({error.strerror}): check "
+            "that it is what it should be, and its permissions"
+        )
+    return UserError(f"{what}; this is a bug, {where}")

@@ -7,7 +7,6 @@ imported only after the command line has been checked.
 import os
 import signal
 import sys
-import traceback
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -19,10 +18,16 @@ from rdm_fast.cli.options import PreviewCommand, TrainCommand, check_resume_is_a
 from rdm_fast.cli.parse import Command, without_nproc
 from rdm_fast.config.checks import did_you_mean
 from rdm_fast.config.parallel import check_ranks
-from rdm_fast.errors import Interrupted, RankLost, UsageError, UserError, message_of
+from rdm_fast.errors import Interrupted, RankLost, UsageError, UserError, explained
 from rdm_fast.evaluation.options import EvaluateCommand
 from rdm_fast.evaluation.protocols import PROTOCOLS
-from rdm_fast.runtime.printing import launched_rank, print_error, print_line
+from rdm_fast.runtime.printing import (
+    guard_streams,
+    launched_rank,
+    print_error,
+    print_line,
+    traceback_of,
+)
 from rdm_fast.tools.doctor.options import DoctorCommand
 from rdm_fast.tools.export.options import ExportCommand
 from rdm_fast.tools.export.targets import TARGETS
@@ -36,9 +41,10 @@ PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run `rdm COMMAND ...`; the exit code says how it ended."""
+    guard_streams()
     args = sys.argv[1:] if argv is None else list(argv)
     if not args or args[0] in ("-h", "--help"):
-        print("usage: rdm {" + ",".join(COMMANDS) + "} ...; rdm COMMAND --help lists its flags")
+        print_line(f"usage: rdm {{{','.join(COMMANDS)}}} ...; rdm COMMAND --help lists its flags")
         raise SystemExit(0 if args else 2)
     if args[0] not in COMMANDS:
         fix = did_you_mean(args[0], COMMANDS, f"use one of {', '.join(COMMANDS)}")
@@ -58,6 +64,7 @@ def evaluate(argv: Sequence[str] | None = None, prog: str = "eval_linear.py") ->
 
 def _run(name: str, args: Sequence[str], prog: str) -> NoReturn:
     """Run a command to its exit code."""
+    guard_streams()
     debug = "--debug" in args
     launcher = os.environ.get(LAUNCHED)
     if launcher or "RANK" in os.environ:
@@ -69,15 +76,14 @@ def _run(name: str, args: Sequence[str], prog: str) -> NoReturn:
         command.run(command.parse(args, prog), list(args))
     except UserError as error:
         if debug:
-            traceback.print_exc()
+            print_line(*traceback_of(error).splitlines(), file=sys.stderr)
         _exit_with(error)
     except KeyboardInterrupt:
         raise SystemExit(128 + signal.SIGINT) from None
     except Exception as error:
         if debug:
-            raise
-        what = f"{type(error).__name__}: {message_of(error)}"
-        _exit_with(UserError(f"{what}; this is a bug, --debug shows where"))
+            print_line(*traceback_of(error).splitlines(), file=sys.stderr)
+        _exit_with(explained(error, "--debug shows where"))
     raise SystemExit(0)
 
 
@@ -108,7 +114,8 @@ def _train(command: TrainCommand, args: list[str]) -> None:
         config = replace(read_config(Path(command.resume)), out=command.resume)
     check_ranks(config.optim, command.nproc)
     if command.print_config:
-        print(yaml.safe_dump(config_to_dict(config), sort_keys=False), end="")
+        text: str = yaml.safe_dump(config_to_dict(config), sort_keys=False)
+        print_line(*text.splitlines())
         return
 
     from rdm_fast.training import session
@@ -177,7 +184,7 @@ def _export(command: ExportCommand, _: list[str]) -> None:
 
     path = find_checkpoint(Path(command.checkpoint))
     out = Path(command.out) if command.out else None
-    print_line(str(export_checkpoint(path, command.to, out=out, overwrite=command.overwrite)))
+    print_line(*export_checkpoint(path, command.to, out=out, overwrite=command.overwrite))
 
 
 def _report(command: ReportCommand, _: list[str]) -> None:

@@ -59,6 +59,8 @@ Seed = Annotated[int, Between(0, 2**63 - 1)]
 def require_fields(table: str, settings: object) -> None:
     """Require values that the types list: choices of a Literal, numbers inside their `Between`.
 
+    Texts must be ones that a path can be.
+
     Args:
         table: stands before each name in messages: a table of settings, or `--` for a command's.
         settings: a dataclass.
@@ -74,6 +76,9 @@ def require_fields(table: str, settings: object) -> None:
             choices = get_args(plain)
             fix = did_you_mean(str(value), choices, f"use one of {', '.join(choices)}")
             require(value in choices, f"{flag}={value!r} is unknown: {fix}")
+        if isinstance(value, str):  # as paths and config.yaml need it
+            sound = "\0" not in value and value.encode(errors="ignore").decode() == value
+            require(sound, f"{flag}={value!r}: give a text that is UTF-8 and has no NUL")
         for bounds in notes:
             if isinstance(bounds, Between):
                 found = f"{flag}={reprlib.repr(value)}"

@@ -1,6 +1,7 @@
 """The whole evaluation of a backbone, from images to the saved result."""
 
 import json
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal
@@ -12,12 +13,13 @@ from torch import Tensor, nn
 
 from rdm_fast.data import ImageSet, load
 from rdm_fast.data.images.sets import labeled
-from rdm_fast.errors import CannotCreate, message_of
+from rdm_fast.errors import CannotCreate, OutputFailed, message_of
 from rdm_fast.evaluation.features import Labeled, cached_features, embed, write_tensors
-from rdm_fast.evaluation.loaded_backbone import LoadedBackbone
+from rdm_fast.evaluation.loaded_backbone import FOLDER, LoadedBackbone
 from rdm_fast.evaluation.options import EvaluateCommand
 from rdm_fast.evaluation.score import Result, require_two_classes, score
 from rdm_fast.evaluation.train_on_views import train_on_views
+from rdm_fast.run.folder import refuse_links
 from rdm_fast.runtime import atomic_files
 from rdm_fast.runtime.cudnn import choose_algorithms
 from rdm_fast.runtime.distributed import print0, rank
@@ -76,11 +78,16 @@ def evaluate(
     def save(result: Result) -> Path:
         return _save(result, spectrum, loaded)
 
+    def keep(result: Result) -> None:
+        with suppress(OutputFailed):  # tried again at the end, after the result is printed
+            save(result)
+
     result = score(
         train, test, protocol,
-        classes=classes, seed=command.seed, classifier=classifier, keep=save,
+        classes=classes, seed=command.seed, classifier=classifier, keep=keep,
     )  # fmt: skip
-    _report(result, spectrum, save(result))
+    _report(result, spectrum)
+    print0(f"saved in {save(result)}")
     return result
 
 
@@ -88,6 +95,8 @@ def _require_outputs(folder: Path, command: EvaluateCommand) -> None:
     """Find out before hours of embedding whether the results can be written."""
     if command.features_out and Path(command.features_out).exists():
         raise CannotCreate(f"--features-out {command.features_out} exists: name a new file")
+    if not command.out and folder.name == FOLDER:
+        refuse_links(folder.parent)
     try:
         if rank() == 0:
             folder.mkdir(parents=True, exist_ok=True)
@@ -166,8 +175,8 @@ def _write_features(file: Path, embedded: list[Labeled]) -> None:
         if file.suffix == ".npz":
             file.parent.mkdir(parents=True, exist_ok=True)
             arrays: dict[str, Any] = {name: tensor.numpy() for name, tensor in tensors.items()}
-            with atomic_files.replacing(file) as partial:
-                np.savez(partial, **arrays)
+            with atomic_files.replacing(file) as partial, partial.open("r+b") as stream:
+                np.savez(stream, **arrays)
         else:
             write_tensors(file, tensors)
     except (SafetensorError, OSError) as error:
@@ -184,11 +193,17 @@ def _save(result: Result, spectrum: Tensor | None, loaded: LoadedBackbone) -> Pa
     if spectrum is not None:
         directions = float(effective_rank(spectrum))
         plain |= {"effective_rank": directions, "eigenvalues": spectrum.flip(0).tolist()}
-    atomic_files.replace(file, json.dumps(plain, indent=1) + "\n")
+    try:
+        atomic_files.replace(file, json.dumps(plain, indent=1) + "\n")
+    except OSError as error:
+        raise OutputFailed(
+            f"{file} cannot be written ({error.strerror}), so the result is only printed: make "
+            "room there, or give another --out"
+        ) from error
     return file
 
 
-def _report(result: Result, spectrum: Tensor | None, file: Path) -> None:
+def _report(result: Result, spectrum: Tensor | None) -> None:
     lines = [
         f"{result.test_images} test images of {result.classes} classes, protocol {result.protocol}",
         f"  linear probe    top-1 {result.top1:6.2f} %   top-5 {result.top5:6.2f} %{result.chosen}",
@@ -198,4 +213,4 @@ def _report(result: Result, spectrum: Tensor | None, file: Path) -> None:
         lines += [f"  effective rank of the projections   {float(effective_rank(spectrum)):.1f}"]
     if result.lowered:
         lines += [f"warning: few images: {'; '.join(result.lowered)}"]
-    print0("\n".join([*lines, f"saved in {file}"]))
+    print0(*lines)

@@ -10,7 +10,6 @@ flows through the rows, not through W. An online filter and its gradient are one
 (`rdm_kernels.filtered_cosine`); a filtered target is an ordinary target.
 """
 
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import replace
@@ -24,6 +23,7 @@ from rdm_fast.config import FilterConfig
 from rdm_fast.filters.engines import EngineSelector, build_filter
 from rdm_fast.filters.response import advice
 from rdm_fast.runtime.distributed import gather_rows, local_rows, world_size
+from rdm_fast.runtime.printing import warn
 from rdm_kernels import neg_cosine
 
 
@@ -154,7 +154,7 @@ def _require_fit(online: Tensor, target: Tensor | None) -> None:
 
 def _warn(config: FilterConfig, stacklevel: int) -> None:
     if (text := advice(config)) is not None:
-        warnings.warn(text, stacklevel=stacklevel + 1)
+        warn(text, stacklevel=stacklevel + 1)
 
 
 @cache

@@ -7,7 +7,6 @@ from which torch reads tensors only.
 
 import json
 import re
-import warnings
 from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,6 +22,7 @@ from rdm_fast.errors import DataError, InputMissing, message_of
 from rdm_fast.models.backbone import build_backbone
 from rdm_fast.models.layouts import Layout, find_layout
 from rdm_fast.runtime.distributed import print0, world_size
+from rdm_fast.runtime.printing import warn
 
 METADATA = "rdm_fast"
 """Where files written by rdm-fast note as JSON what tensors do not show: a key of a safetensors
@@ -169,7 +169,7 @@ def load_backbone(path: str | Path, stem: Stem | None = None) -> nn.Module:
     """
     found = read_backbone(Path(path))
     if stem is None and (note := found.stem_note(found.stem, "stem")):
-        warnings.warn(note, stacklevel=2)
+        warn(note, stacklevel=2)
     model = ModelConfig(backbone=found.backbone, stem=stem or found.stem, width=found.width)
     found.require(model, found.channels, "stem")
     module, _ = build_backbone(model, found.channels)

@@ -14,7 +14,6 @@ hence the digests. Nothing is pickled: a checkpoint from a stranger is only data
 import errno
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable, Mapping
@@ -80,11 +79,11 @@ def save(
     _require_space(folder, sum(t.nbytes for group in tensors.values() for t in group.values()))
 
     path = folder / f"step-{snapshot.step:08d}"
-    temporary = folder / f"{atomic_files.TEMPORARY}{os.getpid()}-{snapshot.step}"
+    temporary = atomic_files.temporary(folder)
     try:
         _write(temporary, tensors, state, {} if note is None else note)
         if path.exists():  # a folder cannot be renamed over another; the old one stays loadable
-            shutil.rmtree(aside := path.with_name(path.name + ".old"), ignore_errors=True)
+            atomic_files.remove(aside := path.with_name(path.name + ".old"))
             path.rename(aside)
         temporary.rename(path)
         atomic_files.sync(folder)
@@ -113,7 +112,6 @@ def _require_space(folder: Path, size: int) -> None:
 def _write(
     path: Path, tensors: dict[str, dict[str, Tensor]], state: str, note: Mapping[str, str]
 ) -> None:
-    shutil.rmtree(path, ignore_errors=True)
     path.mkdir()
     for group, members in tensors.items():
         file = path / f"{group}.safetensors"
@@ -124,14 +122,14 @@ def _write(
         except SafetensorError as error:  # wraps an OSError, but is none
             raise OSError(errno.EIO, str(error), str(file)) from error
         atomic_files.sync(file)
-    atomic_files.write(path / "state.json", state)
-    atomic_files.write(path / MANIFEST, _manifest({name: _entry(path / name) for name in FILES}))
+    atomic_files.create(path / "state.json", state)
+    atomic_files.create(path / MANIFEST, _manifest({name: _entry(path / name) for name in FILES}))
     atomic_files.sync(path)
 
 
 def _entry(file: Path) -> dict[str, int | str]:
     """A file's entry in the manifest."""
-    with file.open("rb") as stream:
+    with atomic_files.opened(file) as stream:
         digest = hashlib.file_digest(stream, "sha256").hexdigest()
         return {"size": stream.tell(), "sha256": digest}
 
@@ -149,10 +147,10 @@ def _prune(folder: Path, step: int, keep: int) -> None:
     for at, path in _candidates(folder):
         if at > step or at in kept or len(kept) == keep:
             # renamed first, so that no step- folder is ever incomplete
-            gone = folder / f"{atomic_files.TEMPORARY}{os.getpid()}-gone-{path.name}"
+            gone = atomic_files.temporary(folder)
             with suppress(OSError):
                 path.rename(gone)
-            shutil.rmtree(gone, ignore_errors=True)
+                atomic_files.remove(gone)
         elif at == step or _is_sound(path):
             kept.add(at)
 
@@ -182,7 +180,7 @@ def verify(path: Path) -> None:
     if not path.is_dir():
         raise DataError(f"{path} is a file: give a checkpoint, which is a folder step-XXXXXXXX")
     try:
-        text = (path / MANIFEST).read_bytes().decode()
+        text = atomic_files.read(path / MANIFEST).decode()
         files = json.loads(text)["files"]
         intact = text == _manifest(files) and tuple(files) == FILES
     except (OSError, ValueError, TypeError, LookupError, RecursionError) as error:
@@ -250,5 +248,6 @@ def newest(folder: Path, warn: Callable[[str], None], *, sweep: bool = False) ->
     """
     if sweep and folder.is_dir():
         for path in folder.glob(f"{atomic_files.TEMPORARY}*"):
-            shutil.rmtree(path, ignore_errors=True)
+            with suppress(OSError):
+                atomic_files.remove(path)
     return next((path for _, path in _candidates(folder) if _is_sound(path, warn)), None)

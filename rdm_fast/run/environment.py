@@ -48,19 +48,26 @@ def _installed(name: str) -> str | None:
         return None
 
 
-def _git_commit() -> str | None:
-    """Commit of this file's checkout, `-dirty` if changed; None outside a checkout."""
-    root = Path(__file__).resolve().parents[2]
+def _git_commit(root: Path | None = None) -> str | None:
+    """Commit of a checkout, this file's by default, `-dirty` if changed; None if it is none.
+
+    `git describe` would write to the checkout: it saves what it has learned of the files' times.
+    """
+    root = root or Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():  # an installed copy may lie inside another project's checkout
         return None
-    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40"]
+    command = ["git", "--no-optional-locks", "-C", str(root), "status", "--porcelain=v2"]
     try:
         done = subprocess.run(
-            [*command, "--exclude=*"], capture_output=True, text=True, timeout=10, check=True
-        )
-    except (OSError, subprocess.SubprocessError):
+            [*command, "--branch", "--untracked-files=no"],
+            capture_output=True, text=True, timeout=10, check=True,
+        )  # fmt: skip
+    except (OSError, subprocess.SubprocessError, ValueError):
         return None
-    return done.stdout.strip()
+    head, lines = "# branch.oid ", done.stdout.splitlines()
+    commits = [line.removeprefix(head) for line in lines if line.startswith(head)]
+    changed = any(not line.startswith("#") for line in lines)
+    return commits[0] + "-dirty" * changed if commits else None
 
 
 def _device_name(device: torch.device) -> str:

@@ -6,23 +6,23 @@
     bad_files.tsv  skipped image files, and why; bad_test_files.tsv for test images
     metrics.jsonl  spectrum.jsonl  checkpoints/  tensorboard/  logs/  and what other commands add
 
-A folder without run.json belongs to something else and is never written to or emptied. Nothing here
-imports torch, so a refusal takes no time.
+A folder without run.json belongs to something else and is never written to or emptied. A link in
+the place of one of these is refused, since it could lead out of the folder. Nothing here imports
+torch, so a refusal takes no time.
 """
 
+import errno
 import json
 import os
 import secrets
-import shutil
-import socket
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal, Self
 
 import yaml
-from filelock import FileLock, Timeout
 
 from rdm_fast.config import Config
 from rdm_fast.config.saved import (
@@ -33,18 +33,22 @@ from rdm_fast.config.saved import (
 )
 from rdm_fast.errors import CannotCreate, DataError, InputMissing, message_of
 from rdm_fast.runtime import atomic_files
+from rdm_fast.runtime.lock import CLAIM, Lock
+from rdm_fast.runtime.printing import print_line
 
 FORMAT = 1
 PROJECT = "rdm-fast"
 State = Literal["running", "finished", "interrupted", "failed"]
-LOCK, OWNER = "run.lock", "run.lock.json"
+LOCK = "run.lock.json"
+LOCKS = (LOCK, LOCK + CLAIM, "run.lock")  # the last is an earlier version's
 # All but run.json. config.yaml is deleted first: a folder without it is cleared again, so nothing
 # that an interrupted --overwrite leaves can be mistaken for the new run's.
 CONTENTS = (
     *("config.yaml", "status.json", "metrics.jsonl", "checkpoints", "spectrum.jsonl"),
     *("tensorboard", "wandb", "logs", "report.html", "figures", "export"),
-    *("bad_files.tsv", "bad_test_files.tsv"),
+    *("bad_files.tsv", "bad_test_files.tsv", "evaluation"),
 )
+FOREIGN = "wandb"  # keeps links of its own
 
 
 def read_config(path: Path) -> Config:
@@ -64,7 +68,7 @@ def read_status(path: Path) -> dict[str, Any]:
 
 def _read(file: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
     try:
-        content = parse(file.read_text(encoding="utf-8"))
+        content = parse(atomic_files.read(file).decode())
     except (FileNotFoundError, NotADirectoryError) as error:
         raise InputMissing(f"{file.parent} is not a run folder: it has no {file.name}") from error
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
@@ -87,9 +91,7 @@ class RunFolder:
         id: the run's name for trackers, the same after every resume ("" on other ranks).
     """
 
-    def __init__(
-        self, path: Path, rank: int, *, is_new: bool, id: str, lock: FileLock | None
-    ) -> None:
+    def __init__(self, path: Path, rank: int, *, is_new: bool, id: str, lock: Lock | None) -> None:
         self.path, self.rank, self.is_new, self.id = path, rank, is_new, id
         self.checkpoints, self.logs = path / "checkpoints", path / "logs"
         self.metrics, self.tensorboard = path / "metrics.jsonl", path / "tensorboard"
@@ -98,43 +100,51 @@ class RunFolder:
         self._lock = lock
 
     @classmethod
-    def open(cls, out: str, config: Config, *, overwrite: bool, rank: int) -> Self:
+    def open(
+        cls, out: str, config: Config, *, overwrite: bool, rank: int, patience: float = 0.0
+    ) -> Self:
         """Create a run folder, or open that of an earlier run.
 
         Rank zero locks and marks it, and writes status and config.yaml of a new run; those of an
         earlier run stay until `write_status` and `accept`. Other ranks write nothing.
 
         Args:
-            out: the folder, as in --out.
+            out: the folder, as in --out. It may be a link itself.
             config: of a new run.
             overwrite: delete an earlier run's contents; other files stay.
             rank: this process's rank.
+            patience: seconds to wait for another process that holds the folder.
 
         Raises:
-            CannotCreate: a file is in the way, the folder belongs to something else or is not
-                writable, or another run holds it.
+            CannotCreate: a file is in the way, the folder belongs to something else, holds links
+                or is not writable, or another run holds it.
         """
-        path = Path(out)
-        if rank != 0:
-            return cls(path, rank, is_new=False, id="", lock=None)
+        path = Path(os.path.realpath(out)) if os.path.islink(out) else Path(out)
         try:
+            kept = not (overwrite and rank == 0)
+            if kept and os.path.lexists(path / "run.json"):
+                refuse_links(path)
             _refuse_foreign(path)
+            if kept:
+                refuse_links(path)
+            if rank != 0:
+                return cls(path, rank, is_new=False, id="", lock=None)
             path.mkdir(parents=True, exist_ok=True)
-            lock = _lock(path)
+            lock = _lock(path, patience)
             for stale in path.glob(f"{atomic_files.TEMPORARY}*"):
-                stale.unlink()
+                atomic_files.remove(stale)
             is_new = overwrite or not (path / "config.yaml").exists()
             if is_new:
-                _clear(path)
-                now = datetime.now(UTC).isoformat(timespec="seconds")
-                mark = {
-                    "project": PROJECT, "format": FORMAT, "id": secrets.token_hex(4),
-                    "created": now, "version": version(), "config_digest": config_digest(config),
-                }  # fmt: skip
-                atomic_files.replace(path / "run.json", json.dumps(mark, indent=1) + "\n")
-            (path / "logs").mkdir(exist_ok=True)
-            (path / "checkpoints").mkdir(exist_ok=True)
-            folder = cls(path, rank, is_new=is_new, id=str(_mark(path).get("id")), lock=lock)
+                for name in CONTENTS:
+                    atomic_files.remove(path / name)
+            refuse_links(path)
+            folder = cls(path, rank, is_new=is_new, id=secrets.token_hex(4), lock=lock)
+            if is_new:
+                folder._make(config)
+            else:
+                folder.id = str(_mark(path).get("id"))
+            folder.logs.mkdir(exist_ok=True)
+            folder.checkpoints.mkdir(exist_ok=True)
             if is_new:
                 folder.write_status("running", step=0)
                 folder.write_config(config)  # last: it marks the folder as complete
@@ -143,6 +153,39 @@ class RunFolder:
                 f"--out {out} cannot be written ({error.strerror}): give a folder that can"
             ) from error
         return folder
+
+    def _make(self, config: Config) -> None:
+        now = datetime.now(UTC).isoformat(timespec="seconds")
+        mark = {
+            "project": PROJECT, "format": FORMAT, "id": self.id, "created": now,
+            "version": version(), "config_digest": config_digest(config),
+        }  # fmt: skip
+        atomic_files.replace(self.path / "run.json", json.dumps(mark, indent=1) + "\n")
+
+    def restore(self, config: Config) -> bool:
+        """Make the folder again if it was deleted or moved while its run goes on (rank zero).
+
+        Returns:
+            Whether it was.
+
+        Raises:
+            CannotCreate: another process has taken the folder meanwhile.
+            OSError: it cannot be made.
+        """
+        if self._lock is None or self._lock.is_held():
+            return False
+        self.path.mkdir(parents=True, exist_ok=True)
+        refuse_links(self.path)
+        self._lock.release()
+        self._lock = _lock(self.path, 0.0)
+        whole = (self.path / "run.json").exists()  # else only the lock's file was deleted
+        if not whole:
+            self._make(config)
+            self.write_status("running", step=0)
+            self.write_config(config)
+        self.logs.mkdir(exist_ok=True)
+        self.checkpoints.mkdir(exist_ok=True)
+        return not whole
 
     def accept(self, config: Config, allow: tuple[str, ...] = ()) -> None:
         """Check a configuration against config.yaml (`check_resumable`), then replace it.
@@ -161,7 +204,7 @@ class RunFolder:
     def write_status(
         self, state: State, *, step: int, code: int = 0, checkpoint: str = "", message: str = ""
     ) -> None:
-        """Replace status.json atomically.
+        """Replace status.json atomically; on a full disk, in place.
 
         Args:
             state: of the run.
@@ -174,12 +217,17 @@ class RunFolder:
             "state": state, "code": code, "step": step, "checkpoint": checkpoint,
             "rank": self.rank, "message": message,
         }  # fmt: skip
-        atomic_files.replace(self.path / "status.json", json.dumps(status, indent=1) + "\n")
+        file, text = self.path / "status.json", json.dumps(status, indent=1) + "\n"
+        try:
+            atomic_files.replace(file, text)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+            atomic_files.overwrite(file, text)  # a full disk has no room for a second file
 
     def close(self) -> None:
-        """Release the lock, as the operating system does when this process dies."""
+        """Release the lock; that of a process that dies without this is taken over."""
         if self._lock is not None:
-            (self.path / OWNER).unlink(missing_ok=True)
             self._lock.release()
             self._lock = None
 
@@ -205,11 +253,42 @@ def _mark(path: Path) -> dict[str, Any]:
     return mark
 
 
+def refuse_links(path: Path) -> None:
+    """Refuse a run folder in which a link, pipe or device stands for one of the run's own files.
+
+    Raises:
+        CannotCreate: naming it.
+    """
+    names = {"run.json", *CONTENTS, *LOCKS}
+    for entry in _entries(path):
+        if entry.name in names and (odd := _odd(entry)):
+            raise CannotCreate(
+                f"{odd} is a link or a device, where a run has files of its own, so nothing is "
+                "written there: delete it, or give another --out"
+            )
+
+
+def _odd(entry: "os.DirEntry[str]") -> str:
+    """The path of a link, pipe, socket or device under an entry; "" if there is none."""
+    if entry.is_file(follow_symlinks=False):
+        return ""
+    if not entry.is_dir(follow_symlinks=False):
+        return entry.path
+    inner = [] if entry.name == FOREIGN else _entries(entry.path)
+    return next((odd for each in inner if (odd := _odd(each))), "")
+
+
+def _entries(folder: "str | os.PathLike[str]") -> "list[os.DirEntry[str]]":
+    with suppress(FileNotFoundError), os.scandir(folder) as found:
+        return sorted(found, key=lambda entry: entry.name)
+    return []
+
+
 def _refuse_foreign(path: Path) -> None:
     if path.exists() and not path.is_dir():
         raise CannotCreate(f"--out {path} is a file: give a folder")
-    names = [entry.name for entry in path.iterdir()] if path.exists() else []
-    if all(name in (LOCK, OWNER) or name.startswith(atomic_files.TEMPORARY) for name in names):
+    names = [entry.name for entry in _entries(path)]
+    if all(name in LOCKS or name.startswith(atomic_files.TEMPORARY) for name in names):
         return  # empty, or from a start that was killed before it wrote run.json
     try:
         _mark(path)
@@ -220,28 +299,11 @@ def _refuse_foreign(path: Path) -> None:
         ) from error
 
 
-def _lock(path: Path) -> FileLock:
-    lock = FileLock(path / LOCK, thread_local=False)
-    try:
-        lock.acquire(timeout=1.0)  # a killed run's children may take a moment to release it
-    except Timeout as error:
-        try:
-            owner = _read(path / OWNER, json.loads)
-        except (InputMissing, DataError):
-            owner = {}
+def _lock(path: Path, patience: float) -> Lock:
+    lock = Lock(path / LOCK, lambda text: print_line(f"warning: {text}"))
+    if holder := lock.acquire(patience):
         raise CannotCreate(
-            f"--out {path} is in use by process {owner.get('pid', '?')} on host "
-            f"{owner.get('host', '?')}: wait for it, stop it, or give another --out"
-        ) from error
-    owner = {"pid": os.getpid(), "host": socket.gethostname()}
-    atomic_files.replace(path / OWNER, json.dumps(owner) + "\n")
+            f"--out {path} is in use by {holder}: wait for it, stop it, or give another --out; "
+            f"delete {path / LOCK} only if that process is gone"
+        )
     return lock
-
-
-def _clear(path: Path) -> None:
-    """Delete a run's own contents only."""
-    for entry in (path / name for name in CONTENTS):
-        if entry.is_dir() and not entry.is_symlink():
-            shutil.rmtree(entry)
-        else:
-            entry.unlink(missing_ok=True)

@@ -32,10 +32,10 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def print0(text: str) -> None:
+def print0(*lines: str) -> None:
     """Print on rank zero only, at once."""
     if rank() == 0:
-        print_line(text)
+        print_line(*lines)
 
 
 def choose_device(asked: str) -> torch.device:

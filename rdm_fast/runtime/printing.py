@@ -1,25 +1,125 @@
-"""Text for a person: what a terminal cannot show is escaped, and each line is flushed at once."""
+"""The one door for text to a person: console, errors and warnings.
 
+Every line goes through `printable` (control characters and line breaks are escaped) and is encoded
+for its stream. Output is never a reason to stop: what a stream cannot take, because its reader or
+terminal is gone, its disk is full or it was closed, is dropped.
+"""
+
+import io
 import os
 import sys
+import traceback
+import warnings
+from contextlib import suppress
 from typing import TextIO
 
-from rdm_fast.errors import UserError, printable
+from rdm_fast.errors import UserError, message_of, printable
 
 
-def print_line(text: str, file: TextIO | None = None) -> None:
-    """Print text, to stdout by default; characters outside the stream's encoding are escaped."""
-    file = file or sys.stdout
-    text = "\n".join(map(printable, text.split("\n")))
-    encoding = file.encoding or "utf-8"
-    print(text.encode(encoding, "backslashreplace").decode(encoding), file=file, flush=True)
+def print_line(*lines: str, file: TextIO | None = None) -> None:
+    """Print lines at once, to stdout by default."""
+    if (stream := file or sys.stdout) is None:  # closed before this process began
+        return
+    text = "".join(printable(line) + "\n" for line in lines)
+    encoding = stream.encoding or "utf-8"
+    with suppress(OSError, ValueError):  # ValueError: it has been closed
+        stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
+        stream.flush()
 
 
 def print_error(error: UserError, who: str = "") -> None:
     """Print `error: ...` on stderr."""
-    print_line(f"error: {who}{error}", sys.stderr)
+    print_line(f"error: {who}{error}", file=sys.stderr)
+
+
+def traceback_of(error: BaseException) -> str:
+    """A traceback in which a message, which may come from a file, is one line."""
+    parts = traceback.TracebackException.from_exception(error).format()
+    ours = ("  ", "\n")  # code of this program, and the sentence between an error and its cause
+    lines = [p.splitlines() if p.startswith(ours) else [p.removesuffix("\n")] for p in parts]
+    return "".join(printable(line) + "\n" for part in lines for line in part)
+
+
+def warn(text: str, stacklevel: int = 1) -> None:
+    """Give Python's warning, which a caller can filter: for classes that others use, too."""
+    warnings.warn(printable(text), stacklevel=stacklevel + 1)
 
 
 def launched_rank() -> int:
     """This process's rank as its launcher has set it, before there is a process group."""
     return int(os.environ.get("RANK", "0"))
+
+
+# ---- the streams of a command ----------------------------------------------------------------
+
+
+def guard_streams() -> None:
+    """Let neither stdout nor stderr, nor any library's print or warning, end or garble a command.
+
+    Streams that a test or another program has put in their place stay.
+    """
+    for descriptor in (0, 1, 2):
+        try:
+            os.fstat(descriptor)
+        except OSError:  # else the next file that is opened would get what is printed
+            os.open(os.devnull, os.O_RDWR)
+    for name, descriptor in (("stdout", 1), ("stderr", 2)):
+        stream = getattr(sys, name)
+        if stream is None or (type(stream) is io.TextIOWrapper and _number(stream) == descriptor):
+            setattr(sys, name, _guarded(stream, descriptor))
+    warnings.showwarning = _show
+
+
+def _number(stream: TextIO) -> int | None:
+    with suppress(OSError, ValueError):
+        return stream.fileno()
+    return None
+
+
+class _Descriptor(io.RawIOBase):
+    """A file descriptor that takes everything; what it cannot write is lost."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+
+    def write(self, data: "memoryview[int] | bytes", /) -> int:  # type: ignore[override]
+        try:
+            return os.write(self._descriptor, data)
+        except OSError:
+            return len(data)
+
+    def writable(self) -> bool:
+        return True
+
+    def fileno(self) -> int:
+        return self._descriptor
+
+    def isatty(self) -> bool:
+        return os.isatty(self._descriptor)
+
+
+def _guarded(stream: io.TextIOWrapper | None, descriptor: int) -> io.TextIOWrapper:
+    at_once = descriptor == 2
+    if stream is not None:
+        with suppress(OSError, ValueError):
+            stream.flush()
+        at_once = at_once or stream.line_buffering or stream.write_through
+    return io.TextIOWrapper(
+        io.BufferedWriter(_Descriptor(descriptor)),  # type: ignore[type-var]
+        encoding=stream.encoding if stream else "utf-8",
+        errors="backslashreplace",
+        line_buffering=at_once,
+    )
+
+
+def _show(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """Python's hook for a warning that is shown: one line, of any library."""
+    error = message if isinstance(message, Warning) else category(message)
+    print_line(f"warning: {message_of(error)}", file=file or sys.stderr)

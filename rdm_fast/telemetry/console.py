@@ -36,7 +36,7 @@ class ConsoleLine:
         self._start = time.monotonic()
         self._live: Live | None = None
         plain = os.environ.get("NO_COLOR") or os.environ.get("TERM", "dumb") == "dumb"
-        if sys.stdout.isatty() and not plain:
+        if sys.stdout is not None and sys.stdout.isatty() and not plain:
             self._live = Live(console=Console(), auto_refresh=False)
             self._live.start()
 

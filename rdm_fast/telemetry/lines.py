@@ -7,6 +7,7 @@ run.
 
 import json
 import math
+import os
 import sys
 from collections.abc import Mapping
 from contextlib import suppress
@@ -38,7 +39,7 @@ class Lines:
         """Replace the file by the records in `kept`."""
         atomic_files.replace(path, "".join(_line(record) for record in kept))
         self._path = path
-        self._file = path.open("ab", buffering=0)
+        self._file = atomic_files.appending(path)
         self._size = path.stat().st_size
         self._pending = b""
         self._warned = False
@@ -46,6 +47,10 @@ class Lines:
     def log(self, step: int, metrics: Mapping[str, Any]) -> None:
         self._pending += _line({"step": step, **metrics}).encode()
         try:
+            if os.fstat(self._file.fileno()).st_nlink == 0:  # deleted: what follows shall be kept
+                self._file, old = atomic_files.appending(self._path), self._file
+                old.close()
+                self._size = 0
             written = self._file.write(self._pending)
             if written != len(self._pending):
                 raise OSError(f"only {written} of {len(self._pending)} bytes were written")
@@ -53,7 +58,8 @@ class Lines:
             with suppress(OSError):
                 self._file.truncate(self._size)  # no half line
             if not self._warned:
-                print_line(f"warning: {self._path.name} waits in memory: {error}", sys.stderr)
+                text = f"warning: {self._path.name} waits in memory: {error}"
+                print_line(text, file=sys.stderr)
             self._warned = True
         else:
             self._size += written
@@ -122,7 +128,7 @@ def _until(step: int, path: Path) -> list[Record]:
 def _read_lines(path: Path) -> list[Record]:
     """All whole records; a torn last line is skipped."""
     records = []
-    for line in path.read_bytes().split(b"\n") if path.exists() else ():
+    for line in atomic_files.read(path).split(b"\n") if path.exists() else ():
         with suppress(ValueError):
             record = json.loads(line)
             if isinstance(record, dict):

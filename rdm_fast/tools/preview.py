@@ -5,6 +5,7 @@ makes them. The images are the first of the recipe's first epoch, and all loader
 views, so the views in a row differ from loader to loader by rounding only.
 """
 
+import io
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from rdm_fast.data.images.sets import ImageSet, Pixels
 from rdm_fast.data.loaders.batch import Batch
 from rdm_fast.data.loaders.build import build_loader
 from rdm_fast.errors import CannotCreate, Unavailable, UsageError, message_of
+from rdm_fast.runtime import atomic_files
 from rdm_fast.runtime.distributed import choose_device
 from rdm_fast.runtime.printing import print_line
 
@@ -53,7 +55,9 @@ def preview(config: Config, *, images: int, path: Path) -> None:
     chosen = batches[LOADERS[0]].indices.tolist()
     sheet = contact_sheet([source.read(i) for i in chosen], views)
     try:
-        sheet.save(path, optimize=True)
+        picture = io.BytesIO()
+        sheet.save(picture, Image.registered_extensions().get(path.suffix.lower()), optimize=True)
+        atomic_files.replace(path, picture.getvalue())
     except (OSError, ValueError) as error:
         raise CannotCreate(f"--sheet {path} cannot be written ({message_of(error)})") from error
     print_line(f"{path}: {len(chosen)} images of {config.data.name}, {', '.join(views)}")

@@ -7,16 +7,16 @@ import os
 import signal
 import sys
 import time
-import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import NoReturn
 
 from rdm_fast.config import Config
-from rdm_fast.errors import Interrupted, RankLost, UserError, message_of
+from rdm_fast.errors import Interrupted, RankLost, UserError, explained
 from rdm_fast.run.folder import RunFolder, State, read_status
-from rdm_fast.runtime.printing import launched_rank, print_error
+from rdm_fast.runtime import atomic_files
+from rdm_fast.runtime.printing import launched_rank, print_error, traceback_of
 
 
 def train(config: Config, *, overwrite: bool, allow_change: tuple[str, ...]) -> None:
@@ -105,14 +105,12 @@ def record_failure(folder: RunFolder) -> Iterator[None]:
     except BaseException as error:
         log = folder.logs / f"rank{launched_rank()}.err"
         with suppress(OSError):
-            log.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
+            atomic_files.replace(log, traceback_of(error))
         if not isinstance(error, Exception):
             raise
         if isinstance(error, RankLost):
             _report_rank_lost(folder, error)
-        if not isinstance(error, UserError):
-            what = f"{type(error).__name__}: {message_of(error)}"
-            error = UserError(f"{what} (a bug; the traceback is in {log})")
+        error = explained(error, f"the traceback is in {log}")
         if launched_rank() != 0:  # ranks usually fail alike, and rank zero speaks for them
             time.sleep(1.0)
             status = read_status(folder.path)

@@ -12,7 +12,6 @@ recorded as one CUDA graph (`rdm_fast.training.cuda_graph`).
 """
 
 import contextlib
-import warnings
 from dataclasses import dataclass
 
 import torch
@@ -30,6 +29,7 @@ from rdm_fast.optim import build_optimizer, learning_rate, set_learning_rate
 from rdm_fast.runtime.distributed import world_size
 from rdm_fast.runtime.host_copy import HostCopy
 from rdm_fast.runtime.precision import autocast, float32_products
+from rdm_fast.runtime.printing import warn
 from rdm_fast.training.cuda_graph import StepGraph
 from rdm_fast.training.ddp import wrap
 
@@ -173,7 +173,7 @@ class TrainStep:
             if self.config.step.graph == "on" or self.graph.is_recorded:
                 raise
             why = f"steps run without a CUDA graph, as recording failed: {message_of(error)}"
-            warnings.warn(why, stacklevel=3)
+            warn(why, stacklevel=3)
             self.graph = None
             self.optimizer.zero_grad(set_to_none=True)
             return self._step(*views)

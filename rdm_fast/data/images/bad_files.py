@@ -17,9 +17,10 @@ from rdm_fast.config import DataConfig
 from rdm_fast.data.images.decode import Pixels, one_line
 from rdm_fast.data.images.index import BadFile
 from rdm_fast.data.images.sets import ImageSet
-from rdm_fast.errors import CannotCreate, DataError
+from rdm_fast.errors import CannotCreate, DataError, printable
 from rdm_fast.runtime import atomic_files
 from rdm_fast.runtime.distributed import print0, rank
+from rdm_fast.runtime.printing import print_line
 
 HEADER = "path\treason\n"
 FEW_BAD = 3
@@ -58,9 +59,10 @@ def report_bad_files(
     """
     if listing is not None and rank() == 0:
         try:
-            listing.unlink(missing_ok=True)  # from an earlier start
+            atomic_files.remove(listing)  # from an earlier start
             if bad or ignored:
-                rows = (f"{one_line(path)}\t{reason}\n" for path, reason in (*bad, *ignored))
+                found = (*bad, *ignored)
+                rows = (f"{one_line(path)}\t{printable(reason)}\n" for path, reason in found)
                 atomic_files.replace(listing, HEADER + "".join(rows))
         except OSError as error:
             raise CannotCreate(f"{listing} cannot be written ({error.strerror})") from error
@@ -142,17 +144,17 @@ class UnreadableImages:
         if len(self.indices) == 1 and not listed_before:
             listing = self._images.bad_files
             more = f", and further ones are only listed in {listing}" if listing else ""
-            print(f"warning: rank {rank()}: {why}: {self._outcome}{more}", flush=True)
+            print_line(f"warning: rank {rank()}: {why}: {self._outcome}{more}")
 
     def _list(self, name: str, why: str) -> bool:
         """Append an image to the table; return whether it was there already."""
         listing = self._images.bad_files
         if listing is None:
             return False
-        with suppress(OSError), open(listing, "a+", encoding="utf-8") as table:
+        with suppress(OSError), atomic_files.appending(listing) as table:
             table.seek(0)
             known = table.read()
-            if f"\n{name}\t" in known:
+            if f"\n{name}\t".encode() in known:
                 return True
-            table.write(f"{'' if known else HEADER}{name}\t{why}\n")
+            table.write(f"{'' if known else HEADER}{name}\t{why}\n".encode())
         return False

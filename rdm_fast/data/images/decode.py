@@ -15,7 +15,6 @@ nothing is decoded whose header claims more than MAX_PIXELS.
 
 import logging
 import os
-import stat
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
@@ -26,7 +25,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, TiffImagePlugin, UnidentifiedImageError
 
-from rdm_fast.errors import DataError, message_of
+from rdm_fast.errors import DataError, message_of, printable
+from rdm_fast.runtime import atomic_files
 
 Pixels = NDArray[np.uint8]
 
@@ -149,10 +149,8 @@ def reason(error: Exception) -> str:
 
 
 def one_line(path: str) -> str:
-    r"""A path on one line of a message or table: \n, \t, \r, \\ and non-UTF-8 bytes escaped."""
-    for character, escaped in (("\\", r"\\"), ("\n", r"\n"), ("\t", r"\t"), ("\r", r"\r")):
-        path = path.replace(character, escaped)
-    return path.encode(errors="backslashreplace").decode()
+    r"""A path in a message or table, which can be read back: \\ is escaped, too."""
+    return printable(path.replace("\\", r"\\"))
 
 
 @contextmanager
@@ -161,14 +159,8 @@ def _opened(source: Path | BinaryIO) -> Iterator[BinaryIO]:
     if not isinstance(source, Path):
         yield source
         return
-    with open(source, "rb", opener=_without_waiting) as file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise ValueError("not a regular file")
+    with atomic_files.opened(source) as file:
         yield file
-
-
-def _without_waiting(path: str, flags: int) -> int:
-    return os.open(path, flags | os.O_NONBLOCK)  # else opening a named pipe would never return
 
 
 def _image(file: BinaryIO) -> Image.Image:

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from rdm_fast.data.images.decode import MAX_PIXELS, ImageSize, inspect_image, one_line, reason
 from rdm_fast.data.images.tables import Rows, folder_lock, load_table, save_table
+from rdm_fast.runtime.printing import print_line
 
 STAMP = "images 2"  # changes with the format
 THREADS = 8  # they wait for the disk, and Pillow decodes without holding the interpreter
@@ -142,10 +143,9 @@ def _inspect_files(
             now, done = time.monotonic(), first + len(chunk)
             if now - reported > REPORT_EVERY:
                 reported = now
-                print(
+                print_line(
                     f"inspected {done:,} of {len(chosen):,} files in {one_line(str(folder))} "
-                    f"({done / len(chosen):.0%}, {done / (now - start):,.0f} a second)",
-                    flush=True,
+                    f"({done / len(chosen):.0%}, {done / (now - start):,.0f} a second)"
                 )
 
 

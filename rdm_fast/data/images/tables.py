@@ -6,22 +6,26 @@ reveal damage; SQLite has none, and takes longer to read a million rows.
 
 import hashlib
 import io
+import math
 import os
+import stat
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from filelock import FileLock
 from numpy.typing import NDArray
 
 from rdm_fast.runtime import atomic_files
 from rdm_fast.runtime.distributed import print0
+from rdm_fast.runtime.lock import Lock
 
 NAME = ".rdm_fast_index"
+STUCK = 60.0
+"""Seconds without a sign of life after which a process that holds the lock is not waited for."""
 
 Rows = NDArray[Any]
 """A structured array, [n]."""
@@ -36,12 +40,36 @@ class Table(NamedTuple):
 
 @contextmanager
 def folder_lock(folder: Path) -> Iterator[None]:
-    """Best-effort lock: one process per user and machine works on the folder."""
-    lock = Path(tempfile.gettempdir(), f"rdm-fast-{os.getuid()}-{_key(folder)}.lock")
-    with ExitStack() as stack:
-        with suppress(OSError):
-            stack.enter_context(FileLock(lock, mode=0o600))
+    """Best-effort lock: one process per user and machine works on the folder.
+
+    It is in a folder that nobody else can write to. Without one, or if its holder has stopped, the
+    work is done without the lock, which costs time alone.
+    """
+    lock: Lock | None = None
+    with suppress(OSError):
+        lock = Lock(_private_folder() / f"{_key(folder)}.lock")
+        if lock.acquire(math.inf, stuck=STUCK):
+            lock = None
+    try:
         yield
+    finally:
+        if lock is not None:
+            lock.release()
+
+
+def _private_folder() -> Path:
+    """This user's folder for locks, beside everybody's temporary files.
+
+    Raises:
+        OSError: it cannot be made, or has this name and belongs to somebody else.
+    """
+    user = os.getuid() if hasattr(os, "getuid") else 0
+    folder = Path(tempfile.gettempdir(), f"rdm-fast-{user}")
+    folder.mkdir(mode=0o700, exist_ok=True)
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != user or found.st_mode & 0o077:
+        raise OSError(f"{folder} is not a private folder of this user")
+    return folder
 
 
 def load_table(
@@ -57,11 +85,14 @@ def load_table(
         is_sound: checks values: somebody else may have written the file.
     """
     for place in _places(folder, part):
-        with suppress(Exception):  # zipfile and numpy raise many kinds for a damaged file
-            with zipfile.ZipFile(place) as members:  # a small file must not unpack to a huge one
-                if sum(info.file_size for info in members.infolist()) > place.stat().st_size:
+        # zipfile and numpy raise many kinds for a damaged file
+        with suppress(Exception), atomic_files.opened(place) as file:
+            with zipfile.ZipFile(file) as members:  # a small file must not unpack to a huge one
+                size = os.fstat(file.fileno()).st_size
+                if sum(info.file_size for info in members.infolist()) > size:
                     continue
-            with np.load(place, allow_pickle=False) as saved:
+            file.seek(0)
+            with np.load(file, allow_pickle=False) as saved:
                 names, rows = saved["names"].tobytes().split(b"\0"), saved["rows"]
                 known = saved["stamp"] == stamp and rows.dtype == dtype
             if known and rows.shape == (len(names),) and is_sound(rows):

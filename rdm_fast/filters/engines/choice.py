@@ -17,7 +17,6 @@ not accurate does not train: its filter is zero, and so is its gradient. From th
 `auto` uses eigh; with engine=gemm the next step ends the run.
 """
 
-import warnings
 from dataclasses import replace
 from typing import Any
 
@@ -28,6 +27,7 @@ from rdm_fast.config import FilterConfig
 from rdm_fast.errors import Unavailable
 from rdm_fast.filters.engines.gemm import LEAST_CUTOFF, needs_float64
 from rdm_fast.runtime.host_copy import HostCopy
+from rdm_fast.runtime.printing import warn
 from rdm_kernels.matrix_function import CHOLESKY_FAILED, INACCURATE
 from rdm_kernels.safe_eigh import has_fast_float64
 
@@ -123,7 +123,7 @@ class EngineSelector:
             raise Unavailable(f"{why}: use filter.engine=eigh, or auto, which changes to eigh")
         self.failures += 1
         self.name = "eigh"
-        warnings.warn(f"{why}; skipped this batch, switching to engine=eigh", stacklevel=3)
+        warn(f"{why}; skipped this batch, switching to engine=eigh", stacklevel=3)
 
 
 def _capturing(device: torch.device) -> bool:

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from rdm_fast.config import Config
 from rdm_fast.data import build_loader, load
-from rdm_fast.errors import CannotCreate, OutputFailed, UsageError
+from rdm_fast.errors import CannotCreate, OutputFailed, UsageError, printable
 from rdm_fast.filters.engines.choice import choose
 from rdm_fast.runtime import atomic_files
 from rdm_fast.tools.doctor.machine import Finding, has_fast_bf16, inspect_machine, usable_cpus
@@ -50,9 +50,10 @@ def diagnose(config: Config, device: torch.device, *, batches: int, path: Path |
     engine = "none"
     if config.predictor == "spectral":
         engine = choose(config.filter, device)
+    _say(console, "")
     _say(
         console,
-        f"\nmeasuring {config.method}, predictor {config.predictor}, {config.model.backbone}, "
+        f"measuring {config.method}, predictor {config.predictor}, {config.model.backbone}, "
         f"batch {config.optim.global_batch} of {len(images)} images of {config.data.name}, "
         f"{config.precision}, on {device.type}, loader {loader.name}, filter engine {engine}",
     )
@@ -99,7 +100,7 @@ def make_console() -> Console:
 
 
 def _say(console: Console, text: str) -> None:
-    console.print(escape(text), soft_wrap=True)
+    console.print(escape(printable(text)), soft_wrap=True)
 
 
 def _table(console: Console, title: str, columns: str, rows: Iterable[Sequence[str]]) -> None:
@@ -111,7 +112,7 @@ def _table(console: Console, title: str, columns: str, rows: Iterable[Sequence[s
         side: Literal["left", "right"] = "right" if column.endswith(">") else "left"
         table.add_column(column.rstrip(">"), overflow="fold", justify=side)
     for row in rows:
-        table.add_row(*map(escape, row))
+        table.add_row(*(escape(printable(cell)) for cell in row))
     console.print(table)
 
 

@@ -23,7 +23,7 @@ from rdm_fast.evaluation.loaded_backbone import load_method
 from rdm_fast.methods import Method
 from rdm_fast.models.layouts import LAYOUTS
 from rdm_fast.models.pretrained import METADATA
-from rdm_fast.run.folder import read_config, version
+from rdm_fast.run.folder import read_config, refuse_links, version
 from rdm_fast.runtime import atomic_files
 from rdm_fast.tools.export.targets import Target
 
@@ -46,7 +46,7 @@ PREFIXES: dict[Target, str] = {
 
 def export_checkpoint(
     path: Path, target: Target, *, out: Path | None = None, overwrite: bool = False
-) -> str:
+) -> list[str]:
     """Write the backbone of a checkpoint for another program, and instructions to load it.
 
     Args:
@@ -56,7 +56,7 @@ def export_checkpoint(
         overwrite: replace an earlier export.
 
     Returns:
-        A summary of the files and of what their user must know, in a few lines.
+        The lines of a summary: the files, and what their user must know.
 
     Raises:
         UsageError: the target has no such backbone, or `out` has the wrong suffix.
@@ -67,6 +67,8 @@ def export_checkpoint(
     config = read_config(run)
     _require_target(target, config)
     suffix = SUFFIXES[target][0]
+    if out is None:
+        refuse_links(run)
     out = out if out is not None else run / FOLDER / f"{path.name}-{target}{suffix}"
     if suffix and out.suffix not in SUFFIXES[target]:
         raise UsageError(f"--out {out}: --to {target} writes a file *{suffix}")
@@ -75,12 +77,12 @@ def export_checkpoint(
     _write(files, overwrite)
     model = config.model
     plain = "" if not export.preparation else f"; a plain {model.backbone} needs first:"
-    return "\n".join([
+    return [
         f"wrote {out}: {model.backbone} with stem {model.stem}{plain}",
         *(f"    {line}" for line in export.preparation),
         *(f"note: {note}" for note in export.notes),
         f"how to load it: {next(name for name in files if name.suffix == '.md')}",
-    ])  # fmt: skip
+    ]
 
 
 def _require_target(target: Target, config: Config) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from rdm_fast.errors import CannotCreate, UserError
+from rdm_fast.run.folder import refuse_links
 from rdm_fast.runtime import atomic_files
 from rdm_fast.runtime.distributed import choose_device, print0
 from rdm_fast.tools.report import curves, snapshots, style
@@ -36,6 +37,8 @@ def make_report(command: ReportCommand) -> Path:
     paths = find_runs(command.runs)
     page = Path("report.html") if len(paths) > 1 else paths[0] / "report.html"
     page = page if command.out is None else Path(command.out)
+    if page.parent in paths:
+        refuse_links(page.parent)
     runs = read_runs(paths)
     spectra, embeddings = _measure(runs, command)
     with style.applied():

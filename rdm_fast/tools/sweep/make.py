@@ -4,16 +4,13 @@ import json
 import os
 import time
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-
-from filelock import FileLock, Timeout
 
 from rdm_fast.config import Config
 from rdm_fast.config.saved import deciding_changes
 from rdm_fast.errors import CannotCreate, ConfigMismatch, DataError, OutputFailed, UserError
-from rdm_fast.run.folder import LOCK, PROJECT, RunFolder, read_config
+from rdm_fast.run.folder import PROJECT, RunFolder, read_config
 from rdm_fast.runtime import atomic_files
 from rdm_fast.runtime.printing import print_line
 from rdm_fast.tools.report import style
@@ -51,7 +48,8 @@ def make_sweep(command: SweepCommand) -> None:
     ready = {name: path for name, path in paths.items() if name not in failed}
     failed |= run_all(ready, jobs=jobs, device=command.config.device, gpus=gpus, threads=threads)
     runs = {name: read_run(path, name) for name, path in paths.items()}
-    print_line("\n" + _write(folder, runs, failed, threads=threads, jobs=jobs))
+    table = _write(folder, runs, failed, threads=threads, jobs=jobs)
+    print_line("", *table.splitlines())
     print_line(f"sweep: {folder / 'sweep.md'} and sweep.png, {time.monotonic() - started:.0f} s")
     if failed:
         _raise(failed)
@@ -108,10 +106,9 @@ def _prepare_all(command: SweepCommand) -> dict[str, Failure]:
 
 def _prepare(config: Config, *, overwrite: bool) -> None:
     path = Path(config.out)
-    with suppress(Timeout):
-        if (path / LOCK).exists():
-            FileLock(path / LOCK, thread_local=False).acquire(timeout=GRACE).lock.release()
-    with RunFolder.open(config.out, config, overwrite=overwrite, rank=0) as run:
+    if path.is_symlink():
+        raise CannotCreate(f"{path} is a link, not a run of this sweep: delete it")
+    with RunFolder.open(config.out, config, overwrite=overwrite, rank=0, patience=GRACE) as run:
         if run.is_new:
             return
         if changed := deciding_changes(read_config(path), config):

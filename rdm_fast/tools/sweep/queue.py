@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from rdm_fast.errors import Interrupted, RankLost, UserError
 from rdm_fast.run.folder import read_status
+from rdm_fast.runtime import atomic_files
 from rdm_fast.runtime.printing import print_line
 from rdm_fast.runtime.signals import StopOnSignal
 
@@ -61,8 +62,8 @@ class _Job:
 
     def start(self, args: list[str], environment: Mapping[str, str]) -> None:
         self.args = args
-        with self.log.open("ab") as log:
-            self.log_start = log.tell()
+        with atomic_files.appending(self.log) as log:
+            self.log_start = log.seek(0, os.SEEK_END)
             self.process = subprocess.Popen(
                 [sys.executable, "-c", PROGRAM, *args],
                 env=environment,
@@ -73,7 +74,7 @@ class _Job:
 
     def failure(self, code: int) -> Failure:
         """The command's exit code and its last error."""
-        text = self.log.read_bytes()[self.log_start :].decode("utf-8", "replace")
+        text = atomic_files.read(self.log)[self.log_start :].decode("utf-8", "replace")
         errors = [line for line in text.splitlines() if line.startswith("error: ")]
         if code < 0:
             killed = f"{self.args[0]} was killed by {signal.Signals(-code).name}"
