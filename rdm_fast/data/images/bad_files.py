@@ -61,8 +61,7 @@ def report_bad_files(
         try:
             atomic_files.remove(listing)  # from an earlier start
             if bad or ignored:
-                found = (*bad, *ignored)
-                rows = (f"{one_line(path)}\t{printable(reason)}\n" for path, reason in found)
+                rows = (f"{one_line(f.path)}\t{printable(f.reason)}\n" for f in (*bad, *ignored))
                 atomic_files.replace(listing, HEADER + "".join(rows))
         except OSError as error:
             raise CannotCreate(f"{listing} cannot be written ({error.strerror})") from error
