@@ -133,6 +133,26 @@ def trend(config: FilterConfig) -> Literal["rising", "falling", "flat", "unknown
     return "falling" if config.is_falling else "flat"
 
 
+FEW_ROWS = 8
+"""A batch of fewer rows than this part of the width shows too few directions."""
+
+
+def few_rows(batch: int, width: int) -> str | None:
+    """A warning that a filter of a global batch sees few of its directions; None if it sees enough.
+
+    Args:
+        batch: rows of the global batch.
+        width: of the projector.
+    """
+    if FEW_ROWS * batch >= width:
+        return None
+    return (
+        f"--optim.global-batch {batch} shows at most {batch} of the projector's {width} "
+        "directions, and the filter shapes only those: give "
+        f"{-(-width // FEW_ROWS)} or more, or a smaller --model.projector-dim"
+    )
+
+
 def advice(config: FilterConfig) -> str | None:
     """RDM's prediction for a filter on the wrong branch; None for any other filter."""
     g = f"sigma={config.sigma:g}" if config.kind == "poly" else f"kind={config.kind}"

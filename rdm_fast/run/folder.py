@@ -46,7 +46,7 @@ LOCKS = (LOCK, LOCK + CLAIM, "run.lock")  # the last is an earlier version's
 CONTENTS = (
     *("config.yaml", "status.json", "metrics.jsonl", "checkpoints", "spectrum.jsonl"),
     *("tensorboard", "wandb", "logs", "report.html", "figures", "export"),
-    *("bad_files.tsv", "bad_test_files.tsv", "evaluation"),
+    *("bad_files.tsv", "bad_test_files.tsv", "evaluation", "wandb.json", "trackio.json"),
 )
 FOREIGN = "wandb"  # keeps links of its own
 

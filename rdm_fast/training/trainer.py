@@ -17,7 +17,7 @@ from rdm_fast.data import Batch, build_loader, load, require_same_images
 from rdm_fast.errors import Collapsed, DataError, InputMissing, Interrupted, OutputFailed
 from rdm_fast.evaluation.online_accuracy import OnlineAccuracy
 from rdm_fast.evaluation.online_probe import OnlineProbe
-from rdm_fast.filters.response import advice
+from rdm_fast.filters.response import advice, few_rows
 from rdm_fast.methods import build_method
 from rdm_fast.models.pretrained import file_note, load_strict, warm_start
 from rdm_fast.run import checkpoint
@@ -180,8 +180,10 @@ class Trainer:
             + (f", filter engine {self._engine()}" if self.selector else "")
             + (", steps as a CUDA graph" if self.train_step.graph else "")
         )
-        if self.selector and (text := advice(config.filter)):
-            print0(f"warning: {text}")
+        few = few_rows(config.optim.global_batch, config.model.projector_dim)
+        for text in (advice(config.filter), few) if self.selector else ():
+            if text:
+                print0(f"warning: {text}")
         if self.step:
             print0(f"resumed from step {self.step}")
 

@@ -16,7 +16,7 @@ import torch
 
 from rdm_fast.config import FilterConfig, OptimConfig, ViewConfig
 from rdm_fast.config.recipes import DEFAULT, RECIPES, recipe
-from rdm_fast.filters.response import advice
+from rdm_fast.filters.response import advice, few_rows
 from rdm_fast.methods import build_method
 from rdm_fast.optim import build_optimizer
 
@@ -211,7 +211,9 @@ def test_filters_are_those_of_the_reference_s_runs(name: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name in RECIPES if "rdm" in name])
 def test_filters_are_on_the_side_where_rdm_raises_the_rank(name: str) -> None:
-    assert advice(RECIPES[name]().filter) is None
+    config = RECIPES[name]()
+    assert advice(config.filter) is None
+    assert few_rows(config.optim.global_batch, config.model.projector_dim) is None
 
 
 @pytest.mark.parametrize("name", [name for name in RECIPES if "rdm" in name])

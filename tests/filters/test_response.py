@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rdm_fast.config import FilterConfig
-from rdm_fast.filters.response import advice, cutoff, response, trend, unit_roundoff
+from rdm_fast.filters.response import advice, cutoff, few_rows, response, trend, unit_roundoff
 from rdm_fast.spectrum import effective_rank
 from tests.spectra import g
 
@@ -179,3 +179,9 @@ def test_the_change_of_rank_is_strict_for_a_spectrum_that_is_not_flat() -> None:
         assert after < 0.99 * before
     before, after = ranks(FilterConfig(sigma=-0.5), [1.0, 2.0, 4.0, 8.0])
     assert after > 1.01 * before
+
+
+def test_a_batch_under_an_eighth_of_the_width_is_warned_of_with_both_numbers() -> None:
+    assert few_rows(256, 2048) is few_rows(2048, 256) is None
+    text = few_rows(255, 2048)
+    assert text is not None and "255" in text and "2048" in text and "256 or more" in text

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import types
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,11 @@ from rdm_fast.telemetry import KEYS, SPECTRUM_KEYS, Plan, Telemetry, read_spectr
 from rdm_fast.telemetry.console import ConsoleLine, progress_line
 from rdm_fast.telemetry.lines import JsonLines, SpectrumLines
 from rdm_fast.telemetry.trackers import TensorBoard
+from rdm_fast.training.trainer import Trainer
 from tests.forks import Forked
+from tests.runs import TIMING, in_step, run, with_log
 from tests.spies import refused
+from tests.tiny import tiny
 
 CONFIG = RECIPES["digits_rdm_simsiam"]()
 ENVIRONMENT = {"torch": "2.15.0", "config": {"optim": {"lr": 0.1}}}
@@ -208,6 +212,13 @@ def test_tensorboard_shows_one_scalar_a_key_and_hides_what_a_resume_repeats(tmp_
     assert scalars(tmp_path) == {"loss": [(1, 0.25), (2, 0.5), (3, 7.0)]}
 
 
+TIMES = dict.fromkeys(TIMING, 0.0)
+
+
+def fail(_: Trainer) -> None:
+    raise MemoryError
+
+
 TRACKERS = {"tensorboard": "torch.utils.tensorboard", "wandb": "wandb", "trackio": "trackio"}
 
 
@@ -219,9 +230,14 @@ def test_a_missing_tracker(extra: str, tmp_path: Path, monkeypatch: pytest.Monke
     open_telemetry(tmp_path / "other rank", 1, **{extra: True})
 
 
-@pytest.mark.parametrize("tracker", ["wandb", "trackio"])
-def test_trackers_keep_ids(tracker: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    name = {"wandb": "id", "trackio": "name"}[tracker]
+@pytest.fixture(params=["wandb", "trackio"])
+def tracker(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def calls(tracker: str, monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """What a tracker's package is asked to do."""
     calls: list[Any] = []
     run = types.SimpleNamespace(
         log=lambda metrics, step: calls.append((step, metrics)), finish=lambda: calls.append("end")
@@ -229,6 +245,34 @@ def test_trackers_keep_ids(tracker: str, tmp_path: Path, monkeypatch: pytest.Mon
     module = types.ModuleType(tracker)
     module.init = lambda **options: calls.append(options) or run  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, tracker, module)
+    return calls
+
+
+def test_a_run_that_was_killed_sends_each_metric_of_a_step_once(
+    tracker: str, calls: list[Any], tmp_path: Path
+) -> None:
+    config = with_log(tiny(epochs=2), every=1, knn_every=1, save_every=4, **{tracker: True})
+    run(tmp_path / "whole", config)
+    whole = [call for call in calls if isinstance(call, tuple)]
+    calls.clear()
+    for killed in (3, 7, 6):  # before the first checkpoint, after it, and before the last place
+        with pytest.raises(MemoryError):
+            run(tmp_path / "run", config, partial(in_step, step=killed, action=fail))
+    run(tmp_path / "run", config)
+    sent = [call for call in calls if isinstance(call, tuple)]
+    assert [step for step, _ in sent] == [step for step, _ in whole]
+    assert [{**m, **TIMES} for _, m in sent] == [{**m, **TIMES} for _, m in whole]
+    calls.clear()
+    folder = tmp_path / "run" / f"{tracker}.json"
+    for text in ("", "[]", "{}", '{"run": 1}', '{"run": null, "step": 9, "keys": 3}'):
+        folder.write_text(text)  # damaged: nothing is known
+        with open_telemetry(tmp_path / "run", 0, **{tracker: True}) as telemetry:
+            telemetry.log(1, {"loss": 0.5})
+    assert [call for call in calls if isinstance(call, tuple)] == [(1, {"loss": 0.5})] * 5
+
+
+def test_trackers_keep_the_id(tracker: str, calls: list[Any], tmp_path: Path) -> None:
+    name = {"wandb": "id", "trackio": "name"}[tracker]
     for step in (1, 2):
         with open_telemetry(tmp_path, 0, **{tracker: True}) as telemetry:
             telemetry.log(step, {"loss": 0.5})

@@ -10,6 +10,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ import torch.distributed as dist
 
 from rdm_fast.config import Config
 from rdm_fast.data import Batch
+from rdm_fast.data.loaders.batch import Loader
 from rdm_fast.errors import DataError, Interrupted, NonFinite, OutputFailed
 from rdm_fast.evaluation import online_accuracy as online
 from rdm_fast.filters.engines import choice
@@ -25,6 +27,7 @@ from rdm_fast.run import checkpoint
 from rdm_fast.run.folder import RunFolder, read_status
 from rdm_fast.runtime.distributed import rank, world_size
 from rdm_fast.runtime.signals import SIGNALS
+from rdm_fast.telemetry import timer
 from rdm_fast.training import trainer as trainer_module
 from rdm_fast.training.train_step import StepReport, TrainStep
 from rdm_fast.training.trainer import Trainer
@@ -409,6 +412,49 @@ def test_a_tensorboard_file_has_the_loss_of_metrics_jsonl(tmp_path: Path) -> Non
     logged = [(event.step, event.value) for event in events.Scalars("loss")]
     lines = [(line["step"], line["loss"]) for line in metrics(tmp_path / "run")]
     assert logged == [(step, pytest.approx(loss)) for step, loss in lines]
+
+
+@pytest.mark.parametrize(("recipe", "warned"), [("digits_rdm_simsiam", 1), ("digits_simsiam", 0)])
+def test_a_filter_of_a_thin_batch_is_warned_of(
+    recipe: str, warned: int, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config = tiny(recipe, epochs=1, global_batch=140)
+    config = replace(config, model=replace(config.model, projector_dim=1121))
+    run(tmp_path / "run", config)
+    assert capfd.readouterr().out.count("warning: --optim.global-batch 140 ") == warned
+
+
+@pytest.mark.parametrize("wait", [0.0, 0.25, 8.0])
+def test_the_wait_for_data_is_the_loaders_whatever_a_step_takes(
+    wait: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a clock that only the loader and the step move: steps of 2 s, evaluations of 100 s."""
+    now = [0.0]
+
+    def passes(seconds: float) -> None:
+        now[0] += seconds
+
+    class Slow:
+        name, steps_per_epoch = "slow", 4
+
+        def __init__(self, loader: Loader) -> None:
+            self.loader = loader
+
+        def epoch(self, epoch: int, start: int) -> Iterator[Batch]:
+            for batch in self.loader.epoch(epoch, start):
+                passes(wait)
+                yield batch
+
+    def prepare(trainer: Trainer) -> None:
+        trainer.loader = Slow(trainer.loader)  # type: ignore[assignment]
+        trainer.after_step.append(lambda _: passes(2.0))
+        monkeypatch.setattr(trainer.accuracy, "measure", lambda *_: passes(100.0) or {})
+
+    monkeypatch.setattr(timer, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    run(tmp_path / "run", with_log(tiny(), every=1, knn_every=1), prepare)
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    found = [(line["data_wait_s"], line["images_per_s"]) for line in lines if "loss" in line]
+    assert found == [(wait, 336 / (2 + wait))] * 8
 
 
 # ---- several ranks ---------------------------------------------------------------------------

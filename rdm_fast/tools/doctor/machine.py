@@ -27,6 +27,7 @@ EXTRAS = {  # extra of this distribution: the library that it brings
 }
 CPU_FEATURES = {"avx2": "AVX2", "avx512f": "AVX-512", "avx512_bf16": "bf16", "amx_bf16": "AMX bf16"}
 FAST_BF16 = {"avx512_bf16", "amx_bf16", "bf16"}  # bf16 is ARM's name for it
+NVIMAGECODEC = ("nvidia-nvimgcodec-cu13", "nvidia-nvimgcodec-cu12")  # decodes for DALI
 APEX_LINE = (
     "APEX_CPP_EXT=1 APEX_CUDA_EXT=1 pip install -v --no-build-isolation "
     "git+https://github.com/NVIDIA/apex"
@@ -56,6 +57,9 @@ def inspect_machine() -> list[Finding]:
         library("triton", triton),
         nccl(),
         dali(),
+        Finding(
+            "nvImageCodec", version("nvidia-nvimgcodec-cu13", "nvidia-nvimgcodec-cu12") or "none"
+        ),
         apex(),
         *(library(module, f"pip install 'rdm-fast[{x}]'") for x, module in EXTRAS.items()),
     ]

@@ -37,6 +37,9 @@ def test_libraries_have_versions_or_a_line_to_install(monkeypatch: pytest.Monkey
     found = {finding.name: finding for finding in inspect_machine()}
     assert found["torchvision"] == Finding("torchvision", known("torchvision"))
     assert torch.__version__ in found["torch"].found
+    assert found["DALI"].found.startswith(machine.version("nvidia-dali-cuda130") or "none")
+    codec = machine.version("nvidia-nvimgcodec-cu13") or "none"  # DALI decodes with it
+    assert found["nvImageCodec"] == Finding("nvImageCodec", codec)
     assert found["wandb"] == Finding("wandb", "none", "pip install 'rdm-fast[wandb]'")
 
 
