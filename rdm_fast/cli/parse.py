@@ -5,6 +5,7 @@ tyro's error events are private (`tyro._errors`), so pyproject.toml pins its ver
 
 import contextlib
 import io
+import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -52,7 +53,7 @@ def parse(options: type[Options], args: Sequence[str], prog: str = "", about: st
         UsageError: an unknown recipe or flag, a bad value, or an impossible combination.
         SystemExit: `args` ask for help, which is printed.
     """
-    args, default = list(args), tyro.MISSING_NONPROP
+    args, default = [_at_home(arg) for arg in args], tyro.MISSING_NONPROP
     if "config" in options.__annotations__:
         name = args.pop(0) if args and not args[0].startswith("-") else DEFAULT
         if name not in RECIPES:
@@ -70,6 +71,12 @@ def parse(options: type[Options], args: Sequence[str], prog: str = "", about: st
         if not rejected:
             raise
     raise UsageError(_message(rejected[0], args, options))
+
+
+def _at_home(arg: str) -> str:
+    """An argument with ~ expanded where it begins a value, as a shell does not after `--flag=`."""
+    flag, equals, value = arg.rpartition("=") if arg.startswith("-") else ("", "", arg)
+    return flag + equals + os.path.expanduser(value)
 
 
 def flags(options: type) -> set[str]:

@@ -47,6 +47,7 @@ class Between:
         return f"{numbers} {start} to {self.high}"
 
 
+MOST_SHOWN = 80
 MANY = 10**9
 """The largest number of steps or images that a setting takes."""
 Share = Annotated[float, Between(0, 1)]
@@ -81,8 +82,13 @@ def require_fields(table: str, settings: object) -> None:
             require(sound, f"{flag}={value!r}: give a text that is UTF-8 and has no NUL")
         for bounds in notes:
             if isinstance(bounds, Between):
-                found = f"{flag}={reprlib.repr(value)}"
-                require(bounds.holds(value), f"{found}: give {bounds}")
+                require(bounds.holds(value), f"{flag}={shown(value)}: give {bounds}")
+
+
+def shown(value: object) -> str:
+    """A value in a message: the beginning of a long one."""
+    text = reprlib.repr(value)
+    return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}..."
 
 
 def did_you_mean(word: str, known: Iterable[str], otherwise: str) -> str:

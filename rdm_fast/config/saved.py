@@ -7,7 +7,7 @@ from contextlib import suppress
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from rdm_fast.config import Config
-from rdm_fast.config.checks import did_you_mean
+from rdm_fast.config.checks import did_you_mean, shown
 from rdm_fast.errors import ConfigMismatch, DataError, UsageError
 
 # ---- configuration as plain values -----------------------------------------------------------
@@ -87,7 +87,9 @@ def _value(hint: Any, value: Any, name: str) -> Any:
     else:
         fits = type(value) is hint
     if not fits:
-        raise DataError(f"the saved configuration has {name}={value!r}, which is not a valid value")
+        raise DataError(
+            f"the saved configuration has {name}={shown(value)}, which is not a valid value"
+        )
     return value
 
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from rdm_fast.config import Config
 from rdm_fast.data import ImageSet
+from rdm_fast.errors import DataError
 from rdm_fast.evaluation.probe import LinearClassifier
 from rdm_fast.runtime.distributed import world_size
 
@@ -100,6 +101,25 @@ class OnlineProbe:
         return dict(self._tensors)
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Continue from `state_dict`; without log.probe, do nothing."""
-        if self.is_on:
-            self._tensors = {name: tensor.to(self.device) for name, tensor in state.items()}
+        """Continue from `state_dict`; without log.probe, do nothing.
+
+        Raises:
+            DataError: a tensor is missing, or not of this probe's shape and finite.
+        """
+        if not self.is_on:
+            return
+        for name, wanted in self._start(self._width(state)).items():
+            found = state.get(name, torch.empty(0, dtype=torch.int8))
+            alike = (found.shape, found.dtype) == (wanted.shape, wanted.dtype)
+            if not (alike and bool(found.isfinite().all())):
+                raise DataError(
+                    f"the checkpoint's probe/{name} in extra.safetensors is not finite numbers of "
+                    f"shape {list(wanted.shape)}: use an older checkpoint, or leave out log.probe"
+                )
+        self._tensors = {name: tensor.to(self.device) for name, tensor in state.items()}
+
+    @staticmethod
+    def _width(state: dict[str, Tensor]) -> int:
+        """Numbers of an embedding."""
+        weight = state.get("weight")
+        return weight.shape[-1] if weight is not None and weight.ndim == 2 else 0

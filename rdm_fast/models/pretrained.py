@@ -219,7 +219,8 @@ def load_strict(module: nn.Module, state: dict[str, Tensor], what: str) -> int:
         what: origin of the weights, such as `checkpoint runs/a/checkpoints/step-00000070`.
 
     Raises:
-        DataError: with the numbers of matching, missing, unknown and misshapen tensors.
+        DataError: with the numbers of matching, missing, unknown and misshapen tensors; or one is
+            of another kind, or not finite.
     """
     own = module.state_dict()
     wrong = {
@@ -242,6 +243,12 @@ def load_strict(module: nn.Module, state: dict[str, Tensor], what: str) -> int:
             f"{what} is of another architecture: {matching} of this model's {len(own)} tensors "
             f"match, {each}; use the configuration it was trained with"
         )
+    for name, tensor in own.items():
+        given = state[name]
+        if given.is_floating_point() != tensor.is_floating_point():
+            raise DataError(f"{what} has {name} in {given.dtype}, and it must be {tensor.dtype}")
+        if not bool(given.isfinite().all()):
+            raise DataError(f"{what} has numbers in {name} that are not finite: use another one")
     module.load_state_dict(state)
     return len(own)
 

@@ -6,6 +6,14 @@ from rdm_fast.optim.optimizers import (
     learning_rate,
     parameter_groups,
     set_learning_rate,
+    state_keys,
 )
 
-__all__ = ["Lars", "build_optimizer", "learning_rate", "parameter_groups", "set_learning_rate"]
+__all__ = [
+    "Lars",
+    "build_optimizer",
+    "learning_rate",
+    "parameter_groups",
+    "set_learning_rate",
+    "state_keys",
+]

@@ -78,6 +78,13 @@ def build_optimizer(method: nn.Module, optim: OptimConfig, device: torch.device)
     return AdamW(groups, fused=True, capturable=device.type == "cuda")
 
 
+def state_keys(optim: OptimConfig) -> set[str]:
+    """What the optimizer keeps for each parameter, from its first step on."""
+    if optim.optimizer in ("adamw", "lamb"):
+        return {"step", "exp_avg", "exp_avg_sq"}
+    return {"momentum_buffer"} if optim.momentum or optim.optimizer == "lars" else set()
+
+
 def learning_rate(step: int, steps_per_epoch: int, optim: OptimConfig) -> float:
     """The learning rate of one optimizer step.
 

@@ -28,7 +28,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rdm_fast.errors import DataError, InputMissing, message_of
+from rdm_fast.run import schema
 from rdm_fast.runtime import atomic_files
+from rdm_fast.runtime.untrusted import read_table, read_text, require_header
 
 FORMAT = 1
 GROUPS = ("model", "optim", "extra")
@@ -180,15 +182,18 @@ def verify(path: Path) -> None:
     if not path.is_dir():
         raise DataError(f"{path} is a file: give a checkpoint, which is a folder step-XXXXXXXX")
     try:
-        text = atomic_files.read(path / MANIFEST).decode()
+        text = read_text(path / MANIFEST)
         files = json.loads(text)["files"]
-        intact = text == _manifest(files) and tuple(files) == FILES
+        intact = isinstance(files, dict) and tuple(files) == FILES and text == _manifest(files)
     except (OSError, ValueError, TypeError, LookupError, RecursionError) as error:
         raise _damaged(path, f"{MANIFEST} cannot be read ({error!r})") from error
     if not intact:
         raise _damaged(path, f"{MANIFEST} was changed, or has a format other than {FORMAT}")
     for name, promised in files.items():
         try:
+            size = (path / name).stat().st_size
+            if not isinstance(promised, dict) or promised.get("size") != size:
+                raise _damaged(path, f"{name} ({size} bytes) is not as long as {MANIFEST} says")
             entry = _entry(path / name)
         except OSError as error:
             raise _damaged(path, f"{name} cannot be read ({error.strerror})") from error
@@ -221,8 +226,11 @@ def load(path: Path) -> Snapshot:
     """
     verify(path)
     try:
-        state = json.loads((path / "state.json").read_bytes())
+        state = read_table(path / "state.json")
+        schema.require(state, {"step": _step_of(path)}, f"checkpoint {path}: state.json")
         step = state.pop("step")
+        for group in GROUPS:
+            require_header(path / f"{group}.safetensors")
         # load_file maps the file into memory; copies survive its deletion
         groups = {
             group: {n: t.clone() for n, t in load_file(path / f"{group}.safetensors").items()}
@@ -233,9 +241,18 @@ def load(path: Path) -> Snapshot:
         why = f"its content is not that of a checkpoint ({message_of(error)})"
         raise _damaged(path, why) from error
     if "skipped_in_a_row" in state:  # written before each part had an entry of its own
-        state["skipped"] = {"total": state["skipped"], "in_a_row": state.pop("skipped_in_a_row")}
+        state["skipped"] = {
+            "total": state.get("skipped"),
+            "in_a_row": state.pop("skipped_in_a_row"),
+        }
         state["collapse_guard"] = {"low": state.pop("collapsed_in_a_row", 0)}
     return Snapshot(step=step, state=state, **groups)
+
+
+def _step_of(path: Path) -> schema.Field:
+    """What a checkpoint's state.json may say: the step in its folder's name, where that has one."""
+    match = STEP_FOLDER.fullmatch(path.name)
+    return schema.whole(*[int(match[1])] * 2) if match else schema.whole()
 
 
 def newest(folder: Path, warn: Callable[[str], None], *, sweep: bool = False) -> Path | None:

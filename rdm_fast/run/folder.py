@@ -15,12 +15,11 @@ import errno
 import json
 import os
 import secrets
-from collections.abc import Callable
 from contextlib import suppress
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 import yaml
 
@@ -30,15 +29,33 @@ from rdm_fast.config.saved import (
     config_digest,
     config_from_dict,
     config_to_dict,
+    flat,
 )
 from rdm_fast.errors import CannotCreate, DataError, InputMissing, message_of
+from rdm_fast.run import schema
 from rdm_fast.runtime import atomic_files
 from rdm_fast.runtime.lock import CLAIM, Lock
 from rdm_fast.runtime.printing import print_line
+from rdm_fast.runtime.untrusted import read_table
 
 FORMAT = 1
 PROJECT = "rdm-fast"
 State = Literal["running", "finished", "interrupted", "failed"]
+STATUS: schema.Schema = {
+    "state": schema.one_of(get_args(State)),
+    "code": schema.whole(0, 255),
+    "step": schema.whole(),
+    "checkpoint": schema.text(r"(step-\d{8,10})?", "the name of a checkpoint, or empty"),
+    "rank": schema.whole(),
+    "message": schema.ANY_TEXT,
+}
+MARK: schema.Schema = {
+    "format": schema.whole(1, FORMAT),
+    "id": schema.text("[0-9a-f]{8}", "8 hexadecimal digits"),
+    "created": schema.ANY_TEXT,
+    "version": schema.ANY_TEXT,
+    "config_digest": schema.text("[0-9a-f]{16}", "16 hexadecimal digits"),
+}
 LOCK = "run.lock.json"
 LOCKS = (LOCK, LOCK + CLAIM, "run.lock")  # the last is an earlier version's
 # All but run.json. config.yaml is deleted first: a folder without it is cleared again, so nothing
@@ -58,24 +75,35 @@ def read_config(path: Path) -> Config:
         InputMissing: the folder holds no run.
         DataError: its config.yaml is unusable.
     """
-    return config_from_dict(_read(path / "config.yaml", yaml.safe_load))
+    plain = _read(path / "config.yaml")
+    config = config_from_dict(plain)
+    with suppress(InputMissing):  # an older version had fewer settings, this one all
+        if _mark(path)["version"] == version():
+            present = flat(plain)
+            gone = [name for name in flat(config_to_dict(config)) if name not in present]
+            if gone:
+                raise DataError(
+                    f"{path / 'config.yaml'} has no {gone[0]}: restore it from a copy, or add the "
+                    "setting with the value that the run had"
+                )
+    return config
 
 
 def read_status(path: Path) -> dict[str, Any]:
     """status.json of the run in a folder. Raises as `read_config`."""
-    return _read(path / "status.json", json.loads)
+    file = path / "status.json"
+    status = _read(file)
+    schema.require(status, STATUS, file)
+    return status
 
 
-def _read(file: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
+def _read(file: Path) -> dict[str, Any]:
     try:
-        content = parse(atomic_files.read(file).decode())
+        return read_table(file)
     except (FileNotFoundError, NotADirectoryError) as error:
         raise InputMissing(f"{file.parent} is not a run folder: it has no {file.name}") from error
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+    except OSError as error:
         raise DataError(f"{file} cannot be read: {message_of(error)}") from error
-    if not isinstance(content, dict):
-        raise DataError(f"{file} cannot be used: it is not a table of settings")
-    return content
 
 
 # ---- the folder ------------------------------------------------------------------------------
@@ -247,9 +275,11 @@ def version() -> str:
 
 
 def _mark(path: Path) -> dict[str, Any]:
-    mark = _read(path / "run.json", json.loads)
+    file = path / "run.json"
+    mark = _read(file)
     if mark.get("project") != PROJECT:
-        raise DataError(f"{path / 'run.json'} is another program's")
+        raise DataError(f"{file} is another program's: its project is not {PROJECT}")
+    schema.require(mark, MARK, file)
     return mark
 
 
@@ -290,13 +320,13 @@ def _refuse_foreign(path: Path) -> None:
     names = [entry.name for entry in _entries(path)]
     if all(name in LOCKS or name.startswith(atomic_files.TEMPORARY) for name in names):
         return  # empty, or from a start that was killed before it wrote run.json
-    try:
-        _mark(path)
-    except (InputMissing, DataError) as error:
-        raise CannotCreate(
-            f"--out {path} holds other files and no run, so nothing is written there: give a new "
-            "or empty folder"
-        ) from error
+    with suppress(InputMissing, DataError):
+        if _read(path / "run.json").get("project") == PROJECT:
+            return
+    raise CannotCreate(
+        f"--out {path} holds other files and no run, so nothing is written there: give a new or "
+        "empty folder"
+    )
 
 
 def _lock(path: Path, patience: float) -> Lock:

@@ -6,8 +6,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from rdm_fast.config.checks import shown
 from rdm_fast.errors import DataError
 from rdm_fast.run.checkpoint import Snapshot
+from rdm_fast.run.schema import is_number
 
 Named = Iterable[tuple[str, nn.Parameter]]
 
@@ -70,14 +72,21 @@ def restore_optimizer(
     named_parameters: Named,
     tensors: dict[str, Tensor],
     plain: dict[str, Any],
+    wanted: Iterable[str] = (),
 ) -> None:
     """Restore the state that `flatten_optimizer` returned, bit for bit.
 
     A tensor of its parameter's shape takes the parameter's device and memory layout, as in a
     running optimizer. A step counter is on the host, unless the optimizer is fused or capturable.
 
+    Args:
+        optimizer, named_parameters: as of `flatten_optimizer`.
+        tensors, plain: what it returned.
+        wanted: keys that every parameter must have.
+
     Raises:
-        DataError: the state belongs to other parameters.
+        DataError: the state belongs to other parameters, or is missing, or has numbers that are
+            not finite or of another type.
     """
     named = dict(named_parameters)
     on_device = {
@@ -92,7 +101,13 @@ def restore_optimizer(
         if parameter is None or id(parameter) not in on_device:
             raise DataError(f"the checkpoint's optimizer state {path} has no parameter here")
         if isinstance(value, Tensor):
-            if key == "step":
+            counts = key == "step" and value.ndim == 0
+            if not bool(value.isfinite().all()) or not (counts or value.dtype == parameter.dtype):
+                raise DataError(
+                    f"the checkpoint's optimizer state {path}, in {value.dtype}, is not finite "
+                    f"numbers in {parameter.dtype}"
+                )
+            if counts:
                 value = value.to(parameter.device if on_device[id(parameter)] else "cpu", copy=True)
             elif value.shape == parameter.shape:
                 value = torch.empty_like(parameter, dtype=value.dtype).copy_(value)
@@ -101,6 +116,12 @@ def restore_optimizer(
                     f"the checkpoint's optimizer state {path} has shape {list(value.shape)}, "
                     f"its parameter here {list(parameter.shape)}"
                 )
+        elif not (value is None or is_number(value)) or (key in wanted and key != "step"):
+            raise DataError(f"the checkpoint's optimizer state {path} cannot be {shown(value)}")
         state.setdefault(parameter, {})[key] = value
+    for name, parameter in named.items():
+        missing = set(wanted) - set(state.get(parameter, {}))
+        if id(parameter) in on_device and missing:
+            raise DataError(f"the checkpoint has no optimizer state {name}/{min(missing)}")
     optimizer.state.clear()
     optimizer.state.update(state)

@@ -16,11 +16,15 @@ from typing import Any
 
 import numpy as np
 
+from rdm_fast.run import schema
 from rdm_fast.runtime import atomic_files
 from rdm_fast.runtime.printing import print_line
 
 Record = dict[str, Any]
 
+STEP = schema.whole()
+POSITIONS = ("resumed_step", "step")
+"""What places a record in a run, the first that it has."""
 SPECTRUM_KEYS = {
     "step": "optimizer steps done",
     "online": "eigenvalues of the online branch's output, largest first, mean over views",
@@ -126,19 +130,28 @@ def _until(step: int, path: Path) -> list[Record]:
 
 
 def _read_lines(path: Path) -> list[Record]:
-    """All whole records; a torn last line is skipped."""
-    records = []
-    for line in atomic_files.read(path).split(b"\n") if path.exists() else ():
-        with suppress(ValueError):
+    """All whole records. Damaged ones are left out with a warning, a torn last line without."""
+    records, damaged = [], 0
+    *lines, _torn = atomic_files.read(path).split(b"\n") if path.exists() else [b""]
+    for line in lines:
+        record = None
+        with suppress(ValueError, RecursionError):
             record = json.loads(line)
-            if isinstance(record, dict):
-                records.append(record)
+        if isinstance(record, dict) and not any(
+            schema.wrong(record, {key: STEP}) for key in POSITIONS if key in record
+        ):
+            records.append(record)
+        else:
+            damaged += 1
+    if damaged:
+        text = f"warning: {damaged} line(s) of {path} are damaged and left out"
+        print_line(text, file=sys.stderr)
     return records
 
 
 def _position(record: Record) -> float:
     """The step of a record; 0 for the first environment."""
-    for key in ("resumed_step", "step"):
+    for key in POSITIONS:
         if key in record:
             return float(record[key])
     return 0.0 if "environment" in record else math.inf

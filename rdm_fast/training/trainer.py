@@ -19,24 +19,19 @@ from rdm_fast.evaluation.online_accuracy import OnlineAccuracy
 from rdm_fast.evaluation.online_probe import OnlineProbe
 from rdm_fast.filters.response import advice, few_rows
 from rdm_fast.methods import build_method
-from rdm_fast.models.pretrained import file_note, load_strict, warm_start
+from rdm_fast.models.pretrained import file_note, warm_start
 from rdm_fast.run import checkpoint
 from rdm_fast.run.checkpoint import Snapshot
 from rdm_fast.run.environment import describe_environment
 from rdm_fast.run.folder import RunFolder
-from rdm_fast.run.state import (
-    Stateful,
-    flatten_optimizer,
-    flatten_parts,
-    restore_optimizer,
-    restore_parts,
-)
+from rdm_fast.run.state import Stateful, flatten_optimizer, flatten_parts
 from rdm_fast.runtime.cudnn import choose_algorithms
 from rdm_fast.runtime.distributed import all_reduce_max, print0, rank, world_size
 from rdm_fast.runtime.signals import StopOnSignal
 from rdm_fast.spectrum import BranchSpectra, branch_spectra
 from rdm_fast.telemetry import Plan, StepTimer, Telemetry
 from rdm_fast.training.collapse import CollapseGuard
+from rdm_fast.training.restore import restore
 from rdm_fast.training.skipped import SkippedSteps
 from rdm_fast.training.train_step import StepReport, TrainStep
 
@@ -309,17 +304,10 @@ class Trainer:
                 )
             warm_start(self.train_step.method, self.config.model, self.config.augment.channels)
             return
-        snapshot = checkpoint.load(path)
-        data = snapshot.state.get("data")
-        self.images.require_digest(data, self.folder.path, self.config.data.root)
-        method, optimizer = self.train_step.method, self.train_step.optimizer
-        load_strict(method, snapshot.model, f"checkpoint {path}")
-        restore_optimizer(
-            optimizer, method.named_parameters(), snapshot.optim, snapshot.state["optimizer"]
+        run = self.train_step
+        self.step = self._last_saved = restore(
+            path, run.method, run.optimizer, self.parts, self.images, self.config, run.total_steps
         )
-        restore_parts(self.parts, snapshot)
-        torch.set_rng_state(snapshot.extra["torch_rng"])
-        self.step = self._last_saved = snapshot.step
 
     # ---- signals -----------------------------------------------------------------------------
 

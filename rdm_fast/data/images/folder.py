@@ -33,6 +33,7 @@ from rdm_fast.data.images.names import (
 from rdm_fast.data.images.sets import FileImages
 from rdm_fast.errors import DataError, InputMissing
 from rdm_fast.runtime.distributed import print0
+from rdm_fast.runtime.untrusted import read_text
 
 SHOWN = 6
 
@@ -101,7 +102,7 @@ def read_classes(path: Path) -> list[str]:
         DataError: it cannot be read, or names nothing.
     """
     try:
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
+        lines = read_text(path).split("\n")
     except FileNotFoundError as error:
         raise InputMissing(f"--data.classes {path} does not exist") from error
     except (OSError, ValueError) as error:

@@ -15,9 +15,17 @@ from typing import Any
 
 from rdm_fast.config import Config, FilterConfig
 from rdm_fast.config.saved import config_from_dict, config_to_dict, flat
-from rdm_fast.errors import InputMissing, UserError
+from rdm_fast.errors import DataError, InputMissing, UserError, message_of
+from rdm_fast.run import schema
 from rdm_fast.run.folder import read_config, read_status
+from rdm_fast.runtime.untrusted import read_table
 
+LINE: schema.Schema = {"step": schema.whole()}
+EVALUATION: schema.Schema = {
+    "protocol": schema.ANY_TEXT,
+    "top1": schema.PERCENT,
+    "knn_top1": schema.PERCENT_OR_NONE,
+}
 METHODS = {"simsiam": "SimSiam", "byol": "BYOL", "symsimsiam": "SymSimSiam"}
 
 
@@ -93,8 +101,7 @@ class Run:
 
 
 def _number(value: Any) -> float:
-    plain = isinstance(value, int | float) and not isinstance(value, bool)
-    return float(value) if plain else math.nan
+    return float(value) if schema.is_number(value) else math.nan
 
 
 def describe(config: Config) -> str:
@@ -200,7 +207,7 @@ def _read_metrics(run: Run) -> None:
         line = _json(text)
         if isinstance(line, dict) and "environment" in line:
             run.environment = line["environment"] if isinstance(line["environment"], dict) else {}
-        elif isinstance(line, dict) and math.isfinite(_number(line.get("step"))):
+        elif isinstance(line, dict) and not schema.wrong(line, LINE):
             run.lines.append(line)
         else:
             damaged += 1
@@ -223,11 +230,14 @@ def _read_evaluation(run: Run) -> None:
     newest = max((file.name.split("-")[1] for file in files), default="")
     same = [file for file in files if file.name.split("-")[1] == newest]
     for file in sorted(same, key=lambda file: file.stat().st_mtime, reverse=True):
-        result = _json(file.read_bytes())
-        if isinstance(result, dict):
+        try:
+            result = read_table(file)
+            schema.require(result, EVALUATION, file)
+        except (DataError, OSError) as error:
+            run.notes.append(sentence(f"{message_of(error)}; skipped"))
+        else:
             run.evaluation = result
             return
-        run.notes.append(f"{file} is damaged and skipped.")
 
 
 # ---- several runs ------------------------------------------------------------------------------

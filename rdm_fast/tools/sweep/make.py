@@ -10,9 +10,11 @@ from pathlib import Path
 from rdm_fast.config import Config
 from rdm_fast.config.saved import deciding_changes
 from rdm_fast.errors import CannotCreate, ConfigMismatch, DataError, OutputFailed, UserError
+from rdm_fast.run import schema
 from rdm_fast.run.folder import PROJECT, RunFolder, read_config
 from rdm_fast.runtime import atomic_files
 from rdm_fast.runtime.printing import print_line
+from rdm_fast.runtime.untrusted import read_table
 from rdm_fast.tools.report import style
 from rdm_fast.tools.report.read import Run, read_run
 from rdm_fast.tools.sweep import results
@@ -74,6 +76,7 @@ def _claim(folder: Path) -> None:
 
     Raises:
         CannotCreate: it holds other files, or cannot be written.
+        DataError: its sweep.json is damaged, or another program's.
     """
     if folder.is_dir() and any(folder.iterdir()) and not (folder / MARK).exists():
         raise CannotCreate(
@@ -81,7 +84,10 @@ def _claim(folder: Path) -> None:
         )
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if not (folder / MARK).exists():
+        if (folder / MARK).exists():
+            mark = {"project": schema.one_of([PROJECT])}
+            schema.require(read_table(folder / MARK), mark, folder / MARK)
+        else:
             atomic_files.replace(folder / MARK, json.dumps({"project": PROJECT, "rows": []}) + "\n")
     except OSError as error:
         raise CannotCreate(

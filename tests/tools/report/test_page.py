@@ -253,7 +253,7 @@ def test_spectra_that_training_recorded_are_shown_without_a_checkpoint(tmp_path:
     [
         ("", "run folders"),
         ("x --out page.pdf", "--out page.pdf"),
-        ("x --images 3", "--images 3"),
+        ("x --images 3", "--images=3"),
         ("x --map pca", "--map"),
         ("x --sede 1", "--seed"),
     ],
