@@ -39,7 +39,7 @@ def knn_predict(
         k: number of neighbors that vote.
         temperature: T > 0; the smaller, the more the nearest neighbors count.
         chunk: queries compared with the bank at a time; by default as many as keep the chunk's
-            similarities within MAX_SIMILARITIES, and at least one.
+            similarities and votes within MAX_SIMILARITIES each, and at least one.
         dtype: of the cosines: float32, or float16, which a GPU multiplies many times faster; by
             default float16 on a GPU. Its 11 bits swap neighbors whose cosines differ by less than
             5e-4.
@@ -61,7 +61,8 @@ def knn_predict(
         raise ValueError(f"kNN needs 1 <= k <= images in the bank: got k={k} and {len(bank)}")
     if temperature <= 0:
         raise ValueError(f"kNN temperature={temperature} is not positive: use 0.07, for instance")
-    chunk = max(1, MAX_SIMILARITIES // len(bank)) if chunk is None else chunk
+    if chunk is None:
+        chunk = max(1, MAX_SIMILARITIES // max(len(bank), classes))
     if chunk < 1:
         raise ValueError(f"kNN chunk={chunk}: compare at least 1 query at a time")
 

@@ -112,6 +112,9 @@ def test_memory_does_not_grow_with_the_queries(M: int, monkeypatch: pytest.Monke
     with Largest() as chosen:
         knn_predict(bank, labels, queries, classes=CLASSES, chunk=25)
     assert chosen.numel == 25_000
+    with Largest() as many_classes:
+        knn_predict(bank, labels, queries, classes=2000)
+    assert many_classes.numel == 10_000  # the votes of five queries
 
 
 def test_a_query_is_compared_even_if_its_similarities_exceed_the_bound(

@@ -1,6 +1,8 @@
 """Images of odd names, folders, formats and labels train; whatever is left aside is counted."""
 
+import errno
 import multiprocessing
+import os
 import shutil
 import unicodedata
 from dataclasses import replace
@@ -186,6 +188,22 @@ def test_a_tiff_of_many_bands_is_said_to_have_them(
     assert f"{bands} bands" in reason
     out, err = capfd.readouterr()
     assert not err and out.count("\n") == 1
+
+
+def test_a_folder_that_cannot_be_listed_is_one_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder(tmp_path, "train/a/1.png", "train/b/1.png")
+    scandir = os.scandir
+
+    def broken(path: Any) -> Any:
+        if os.path.basename(path) == "b":
+            raise OSError(errno.EIO, "Input/output error")
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", broken)
+    with pytest.raises(DataError, match=r"train/b .*input/output error"):
+        read(tmp_path)
 
 
 # ---- names -----------------------------------------------------------------------------------

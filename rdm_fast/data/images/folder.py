@@ -18,7 +18,7 @@ import numpy as np
 from rdm_fast.config import DataConfig
 from rdm_fast.data.images import index
 from rdm_fast.data.images.bad_files import report_bad_files
-from rdm_fast.data.images.decode import SUFFIXES, one_line
+from rdm_fast.data.images.decode import SUFFIXES, one_line, reason
 from rdm_fast.data.images.deep_images import warn_of_range
 from rdm_fast.data.images.index import FileEntry
 from rdm_fast.data.images.names import (
@@ -269,10 +269,9 @@ class _Scan:
         try:
             with os.scandir(folder) as entries:
                 found = sorted(entries, key=lambda entry: entry.name)
-        except PermissionError as error:
-            raise DataError(
-                f"{os.fspath(folder)} may not be read: check its permissions"
-            ) from error
+        except OSError as error:
+            name = one_line(os.fspath(folder))
+            raise DataError(f"{name} cannot be read ({reason(error)}): check it") from error
         for entry in found:
             if is_litter(entry.name):
                 self.ignored.add(prefix + entry.name)

@@ -57,9 +57,7 @@ def inspect_machine() -> list[Finding]:
         library("triton", triton),
         nccl(),
         dali(),
-        Finding(
-            "nvImageCodec", version("nvidia-nvimgcodec-cu13", "nvidia-nvimgcodec-cu12") or "none"
-        ),
+        Finding("nvImageCodec", version(*NVIMAGECODEC) or "none"),
         apex(),
         *(library(module, f"pip install 'rdm-fast[{x}]'") for x, module in EXTRAS.items()),
     ]

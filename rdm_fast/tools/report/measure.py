@@ -15,12 +15,13 @@ import torch
 from numpy.typing import NDArray
 
 from rdm_fast.config import Config
-from rdm_fast.data import ImageSet, build_loader, evaluation_batches, load
+from rdm_fast.data import ImageSet, build_loader, load
 from rdm_fast.data.images.sets import Subset
 from rdm_fast.errors import DataError, InputMissing
-from rdm_fast.evaluation.features import extract
+from rdm_fast.evaluation.features import embed
 from rdm_fast.evaluation.loaded_backbone import find_checkpoint, load_method
 from rdm_fast.methods import Branches, Method
+from rdm_fast.runtime.distributed import print0
 from rdm_fast.runtime.precision import autocast
 from rdm_fast.spectrum import branch_spectra
 from rdm_fast.telemetry import read_spectra
@@ -130,15 +131,15 @@ def _spectra(method: Method, batches: Iterator[Branches], step: int) -> Spectra:
 
 
 def _embeddings(method: Method, config: Config, device: torch.device, most: int) -> Embeddings:
-    """Of test images, evenly spread; of training images if there is no test set."""
+    """Of test images, evenly spread; of training images if there is no usable test set."""
     every: ImageSet
     try:
         every = load(config.data, "test")
-    except InputMissing:
+    except (InputMissing, DataError) as error:
+        print0(f"warning: embeddings of training images: {error}")
         every = load(config.data, "train")
     chosen = np.linspace(0, len(every) - 1, min(most, len(every))).round().astype(np.int64)
     images = Subset(every, chosen)
-    workers = 0 if images.pixels is not None else config.data.workers
-    batches = evaluation_batches(images, config.augment, batch=ROWS, device=device, workers=workers)
-    rows = extract(method.backbone, batches, len(images), precision=config.precision)
-    return Embeddings(rows.numpy(), images.labels, list(images.classes))
+    rows, kept = embed(method.backbone, images, config, device, batch=ROWS)
+    labels = None if images.labels is None else images.labels[kept.numpy()]
+    return Embeddings(rows.numpy(), labels, list(images.classes))

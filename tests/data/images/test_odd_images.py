@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, features
 
 from rdm_fast.data.images.sets import FileImages, PixelImages
 from rdm_fast.data.loaders.dali_input import file_for_dali
@@ -106,6 +106,10 @@ USED: dict[str, tuple[bytes, str, Pixels]] = {
     "one pixel high": (encode(LINE), "odd.png", PIXELS[:1]),
     "very thin": (encode(THIN), "odd.png", np.array(THIN)),
 }  # fmt: skip
+for form, feature in (("AVIF", "avif"), ("JPEG2000", "jpg_2000")):
+    if features.check(feature):  # of this Pillow
+        data = encode(PICTURE, form)
+        USED[form] = (data, "odd.avif" if form == "AVIF" else "odd.jp2", converted(data))
 
 
 @pytest.fixture(scope="module")

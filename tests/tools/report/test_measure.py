@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from rdm_fast.config import FilterConfig
+from rdm_fast.config import AugmentConfig, DataConfig, FilterConfig
 from rdm_fast.data import load
 from rdm_fast.errors import DataError, UserError
 from rdm_fast.filters.loss import SpectralCosine
@@ -24,6 +24,7 @@ from rdm_fast.tools.report.measure import (
     recorded,
 )
 from rdm_fast.tools.report.read import read_run
+from tests.data.files import DAMAGED, good_images, put
 from tests.runs import CPU, run, with_log
 from tests.tiny import tiny
 from tests.tools.report.made import make_run, spectrum_line
@@ -150,3 +151,20 @@ def test_a_run_that_cannot_be_measured_is_an_error(trained: Path, tmp_path: Path
         lost.config = config
         with pytest.raises(UserError):
             measure(lost, CPU, data_root=None, images=0, spectra=True)
+
+
+def test_a_report_needs_no_usable_test_set_and_leaves_out_bad_images(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    root = good_images(tmp_path / "data")
+    (root / "val").mkdir()
+    put(root / "train/a/0.jpg", DAMAGED["data.jpg"])
+    data = DataConfig(name="folder", root=str(root), loader="torch", workers=0)
+    config = replace(tiny("digits_simsiam", epochs=1, global_batch=4), data=data)
+    config = replace(config, augment=AugmentConfig(size=16))
+    run(tmp_path / "run", config)
+    capfd.readouterr()
+    _, found = measured(tmp_path / "run", spectra=False)
+    assert found is not None and len(found.rows) == 7
+    assert found.labels is not None and found.labels.tolist() == [0] * 3 + [1] * 4
+    assert capfd.readouterr().out.count("warning: embeddings of training images: ") == 1
