@@ -5,6 +5,7 @@ A `UserError` is one sentence: the flag or file, what is wrong with it, and how 
 exits with its code. Any other exception is a bug (code 70).
 """
 
+import errno
 import os
 import re
 from typing import ClassVar
@@ -100,10 +101,45 @@ class ConfigMismatch(UserError):
     code = 78
 
 
-def explained(error: Exception, where: str) -> UserError:
-    """The error to report for any exception: of a file (74), else a bug (70), seen `where`."""
+class OutOfMemory(Unavailable):
+    """This machine or GPU has less memory than was asked for."""
+
+
+MEMORY = re.compile(
+    "can't allocate|cannot allocate|unable to allocate|not enough memory|out of memory|bad_alloc"
+    "|alloc_failed|size calculation overflowed|can't start new thread",
+    re.IGNORECASE,
+)
+"""What libraries say when they get no memory: torch and CUDA raise a plain RuntimeError."""
+ASKED = re.compile(r"(?:tried|unable) to allocate (\d[\d.]* \w+)", re.IGNORECASE)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether any library's exception says that there is not enough memory."""
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
+    told = isinstance(error, RuntimeError) and MEMORY.search(str(error)) is not None
+    return told or isinstance(error, MemoryError)
+
+
+def explained(error: Exception, where: str, lower: str) -> UserError:
+    """The error to report for any exception.
+
+    Args:
+        error: the exception. One that a user can fix stays as it is, one of a file has code 74, one
+            of memory 69; any other is a bug (70).
+        where: shows a bug's traceback.
+        lower: the flags that lower how much memory is needed.
+    """
     if isinstance(error, UserError):
         return error
+    if is_out_of_memory(error):
+        asked = ASKED.search(str(error))
+        amount = f" for another {asked[1]}" if asked else ""
+        return OutOfMemory(
+            f"there is not enough memory{amount}: {f'lower {lower}, or ' if lower else ''}end other "
+            "programs; what was saved is kept"
+        )
     what = f"{type(error).__name__}: {message_of(error)}"
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return OutputFailed(

@@ -18,6 +18,7 @@ from rdm_fast.cli.options import PreviewCommand, TrainCommand, check_resume_is_a
 from rdm_fast.cli.parse import Command, without_nproc
 from rdm_fast.config.checks import did_you_mean
 from rdm_fast.config.parallel import check_ranks
+from rdm_fast.config.run import NEEDS_LESS
 from rdm_fast.errors import Interrupted, RankLost, UsageError, UserError, explained
 from rdm_fast.evaluation.options import EvaluateCommand
 from rdm_fast.evaluation.protocols import PROTOCOLS
@@ -36,6 +37,8 @@ from rdm_fast.tools.sweep.grid import GRID
 from rdm_fast.tools.sweep.options import SweepCommand, check_filter_is_free
 from rdm_fast.tools.sweep.queue import LAUNCHED
 
+LOWER = {"eval": "--batch", "report": "--images", "export": ""}
+"""Flags that lower how much memory a command needs, where they are not those of a training."""
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -83,7 +86,7 @@ def _run(name: str, args: Sequence[str], prog: str) -> NoReturn:
     except Exception as error:
         if debug:
             print_line(*traceback_of(error).splitlines(), file=sys.stderr)
-        _exit_with(explained(error, "--debug shows where"))
+        _exit_with(explained(error, "--debug shows where", LOWER.get(name, NEEDS_LESS)))
     raise SystemExit(0)
 
 

@@ -16,6 +16,11 @@ from rdm_fast.config.step import StepConfig
 MethodName = Literal["simsiam", "byol", "symsimsiam"]
 PredictorName = Literal["mlp", "spectral", "none"]
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
+NEEDS_LESS = (
+    "--optim.global-batch, --augment.size, --model.width, --model.projector-hidden or "
+    "--model.projector-dim"
+)
+"""The flags that lower how much memory a run needs."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -13,6 +13,7 @@ from types import FrameType
 from typing import NoReturn
 
 from rdm_fast.config import Config
+from rdm_fast.config.run import NEEDS_LESS
 from rdm_fast.errors import Interrupted, RankLost, UserError, explained
 from rdm_fast.run.folder import RunFolder, State, read_status
 from rdm_fast.runtime import atomic_files
@@ -110,7 +111,7 @@ def record_failure(folder: RunFolder) -> Iterator[None]:
             raise
         if isinstance(error, RankLost):
             _report_rank_lost(folder, error)
-        error = explained(error, f"the traceback is in {log}")
+        error = explained(error, f"the traceback is in {log}", NEEDS_LESS)
         if launched_rank() != 0:  # ranks usually fail alike, and rank zero speaks for them
             time.sleep(1.0)
             status = read_status(folder.path)

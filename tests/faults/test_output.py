@@ -71,9 +71,9 @@ def test_a_traceback_has_the_message_on_one_line() -> None:
 def test_an_error_of_the_operating_system_is_no_bug(tmp_path: Path) -> None:
     with pytest.raises(OSError) as caught:
         (tmp_path / "a\nb").read_text()
-    error = explained(caught.value, "")
+    error = explained(caught.value, "", "")
     assert error.code == 74 and rf"{tmp_path}/a\nb" in str(error)
-    assert explained(ValueError("x"), "").code == 70
+    assert explained(ValueError("x"), "", "").code == 70
 
 
 @pytest.mark.parametrize("words", [
