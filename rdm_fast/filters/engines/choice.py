@@ -21,11 +21,13 @@ from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from rdm_fast.config import FilterConfig
 from rdm_fast.errors import Unavailable
 from rdm_fast.filters.engines.gemm import LEAST_CUTOFF, needs_float64
+from rdm_fast.runtime.distributed import world_size
 from rdm_fast.runtime.host_copy import HostCopy
 from rdm_fast.runtime.printing import warn
 from rdm_kernels.matrix_function import CHOLESKY_FAILED, INACCURATE
@@ -85,9 +87,16 @@ class EngineSelector:
         return replace(self.config, cutoff=max(self.config.cutoff, least))
 
     def watch(self, status: Tensor | None) -> None:
-        """Read this status word, [v] int32, before the next batch; None from other engines."""
+        """Read this status word, [v] int32, before the next batch; None from other engines.
+
+        A word of any rank counts on all: ranks with different engines would wait for each other.
+        """
         if status is None:
             return
+        if world_size() > 1:
+            bits = torch.stack([status & bit for bit in REASONS])
+            dist.all_reduce(bits, op=dist.ReduceOp.MAX)
+            status = bits.sum(dim=0, dtype=status.dtype)
         if _capturing(status.device):
             self._recorded = status
         else:

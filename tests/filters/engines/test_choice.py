@@ -2,10 +2,13 @@
 
 import copy
 import pickle
+import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from rdm_fast.config import FilterConfig
@@ -16,6 +19,7 @@ from rdm_fast.filters.engines import choice as choice_module
 from rdm_fast.filters.engines.gemm import GemmFilter
 from rdm_fast.filters.loss import SpectralCosine, SpectralPredictor, spectral_loss
 from rdm_kernels.matrix_function import CHOLESKY_FAILED, INACCURATE, NOT_FINITE
+from tests.ranks import run_ranks
 from tests.spectra import gradients, two_views
 from tests.spies import calls_of
 
@@ -96,6 +100,22 @@ def test_gemm_by_name_raises_after_an_inaccurate_batch() -> None:
     selector.watch(status(CHOLESKY_FAILED | INACCURATE))
     with pytest.raises(Unavailable):
         selector.current(CPU)
+
+
+def _after_one_failed() -> tuple[str, int, str]:
+    """Engine, failures and the warning, where rank 1's word alone has a reason, the smaller bit."""
+    selector = EngineSelector(RISING)
+    selector.load_state_dict({"name": "gemm", "failures": 0})
+    bits = min(CHOLESKY_FAILED, INACCURATE), NOT_FINITE
+    selector.watch(status(0, bits[0]) if dist.get_rank() else status(bits[1], 0))
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        return selector.current(CPU), selector.failures, str(warned[0].message)
+
+
+def test_a_batch_that_failed_on_one_rank_changes_the_engine_of_all(tmp_path: Path) -> None:
+    first, second = run_ranks(2, _after_one_failed, tmp_path=tmp_path)
+    assert first == second and first[:2] == ("eigh", 1)
 
 
 @pytest.mark.filterwarnings("ignore:filter.engine=gemm was not accurate")
