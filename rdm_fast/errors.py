@@ -136,10 +136,8 @@ def explained(error: Exception, where: str, lower: str) -> UserError:
     if is_out_of_memory(error):
         asked = ASKED.search(str(error))
         amount = f" for another {asked[1]}" if asked else ""
-        return OutOfMemory(
-            f"there is not enough memory{amount}: {f'lower {lower}, or ' if lower else ''}end other "
-            "programs; what was saved is kept"
-        )
+        fix = f"lower {lower}, or end other programs" if lower else "end other programs"
+        return OutOfMemory(f"there is not enough memory{amount}: {fix}; what was saved is kept")
     what = f"{type(error).__name__}: {message_of(error)}"
     if isinstance(error, OSError) and error.strerror and error.filename is not None:
         return OutputFailed(

@@ -39,9 +39,15 @@ class ModelConfig:
     init: Annotated[str, arg(aliases=["--init"])] = ""
     """Weights file whose backbone the run starts from (warm start), from this or another trainer;
     empty for random weights. A resumed run does not read it again."""
+    init_prefix: Annotated[str, arg(aliases=["--prefix"])] = ""
+    """Prefix of the backbone's tensor names in that file; empty to find it."""
 
     def __post_init__(self) -> None:
         require_fields("model.", self)
+        require(
+            not self.init_prefix or bool(self.init),
+            "model.init_prefix is for a file of weights: give model.init too, or leave it out",
+        )
         require(
             self.backbone != "resnet8" or self.stem == "cifar",
             f"model.stem={self.stem} does not exist for model.backbone=resnet8: "

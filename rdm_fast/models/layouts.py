@@ -12,7 +12,9 @@ ResNet (`ResNetGenerator`) calls shortcuts `shortcut`, has no module for the ReL
 convolution, and so no such ReLU in an nn.Sequential of its children.
 """
 
-from dataclasses import dataclass, field
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from torch import Tensor
@@ -79,34 +81,129 @@ LAYOUTS = {
         Layout("old solo-learn", "encoder.", heads=("classifier.",), stem="cifar_pad2"),
         Layout("plain encoder", "encoder."),
         Layout("DataParallel", "module."),
+        Layout("nn.Sequential of a ResNetGenerator", "", GENERATOR, stem="cifar_no_relu"),
+        Layout("nn.Sequential", "", TORCHVISION),
     )
 }
 """Layouts that are recognized, the first that fits; any other prefix can be given."""
 
 
-def find_layout(path: Path, tensors: dict[str, Tensor], prefix: str | None) -> Layout:
-    """The layout of a file's tensors.
+TRANSPARENT = re.compile(r"(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+"""Modules that torch.compile, FSDP and checkpointing put between others, at any depth."""
+WRAPPERS = (
+    *("module.", "model.", "net.", "network.", "student.", "online_encoder.", "online_network."),
+    *("online.", "encoder_q.", "base_encoder.", "backbone.", "encoder.", "teacher.", "ema."),
+)
+"""Modules around a backbone that are peeled off, in any nesting; the first of several is taken."""
+USUAL = ("", "state_dict", "model")
+"""Tables that need no mention."""
+NESTING, MOST_CHAINS = 6, 100
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """Where a file has its backbone.
+
+    Attributes:
+        layout: the names of its tensors; the prefix includes all wrappers.
+        tensors: of the table that it is in, without the names of transparent modules.
+        said: what was peeled off, and where else the file has a backbone; empty if nothing was.
+    """
+
+    layout: Layout
+    tensors: dict[str, Tensor]
+    said: str = ""
+
+
+def find_layout(path: Path, tables: dict[str, dict[str, Tensor]], prefix: str | None) -> Found:
+    """The backbone in a file.
 
     Args:
         path: of the file, for messages.
-        tensors: by name.
-        prefix: of the backbone's tensors; found if None.
+        tables: tensors by name, in one table or more, by the keys that lead to them.
+        prefix: of the backbone's tensors, which may begin with such keys; found if None.
 
     Raises:
         DataError: no ResNet is there under a known prefix, or under the given one.
     """
-    candidates = list(LAYOUTS.values())
-    if prefix is not None:
+    plain = {place: _without_transparent(tensors) for place, tensors in tables.items()}
+    found: dict[tuple[str, str], Layout] = {}
+    for place, tensors in plain.items():
+        for layout in _candidates(place, tensors, prefix):
+            if layout.fits(tensors):
+                found.setdefault((place, layout.prefix), layout)
+    if not found:
+        most = max(plain.values(), key=len, default={})
+        raise DataError(_no_layout(path, most, prefix))
+    (place, _), layout = next(iter(found.items()))
+    return Found(layout, plain[place], _said(place, layout, tables, [*found][1:]))
+
+
+def _without_transparent(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {TRANSPARENT.sub("", name): tensor for name, tensor in tensors.items()}
+
+
+def _candidates(place: str, tensors: dict[str, Tensor], prefix: str | None) -> Iterator[Layout]:
+    """Layouts to try on a table, the likeliest first."""
+    if prefix is None:
+        for chain in _chains(tensors):
+            for layout in LAYOUTS.values():
+                heads = tuple(chain + head for head in layout.heads)
+                yield replace(layout, prefix=chain + layout.prefix, heads=heads)
+        return
+    asked = TRANSPARENT.sub("", prefix)
+    for inner in dict.fromkeys((asked, asked.removeprefix(f"{place}."))):
+        yield from (layout for layout in LAYOUTS.values() if layout.prefix == inner)
         name = f"--prefix {prefix}"
-        candidates = [layout for layout in candidates if layout.prefix == prefix]
-        candidates += [
-            Layout(name, prefix),
-            Layout(name, prefix, GENERATOR, stem="cifar_no_relu"),
-            Layout(name, prefix, TORCHVISION),
+        yield Layout(name, inner)
+        yield Layout(name, inner, GENERATOR, stem="cifar_no_relu")
+        yield Layout(name, inner, TORCHVISION)
+
+
+def _chains(tensors: dict[str, Tensor]) -> list[str]:
+    """Every nesting of wrappers around tensors, the shallowest first."""
+    chains = level = [""]
+    for _ in range(NESTING):
+        level = [
+            chain + wrapper
+            for chain in level
+            for wrapper in WRAPPERS
+            if len(chains) < MOST_CHAINS
+            and any(name.startswith(chain + wrapper) for name in tensors)
         ]
-    for layout in candidates:
-        if layout.fits(tensors):
-            return layout
+        chains = (chains + level)[:MOST_CHAINS]
+    return chains
+
+
+def _said(
+    place: str, layout: Layout, tables: dict[str, dict[str, Tensor]], others: list[tuple[str, str]]
+) -> str:
+    """What was chosen among several, or taken from inside something else."""
+    peeled = {match[1] for name in tables[place] for match in TRANSPARENT.finditer(name)}
+    known = layout.prefix in {each.prefix for each in LAYOUTS.values()} and not peeled
+    parts = []
+    if place not in USUAL or not known:
+        parts.append(f"found under {_joined(place, layout.prefix)!r}")
+    if peeled:
+        parts.append(f"{' and '.join(sorted(peeled))} left out of the names")
+    elsewhere = list(dict.fromkeys(
+        _joined(*other) for other in others if _is_another(other, (place, layout.prefix))
+    ))  # fmt: skip
+    if elsewhere:
+        parts.append(f"also there: {', '.join(map(repr, elsewhere))}, which --prefix chooses")
+    return "; ".join(parts)
+
+
+def _joined(place: str, prefix: str) -> str:
+    """A prefix that tells tables apart."""
+    return prefix if place in USUAL else f"{place}.{prefix}"
+
+
+def _is_another(one: tuple[str, str], taken: tuple[str, str]) -> bool:
+    return _joined(*one) != _joined(*taken)
+
+
+def _no_layout(path: Path, tensors: dict[str, Tensor], prefix: str | None) -> str:
     found = f"{path}: none of its {len(tensors)} tensors is a ResNet's under a known prefix"
     if prefix is not None:
         under = sum(name.startswith(prefix) for name in tensors)
@@ -115,7 +212,7 @@ def find_layout(path: Path, tensors: dict[str, Tensor], prefix: str | None) -> L
             "ResNet is among them"
         )
     known = ", ".join(f"{layout.name} {layout.prefix!r}" for layout in LAYOUTS.values())
-    raise DataError(f"{found}{_elsewhere(tensors)}; known prefixes: {known}")
+    return f"{found}{_elsewhere(tensors)}; known prefixes: {known}"
 
 
 def _elsewhere(tensors: dict[str, Tensor]) -> str:

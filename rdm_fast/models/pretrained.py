@@ -14,19 +14,16 @@ from typing import Any, cast, get_args
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from rdm_fast.config import BackboneName, ModelConfig, Stem
-from rdm_fast.errors import DataError, InputMissing, message_of
+from rdm_fast.errors import DataError
 from rdm_fast.models.backbone import build_backbone
 from rdm_fast.models.layouts import Layout, find_layout
+from rdm_fast.models.weight_files import METADATA, read_tables
 from rdm_fast.runtime.distributed import print0, world_size
 from rdm_fast.runtime.printing import warn
 
-METADATA = "rdm_fast"
-"""Where files written by rdm-fast note as JSON what tensors do not show: a key of a safetensors
-file's header, or of the dictionary in a pickle."""
 DEPTHS: dict[tuple[tuple[int, ...], bool], BackboneName] = {
     ((2, 2, 2, 2), False): "resnet18",
     ((3, 4, 6, 3), False): "resnet34",
@@ -49,6 +46,7 @@ class PretrainedBackbone:
             trainer has, or cifar.
         stem_source: which of these it is; empty if the file notes it, or there is no choice.
         ignored: number of tensors outside the backbone, by module.
+        said: what was peeled off, and where else the file has a backbone; empty if nothing was.
     """
 
     path: Path
@@ -60,6 +58,7 @@ class PretrainedBackbone:
     width: int
     channels: int
     ignored: dict[str, int]
+    said: str
 
     def require(self, model: ModelConfig, channels: int, stem_flag: str = "--model.stem") -> None:
         """Refuse a model whose backbone has other layers than the file's.
@@ -120,6 +119,8 @@ class PretrainedBackbone:
         text = f"{self.path}: {self.layout.name} layout, loaded {count} of {len(own)} tensors"
         if count < len(own):
             text += f" ({len(own) - count} batch counters, absent in old files, are 0)"
+        if self.said:
+            text += f"; {self.said}"
         if self.ignored:
             each = ", ".join(f"{name} {n}" for name, n in self.ignored.items())
             text += f"; ignored {sum(self.ignored.values())}: {each}"
@@ -130,16 +131,16 @@ def read_backbone(path: Path, prefix: str | None = None) -> PretrainedBackbone:
     """Find the backbone in a checkpoint of any trainer in LAYOUTS.
 
     Args:
-        path: a .safetensors file, or a file from torch.save with tensors by name, at the top or
-            under `state_dict` or `model`.
+        path: as `read_tables` takes it.
         prefix: of the names of the backbone's tensors; found if None.
 
     Raises:
         InputMissing: there is no such file.
         DataError: it cannot be read as data alone, or holds no ResNet under a known prefix.
     """
-    tensors, notes = _read(path)
-    layout = find_layout(path, tensors, prefix)
+    tables, notes = read_tables(path)
+    found = find_layout(path, tables, prefix)
+    layout, tensors = found.layout, found.tensors
     body = {new: t for name, t in tensors.items() if (new := layout.rename(name)) is not None}
     ignored = Counter(
         name.removeprefix(layout.prefix).removeprefix("module.").partition(".")[0]
@@ -152,22 +153,25 @@ def read_backbone(path: Path, prefix: str | None = None) -> PretrainedBackbone:
         layout = replace(layout, name="rdm-fast")
     (width, channels), body = conv1.shape[:2], _unsplit(body)
     return PretrainedBackbone(
-        path, layout, body, backbone, stem, stem_source, width, channels, dict(ignored)
+        path, layout, body, backbone, stem, stem_source, width, channels, dict(ignored), found.said
     )
 
 
-def load_backbone(path: str | Path, stem: Stem | None = None) -> nn.Module:
+def load_backbone(
+    path: str | Path, stem: Stem | None = None, prefix: str | None = None
+) -> nn.Module:
     """The backbone in a file, ready to embed: [B, C, H, W] -> [B, d_emb], in evaluation mode.
 
     Args:
         path: a file as `read_backbone` takes it.
         stem: its first layers. If None, what the file notes or its trainer has; where that is not
             certain, a warning says which stem is used.
+        prefix: of the names of the backbone's tensors; found if None.
 
     Raises:
         InputMissing, DataError: as `read_backbone`.
     """
-    found = read_backbone(Path(path))
+    found = read_backbone(Path(path), prefix)
     if stem is None and (note := found.stem_note(found.stem, "stem")):
         warn(note, stacklevel=2)
     model = ModelConfig(backbone=found.backbone, stem=stem or found.stem, width=found.width)
@@ -192,7 +196,7 @@ def warm_start(method: nn.Module, model: ModelConfig, channels: int) -> None:
     """
     if not model.init:
         return
-    found = read_backbone(Path(model.init))
+    found = read_backbone(Path(model.init), model.init_prefix or None)
     found.require(model, channels)
     if note := found.stem_note(model.stem, "--model.stem"):
         print0(f"warning: {note}")
@@ -251,56 +255,6 @@ def load_strict(module: nn.Module, state: dict[str, Tensor], what: str) -> int:
             raise DataError(f"{what} has numbers in {name} that are not finite: use another one")
     module.load_state_dict(state)
     return len(own)
-
-
-# ---- files -----------------------------------------------------------------------------------
-
-
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors by name, and the note of a file written by rdm-fast."""
-    if not path.is_file():
-        raise InputMissing(f"there is no file {path}: name a checkpoint")
-    if path.suffix == ".safetensors":
-        try:
-            with safe_open(path, framework="pt") as file:
-                notes = _note((file.metadata() or {}).get(METADATA))
-                return {name: file.get_tensor(name) for name in file.keys()}, notes  # noqa: SIM118
-        except (SafetensorError, OSError, ValueError) as error:
-            reason = message_of(error)
-            raise DataError(f"{path} is not a sound safetensors file ({reason})") from error
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # unpickling raises anything
-        raise DataError(f"{path} cannot be read as data alone: {_refusal(error)}") from error
-    notes = _note(content.get(METADATA)) if isinstance(content, dict) else {}
-    for key in ("state_dict", "model"):
-        if isinstance(content, dict) and isinstance(content.get(key), dict):
-            content = content[key]
-    if not isinstance(content, dict):
-        raise DataError(f"{path} holds a {type(content).__name__}: use a file of tensors by name")
-    tensors = {k: v for k, v in content.items() if isinstance(k, str) and isinstance(v, Tensor)}
-    return tensors, notes
-
-
-def _note(text: Any) -> dict[str, Any]:
-    """The table under METADATA; empty if there is none."""
-    try:
-        note = json.loads(text)
-    except (TypeError, ValueError):
-        return {}
-    return note if isinstance(note, dict) else {}
-
-
-def _refusal(error: Exception) -> str:
-    """Why torch's restricted unpickler refused a file, and what to do; its own text has a page."""
-    text = message_of(error)
-    if found := re.search(r"GLOBAL (\S+)", text):
-        return (
-            f"unpickling it would use {found[1]}; where you trust it, save only its tensors, with "
-            "torch.save(checkpoint['state_dict'], NEW_FILE)"
-        )
-    reason = text.rpartition("WeightsUnpickler error: ")[2].partition(" Check the documentation")[0]
-    return f"it is not a file from torch.save ({reason}); give one, or a .safetensors file"
 
 
 # ---- architecture --------------------------------------------------------------------------

@@ -22,7 +22,7 @@ from rdm_fast.errors import CannotCreate, UsageError
 from rdm_fast.evaluation.loaded_backbone import load_method
 from rdm_fast.methods import Method
 from rdm_fast.models.layouts import LAYOUTS
-from rdm_fast.models.pretrained import METADATA
+from rdm_fast.models.weight_files import METADATA
 from rdm_fast.run.folder import read_config, refuse_links, version
 from rdm_fast.runtime import atomic_files
 from rdm_fast.tools.export.targets import Target

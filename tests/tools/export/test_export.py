@@ -20,7 +20,8 @@ from rdm_fast.config.recipes import RECIPES
 from rdm_fast.data.loaders.evaluation import center_view
 from rdm_fast.errors import CannotCreate, UsageError
 from rdm_fast.methods import Method
-from rdm_fast.models.pretrained import METADATA, load_backbone, read_backbone
+from rdm_fast.models.pretrained import load_backbone, read_backbone
+from rdm_fast.models.weight_files import METADATA
 from rdm_fast.tools.export.targets import TARGETS, Target
 from rdm_fast.tools.export.write import SUFFIXES, export_checkpoint
 from tests.random_run import save_random

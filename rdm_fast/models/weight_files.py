@@ -1,0 +1,171 @@
+"""Files of weights from any trainer: read as data alone, with sizes checked before they are loaded.
+
+The tensors may lie at the top of a file or in tables inside it, such as `state_dict`, `student` or
+`ema`. Nothing in a file runs, and none may claim much more than its bytes.
+"""
+
+import json
+import pickletools
+import re
+import zipfile
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, BinaryIO, get_args
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from rdm_fast.config import BackboneName, Stem
+from rdm_fast.errors import DataError, InputMissing, is_out_of_memory, message_of
+from rdm_fast.run import schema
+from rdm_fast.runtime.untrusted import RATIO, SLACK, require_header, require_zip
+
+METADATA = "rdm_fast"
+"""Where files written by rdm-fast note as JSON what tensors do not show: a key of a safetensors
+file's header, or of the dictionary in a pickle."""
+NOTE: schema.Schema = {
+    "backbone": schema.one_of(get_args(BackboneName)),
+    "stem": schema.one_of(get_args(Stem)),
+}
+KEYS = (
+    *("", "state_dict", "model", "model_state_dict", "net", "network", "backbone", "encoder"),
+    *("student", "online", "online_network", "state_dict_ema", "model_ema", "ema", "teacher"),
+)
+"""Where weights lie in a file, the likeliest first; other keys follow these."""
+DEPTH, MOST_TABLES = 4, 32
+ZIP = b"PK\x03\x04"
+MOST_PICKLE = 1 << 26
+"""Bytes of a refused pickle that are searched for what it would use."""
+KNOWN = ("torch", "collections", "_codecs")
+
+Tables = dict[str, dict[str, Tensor]]
+"""Tensors by name, in tables by the keys that lead to them: `student`, `ema.module`, or nothing."""
+
+
+def read_tables(path: Path) -> tuple[Tables, dict[str, Any]]:
+    """Every table of tensors in a file, the likeliest first, and the note of rdm-fast in it.
+
+    Args:
+        path: a .safetensors file, or one from torch.save.
+
+    Raises:
+        InputMissing: there is no such file.
+        DataError: it cannot be read as data alone, has no tensors by name, or claims more bytes
+            than it has.
+    """
+    if not path.is_file():
+        raise InputMissing(f"there is no file {path}: name a checkpoint")
+    tables, note = _safetensors(path) if path.suffix == ".safetensors" else _pickled(path)
+    claimed = sum(t.numel() * t.element_size() for table in tables.values() for t in table.values())
+    size = path.stat().st_size
+    if claimed > max(SLACK, RATIO * size):
+        raise DataError(f"{path} claims {claimed} bytes of tensors and has {size}: use another")
+    return tables, note
+
+
+def _safetensors(path: Path) -> tuple[Tables, dict[str, Any]]:
+    require_header(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            note = _note(path, (file.metadata() or {}).get(METADATA))
+            return {"": {name: file.get_tensor(name) for name in file.keys()}}, note  # noqa: SIM118
+    except (SafetensorError, OSError, ValueError) as error:
+        reason = message_of(error)
+        raise DataError(f"{path} is not a sound safetensors file ({reason})") from error
+
+
+def _pickled(path: Path) -> tuple[Tables, dict[str, Any]]:
+    with path.open("rb") as file:
+        is_zip = file.read(len(ZIP)) == ZIP
+    if is_zip:
+        require_zip(path, path.stat().st_size)  # torch.save does not compress
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # unpickling raises anything
+        raise DataError(f"{path} cannot be read as data alone: {_refusal(path, error)}") from error
+    if not isinstance(content, dict):
+        raise DataError(f"{path} holds a {type(content).__name__}: use a file of tensors by name")
+    found = dict(_tables(content, (), {id(content)}))
+    places = sorted(found, key=lambda place: [_rank(key) for key in place])
+    return {".".join(place): found[place] for place in places[:MOST_TABLES]}, _note(
+        path, content.get(METADATA)
+    )
+
+
+def _tables(
+    content: dict[Any, Any], place: tuple[str, ...], seen: set[int]
+) -> Iterator[tuple[tuple[str, ...], dict[str, Tensor]]]:
+    """Tables of dense tensors, each once, however often others refer to it."""
+    tensors = {
+        key: value
+        for key, value in content.items()
+        if isinstance(key, str) and isinstance(value, Tensor)
+        and value.layout == torch.strided and value.device.type == "cpu" and not value.is_quantized
+    }  # fmt: skip
+    if tensors:
+        yield place, tensors
+    for key, value in content.items():
+        inside = isinstance(key, str) and isinstance(value, dict) and id(value) not in seen
+        if inside and len(place) < DEPTH and not key.startswith("optim"):
+            seen.add(id(value))
+            yield from _tables(value, (*place, key), seen)
+
+
+def _rank(key: str) -> int:
+    return KEYS.index(key) if key in KEYS else len(KEYS)
+
+
+def _note(path: Path, text: Any) -> dict[str, Any]:
+    """The table under METADATA; empty if there is none.
+
+    Raises:
+        DataError: it is no such table.
+    """
+    if text is None:
+        return {}
+    note = None
+    with suppress(TypeError, ValueError, RecursionError):
+        note = json.loads(text)
+    if not isinstance(note, dict):
+        raise DataError(f"{path} has {METADATA} in its header, which is not a table as JSON")
+    schema.require(note, NOTE, f"{path}: {METADATA} in its header")
+    return note
+
+
+# ---- what a refused file would use -----------------------------------------------------------
+
+
+def _refusal(path: Path, error: Exception) -> str:
+    """Why torch's restricted unpickler refused a file, and what to do; its own text has a page."""
+    text = message_of(error)
+    if is_out_of_memory(error):
+        return f"it asks for more memory than there is ({path.stat().st_size} bytes have it so)"
+    found = re.search(r"GLOBAL (\S+)", text)
+    if name := found[1] if found else next(_foreign(path), ""):
+        save = f"torch.save(torch.load({str(path)!r}, 'cpu', weights_only=False)['state_dict'], "
+        return (
+            f"unpickling it would use {name}; where you trust it, save only its tensors, with "
+            f'python -c "import torch; {save}{str(path.with_suffix(".weights.pth"))!r})"'
+        )
+    reason = text.rpartition("WeightsUnpickler error: ")[2].partition(" Check the documentation")[0]
+    return f"it is not a file from torch.save ({reason}); give one, or a .safetensors file"
+
+
+def _foreign(path: Path) -> Iterator[str]:
+    """What a pickle would import from elsewhere than torch, found without unpickling it."""
+    with suppress(Exception), path.open("rb") as file:  # it may be anything
+        stream: BinaryIO = file
+        if zipfile.is_zipfile(path):
+            members = zipfile.ZipFile(path)
+            name = next(name for name in members.namelist() if name.endswith("data.pkl"))
+            stream = members.open(name)  # type: ignore[assignment]
+        texts: list[str] = []
+        for code, value, _ in pickletools.genops(stream.read(MOST_PICKLE)):
+            if code.name == "GLOBAL":
+                texts = str(value).split(" ")
+            elif isinstance(value, str):
+                texts = [*texts[-1:], value]
+            if code.name in ("GLOBAL", "STACK_GLOBAL") and texts[0].split(".")[0] not in KNOWN:
+                yield ".".join(texts)
