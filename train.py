@@ -1,12 +1,6 @@
 """Train a backbone: `python train.py [RECIPE] [--field value ...]`, alone or under torchrun."""
 
-import sys
-from importlib.util import find_spec
+from rdm_fast.__main__ import train
 
 if __name__ == "__main__":
-    if find_spec("rdm_kernels") is None:
-        print("error: rdm-fast is not installed: run `pip install -e .` here", file=sys.stderr)
-        sys.exit(69)
-    from rdm_fast.cli.commands import train
-
     train()

@@ -30,6 +30,8 @@ from unittest import mock
 
 import torch
 
+from rdm_fast.runtime.launcher import OF_A_RANK
+
 ROOT = Path(__file__).parents[1]
 PATIENCE = 120.0  # seconds; a shared machine may give a process a tenth of a core
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -43,7 +45,7 @@ _CONTEXT.set_forkserver_preload(PRELOADED)
 
 def environment() -> dict[str, str]:
     """For a process that finds the checkout, uses one thread and no GPU, and is not a rank."""
-    kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    kept = {name: value for name, value in os.environ.items() if name not in OF_A_RANK}
     return kept | {
         "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]),
         "OMP_NUM_THREADS": "1",
@@ -162,7 +164,7 @@ def _run(
 
 
 def _command(script: str, *words: str) -> None:
-    from rdm_fast.cli import commands
+    from rdm_fast import __main__ as entries
 
     sys.argv = [script, *words]
-    getattr(commands, ENTRIES[script])()
+    getattr(entries, ENTRIES[script])()

@@ -14,7 +14,7 @@ from typing import Literal
 
 from rdm_fast.run import checkpoint
 from rdm_fast.run.folder import read_status
-from rdm_fast.runtime.distributed import STORE
+from rdm_fast.runtime.launcher import STORE
 from tests import forks
 from tests.forks import PATIENCE, ROOT, Forked, environment
 from tests.tiny import command
@@ -65,7 +65,7 @@ class Run:
         meeting = tempfile.mkdtemp(prefix="ranks-", dir=out.parent)
         of_rank = [
             {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world),
-             "TORCHELASTIC_RESTART_COUNT": "0", STORE: meeting}
+             STORE: f"{meeting}/store"}
             for rank in range(world)
         ] if world > 1 else [{}]  # fmt: skip
         self.processes = [

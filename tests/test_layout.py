@@ -81,7 +81,7 @@ def test_the_wheel_ships_both_packages_and_their_types() -> None:
     wheel = pyproject["tool"]["hatch"]["build"]["targets"]["wheel"]
     assert wheel == {"packages": ["rdm_fast", "kernels/rdm_kernels"]}
     assert all((folder / "py.typed").exists() for folder in PACKAGES.values())
-    assert pyproject["project"]["scripts"] == {"rdm": "rdm_fast.cli.commands:main"}
+    assert pyproject["project"]["scripts"] == {"rdm": "rdm_fast.__main__:main"}
 
 
 def test_modules_are_short() -> None:

@@ -4,8 +4,6 @@ Every user error ends in one `error:` line and an exit code for its kind (rdm_fa
 imported only after the command line has been checked.
 """
 
-import os
-import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -15,36 +13,28 @@ from typing import NoReturn
 import yaml
 
 from rdm_fast.cli.options import PreviewCommand, TrainCommand, check_resume_is_alone
-from rdm_fast.cli.parse import Command, without_nproc
+from rdm_fast.cli.parse import Command, for_ranks
 from rdm_fast.config.checks import did_you_mean
-from rdm_fast.config.parallel import check_ranks
 from rdm_fast.config.run import NEEDS_LESS
-from rdm_fast.errors import Interrupted, RankLost, UsageError, UserError, explained
+from rdm_fast.errors import UsageError, UserError, explained
 from rdm_fast.evaluation.options import EvaluateCommand
 from rdm_fast.evaluation.protocols import PROTOCOLS
-from rdm_fast.runtime.printing import (
-    guard_streams,
-    launched_rank,
-    print_error,
-    print_line,
-    traceback_of,
-)
+from rdm_fast.runtime import signals
+from rdm_fast.runtime.launcher import check_ranks, launched, speaks
+from rdm_fast.runtime.printing import print_error, print_line, traceback_of
 from rdm_fast.tools.doctor.options import DoctorCommand
 from rdm_fast.tools.export.options import ExportCommand
 from rdm_fast.tools.export.targets import TARGETS
 from rdm_fast.tools.report.options import ReportCommand
 from rdm_fast.tools.sweep.grid import GRID
 from rdm_fast.tools.sweep.options import SweepCommand, check_filter_is_free
-from rdm_fast.tools.sweep.queue import LAUNCHED
 
 LOWER = {"eval": "--batch", "report": "--images", "export": ""}
 """Flags that lower how much memory a command needs, where they are not those of a training."""
-PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run `rdm COMMAND ...`; the exit code says how it ended."""
-    guard_streams()
     args = sys.argv[1:] if argv is None else list(argv)
     if not args or args[0] in ("-h", "--help"):
         print_line(f"usage: rdm {{{','.join(COMMANDS)}}} ...; rdm COMMAND --help lists its flags")
@@ -67,39 +57,26 @@ def evaluate(argv: Sequence[str] | None = None, prog: str = "eval_linear.py") ->
 
 def _run(name: str, args: Sequence[str], prog: str) -> NoReturn:
     """Run a command to its exit code."""
-    guard_streams()
     debug = "--debug" in args
-    launcher = os.environ.get(LAUNCHED)
-    if launcher or "RANK" in os.environ:
-        _end_with_launcher()
-    if launcher and int(launcher) != os.getppid():  # it died before we asked for the signal
-        raise SystemExit(Interrupted.code)
     try:
+        launched()
         command = COMMANDS[name]
         command.run(command.parse(args, prog), list(args))
     except UserError as error:
         if debug:
             print_line(*traceback_of(error).splitlines(), file=sys.stderr)
         _exit_with(error)
-    except KeyboardInterrupt:
-        raise SystemExit(128 + signal.SIGINT) from None
     except Exception as error:
         if debug:
             print_line(*traceback_of(error).splitlines(), file=sys.stderr)
         _exit_with(explained(error, "--debug shows where", LOWER.get(name, NEEDS_LESS)))
+    signals.ending(0)
     raise SystemExit(0)
 
 
-def _end_with_launcher() -> None:
-    """Ask Linux to send this process SIGTERM if its launcher dies. Runs before the slow imports."""
-    if sys.platform == "linux":
-        import ctypes
-
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-
-
 def _exit_with(error: UserError) -> NoReturn:
-    if launched_rank() == 0:
+    signals.ending(error.code)
+    if speaks():
         print_error(error)
     raise SystemExit(error.code)
 
@@ -125,8 +102,8 @@ def _train(command: TrainCommand, args: list[str]) -> None:
 
     if (ranks := _ranks_to_start(command.nproc)) > 1:
         check_ranks(config.optim, str(ranks))
-        ranked = ["-m", "rdm_fast", "train", *without_nproc(args)]
-        session.train_on_ranks(config, ranks, ranked, quiet="--debug" not in args)
+        ranked = ["-m", "rdm_fast", "train", *for_ranks(args)]
+        session.train_on_ranks(config, ranks, ranked, command.max_restarts)
     session.train(config, overwrite=command.overwrite, allow_change=command.allow_change)
 
 
@@ -148,10 +125,9 @@ def _evaluate(command: EvaluateCommand, args: list[str]) -> None:
     if (ranks := _ranks_to_start(command.nproc)) > 1:
         from rdm_fast.runtime.launch import launch
 
-        ranked = ["-m", "rdm_fast", "eval", *without_nproc(args)]
-        code, lost = launch(ranked, ranks, quiet=not command.debug)
+        code, lost = launch(["-m", "rdm_fast", "eval", *for_ranks(args)], ranks)
         if lost:
-            raise RankLost(lost)
+            raise lost
         raise SystemExit(code)
 
     from rdm_fast.evaluation.loaded_backbone import load_for_evaluation
@@ -159,9 +135,10 @@ def _evaluate(command: EvaluateCommand, args: list[str]) -> None:
     from rdm_fast.runtime import distributed
 
     device = distributed.choose_device(command.device)
-    distributed.start(device)
+    distributed.start(device, command.timeout)
     try:
-        evaluate(load_for_evaluation(command), command, device)
+        with distributed.raise_rank_lost():
+            evaluate(load_for_evaluation(command), command, device)
     finally:
         distributed.stop()
 

@@ -7,12 +7,12 @@ from typing import Annotated
 import tyro
 
 from rdm_fast.config import Config
-from rdm_fast.config.checks import Between, require_fields
-from rdm_fast.config.parallel import check_nproc
+from rdm_fast.config.checks import Between, require, require_fields
 from rdm_fast.config.saved import check_allowed
 from rdm_fast.errors import UsageError
+from rdm_fast.runtime.launcher import check_nproc
 
-WITH_RESUME = ("--resume", "--nproc", "--print-config", "--debug")
+WITH_RESUME = ("--resume", "--nproc", "--max-restarts", "--print-config", "--debug")
 """Flags that may accompany --resume."""
 
 
@@ -23,6 +23,9 @@ class TrainCommand:
     config: Annotated[Config, tyro.conf.arg(name="")]
     nproc: str = "1"
     """Ranks to start on this machine: a number, gpu (one per GPU), or auto (gpu, or 1 without)."""
+    max_restarts: Annotated[int, Between(0, 1000)] = 0
+    """With --nproc: how often all ranks start again by themselves, from the last checkpoint, after
+    one was lost (code 76)."""
     resume: str | None = None
     """Continue the run in this folder with the configuration it was started with."""
     overwrite: bool = False
@@ -37,6 +40,12 @@ class TrainCommand:
     def __post_init__(self) -> None:
         check_nproc(self.nproc)
         check_allowed(self.allow_change)
+        require_fields("--", self)
+        require(
+            self.max_restarts == 0 or self.nproc != "1",
+            f"--max-restarts {self.max_restarts} needs --nproc: other launchers restart ranks in "
+            "their own way (docs/scaling.md)",
+        )
 
 
 def check_resume_is_alone(args: Sequence[str]) -> None:

@@ -114,10 +114,15 @@ def _message(event: _errors.ParseErrorEvent, args: Sequence[str], options: type)
     return f"the arguments contradict each other ({HELP})"
 
 
-def without_nproc(args: Sequence[str]) -> list[str]:
-    """The arguments without --nproc and its value, as each rank gets them."""
+LAUNCHING = ("--nproc", "--max-restarts")
+"""Flags with a value that only the process that starts ranks takes."""
+
+
+def for_ranks(args: Sequence[str]) -> list[str]:
+    """The arguments without LAUNCHING and their values, as each rank gets them."""
+    written = [arg.partition("=")[0].replace("_", "-") for arg in args]
     return [
         arg
-        for before, arg in zip(["", *args], args, strict=False)
-        if before != "--nproc" and arg.partition("=")[0] != "--nproc"
+        for before, flag, arg in zip(["", *args], written, args, strict=False)
+        if before.replace("_", "-") not in LAUNCHING and flag not in LAUNCHING
     ]

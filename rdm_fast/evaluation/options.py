@@ -9,10 +9,10 @@ import tyro
 
 from rdm_fast.config import BackboneName, Precision, Stem
 from rdm_fast.config.checks import Between, Seed, require, require_fields
-from rdm_fast.config.parallel import check_nproc
 from rdm_fast.config.recipes import RECIPES
 from rdm_fast.errors import UsageError
 from rdm_fast.evaluation.protocols import AUTO, FINETUNE, ITERATED, PROTOCOLS, Protocol
+from rdm_fast.runtime.launcher import check_nproc
 
 FEATURE_SUFFIXES = (".npz", ".safetensors")
 
@@ -60,6 +60,10 @@ class EvaluateCommand:
     nproc: str = "1"
     """Ranks to start on this machine: a number, gpu (one for each GPU), or auto (gpu, or 1 without
     GPUs)."""
+    timeout: Annotated[float, Between(1, 86400), tyro.conf.arg(aliases=["--parallel.timeout"])] = (
+        600.0
+    )
+    """Seconds that a rank waits for the others before it takes one for lost (code 76)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to run; auto takes a GPU if there is one."""
     debug: bool = False

@@ -31,9 +31,16 @@ from rdm_fast.config.saved import (
     config_to_dict,
     flat,
 )
-from rdm_fast.errors import CannotCreate, DataError, InputMissing, message_of
+from rdm_fast.errors import (
+    CannotCreate,
+    DataError,
+    InputMissing,
+    Interrupted,
+    UserError,
+    message_of,
+)
 from rdm_fast.run import schema
-from rdm_fast.runtime import atomic_files
+from rdm_fast.runtime import atomic_files, signals
 from rdm_fast.runtime.lock import CLAIM, Lock
 from rdm_fast.runtime.printing import print_line
 from rdm_fast.runtime.untrusted import read_table
@@ -159,6 +166,8 @@ class RunFolder:
                 return cls(path, rank, is_new=False, id="", lock=None)
             path.mkdir(parents=True, exist_ok=True)
             lock = _lock(path, patience)
+            held = cls(path, rank, is_new=False, id="", lock=lock)
+            signals.on_end(held._end_by_signal)
             for stale in path.glob(f"{atomic_files.TEMPORARY}*"):
                 atomic_files.remove(stale)
             is_new = overwrite or not (path / "config.yaml").exists()
@@ -253,9 +262,24 @@ class RunFolder:
                 raise
             atomic_files.overwrite(file, text)  # a full disk has no room for a second file
 
+    def write_end(self, error: UserError) -> None:
+        """Record in status.json, if that can be written, how the run ended."""
+        state: State = "interrupted" if isinstance(error, Interrupted) else "failed"
+        with suppress(OSError, UserError):
+            status = read_status(self.path)
+            self.write_status(
+                state, step=status["step"], checkpoint=status.get("checkpoint", ""),
+                code=error.code, message=str(error),
+            )  # fmt: skip
+
+    def _end_by_signal(self, error: UserError) -> None:
+        self.write_end(error)
+        self.close()
+
     def close(self) -> None:
         """Release the lock; that of a process that dies without this is taken over."""
         if self._lock is not None:
+            signals.on_end(None)
             self._lock.release()
             self._lock = None
 

@@ -45,11 +45,6 @@ def warn(text: str, stacklevel: int = 1) -> None:
     warnings.warn(printable(text), stacklevel=stacklevel + 1)
 
 
-def launched_rank() -> int:
-    """This process's rank as its launcher has set it, before there is a process group."""
-    return int(os.environ.get("RANK", "0"))
-
-
 # ---- the streams of a command ----------------------------------------------------------------
 
 

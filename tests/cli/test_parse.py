@@ -10,17 +10,18 @@ import pytest
 from rdm_fast.cli import commands as cli
 from rdm_fast.cli.commands import COMMANDS
 from rdm_fast.cli.options import TrainCommand
-from rdm_fast.cli.parse import flags, without_nproc
+from rdm_fast.cli.parse import flags, for_ranks
 from rdm_fast.config import Config
 from rdm_fast.config.recipes import DEFAULT, RECIPES, recipe
 from rdm_fast.errors import UsageError
 from rdm_fast.evaluation.options import EvaluateCommand
 from rdm_fast.evaluation.protocols import PROTOCOLS
+from rdm_fast.runtime.launcher import OF_A_RANK, STORE
 
 
 @pytest.fixture(autouse=True)
 def _one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("RANK", "WORLD_SIZE"):
+    for name in OF_A_RANK:
         monkeypatch.delenv(name, raising=False)
 
 
@@ -215,6 +216,7 @@ def test_nproc_is_a_number_of_ranks_gpu_or_auto(nproc: str, line: str) -> None:
 @pytest.mark.parametrize("nproc", ["2", "gpu", "auto"])
 def test_a_rank_starts_no_ranks(nproc: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
     assert parsed("").nproc == "1"
     assert "--nproc" in message(f"--nproc {nproc}")
     assert "--nproc" in message(f"runs/a --nproc {nproc}", "eval")
@@ -226,7 +228,8 @@ def test_the_global_batch_divides_over_the_ranks_that_a_launcher_started(
     cli.check_ranks(recipe(DEFAULT).optim, "gpu")  # the number of GPUs is not known yet
     for world, line in (("", "--batch-size 8 --nproc 3"), ("3", "--batch-size 200")):
         if world:
-            monkeypatch.setenv("WORLD_SIZE", world)
+            for name, value in {"RANK": "0", "WORLD_SIZE": world, STORE: "meeting"}.items():
+                monkeypatch.setenv(name, value)
         with pytest.raises(SystemExit) as ended:
             cli.train([*line.split(), "--print-config"])
         assert ended.value.code == 2 and "3 rank(s)" in capsys.readouterr().err
@@ -237,9 +240,16 @@ def test_the_global_batch_divides_over_the_ranks_that_a_launcher_started(
         assert "torchrun" in message("", name)
 
 
-def test_ranks_get_every_argument_but_nproc() -> None:
+def test_ranks_get_every_argument_but_those_of_their_launcher() -> None:
     args = ["digits_byol", "--nproc", "2", "--out", "--nproc-2", "--nproc=4", "--epochs=3"]
-    assert without_nproc(args) == ["digits_byol", "--out", "--nproc-2", "--epochs=3"]
+    args += ["--max-restarts", "3", "--max_restarts=2", "--max_restarts", "1"]
+    assert for_ranks(args) == ["digits_byol", "--out", "--nproc-2", "--epochs=3"]
+
+
+def test_only_a_launcher_of_ranks_restarts_them() -> None:
+    assert parsed("--nproc 2 --max-restarts 3").max_restarts == 3
+    for line in ("--max-restarts 3", "--nproc 2 --max-restarts -1"):
+        assert "--max-restarts" in message(line)
 
 
 # ---- help ------------------------------------------------------------------------------------

@@ -13,11 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from rdm_fast.cli import commands
+from rdm_fast import __main__ as entries
 from rdm_fast.errors import RankLost
 from rdm_fast.run.folder import read_status
-from rdm_fast.runtime import distributed
-from rdm_fast.runtime.signals import StopOnSignal
+from rdm_fast.training import session
 from rdm_fast.training.trainer import Trainer
 from tests.forks import PATIENCE, Forked
 from tests.processes import Run, final_bytes
@@ -133,30 +132,28 @@ def test_a_lost_rank_a_lost_launcher_and_a_signal_one_after_the_other_change_not
     assert_same_end(out, undisturbed(2))
 
 
-def terminated_while_leaving(fails: bool, words: list[str]) -> None:
-    """A run that gets SIGTERM while it leaves the process group, after an error or without one."""
+def terminated_while_leaving(words: list[str]) -> None:
+    """A run that gets SIGTERM while it leaves the process group after an error."""
 
-    def fit(trainer: Trainer) -> None:
-        with StopOnSignal(trainer.ask_to_stop):
-            if fails:
-                raise RankLost("rank 0 lost another rank")
+    def fit(_: Trainer) -> None:
+        raise RankLost("rank 0 lost another rank")
 
     Trainer.fit = fit  # type: ignore[method-assign]
-    distributed.stop = lambda: os.kill(os.getpid(), signal.SIGTERM)
-    commands.train(words)
+    report = session._report_rank_lost
+    session._report_rank_lost = (  # type: ignore[assignment]
+        lambda *args: (os.kill(os.getpid(), signal.SIGTERM), report(*args))
+    )
+    sys.argv = ["train.py", *words]
+    entries.train()
 
 
-@pytest.mark.parametrize(
-    ("fails", "code", "recorded"),
-    [(True, 76, ("failed", 76)), (False, -signal.SIGTERM, ("finished", 0))],
-)
 def test_a_launcher_that_ends_a_failing_rank_does_not_keep_it_from_recording_its_error(
-    fails: bool, code: int, recorded: tuple[str, int], tmp_path: Path
+    tmp_path: Path,
 ) -> None:
     words = command(f"--out {tmp_path / 'run'}")
-    process = Forked(terminated_while_leaving, fails, words, out=tmp_path / "log")
-    assert process.wait() == code, (tmp_path / "log").read_text()
-    assert state_and_code(tmp_path / "run") == recorded
+    process = Forked(terminated_while_leaving, words, out=tmp_path / "log")
+    assert process.wait() == 76, (tmp_path / "log").read_text()
+    assert state_and_code(tmp_path / "run") == ("failed", 76)
 
 
 def test_ranks_that_are_still_starting_end_with_their_launcher(
@@ -170,17 +167,3 @@ def test_ranks_that_are_still_starting_end_with_their_launcher(
     time.sleep(1.0)  # they are importing torch
     run.processes[0].kill()
     run.wait_for_ranks()
-
-
-def test_sigterm_ends_a_run_saved_with_75_and_the_same_command_finishes_it(
-    start: Start, undisturbed: Callable[[int], Path], tmp_path: Path
-) -> None:
-    out = tmp_path / "run"
-    run = start(out, 1)
-    run.wait_for_step(7)
-    run.processes[0].terminate()
-    assert run.wait() == [75]
-    assert state_and_code(out) == ("interrupted", 75)
-    assert read_status(out)["checkpoint"] == f"step-{run.last_step():08d}"  # no step was lost
-    start(out, 1).finish()
-    assert_same_end(out, undisturbed(1))

@@ -208,16 +208,6 @@ def test_a_signal_stops_after_the_running_step_saved_and_nothing_is_lost(
     assert_same_run(tmp_path / "run", undisturbed("rdm_simsiam"))
 
 
-def test_a_second_signal_stops_at_once(tmp_path: Path) -> None:
-    def twice(_: Trainer) -> None:
-        os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGINT)
-
-    with pytest.raises(KeyboardInterrupt):
-        run(tmp_path / "run", tiny(), lambda trainer: in_step(trainer, 4, twice))
-    assert runs.newest(tmp_path / "run").name == "step-00000002"
-
-
 def test_a_signal_in_the_last_step_lets_it_finish(undisturbed: Undisturbed, tmp_path: Path) -> None:
     run(tmp_path / "run", CONFIGS["byol"], partial(in_step, step=STEPS, action=STOP))
     assert_same_run(tmp_path / "run", undisturbed("byol"))

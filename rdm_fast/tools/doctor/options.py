@@ -6,8 +6,8 @@ from typing import Annotated
 import tyro
 
 from rdm_fast.config import Config
-from rdm_fast.config.checks import Count, require, require_fields
-from rdm_fast.config.parallel import world_size
+from rdm_fast.config.checks import Count, require_fields
+from rdm_fast.runtime.launcher import require_one_process
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,8 +24,6 @@ class DoctorCommand:
 
     def __post_init__(self) -> None:
         require_fields("--", self)
-        require(
-            world_size() == 1,
-            "rdm doctor measures one process: start it without torchrun, with "
-            "--optim.global-batch set to the share of one rank",
+        require_one_process(
+            "rdm doctor measures one process", "and give --optim.global-batch the share of one rank"
         )

@@ -8,8 +8,8 @@ import tyro
 
 from rdm_fast.config import Config
 from rdm_fast.config.checks import Between, require, require_fields
-from rdm_fast.config.parallel import world_size
 from rdm_fast.config.recipes import recipe
+from rdm_fast.runtime.launcher import require_one_process
 from rdm_fast.tools.sweep.grid import GRID, configure, require_name
 
 VARIED = (
@@ -46,10 +46,7 @@ class SweepCommand:
             "method=symsimsiam has no filter to sweep over: sweep a simsiam or byol recipe "
             "(--filter symsimsiam adds the symmetric control)",
         )
-        require(
-            world_size() == 1,
-            "rdm sweep starts its own processes: leave out torchrun, and see --jobs",
-        )
+        require_one_process("rdm sweep starts its own processes", "and see --jobs")
 
     @classmethod
     def from_recipe(cls, name: str) -> Self:

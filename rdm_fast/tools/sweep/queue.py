@@ -18,12 +18,11 @@ from typing import Any, NamedTuple
 from rdm_fast.errors import Interrupted, RankLost, UserError
 from rdm_fast.run.folder import read_status
 from rdm_fast.runtime import atomic_files
+from rdm_fast.runtime.launcher import OF_A_RANK, PARENT
 from rdm_fast.runtime.printing import print_line
 from rdm_fast.runtime.signals import StopOnSignal
 
-PROGRAM = "from rdm_fast.cli.commands import main; main()"
-LAUNCHED = "RDM_LAUNCHED"
-"""Environment variable: process id of the launcher; the process saves and stops if it dies."""
+PROGRAM = "from rdm_fast.__main__ import main; main()"
 POLL = 0.1  # seconds between two checks of the processes
 
 
@@ -151,10 +150,9 @@ def run_all(
 
 def _environment(gpu: str | None, threads: int) -> dict[str, str]:
     """For a process that imports the same modules and is not a rank."""
-    ranks = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
-    kept = {name: value for name, value in os.environ.items() if name not in ranks}
+    kept = {name: value for name, value in os.environ.items() if name not in OF_A_RANK}
     kept["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
-    kept[LAUNCHED] = str(os.getpid())
+    kept[PARENT] = str(os.getpid())
     kept.setdefault("OMP_NUM_THREADS", str(threads))
     if gpu is not None:
         kept["CUDA_VISIBLE_DEVICES"] = gpu

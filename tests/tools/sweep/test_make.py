@@ -20,11 +20,12 @@ from rdm_fast.errors import (
     UserError,
 )
 from rdm_fast.run.folder import RunFolder, read_config, read_status
+from rdm_fast.runtime.launcher import OF_A_RANK, PARENT
 from rdm_fast.tools.report import style
 from rdm_fast.tools.sweep import make, queue
 from rdm_fast.tools.sweep.make import make_sweep, visible_gpus
-from rdm_fast.tools.sweep.queue import LAUNCHED, Failure
-from tests.forks import PATIENCE, start
+from rdm_fast.tools.sweep.queue import Failure
+from tests.forks import PATIENCE, call, start
 from tests.processes import alive, children, final_bytes
 from tests.runs import rdm, run
 from tests.tiny import command
@@ -57,7 +58,8 @@ def sweep(monkeypatch: pytest.MonkeyPatch, failures: dict[str, Failure]) -> Swee
 
     monkeypatch.setattr(make, "run_all", run_all)
     monkeypatch.setattr(style, "DPI", 60)
-    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    for name in OF_A_RANK:
+        monkeypatch.delenv(name, raising=False)
     return lambda out, *more: make_sweep(cli.COMMANDS["sweep"].parse(arguments(out, *more)))
 
 
@@ -159,7 +161,7 @@ def test_runs_use_the_visible_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def forked(argv: list[str], env: dict[str, str], stdout: Any, **_: Any) -> Any:
     """In place of Popen: the same command from the fork server, which is not its launcher."""
-    env = {name: value for name, value in env.items() if name != LAUNCHED}
+    env = {name: value for name, value in env.items() if name != PARENT}
     return start("rdm", *argv[3:], out=Path(stdout.name), env=env)
 
 
@@ -181,7 +183,7 @@ def test_a_killed_sweep_continues_and_ends_with_the_bits_of_an_undisturbed_run(
         time.sleep(0.01)
     assert read_status(out / "online_s1")["state"] == "interrupted"
 
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+    for name in OF_A_RANK:
         monkeypatch.delenv(name, raising=False)
     popen = SimpleNamespace(Popen=forked, DEVNULL=None, STDOUT=None)
     monkeypatch.setattr(queue, "subprocess", popen)
@@ -194,8 +196,9 @@ def test_a_killed_sweep_continues_and_ends_with_the_bits_of_an_undisturbed_run(
     assert final_bytes(out / "online_s1") == final_bytes(tmp_path / "undisturbed")
 
 
-def test_a_process_without_its_sweep_ends(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv(LAUNCHED, str(os.getpid()))  # not the id of this process's parent
-    monkeypatch.setattr(cli, "_end_with_launcher", lambda: None)
-    assert rdm("train", *command(), "--out", tmp_path / "run") == 75
+def test_a_process_without_its_sweep_ends(tmp_path: Path) -> None:
+    """The id is not that of its parent."""
+    words = [*command(), "--out", str(tmp_path / "run")]
+    done = call("rdm", "train", *words, cwd=tmp_path, **{PARENT: str(os.getpid())})
+    assert done.returncode == 75 and done.stderr.count("\n") == 1
     assert not (tmp_path / "run").exists()
