@@ -323,8 +323,8 @@ def test_debug_shows_the_traceback_before_the_error(capsys: pytest.CaptureFixtur
 def test_other_ranks_leave_the_error_to_rank_zero(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("RANK", "1")
-    monkeypatch.setattr(cli, "_end_with_launcher", lambda: None)
+    for name, value in {"RANK": "1", "WORLD_SIZE": "2", STORE: "meeting"}.items():
+        monkeypatch.setenv(name, value)
     with pytest.raises(SystemExit) as ended:
         cli.train(["--nonsense"])
     assert ended.value.code == 2 and capsys.readouterr().err == ""

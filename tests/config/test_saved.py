@@ -120,6 +120,7 @@ def test_the_rules_are_those_of_this_table() -> None:
     assert by_rule["free"] == {
         *("data.root", "data.workers", "data.loader", "data.download", "device", "out"),
         *("data.on_bad_image", "data.max_bad", "parallel.bucket_mb", "parallel.static_graph"),
+        "parallel.timeout",
         *(name for name in every if name.startswith(("log.", "guard.", "step."))),
     }
     fixed = {"optim.optimizer", "optim.backend", "optim.accumulate"}

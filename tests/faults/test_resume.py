@@ -107,7 +107,6 @@ def test_a_killed_run_ends_with_the_bytes_of_an_undisturbed_one(
 def test_a_lost_rank_a_lost_launcher_and_a_signal_one_after_the_other_change_nothing(
     start: Start, undisturbed: Callable[[int], Path], tmp_path: Path
 ) -> None:
-    """torchrun hides the ranks' exit codes; status.json has them."""
     out = tmp_path / "run"
     run = start(out, 2)
     run.wait_for_step(3)
@@ -115,10 +114,12 @@ def test_a_lost_rank_a_lost_launcher_and_a_signal_one_after_the_other_change_not
     assert run.wait() == [76, -signal.SIGKILL]
     assert state_and_code(out) == ("failed", 76)
 
-    run = start(out, 2, "torchrun")
+    run = start(out, 2, "nproc")
     run.wait_for_step(8)
     run.processes[0].kill()
     run.wait_for_ranks()
+    assert state_and_code(out) == ("interrupted", 75)  # the kernel tells them, more than once
+    assert read_status(out)["step"] >= 8
 
     run = start(out, 2)
     run.wait_for_step(13)
