@@ -26,6 +26,7 @@ NAMES = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP")
 SIGNALS = tuple(signal.Signals[name] for name in NAMES if name in signal.Signals.__members__)
 REPEAT = 2.0  # seconds
 REPORT = 5.0  # seconds for the line and status.json, which a dead disk or terminal may block
+POLL = 0.05
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -145,7 +146,8 @@ def _end(number: int) -> NoReturn:
 
     thread = threading.Thread(target=report, daemon=True)
     thread.start()
-    thread.join(REPORT)
+    for _ in range(int(REPORT / POLL)):  # not by the clock: an import may hold Python for seconds
+        thread.join(POLL)
     os._exit(error.code)
 
 
