@@ -21,7 +21,7 @@ from rdm_fast.evaluation.options import EvaluateCommand
 from rdm_fast.evaluation.protocols import PROTOCOLS
 from rdm_fast.runtime import signals
 from rdm_fast.runtime.launcher import check_ranks, launched, speaks
-from rdm_fast.runtime.printing import print_error, print_line, traceback_of
+from rdm_fast.runtime.printing import guard_streams, print_error, print_line, traceback_of
 from rdm_fast.tools.doctor.options import DoctorCommand
 from rdm_fast.tools.export.options import ExportCommand
 from rdm_fast.tools.export.targets import TARGETS
@@ -35,7 +35,7 @@ LOWER = {"eval": "--batch", "report": "--images", "export": ""}
 
 def main(argv: Sequence[str] | None = None) -> NoReturn:
     """Run `rdm COMMAND ...`; the exit code says how it ended."""
-    args = sys.argv[1:] if argv is None else list(argv)
+    args = _words(argv)
     if not args or args[0] in ("-h", "--help"):
         print_line(f"usage: rdm {{{','.join(COMMANDS)}}} ...; rdm COMMAND --help lists its flags")
         raise SystemExit(0 if args else 2)
@@ -47,12 +47,21 @@ def main(argv: Sequence[str] | None = None) -> NoReturn:
 
 def train(argv: Sequence[str] | None = None, prog: str = "train.py") -> NoReturn:
     """`rdm train` as a script, for torchrun."""
-    _run("train", sys.argv[1:] if argv is None else argv, prog)
+    _run("train", _words(argv), prog)
 
 
 def evaluate(argv: Sequence[str] | None = None, prog: str = "eval_linear.py") -> NoReturn:
     """`rdm eval` as a script, for torchrun."""
-    _run("eval", sys.argv[1:] if argv is None else argv, prog)
+    _run("eval", _words(argv), prog)
+
+
+def _words(argv: Sequence[str] | None) -> list[str]:
+    """The given arguments, else those of this process, which then is a command to its end."""
+    if argv is not None:
+        return list(argv)
+    guard_streams()
+    signals.catch()
+    return sys.argv[1:]
 
 
 def _run(name: str, args: Sequence[str], prog: str) -> NoReturn:

@@ -188,7 +188,7 @@ def _silent_ranks() -> list[int]:
             time.sleep(0.05)
 
     def safely() -> None:
-        with suppress(RuntimeError):  # the store may have been on the rank that is lost
+        with suppress(RuntimeError, ValueError):  # the store may be that of the lost rank
             call()
 
     thread = threading.Thread(target=safely, daemon=True)

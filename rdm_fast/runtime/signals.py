@@ -131,10 +131,12 @@ def _end(number: int) -> NoReturn:
     if _State.code is not None:
         os._exit(_State.code)
     name = signal.Signals(number).name
-    what = f"by {name}, nothing to save yet"
+    error = Interrupted(f"stopped by {name}, nothing to save yet: run the same command again")
     if _State.stop:
-        what = f"at once by a second {name}, without the steps since the last checkpoint"
-    error = Interrupted(f"stopped {what}: run the same command again")
+        error = Interrupted(
+            f"stopped at once by a second {name}, without the steps since the last checkpoint: "
+            "run the same command again"
+        )
 
     def report() -> None:
         try:
