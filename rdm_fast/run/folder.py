@@ -43,7 +43,7 @@ from rdm_fast.run import schema
 from rdm_fast.runtime import atomic_files, signals
 from rdm_fast.runtime.lock import CLAIM, Lock
 from rdm_fast.runtime.printing import print_line
-from rdm_fast.runtime.untrusted import read_table
+from rdm_fast.runtime.untrusted import entries, find_odd, read_table
 
 FORMAT = 1
 PROJECT = "rdm-fast"
@@ -314,34 +314,18 @@ def refuse_links(path: Path) -> None:
         CannotCreate: naming it.
     """
     names = {"run.json", *CONTENTS, *LOCKS}
-    for entry in _entries(path):
-        if entry.name in names and (odd := _odd(entry)):
+    for entry in entries(path):
+        if entry.name in names and (odd := find_odd(entry, FOREIGN)):
             raise CannotCreate(
                 f"{odd} is a link or a device, where a run has files of its own, so nothing is "
                 "written there: delete it, or give another --out"
             )
 
 
-def _odd(entry: "os.DirEntry[str]") -> str:
-    """The path of a link, pipe, socket or device under an entry; "" if there is none."""
-    if entry.is_file(follow_symlinks=False):
-        return ""
-    if not entry.is_dir(follow_symlinks=False):
-        return entry.path
-    inner = [] if entry.name == FOREIGN else _entries(entry.path)
-    return next((odd for each in inner if (odd := _odd(each))), "")
-
-
-def _entries(folder: "str | os.PathLike[str]") -> "list[os.DirEntry[str]]":
-    with suppress(FileNotFoundError), os.scandir(folder) as found:
-        return sorted(found, key=lambda entry: entry.name)
-    return []
-
-
 def _refuse_foreign(path: Path) -> None:
     if path.exists() and not path.is_dir():
         raise CannotCreate(f"--out {path} is a file: give a folder")
-    names = [entry.name for entry in _entries(path)]
+    names = [entry.name for entry in entries(path)]
     if all(name in LOCKS or name.startswith(atomic_files.TEMPORARY) for name in names):
         return  # empty, or from a start that was killed before it wrote run.json
     with suppress(InputMissing, DataError):

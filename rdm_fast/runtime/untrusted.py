@@ -9,6 +9,7 @@ import math
 import os
 import zipfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -131,3 +132,20 @@ def require_array(path: Path, name: str) -> None:
 
 def _refuse(path: Path, name: str, why: str) -> NoReturn:
     raise DataError(f"{path}: array {name} {why}")
+
+
+def entries(folder: "str | os.PathLike[str]") -> "list[os.DirEntry[str]]":
+    """What is in a folder, by name; nothing if there is no folder."""
+    with suppress(FileNotFoundError), os.scandir(folder) as found:
+        return sorted(found, key=lambda entry: entry.name)
+    return []
+
+
+def find_odd(entry: "os.DirEntry[str]", foreign: str = "") -> str:
+    """The path of a link, pipe, socket or device under an entry, but not in a folder `foreign`."""
+    if entry.is_file(follow_symlinks=False):
+        return ""
+    if not entry.is_dir(follow_symlinks=False):
+        return entry.path
+    inner = [] if entry.name == foreign else entries(entry.path)
+    return next((odd for each in inner if (odd := find_odd(each, foreign))), "")
