@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -121,7 +122,10 @@ def test_data_workers_end_with_their_rank(tmp_path: Path) -> None:
         "time.sleep(60)"
     )
     assert run(program)[0] == 76
-    assert not alive(int((tmp_path / "pid").read_text()))
+    worker, deadline = int((tmp_path / "pid").read_text()), time.monotonic() + 30
+    while alive(worker):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 # ---- restarts --------------------------------------------------------------------------------
