@@ -83,6 +83,10 @@ class OutputFailed(UserError):
     code = 74
 
 
+class WorkersFailed(OutputFailed):
+    """A process that loads data was killed, hangs, or has no memory to hand its images over."""
+
+
 class Interrupted(UserError):
     """Stopped by a signal with the state saved; the same command resumes."""
 

@@ -57,7 +57,8 @@ def embed(
     unreadable = UnreadableImages(images, config.data, "evaluation leaves it out")
     batches = evaluation_batches(
         images, config.augment, batch=batch, device=device, rank=rank(), world_size=world_size(),
-        workers=config.data.workers if images.pixels is None else 0, unreadable=unreadable,
+        workers=config.data.workers if images.pixels is None else 0, limit=config.data.timeout,
+        unreadable=unreadable,
     )  # fmt: skip
     n = len(images)
     features = extract(

@@ -18,7 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from rdm_fast.config import Config, ViewConfig
 from rdm_fast.data import ImageSet
 from rdm_fast.data.images.bad_files import read_or_next
-from rdm_fast.data.loaders.torch_loader import in_workers
+from rdm_fast.data.loaders.workers import in_workers
 from rdm_fast.data.views.augment import view_of_image, views_of_batch, views_of_levels
 from rdm_fast.data.views.sampler import ViewParameters, draw_views, epoch_order, step_indices
 from rdm_fast.errors import UsageError
@@ -161,7 +161,11 @@ def view_batches(
             labels = torch.from_numpy(images.labels[part]).to(device)
             yield views_of_batch(pixels, make.draw(part), config.augment), labels
         return
-    for levels, indices in in_workers(make, parts, config.data.workers, device):
+    row = config.augment.size**2 * images.channels
+    made = in_workers(
+        make, parts, config.data.workers, device, row_bytes=row, limit=config.data.timeout
+    )
+    for levels, indices in made:
         labels = torch.from_numpy(images.labels[indices.numpy()])
         views = views_of_levels(levels, config.augment, device)
         yield views, labels.to(device, non_blocking=True)

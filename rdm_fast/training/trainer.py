@@ -7,23 +7,30 @@ functions of the step. So an exact resume needs the step number, model, optimize
 `Trainer.parts` count.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
 
 from rdm_fast.config import Config
 from rdm_fast.data import Batch, build_loader, load, require_same_images
-from rdm_fast.errors import Collapsed, DataError, InputMissing, Interrupted, OutputFailed
+from rdm_fast.errors import (
+    Collapsed,
+    DataError,
+    InputMissing,
+    Interrupted,
+    OutputFailed,
+    WorkersFailed,
+)
 from rdm_fast.evaluation.online_accuracy import OnlineAccuracy
 from rdm_fast.evaluation.online_probe import OnlineProbe
-from rdm_fast.filters.response import advice, few_rows
 from rdm_fast.methods import build_method
 from rdm_fast.models.pretrained import file_note, warm_start
 from rdm_fast.run import checkpoint
 from rdm_fast.run.checkpoint import Snapshot
 from rdm_fast.run.environment import describe_environment
-from rdm_fast.run.folder import RunFolder
+from rdm_fast.run.folder import RunFolder, read_status
 from rdm_fast.run.state import Stateful, flatten_optimizer, flatten_parts
 from rdm_fast.runtime.cudnn import choose_algorithms
 from rdm_fast.runtime.distributed import all_reduce_max, print0, rank, world_size
@@ -33,6 +40,7 @@ from rdm_fast.telemetry import Plan, StepTimer, Telemetry
 from rdm_fast.training.collapse import CollapseGuard
 from rdm_fast.training.restore import restore
 from rdm_fast.training.skipped import SkippedSteps
+from rdm_fast.training.summary import summary
 from rdm_fast.training.train_step import StepReport, TrainStep
 
 MAX_FAILED_SAVES = 3
@@ -94,13 +102,27 @@ class Trainer:
             NonFinite: log.max_nonfinite steps in a row could not be applied.
             Collapsed: the projections collapsed, and guard.mode=stop; the state is saved.
             OutputFailed: three checkpoints in a row could not be written, or the last one.
+            WorkersFailed: images could not be loaded any more; what is trained is saved.
         """
         self.train_step.warm_up_ddp_buckets()
         self.restore()
         if rank() == 0:
-            self.folder.write_status("running", step=self.step)
-        with StopOnSignal(self.ask_to_stop), self._telemetry() as telemetry:
-            self._print_summary()
+            path = f"step-{self.step:08d}" if self.step else ""
+            self.folder.write_status("running", step=self.step, checkpoint=path)
+        with StopOnSignal(self.ask_to_stop), self._telemetry() as telemetry, self._saving():
+            ranks, graph = world_size(), bool(self.train_step.graph)
+            print0(
+                *summary(
+                    self.config,
+                    self.images,
+                    self.loader.name,
+                    self._engine(),
+                    ranks=ranks,
+                    device=self.device,
+                    graph=graph,
+                    step=self.step,
+                )
+            )
             if self.step == 0 and self.config.log.knn_every:
                 self._evaluate(telemetry)  # of random weights, to compare with
             timer = StepTimer()
@@ -162,25 +184,6 @@ class Trainer:
 
     def _engine(self) -> str:
         return self.selector.current(self.device) if self.selector else "none"
-
-    def _print_summary(self) -> None:
-        """Print what `auto` stands for, and what RDM predicts for the filter."""
-        config, parts = self.config, self.config.optim.accumulate
-        print0(
-            f"{config.method}, predictor {config.predictor}, on {len(self.images)} images of "
-            f"{config.data.name}: {world_size()} rank(s) on {self.device.type}, global batch "
-            f"{config.optim.global_batch}, {config.optim.local_batch(world_size())} a rank"
-            + (f" in {parts} parts" if parts > 1 else "")
-            + f", loader {self.loader.name}"
-            + (f", filter engine {self._engine()}" if self.selector else "")
-            + (", steps as a CUDA graph" if self.train_step.graph else "")
-        )
-        few = few_rows(config.optim.global_batch, config.model.projector_dim)
-        for text in (advice(config.filter), few) if self.selector else ():
-            if text:
-                print0(f"warning: {text}")
-        if self.step:
-            print0(f"resumed from step {self.step}")
 
     def _log(self, report: StepReport, telemetry: Telemetry, timer: StepTimer) -> None:
         """Log the last step if it is due; the only regular wait for the device."""
@@ -252,25 +255,41 @@ class Trainer:
         Raises:
             OutputFailed: the last save failed, or three in a row.
         """
-        failed = 0
-        self.skipped.read()
-        if rank() == 0 and self._last_saved != self.step:
-            try:
-                keep, note = self.config.log.keep, file_note(self.config.model)
-                path = checkpoint.save(self.folder.checkpoints, self.snapshot(), keep, note)
-                self._last_saved, self._failed_saves = self.step, 0
-                self.folder.write_status("running", step=self.step, checkpoint=path.name)
-            except OSError as error:
-                self._failed_saves += 1
-                failed = self._failed_saves
-                print0(f"warning: no checkpoint at step {self.step}: {error}")
-        failed = all_reduce_max(failed, self.device)
+        failed = all_reduce_max(self._save_here(), self.device)
         if failed >= (1 if last else MAX_FAILED_SAVES):
             what = f"{failed} checkpoints in a row" if failed > 1 else "the last checkpoint"
             raise OutputFailed(
                 f"{what}, up to step {self.step}, could not be written to "
                 f"{self.folder.checkpoints}: make room there and run the same command again"
             )
+
+    def _save_here(self) -> int:
+        """Write a checkpoint on rank zero; returns the number of failures in a row."""
+        self.skipped.read()
+        if rank() == 0 and self._last_saved != self.step:
+            try:
+                if self.folder.restore(self.config):
+                    print0(
+                        f"warning: {self.folder.path} was deleted while its run goes on: it is "
+                        "made again, without what was in it"
+                    )
+                keep, note = self.config.log.keep, file_note(self.config.model)
+                path = checkpoint.save(self.folder.checkpoints, self.snapshot(), keep, note)
+                self._last_saved, self._failed_saves = self.step, 0
+                self.folder.write_status("running", step=self.step, checkpoint=path.name)
+            except OSError as error:
+                self._failed_saves += 1
+                print0(f"warning: no checkpoint at step {self.step}: {error}")
+        return self._failed_saves
+
+    @contextmanager
+    def _saving(self) -> Iterator[None]:
+        """Save what is trained if no more images can be loaded; the other ranks know nothing."""
+        try:
+            yield
+        except WorkersFailed:
+            self._save_here()
+            raise
 
     def snapshot(self) -> Snapshot:
         """Everything that the next step depends on."""
@@ -301,6 +320,11 @@ class Trainer:
                 raise DataError(
                     f"every checkpoint in {self.folder.checkpoints} is damaged: restore one, or "
                     "start over with --overwrite"
+                )
+            if lost := read_status(self.folder.path).get("checkpoint"):
+                raise InputMissing(
+                    f"{self.folder.checkpoints} has no checkpoint, and status.json names {lost}: "
+                    "restore it, or start over with --overwrite"
                 )
             warm_start(self.train_step.method, self.config.model, self.config.augment.channels)
             return

@@ -12,7 +12,7 @@ from rdm_fast.config import AugmentConfig
 from rdm_fast.data.images.bad_files import UnreadableImages
 from rdm_fast.data.images.sets import ImageSet, Pixels, require_channels
 from rdm_fast.data.loaders.batch import Indices
-from rdm_fast.data.loaders.torch_loader import in_workers
+from rdm_fast.data.loaders.workers import in_workers
 from rdm_fast.data.views.augment import views_of_levels
 from rdm_fast.errors import DataError
 
@@ -30,6 +30,7 @@ def evaluation_batches(
     rank: int = 0,
     world_size: int = 1,
     workers: int = 0,
+    limit: float = 600.0,
     unreadable: UnreadableImages | None = None,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Every image once over all ranks, without augmentation.
@@ -42,6 +43,7 @@ def evaluation_batches(
         batch: images of a rank at a time.
         device: where they go.
         workers: processes that decode; decoded images need none.
+        limit: seconds that they may take for a batch.
         unreadable: gets the images that cannot be read, which are left out; None to refuse them.
 
     Yields:
@@ -51,12 +53,14 @@ def evaluation_batches(
     Raises:
         UsageError: the number of channels differs.
         DataError: an image cannot be read, and `unreadable` does not allow that.
+        WorkersFailed: a worker was lost or hangs.
     """
     require_channels(images, augment, "the data set")
     own = np.arange(rank, len(images), world_size)
     parts = [own[start : start + batch] for start in range(0, len(own), batch)]
     make = _CenterViews(images, augment, skip=unreadable is not None)
-    made = in_workers(make, parts, workers, device)
+    row = augment.size**2 * images.channels
+    made = in_workers(make, parts, workers, device, row_bytes=row, limit=limit)
     for asked, (levels, indices) in zip(parts, made, strict=True):
         if unreadable is not None:
             for i in np.setdiff1d(asked, indices.numpy()).tolist():

@@ -14,7 +14,7 @@ from rdm_fast.config import Config
 from rdm_fast.data import Batch
 from rdm_fast.data.images.sets import FileImages, PixelImages, Subset
 from rdm_fast.data.loaders.dali_loader import DaliLoader, Pipeline
-from rdm_fast.data.loaders.torch_loader import in_workers
+from rdm_fast.data.loaders.workers import in_workers
 from rdm_fast.errors import DataError, Unavailable
 from rdm_fast.runtime.precision import dtype_of_views
 from rdm_fast.tools.preview import levels_of
