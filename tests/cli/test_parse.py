@@ -121,6 +121,38 @@ def test_evaluation_has_flags_of_its_own() -> None:
         assert parsed(f"x --protocol {protocol}", "eval").protocol == protocol
 
 
+def texts(kind: type, prefix: str = "--") -> Iterator[str]:
+    """The flag of every field that is a text, or several; each may be a path."""
+    for name, hint in get_type_hints(kind).items():
+        flag = prefix + name.replace("_", "-")
+        if hint is Config:
+            yield from texts(hint)
+        elif is_dataclass(hint) and isinstance(hint, type):
+            yield from texts(hint, f"{flag}.")
+        elif hint in (str, str | None) and name not in ("checkpoint", "nproc", "protocol"):
+            yield flag
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_tilde_is_the_home_folder_in_every_flag(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    needed = {"eval": "~/x", "export": "~/x --to timm", "report": "~/x"}.get(name, "")
+    special = {"--recipe": "", "--features-out": "/f.npz", "--data.classes": "", "--prefix": ""}
+    special |= {"--out": "/o.html"} if name == "report" else {}
+    flags = [flag for flag in texts(COMMANDS[name].options) if special.get(flag) != ""]
+    for line in (" ".join(f"{f}={{}}" for f in flags), " ".join(f"{f} {{}}" for f in flags)):
+        filled = line.format(*(f"~{special.get(flag, '/a')}" for flag in flags))
+        command = parsed(f"{needed} {filled}", name)
+        for flag in flags:
+            if flag != "--model.init-prefix":
+                holder = command if hasattr(command, flag[2:].replace("-", "_")) else command.config
+                assert get(holder, flag) == f"/home/me{special.get(flag, '/a')}"
+        if needed:
+            assert (getattr(command, "checkpoint", None) or command.runs[0]) == "/home/me/x"
+
+
 # ---- rejected --------------------------------------------------------------------------------
 
 

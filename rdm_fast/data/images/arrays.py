@@ -29,6 +29,7 @@ from rdm_fast.data.images.deep_images import warn_of_range
 from rdm_fast.data.images.folder import listing
 from rdm_fast.data.images.sets import EncodedImages, ImageSet, PixelImages
 from rdm_fast.errors import DataError, InputMissing
+from rdm_fast.runtime.untrusted import require_array, require_zip
 
 Array = NDArray[Any]
 
@@ -50,12 +51,13 @@ def load_arrays(path: Path, split: str, white_level: int = WHITE) -> ImageSet:
             f"--data.root {path} is not a file: data.name=arrays needs one .npz file; "
             f"{found} {listing(path if path.is_dir() else parent)}"
         )
+    if not zipfile.is_zipfile(path):  # numpy would take it for a pickle, and advise to load that
+        raise DataError(f"{path} is not an .npz file, or damaged: pack the arrays with numpy.savez")
+    require_zip(path)
     try:
         arrays = np.load(path, allow_pickle=False)
     except DAMAGED as error:
         raise DataError(f"{path} is damaged or not an .npz file ({reason(error)})") from error
-    if not isinstance(arrays, np.lib.npyio.NpzFile):
-        raise DataError(f"{path} is not an .npz file: pack the arrays with numpy.savez")
     with arrays:
         return _read(_Arrays(arrays, path), split, white_level)
 
@@ -73,6 +75,7 @@ class _Arrays:
                 f"{self.path} has no array {key} ({what}): it has {', '.join(sorted(self.arrays))}"
             )
         try:
+            require_array(self.path, key)
             array = self.arrays[key]
         except DAMAGED as error:
             raise self.refuse(key, f"cannot be read ({reason(error)}), wanted {what}") from error

@@ -179,6 +179,22 @@ def _joined(shards: Sequence[Path], found: Sequence[Shard]) -> Listing:
     return Listing(members, classes, left_out)
 
 
+LONG = (
+    *(tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK),
+    *(tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE),
+)
+"""Members that say something of the next one."""
+
+
+class _Header(tarfile.TarInfo):
+    """A header whose long names and attributes are bounded: tarfile reads them whole."""
+
+    def _proc_member(self, tar: tarfile.TarFile) -> tarfile.TarInfo:
+        if self.type in LONG and self.size > LABEL_BYTES:
+            raise tarfile.ReadError(f"a header of {self.size} bytes")
+        return super()._proc_member(tar)  # type: ignore[misc]
+
+
 def list_shard(path: Path) -> Shard:
     """The images of one shard, in its order, as members of shard 0.
 
@@ -189,7 +205,7 @@ def list_shard(path: Path) -> Shard:
     labels: dict[str, int | str] = {}
     left_out: list[tuple[str, str]] = []
     try:
-        with tarfile.open(path, "r:") as tar:
+        with tarfile.open(path, "r:", tarinfo=_Header) as tar:
             end = path.stat().st_size
             for file in tar:
                 if file.offset_data + file.size > end:
@@ -215,7 +231,7 @@ def list_shard(path: Path) -> Shard:
             tar.fileobj.seek(tar.offset)
             if tar.fileobj.read(tarfile.BLOCKSIZE).strip(b"\0"):  # tarfile takes it for the end
                 raise tarfile.ReadError(f"no header at byte {tar.offset}")
-    except (tarfile.TarError, OSError, EOFError) as error:
+    except (tarfile.TarError, OSError, EOFError, ValueError, OverflowError) as error:
         raise DataError(
             f"{path} is damaged or not an uncompressed tar file ({message_of(error)}): "
             "fetch or pack it again"
