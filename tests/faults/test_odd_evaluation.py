@@ -247,9 +247,10 @@ def test_test_images_that_turn_bad_are_left_out_or_end_only_knn(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """They are whole when the index reads their headers, and damaged in the middle."""
-    root = data_set(tmp_path / "data", {"a": 12, "b": 12}, {"a": 2, "b": 2})
+    root = data_set(tmp_path / "data", {"a": 12, "b": 12}, {"a": 5, "b": 1})
     damaged = PNGS[0][:60] + bytes(20) + PNGS[0][80:]
-    put(root / "val/a/0.png", damaged)
+    for i in range(5):  # more than training would allow
+        put(root / f"val/a/{i}.png", damaged)
     run(tmp_path / "some", config_of(root, batch=8))
     assert any("knn_top1" in line for line in metrics(tmp_path / "some"))
     for path in (root / "val").glob("*/*"):
