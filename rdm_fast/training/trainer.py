@@ -17,7 +17,6 @@ from rdm_fast.config import Config
 from rdm_fast.data import Batch, build_loader, load, require_same_images
 from rdm_fast.errors import (
     Collapsed,
-    DataError,
     InputMissing,
     Interrupted,
     OutputFailed,
@@ -30,7 +29,7 @@ from rdm_fast.models.pretrained import file_note, warm_start
 from rdm_fast.run import checkpoint
 from rdm_fast.run.checkpoint import Snapshot
 from rdm_fast.run.environment import describe_environment
-from rdm_fast.run.folder import RunFolder, read_status
+from rdm_fast.run.folder import RunFolder
 from rdm_fast.run.state import Stateful, flatten_optimizer, flatten_parts
 from rdm_fast.runtime.cudnn import choose_algorithms
 from rdm_fast.runtime.distributed import all_reduce_max, print0, rank, world_size
@@ -316,16 +315,7 @@ class Trainer:
                 f"{self.folder.path}: --out must be a folder that all ranks share"
             )
         if path is None:
-            if any(self.folder.checkpoints.glob("step-*")):
-                raise DataError(
-                    f"every checkpoint in {self.folder.checkpoints} is damaged: restore one, or "
-                    "start over with --overwrite"
-                )
-            if lost := read_status(self.folder.path).get("checkpoint"):
-                raise InputMissing(
-                    f"{self.folder.checkpoints} has no checkpoint, and status.json names {lost}: "
-                    "restore it, or start over with --overwrite"
-                )
+            self.folder.require_untrained()
             warm_start(self.train_step.method, self.config.model, self.config.augment.channels)
             return
         run = self.train_step
