@@ -268,3 +268,21 @@ def newest(folder: Path, warn: Callable[[str], None], *, sweep: bool = False) ->
             with suppress(OSError):
                 atomic_files.remove(path)
     return next((path for _, path in _candidates(folder) if _is_sound(path, warn)), None)
+
+
+def require_none(folder: Path, named: str) -> None:
+    """Refuse to start at step 0 in place of a run whose checkpoints cannot be used any more.
+
+    Args:
+        folder: of the `step-` folders, of which none is sound.
+        named: the checkpoint that status.json names, if any.
+
+    Raises:
+        DataError: all of them are damaged.
+        InputMissing: they are gone.
+    """
+    fix = "restore one from a copy, or start over with --overwrite"
+    if any(folder.glob("step-*")):
+        raise DataError(f"every checkpoint in {folder} is damaged: {fix}")
+    if named:
+        raise InputMissing(f"{folder} has no checkpoint, and status.json names {named}: {fix}")

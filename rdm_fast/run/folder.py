@@ -224,24 +224,6 @@ class RunFolder:
         self.checkpoints.mkdir(exist_ok=True)
         return not whole
 
-    def require_untrained(self) -> None:
-        """Refuse to start at step 0 in place of a run whose checkpoints cannot be used any more.
-
-        Raises:
-            DataError: all of them are damaged.
-            InputMissing: they are gone.
-        """
-        if any(self.checkpoints.glob("step-*")):
-            raise DataError(
-                f"every checkpoint in {self.checkpoints} is damaged: restore one, or start over "
-                "with --overwrite"
-            )
-        if lost := read_status(self.path)["checkpoint"]:
-            raise InputMissing(
-                f"{self.checkpoints} has no checkpoint, and status.json names {lost}: restore it, "
-                "or start over with --overwrite"
-            )
-
     def accept(self, config: Config, allow: tuple[str, ...] = ()) -> None:
         """Check a configuration against config.yaml (`check_resumable`), then replace it.
 

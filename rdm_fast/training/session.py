@@ -6,15 +6,17 @@ torch is imported only once the folder has been opened, so a refusal takes no ti
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import NoReturn
 
 from rdm_fast.config import Config
 from rdm_fast.config.run import NEEDS_LESS
+from rdm_fast.config.saved import check_resumable, config_to_dict
 from rdm_fast.errors import RankLost, UserError, explained
-from rdm_fast.run.folder import RunFolder, read_status
+from rdm_fast.run.folder import RunFolder, read_config, read_status, refuse_links
 from rdm_fast.runtime import atomic_files, signals
 from rdm_fast.runtime.launcher import launched, speaks
-from rdm_fast.runtime.printing import print_error, traceback_of
+from rdm_fast.runtime.printing import print_error, print_line, traceback_of
 
 
 def train(config: Config, *, overwrite: bool, allow_change: tuple[str, ...]) -> None:
@@ -26,11 +28,37 @@ def train(config: Config, *, overwrite: bool, allow_change: tuple[str, ...]) -> 
         allow_change: settings that may differ from those of the checkpoint.
     """
     rank = launched().rank
+    if not overwrite and not allow_change and _is_finished(config):
+        if rank == 0:
+            print_line(
+                f"the run in {config.out} is finished: evaluate it with eval_linear.py, or start "
+                "over with --overwrite or another --out"
+            )
+        return
     with RunFolder.open(config.out, config, overwrite=overwrite, rank=rank) as folder:
         if rank == 0 and not folder.is_new:
             folder.accept(config, allow_change)
         with record_failure(folder):
-            _train_in(folder, config, extend=bool(allow_change))
+            _train_in(folder, config)
+
+
+def _is_finished(config: Config) -> bool:
+    """Whether the folder holds this run and it is finished. Only reads: the disk may be read-only.
+
+    Raises:
+        CannotCreate: the folder holds links.
+        ConfigMismatch: it is finished with another configuration.
+    """
+    path = Path(config.out)
+    try:
+        if read_status(path)["state"] != "finished":
+            return False
+        plain = config_to_dict(read_config(path))
+    except UserError:  # there is none, or it is damaged: opening the folder says so
+        return False
+    refuse_links(path)
+    check_resumable(plain, config)
+    return True
 
 
 def train_on_ranks(
@@ -55,19 +83,13 @@ def train_on_ranks(
     raise SystemExit(code)
 
 
-def _train_in(folder: RunFolder, config: Config, *, extend: bool) -> None:
+def _train_in(folder: RunFolder, config: Config) -> None:
     from rdm_fast.runtime import distributed
     from rdm_fast.training.trainer import Trainer
 
     device = distributed.choose_device(config.device)
     distributed.start(device, config.parallel.timeout)
     try:
-        if read_status(folder.path)["state"] == "finished" and not extend:
-            distributed.print0(
-                f"the run in {folder.path} is finished: evaluate it with eval_linear.py, "
-                "or start over with --overwrite or another --out"
-            )
-            return
         with distributed.raise_rank_lost():
             trainer = Trainer(config, folder, device)
             trainer.fit()

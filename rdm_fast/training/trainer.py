@@ -29,7 +29,7 @@ from rdm_fast.models.pretrained import file_note, warm_start
 from rdm_fast.run import checkpoint
 from rdm_fast.run.checkpoint import Snapshot
 from rdm_fast.run.environment import describe_environment
-from rdm_fast.run.folder import RunFolder
+from rdm_fast.run.folder import RunFolder, read_status
 from rdm_fast.run.state import Stateful, flatten_optimizer, flatten_parts
 from rdm_fast.runtime.cudnn import choose_algorithms
 from rdm_fast.runtime.distributed import all_reduce_max, print0, rank, world_size
@@ -315,7 +315,8 @@ class Trainer:
                 f"{self.folder.path}: --out must be a folder that all ranks share"
             )
         if path is None:
-            self.folder.require_untrained()
+            named = read_status(self.folder.path)["checkpoint"]
+            checkpoint.require_none(self.folder.checkpoints, named)
             warm_start(self.train_step.method, self.config.model, self.config.augment.channels)
             return
         run = self.train_step
