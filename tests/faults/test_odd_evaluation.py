@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -231,6 +232,29 @@ def test_training_goes_on_without_usable_test_images(
     run(tmp_path / "run", config_of(root, batch=4))
     out, _ = capfd.readouterr()
     assert out.count("no kNN while training: ") == 1
+    assert all("knn_top1" not in line for line in metrics(tmp_path / "run"))
+
+
+PIXELS = natural(8, 12, 12)
+HALVES = np.arange(8) % 2
+PACKED: dict[str, dict[str, Any]] = {
+    "of one channel": {"test_images": PIXELS[..., 0], "test_label": HALVES},
+    "without labels": {"test_images": PIXELS},
+    "with unknown labels": {"test_images": PIXELS, "test_label": HALVES + 5},
+    "absent": {},
+}
+
+
+@pytest.mark.parametrize("case", PACKED)
+def test_training_goes_on_without_usable_packed_test_images(
+    case: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    classes = np.array(["a", "b"])
+    train = {"train_images": PIXELS, "train_label": HALVES, "classes": classes}
+    np.savez(tmp_path / "x.npz", **train, **PACKED[case])
+    config = config_of(tmp_path / "x.npz")
+    run(tmp_path / "run", replace(config, data=replace(config.data, name="arrays")))
+    assert capfd.readouterr().out.count("no kNN while training: ") == 1
     assert all("knn_top1" not in line for line in metrics(tmp_path / "run"))
 
 
