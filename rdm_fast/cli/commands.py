@@ -16,7 +16,7 @@ from rdm_fast.cli.options import PreviewCommand, TrainCommand, check_resume_is_a
 from rdm_fast.cli.parse import Command, for_ranks
 from rdm_fast.config.checks import did_you_mean
 from rdm_fast.config.run import NEEDS_LESS
-from rdm_fast.errors import UsageError, UserError, explained
+from rdm_fast.errors import Unavailable, UsageError, UserError, explained
 from rdm_fast.evaluation.options import EvaluateCommand
 from rdm_fast.evaluation.protocols import PROTOCOLS
 from rdm_fast.runtime import signals
@@ -69,6 +69,11 @@ def _run(name: str, args: Sequence[str], prog: str) -> NoReturn:
     debug = "--debug" in args
     try:
         launched()
+        if sys.platform not in ("linux", "darwin"):
+            raise Unavailable(
+                f"rdm-fast runs on Linux (and on macOS, without a GPU), not on {sys.platform}: on "
+                "Windows, use WSL"
+            )
         command = COMMANDS[name]
         command.run(command.parse(args, prog), list(args))
     except UserError as error:

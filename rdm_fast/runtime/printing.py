@@ -63,6 +63,8 @@ def guard_streams() -> None:
         if stream is None or (type(stream) is io.TextIOWrapper and _number(stream) == descriptor):
             setattr(sys, name, _guarded(stream, descriptor))
     warnings.showwarning = _show
+    # Of files that it can read; again in every worker and epoch, and without their names.
+    warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 def _number(stream: TextIO) -> int | None:

@@ -211,3 +211,25 @@ def test_a_librarys_warning_is_one_line(
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 2 and all(line.startswith("warning: a") for line in lines)
     assert all(line.isprintable() for line in lines)
+
+
+def test_pillows_warnings_are_not_repeated_by_every_worker(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        printing.guard_streams()
+        for module in ("PIL.Image", "PIL.TiffImagePlugin", "PILLAR"):
+            warnings.warn_explicit("odd", UserWarning, "x.py", 1, module)
+    assert capsys.readouterr().err == "warning: odd\n"
+
+
+def test_a_system_that_is_not_supported_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "platform", "win32")
+    with pytest.raises(SystemExit) as ended:
+        commands.main(["train", "--print-config"])
+    err = capsys.readouterr().err
+    assert ended.value.code == 69 and err.count("\n") == 1 and "Linux" in err
