@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import get_args
 
 import torch
-from torch import nn
 
 from rdm_fast.config import Config
 from rdm_fast.config.filter import Engine
@@ -16,6 +15,7 @@ from rdm_fast.optim import state_keys
 from rdm_fast.run import checkpoint, schema
 from rdm_fast.run.schema import Schema
 from rdm_fast.run.state import Stateful, restore_optimizer, restore_parts
+from rdm_fast.training.train_step import TrainStep
 
 PARTS: dict[str, Schema] = {
     "skipped": {"total": schema.whole(), "in_a_row": schema.whole()},
@@ -34,21 +34,18 @@ SCALER: Schema = {
 
 def restore(
     path: Path,
-    method: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    train_step: TrainStep,
     parts: Mapping[str, Stateful],
     images: ImageSet,
     config: Config,
-    total_steps: int,
 ) -> int:
     """Load a checkpoint and torch's random generator; returns the step.
 
     Args:
         path: a step folder of the run.
-        method, optimizer, parts: take the saved state.
+        train_step, parts: take the saved state.
         images: must be those that the run began with.
         config: of the run.
-        total_steps: of the run.
 
     Raises:
         DataError: the checkpoint is damaged, or a field or tensor in it is not what it must be.
@@ -63,16 +60,18 @@ def restore(
         if name in parts and isinstance(snapshot.state.get(name), dict):
             schema.require(snapshot.state[name], inner, f"{what}: {name} in state.json")
     schema.require(snapshot.state, fields, f"{what}: state.json")
-    if snapshot.step > total_steps:
+    if snapshot.step > train_step.total_steps:
         raise DataError(
-            f"{what} is of step {snapshot.step}, and the run ends at step {total_steps}: use an "
-            "older checkpoint, or raise optim.epochs"
+            f"{what} is of step {snapshot.step}, and the run ends at step "
+            f"{train_step.total_steps}: use an older checkpoint, or raise optim.epochs"
         )
     images.require_digest(snapshot.state["data"], path.parent.parent, config.data.root)
+    method = train_step.method
     load_strict(method, snapshot.model, what)
     plain = snapshot.state["optimizer"]
     wanted = state_keys(config.optim) if snapshot.step else set()
-    restore_optimizer(optimizer, method.named_parameters(), snapshot.optim, plain, wanted)
+    named = method.named_parameters()
+    restore_optimizer(train_step.optimizer, named, snapshot.optim, plain, wanted)
     restore_parts(parts, snapshot)
     _restore_generator(snapshot.extra, what)
     return snapshot.step

@@ -319,9 +319,8 @@ class Trainer:
             checkpoint.require_none(self.folder.checkpoints, named)
             warm_start(self.train_step.method, self.config.model, self.config.augment.channels)
             return
-        run = self.train_step
         self.step = self._last_saved = restore(
-            path, run.method, run.optimizer, self.parts, self.images, self.config, run.total_steps
+            path, self.train_step, self.parts, self.images, self.config
         )
 
     # ---- signals -----------------------------------------------------------------------------
