@@ -106,13 +106,17 @@ def appending(path: Path) -> FileIO:
     Raises:
         OSError: it cannot be written, or is a link or no regular file.
     """
-    flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | NO_LINK | AT_ONCE
-    descriptor = os.open(path, flags, 0o666)
-    if _is_ours_alone(descriptor):
-        return FileIO(descriptor, "a+b")
-    os.close(descriptor)
+
+    def opener(name: str, _: int) -> int:
+        flags = os.O_RDWR | os.O_APPEND | os.O_CREAT | NO_LINK | AT_ONCE
+        return os.open(name, flags, 0o666)
+
+    file = FileIO(str(path), "a+b", opener=opener)
+    if _is_ours_alone(file.fileno()):
+        return file
+    file.close()
     replace(path, read(path))  # a file of its own, in place of another name of somebody's file
-    return FileIO(os.open(path, flags), "a+b")
+    return FileIO(str(path), "a+b", opener=opener)
 
 
 def _is_ours_alone(descriptor: int) -> bool:
