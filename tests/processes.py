@@ -111,7 +111,7 @@ class Run:
 
     def wait_for_ranks(self) -> None:
         """Wait until no rank is left, which must not take long."""
-        deadline = time.monotonic() + 10.0
+        deadline = time.monotonic() + PATIENCE
         while any(alive(pid) for pid in self.ranks):
             assert time.monotonic() < deadline, "ranks have outlived their launcher"
             time.sleep(0.01)

@@ -12,6 +12,7 @@ first, and not from the kernel because the launcher died.
 import atexit
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -20,12 +21,13 @@ from typing import NoReturn
 
 from rdm_fast.errors import Interrupted, UserError
 from rdm_fast.runtime.launcher import speaks
-from rdm_fast.runtime.printing import print_error
+from rdm_fast.runtime.printing import print_error, print_line
 
 NAMES = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP")
 SIGNALS = tuple(signal.Signals[name] for name in NAMES if name in signal.Signals.__members__)
 REPEAT = 2.0  # seconds
-REPORT = 5.0  # seconds for the line and status.json, which a dead disk or terminal may block
+PRINTING, WRITING = 5.0, 30.0
+"""Seconds for the line and for status.json, which a dead terminal or a busy disk may hold up."""
 POLL = 0.05
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
@@ -43,6 +45,7 @@ class _State:
     code: int | None = None
     """The exit code with which the process is already ending by itself."""
     record: Callable[[UserError], object] | None = None
+    say: Callable[[UserError], object] = staticmethod(print_error)
 
 
 def catch() -> None:
@@ -51,6 +54,8 @@ def catch() -> None:
         return
     _install()
     _State.caught, _State.parent = True, os.getppid()
+    stderr = sys.stderr  # which a library may be redirecting when a signal comes
+    _State.say = lambda error: print_line(f"error: {error}", file=stderr)
     os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
     signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # blocked until now by `launch`
     atexit.register(_ignore)  # first registered, last called: no Python runs after it
@@ -138,18 +143,19 @@ def _end(number: int) -> NoReturn:
             "run the same command again"
         )
 
-    def report() -> None:
-        try:
-            if record := _State.record:
-                record(error)
-        finally:
-            if speaks():
-                print_error(error)
-
-    thread = threading.Thread(target=report, daemon=True)
-    thread.start()
-    for _ in range(int(REPORT / POLL)):  # not by the clock: an import may hold Python for seconds
-        thread.join(POLL)
+    works: list[tuple[Callable[[UserError], object], float]] = []
+    if speaks():
+        works.append((_State.say, PRINTING))
+    if _State.record:
+        works.append((_State.record, WRITING))
+    threads = [
+        (threading.Thread(target=work, args=[error], daemon=True), limit) for work, limit in works
+    ]
+    for thread, _ in threads:
+        thread.start()
+    for thread, limit in threads:
+        for _ in range(int(limit / POLL)):  # not by the clock: an import may hold Python for long
+            thread.join(POLL if thread.is_alive() else 0)
     os._exit(error.code)
 
 
@@ -175,11 +181,11 @@ def _install() -> Callable[[], None]:
         elif _State.stop:
             _State.stop()  # as the thread does, but surely before the program goes on
         elif _State.code is None:
-            time.sleep(2 * REPORT)
+            time.sleep(PRINTING + WRITING)
 
+    threading.Thread(target=_listen, args=(reading,), daemon=True).start()
     for number in before:
         signal.signal(number, handle)
-    threading.Thread(target=_listen, args=(reading,), daemon=True).start()
 
     def undo() -> None:
         signal.set_wakeup_fd(old)
