@@ -159,9 +159,8 @@ def test_what_is_missing_or_impossible_is_named(
 
 def test_a_global_batch_that_does_not_divide_over_the_ranks(tmp_path: Path) -> None:
     args = tiny(tmp_path / "run", "--optim.global-batch 200")
-    assert "optim.global_batch=200" in error(
-        call("train.py", *args, cwd=tmp_path, WORLD_SIZE="3"), 2
-    )
+    ranks = {"RANK": "0", "WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    assert "optim.global_batch=200" in error(call("train.py", *args, cwd=tmp_path, **ranks), 2)
     assert not (tmp_path / "run").exists()
 
 

@@ -78,7 +78,7 @@ def test_a_prediction_is_negative_exactly_where_the_trainer_warns(name: str) -> 
         ("--filter online_log_3", "--filter online_log_3"),
         ("--filter control control", "control twice"),
         ("--filter", "--filter"),
-        ("--jobs -1", "--jobs -1"),
+        ("--jobs -1", "--jobs=-1"),
         ("digits_symsimsiam", "method=symsimsiam"),
     ],
 )
