@@ -70,6 +70,15 @@ def launched(environment: Mapping[str, str] | None = None) -> Launched:
     return Launched()
 
 
+def ranks_here() -> int:
+    """The number of ranks on this machine, if the launcher says it; else 1.
+
+    Raises:
+        UsageError: it is no number.
+    """
+    return _number(os.environ, "LOCAL_WORLD_SIZE") or 1
+
+
 def _by_torchrun(given: Mapping[str, str]) -> Launched:
     rank, world = _number(given, "RANK"), _number(given, "WORLD_SIZE")
     local, of_local = _number(given, "LOCAL_RANK"), _number(given, "LOCAL_WORLD_SIZE")

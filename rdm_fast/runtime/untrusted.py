@@ -13,8 +13,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn
 
-import yaml
-
 from rdm_fast.errors import DataError, message_of
 from rdm_fast.runtime import atomic_files
 
@@ -40,15 +38,6 @@ def read_text(path: Path, most: int = MOST_TEXT) -> str:
         return file.read(most).decode("utf-8-sig")
 
 
-class _Plain(yaml.SafeLoader):
-    """YAML without references, which a short text could multiply without end."""
-
-    def compose_node(self, parent: Any, index: Any) -> Any:
-        if self.check_event(yaml.AliasEvent):
-            raise yaml.YAMLError("it refers to another part of itself (*)")
-        return super().compose_node(parent, index)
-
-
 def read_table(path: Path) -> dict[str, Any]:
     """The table in a .json file, or in another as YAML.
 
@@ -60,7 +49,7 @@ def read_table(path: Path) -> dict[str, Any]:
     parse: Callable[[str], Any] = json.loads if is_json else _yaml
     try:
         content = parse(read_text(path, MOST_TEXT if is_json else MOST_YAML))
-    except (ValueError, RecursionError, yaml.YAMLError) as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path} cannot be read: {message_of(error)}") from error
     if not isinstance(content, dict):
         raise DataError(f"{path} cannot be used: it is not a table of settings")
@@ -68,7 +57,23 @@ def read_table(path: Path) -> dict[str, Any]:
 
 
 def _yaml(text: str) -> Any:
-    return _Plain(text).get_single_data()
+    """YAML without references, which a short text could multiply without end.
+
+    Raises:
+        ValueError: it is not YAML, or has references.
+    """
+    import yaml  # here: images are read without it
+
+    class Plain(yaml.SafeLoader):
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            if self.check_event(yaml.AliasEvent):
+                raise yaml.YAMLError("it refers to another part of itself (*)")
+            return super().compose_node(parent, index)
+
+    try:
+        return Plain(text).get_single_data()
+    except yaml.YAMLError as error:
+        raise ValueError(message_of(error)) from error
 
 
 def require_zip(path: Path, most: int | None = None) -> None:

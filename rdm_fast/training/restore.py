@@ -60,12 +60,12 @@ def restore(
         if name in parts and isinstance(snapshot.state.get(name), dict):
             schema.require(snapshot.state[name], inner, f"{what}: {name} in state.json")
     schema.require(snapshot.state, fields, f"{what}: state.json")
+    images.require_digest(snapshot.state["data"], path.parent.parent, config.data.root)
     if snapshot.step > train_step.total_steps:
         raise DataError(
             f"{what} is of step {snapshot.step}, and the run ends at step "
             f"{train_step.total_steps}: use an older checkpoint, or raise optim.epochs"
         )
-    images.require_digest(snapshot.state["data"], path.parent.parent, config.data.root)
     method = train_step.method
     load_strict(method, snapshot.model, what)
     plain = snapshot.state["optimizer"]

@@ -121,6 +121,7 @@ def test_the_rules_are_those_of_this_table() -> None:
         *("data.root", "data.workers", "data.loader", "data.download", "device", "out"),
         *("data.on_bad_image", "data.max_bad", "parallel.bucket_mb", "parallel.static_graph"),
         "parallel.timeout",
+        "data.timeout",
         *(name for name in every if name.startswith(("log.", "guard.", "step."))),
     }
     fixed = {"optim.optimizer", "optim.backend", "optim.accumulate"}

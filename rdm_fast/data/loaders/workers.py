@@ -6,7 +6,6 @@ with docker's default for one, a worker cannot hand its batch over, and torch wo
 
 import gc
 import multiprocessing
-import os
 import shutil
 import signal
 import sys
@@ -22,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from rdm_fast.data.loaders.batch import Indices
 from rdm_fast.errors import Unavailable, UserError, WorkersFailed, message_of
+from rdm_fast.runtime.launcher import ranks_here
 
 FIRST_CHOICE = "fork" if sys.platform == "linux" else "spawn"
 """How worker processes start, whatever the default of this version of Python."""
@@ -97,8 +97,7 @@ def require_shared_memory(batch: int, ahead: int, workers: int) -> None:
     """
     with suppress(OSError):  # no such folder: this system shares its memory in another way
         free = shutil.disk_usage(SHARED_MEMORY).free
-        ranks = os.environ.get("LOCAL_WORLD_SIZE", "1")
-        needed = batch * ahead * (int(ranks) if ranks.isdecimal() else 1)
+        needed = batch * ahead * ranks_here()
         if needed > free:
             raise Unavailable(
                 f"{SHARED_MEMORY} has {free / 2**20:.0f} MiB free, and the batches of "

@@ -35,7 +35,7 @@ AUGMENT = AugmentConfig(
 def configure(loader: str = "auto", workers: int = 0, batch: int = 16, **changes: object) -> Config:
     return Config(
         method="byol",
-        data=DataConfig(name="arrays", loader=loader, workers=workers),
+        data=DataConfig(name="arrays", loader=loader, workers=workers, max_bad=0),
         augment=AUGMENT,
         optim=OptimConfig(global_batch=batch),
         **changes,

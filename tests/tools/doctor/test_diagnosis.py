@@ -76,7 +76,7 @@ def test_a_slow_filter_is_named(tmp_path: Path) -> None:
     slow = replace(
         config,
         filter=replace(config.filter, engine="reference"),
-        model=replace(config.model, projector_dim=1024, projector_hidden=8),
+        model=replace(config.model, projector_dim=2048, projector_hidden=8),
         augment=replace(config.augment, size=8),
     )
     found = report(slow, tmp_path)
