@@ -52,6 +52,7 @@ def listening(pids: list[int]) -> list[str]:
     return [row[1].partition(":")[0] for row in rows if row[3] == "0A" and row[9] in owned]
 
 
+@pytest.mark.slow
 def test_nproc_stops_saved_on_ctrl_c_and_its_run_ends_with_the_bytes_of_two_ranks(
     two_ranks: dict[str, bytes], tmp_path: Path
 ) -> None:

@@ -89,7 +89,7 @@ def half_done(out: Path) -> bool:
     return any((out / "checkpoints").glob(".tmp-*"))
 
 
-@pytest.mark.parametrize("world", KILLS)
+@pytest.mark.parametrize("world", [1, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_killed_run_ends_with_the_bytes_of_an_undisturbed_one(
     world: int, start: Start, undisturbed: Callable[[int], Path], tmp_path: Path
 ) -> None:

@@ -192,11 +192,11 @@ def test_a_wrong_field_of_status_and_run_json_is_named(copy: Path) -> None:
 def test_a_wrong_setting_of_config_yaml_is_named(copy: Path) -> None:
     file = copy / "config.yaml"
     sound = yaml.safe_load(file.read_text())
-    for path in fields(sound):
+    for i, path in enumerate(fields(sound)):
         inner: Any = sound
         for part in path:
             inner = inner[part]
-        for value in WRONG:
+        for value in (WRONG * 2)[i % len(WRONG) :][:3]:  # in turn: reading YAML is slow
             if isinstance(inner, dict) and value == {}:
                 continue  # the settings in it are missing then
             file.write_text(json.dumps(with_field(sound, path, value)))
