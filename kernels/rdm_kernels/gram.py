@@ -124,7 +124,7 @@ def blocks(dtype: torch.dtype, center: bool, n: int) -> Blocks:
         return Blocks(128, 64, 8, 3) if n >= LARGE else Blocks(64, 32, 4, 4)
     if center:
         return Blocks(64, 16, 8, 3)
-    return Blocks(128, 16, 8, 3) if n >= LARGE else Blocks(64, 32, 4, 3)
+    return Blocks(128, 16, 8, 3) if n >= LARGE else Blocks(64, 32, 8, 3)
 
 
 @cuda_launcher(gram_op)

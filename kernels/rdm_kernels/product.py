@@ -104,7 +104,7 @@ def _general_product_kernel(
 
 def blocks(elements: int) -> Blocks:
     """Block sizes for results with so many elements in all."""
-    return Blocks(128, 16, 8, 2) if elements >= LARGE**2 else Blocks(64, 32, 4, 3)
+    return Blocks(128, 16, 8, 2) if elements >= LARGE**2 else Blocks(64, 32, 8, 3)
 
 
 def as_lines(X: Tensor) -> tuple[Tensor, bool]:

@@ -89,7 +89,7 @@ sym_matmul_op = define_op("sym_matmul", define_sym_matmul)
 
 def blocks(n: int) -> Blocks:
     """Block sizes for n x n matrices."""
-    return Blocks(128, 16, 8, 3) if n >= LARGE else Blocks(64, 32, 4, 3)
+    return Blocks(128, 16, 8, 3) if n >= LARGE else Blocks(64, 32, 8, 3)
 
 
 @cuda_launcher(sym_matmul_op)
