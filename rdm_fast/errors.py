@@ -122,8 +122,8 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether any library's exception says that there is not enough memory."""
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
-    told = isinstance(error, RuntimeError) and MEMORY.search(str(error)) is not None
-    return told or isinstance(error, MemoryError)
+    by_text = isinstance(error, RuntimeError) and MEMORY.search(str(error)) is not None
+    return by_text or isinstance(error, MemoryError)
 
 
 def explained(error: Exception, where: str, lower: str) -> UserError:

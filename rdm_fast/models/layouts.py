@@ -195,7 +195,7 @@ def _said(
 
 
 def _joined(place: str, prefix: str) -> str:
-    """A prefix that tells tables apart."""
+    """A prefix that distinguishes tables."""
     return prefix if place in USUAL else f"{place}.{prefix}"
 
 

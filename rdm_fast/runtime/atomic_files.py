@@ -50,23 +50,30 @@ def create(path: Path, content: str | bytes = b"") -> None:
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary file to write in the block; it then takes the name `path`, complete and flushed.
-
-    Raises:
-        OSError: it cannot be written; the old content is untouched.
-    """
+def _appearing(path: Path, content: str | bytes = b"") -> Iterator[Path]:
+    """A new temporary file, flushed with this content, that takes the name `path` in the end."""
     partial = temporary(path.parent)
     try:
-        create(partial)
+        create(partial, content)
         yield partial
-        sync(partial)
         partial.replace(path)
     except BaseException:
         with suppress(OSError):
             partial.unlink()
         raise
     sync(path.parent)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary file to write in the block; it then takes the name `path`, complete and flushed.
+
+    Raises:
+        OSError: it cannot be written; the old content is untouched.
+    """
+    with _appearing(path) as partial:
+        yield partial
+        sync(partial)
 
 
 def replace(path: Path, content: str | bytes) -> None:
@@ -75,15 +82,8 @@ def replace(path: Path, content: str | bytes) -> None:
     Raises:
         OSError: it cannot be written; the old content is untouched.
     """
-    partial = temporary(path.parent)
-    try:
-        create(partial, content)
-        partial.replace(path)
-    except BaseException:
-        with suppress(OSError):
-            partial.unlink()
-        raise
-    sync(path.parent)
+    with _appearing(path, content):
+        pass
 
 
 def overwrite(path: Path, content: str) -> None:

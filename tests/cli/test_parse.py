@@ -121,15 +121,22 @@ def test_evaluation_has_flags_of_its_own() -> None:
         assert parsed(f"x --protocol {protocol}", "eval").protocol == protocol
 
 
-def texts(kind: type, prefix: str = "--") -> Iterator[str]:
-    """The flag of every field that is a text, or several; each may be a path."""
+def settings(kind: type, prefix: str = "--") -> Iterator[tuple[str, str, Any]]:
+    """Long flag, name and type of every field, from the dataclasses alone."""
     for name, hint in get_type_hints(kind).items():
         flag = prefix + name.replace("_", "-")
         if hint is Config:
-            yield from texts(hint)
+            yield from settings(hint)
         elif is_dataclass(hint) and isinstance(hint, type):
-            yield from texts(hint, f"{flag}.")
-        elif hint in (str, str | None) and name not in ("checkpoint", "nproc", "protocol"):
+            yield from settings(hint, f"{flag}.")
+        else:
+            yield flag, name, hint
+
+
+def texts(kind: type) -> Iterator[str]:
+    """The flag of every field that is a text; each may be a path."""
+    for flag, name, hint in settings(kind):
+        if hint in (str, str | None) and name not in ("checkpoint", "nproc", "protocol"):
             yield flag
 
 
@@ -287,15 +294,10 @@ def test_only_a_launcher_of_ranks_restarts_them() -> None:
 # ---- help ------------------------------------------------------------------------------------
 
 
-def leaves(kind: type, prefix: str = "--") -> Iterator[str]:
-    """The long flag of every field, from the dataclasses alone."""
-    for name, hint in get_type_hints(kind).items():
-        flag = prefix + name.replace("_", "-")
-        if hint is Config:
-            yield from leaves(hint)
-        elif is_dataclass(hint) and isinstance(hint, type):
-            yield from leaves(hint, f"{flag}.")
-        elif name not in ("response", "checkpoint", "runs"):  # a function; positional arguments
+def leaves(kind: type) -> Iterator[str]:
+    """The long flag of every field."""
+    for flag, name, _ in settings(kind):
+        if name not in ("response", "checkpoint", "runs"):  # a function; positional arguments
             yield flag
 
 
