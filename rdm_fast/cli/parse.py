@@ -8,13 +8,14 @@ import io
 import os
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from dataclasses import dataclass, is_dataclass
+from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 
 import tyro
 from tyro import _errors
 
 from rdm_fast.config.checks import did_you_mean
+from rdm_fast.config.flags import Alias, Shape
 from rdm_fast.config.recipes import DEFAULT, RECIPES, recipe
 from rdm_fast.errors import UsageError
 
@@ -63,6 +64,7 @@ def parse(options: type[Options], args: Sequence[str], prog: str = "", about: st
         prog += " [RECIPE]"
         recipes = "\n".join(f"  {key}: {make.__doc__}" for key, make in RECIPES.items())
         about += f"\n\nRECIPE is {name} here, one of:\n{recipes}"
+    _tell_tyro(options)
     rejected: list[_errors.ParseErrorEvent] = []
     try:
         with _errors.on_parse_error(rejected.append), contextlib.redirect_stderr(io.StringIO()):
@@ -71,6 +73,29 @@ def parse(options: type[Options], args: Sequence[str], prog: str = "", about: st
         if not rejected:
             raise
     raise UsageError(_message(rejected[0], args, options))
+
+
+def _tell_tyro(options: type) -> None:
+    """Replace every `Alias` and `Shape` in a dataclass's annotations, and in those of its tables,
+    by what tyro understands."""
+    for name, hint in get_type_hints(options, include_extras=True).items():
+        plain, *notes = get_args(hint) if get_origin(hint) is Annotated else (hint,)
+        if is_dataclass(plain) and isinstance(plain, type):
+            _tell_tyro(plain)
+        told = [_for_tyro(note) for note in notes]
+        if told != notes:
+            options.__annotations__[name] = Annotated[plain, *told]
+
+
+def _for_tyro(note: Any) -> Any:
+    match note:
+        case Alias(flag):
+            return tyro.conf.arg(aliases=[flag])
+        case Shape.POSITIONAL:
+            return tyro.conf.Positional
+        case Shape.HIDDEN:
+            return tyro.conf.Suppress
+    return note
 
 
 def _at_home(arg: str) -> str:

@@ -2,7 +2,7 @@
 
 A recipe (`rdm_fast.config.recipes`) is a function that returns a whole `Config`. The command line
 names a recipe and changes single fields: `rdm train digits_rdm_simsiam --optim.epochs 20`. The
-string under a field is its help text, and `arg(aliases=...)` gives its flag a short name. Derived
+string under a field is its help text, and `Alias` gives its flag a short name. Derived
 values are properties. Nothing here imports torch, so a command line is checked before torch loads.
 
 A bad value raises `UsageError`, a `ValueError` that names the flag, the value and the fix.

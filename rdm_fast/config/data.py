@@ -3,9 +3,8 @@
 from dataclasses import dataclass, field, replace
 from typing import Annotated, Literal
 
-from tyro.conf import arg
-
 from rdm_fast.config.checks import Between, Share, require, require_fields
+from rdm_fast.config.flags import Alias
 
 DataName = Literal[
     "digits", "cifar10", "cifar100", "stl10", "fashion_mnist", "folder", "webdataset", "arrays"
@@ -30,7 +29,7 @@ class DataConfig:
     loader: Literal["auto", "dali", "torch", "resident"] = "auto"
     """dali decodes on the GPU (or CPU threads), torch in worker processes, resident keeps pixels on
     the device; auto uses resident for small images of one size, otherwise dali on a GPU."""
-    workers: Annotated[int, Between(0, 256), arg(aliases=["--workers"])] = 2
+    workers: Annotated[int, Between(0, 256), Alias("--workers")] = 2
     """Worker processes of the torch loader, or CPU threads of the DALI loader, on each rank."""
     timeout: Annotated[float, Between(1, 86_400)] = 600.0
     """Seconds that a worker process may take for a batch; then the run saves and ends."""
@@ -38,9 +37,9 @@ class DataConfig:
     """File that lists the classes of a folder to use, one a line; empty for all."""
     verify: Literal["header", "full"] = "header"
     """How image files are checked before training: read headers and ends, or decode all."""
-    on_bad_image: Annotated[Literal["skip", "stop"], arg(aliases=["--on-bad-image"])] = "skip"
+    on_bad_image: Annotated[Literal["skip", "stop"], Alias("--on-bad-image")] = "skip"
     """Skip unusable image files and list them in bad_files.tsv, or stop."""
-    max_bad: Annotated[Share, arg(aliases=["--max-bad"])] = 0.001
+    max_bad: Annotated[Share, Alias("--max-bad")] = 0.001
     """Share of the image files that may be skipped; if more are bad, the run stops. Three may be
     bad in any case, unless this is 0."""
     white_level: Annotated[int, Between(1, 65535)] = 65535

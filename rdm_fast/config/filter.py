@@ -4,9 +4,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
-from tyro.conf import Suppress, arg
-
 from rdm_fast.config.checks import Between, require, require_fields
+from rdm_fast.config.flags import Alias, Shape
 
 Kind = Literal["poly", "log", "log_1", "log_2", "custom"]
 Location = Literal["online", "target"]
@@ -18,12 +17,12 @@ Engine = Literal["auto", "gemm", "eigh", "reference"]
 class FilterConfig:
     """The spectral filter g, applied to the singular values s of a batch of projections."""
 
-    kind: Annotated[Kind, arg(aliases=["--pred-type"])] = "poly"
+    kind: Annotated[Kind, Alias("--pred-type")] = "poly"
     """g(s): poly is s^sigma, log is log s, log_1 is log(1 + s), log_2 is log(1 + s^2); custom is
     your own function, from Python only."""
-    location: Annotated[Location, arg(aliases=["--pred-location"])] = "online"
+    location: Annotated[Location, Alias("--pred-location")] = "online"
     """Branch to filter. RDM calls for a rising g on the online branch, falling on the target."""
-    sigma: Annotated[float, Between(-100, 100), arg(aliases=["--sigma"])] = 1.0
+    sigma: Annotated[float, Between(-100, 100), Alias("--sigma")] = 1.0
     """Exponent of kind=poly; 0 filters nothing. The other kinds ignore it."""
     basis: Basis = "own"
     """Spectrum that filters the target: the target's own, or the online branch's."""
@@ -34,7 +33,7 @@ class FilterConfig:
     """Take the spectrum of the centered projections (covariance) instead of the raw correlation."""
     engine: Engine = "auto"
     """How to compute the filter: auto chooses, reference repeats the paper's released code."""
-    response: Annotated[Callable[[Any], Any] | None, Suppress] = field(
+    response: Annotated[Callable[[Any], Any] | None, Shape.HIDDEN] = field(
         default=None, metadata={"saved": False}
     )
     """g(s) of kind=custom (not a flag), called once for each view: takes the singular values of a

@@ -3,16 +3,15 @@
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from tyro.conf import arg
-
 from rdm_fast.config.checks import Between, Count, Share, require_fields
+from rdm_fast.config.flags import Alias
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GuardConfig:
     """When projections count as collapsed, and how the run responds."""
 
-    mode: Annotated[Literal["warn", "stop", "off"], arg(aliases=["--guard"])] = "warn"
+    mode: Annotated[Literal["warn", "stop", "off"], Alias("--guard")] = "warn"
     """warn prints advice once; stop also saves a checkpoint and exits with code 71."""
     min_rank: Annotated[float, Between(0, 1e6)] = 3.0
     """Effective rank of the projections, in directions, below which they have collapsed; capped at

@@ -3,9 +3,8 @@
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from tyro.conf import arg
-
 from rdm_fast.config.checks import Between, require, require_fields
+from rdm_fast.config.flags import Alias
 
 BackboneName = Literal["resnet8", "resnet18", "resnet34", "resnet50"]
 Stem = Literal["imagenet", "cifar", "cifar_pad2", "cifar_no_relu"]
@@ -17,7 +16,7 @@ Width = Annotated[int, Between(1, 65_536)]
 class ModelConfig:
     """Backbone and heads."""
 
-    backbone: Annotated[BackboneName, arg(aliases=["--arch"])] = "resnet18"
+    backbone: Annotated[BackboneName, Alias("--arch")] = "resnet18"
     """torchvision's ResNet-18, 34 or 50, or a small ResNet-8 for CPUs."""
     stem: Stem = "cifar"
     """First layers: imagenet (7x7, stride 2, max-pool), cifar (3x3), cifar_pad2 (RDM's code),
@@ -36,10 +35,10 @@ class ModelConfig:
     """End the projector with a batch norm without affine parameters (SimSiam's, not BYOL's)."""
     predictor_hidden: Width = 512
     """Hidden width of the learned predictor."""
-    init: Annotated[str, arg(aliases=["--init"])] = ""
+    init: Annotated[str, Alias("--init")] = ""
     """Weights file whose backbone the run starts from (warm start), from this or another trainer;
     empty for random weights. A resumed run does not read it again."""
-    init_prefix: Annotated[str, arg(aliases=["--prefix"])] = ""
+    init_prefix: Annotated[str, Alias("--prefix")] = ""
     """Prefix of the backbone's tensor names in that file; empty to find it."""
 
     def __post_init__(self) -> None:

@@ -3,9 +3,8 @@
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
-from tyro.conf import arg
-
 from rdm_fast.config.checks import Between, Share, require, require_fields
+from rdm_fast.config.flags import Alias
 from rdm_fast.errors import UsageError
 
 Rate = Annotated[float, Between(0, 1e6)]
@@ -20,13 +19,13 @@ class OptimConfig:
     """SGD with momentum, LARS (SGD with layer-wise trust ratios), AdamW, or apex's LAMB."""
     backend: Literal["torch", "apex"] = "torch"
     """torch's optimizers (LARS is part of rdm-fast), or NVIDIA apex's fused sgd, adamw or lamb."""
-    epochs: Annotated[int, Between(1, 10**6), arg(aliases=["--epochs"])] = 100
+    epochs: Annotated[int, Between(1, 10**6), Alias("--epochs")] = 100
     """Passes over the data."""
-    global_batch: Annotated[Parts, arg(aliases=["--batch-size"])] = 256
+    global_batch: Annotated[Parts, Alias("--batch-size")] = 256
     """Images in one optimizer step, over all ranks and accumulated parts."""
     accumulate: Parts = 1
     """Parts in which each rank computes its share of a step, to save memory."""
-    base_lr: Annotated[Rate, arg(aliases=["--lr"])] = 0.5
+    base_lr: Annotated[Rate, Alias("--lr")] = 0.5
     """Learning rate for a global batch of 256; the step uses base_lr * global_batch / 256."""
     warmup_epochs: Rate = 10
     """Epochs of linear warm-up from warmup_lr; then a cosine down to final_lr."""
@@ -34,9 +33,9 @@ class OptimConfig:
     """Learning rate of the first step, not scaled with the batch."""
     final_lr: Rate = 0.0
     """Learning rate at the end of the cosine, not scaled with the batch."""
-    momentum: Annotated[Share, arg(aliases=["--momentum"])] = 0.9
+    momentum: Annotated[Share, Alias("--momentum")] = 0.9
     """Momentum of SGD and LARS."""
-    weight_decay: Annotated[Rate, arg(aliases=["--wd"])] = 1e-5
+    weight_decay: Annotated[Rate, Alias("--wd")] = 1e-5
     """Weight decay."""
     decay_norm_and_bias: bool = True
     """Decay 1-D parameters too (batch norm, biases). LARS then scales them as well."""

@@ -5,10 +5,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
-import tyro
-
 from rdm_fast.config import BackboneName, Precision, Stem
 from rdm_fast.config.checks import Between, Seed, require, require_fields
+from rdm_fast.config.flags import Alias, Shape
 from rdm_fast.config.recipes import RECIPES
 from rdm_fast.errors import UsageError
 from rdm_fast.evaluation.protocols import AUTO, FINETUNE, ITERATED, PROTOCOLS, Protocol
@@ -21,7 +20,7 @@ FEATURE_SUFFIXES = (".npz", ".safetensors")
 class EvaluateCommand:
     """Score a backbone by a linear probe and kNN."""
 
-    checkpoint: tyro.conf.Positional[str]
+    checkpoint: Annotated[str, Shape.POSITIONAL]
     """A run folder (its newest checkpoint), one step folder inside its checkpoints, or a file of
     weights from this or another trainer."""
     protocol: str = "auto"
@@ -60,9 +59,7 @@ class EvaluateCommand:
     nproc: str = "1"
     """Ranks to start on this machine: a number, gpu (one for each GPU), or auto (gpu, or 1 without
     GPUs)."""
-    timeout: Annotated[float, Between(1, 86400), tyro.conf.arg(aliases=["--parallel.timeout"])] = (
-        600.0
-    )
+    timeout: Annotated[float, Between(1, 86400), Alias("--parallel.timeout")] = 600.0
     """Seconds that a rank waits for the others before it takes one for lost (code 76)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to run; auto takes a GPU if there is one."""
