@@ -56,8 +56,9 @@ bench: $(VENV)/.dev ## run the benchmarks
 	$(BIN)/python -m pytest bench --benchmark-columns=median,iqr,rounds,iterations \
 	  --benchmark-json=.benchmarks/latest.json
 
-bench-check: $(VENV)/.dev ## run every benchmark once, untimed
+bench-check: $(VENV)/.dev ## run every benchmark once, untimed, and the campaign's smallest form
 	$(BIN)/python -m pytest bench --benchmark-disable
+	$(BIN)/python -m bench.campaign --smoke --out .benchmarks/campaign
 
 accuracy: $(VENV)/.dev ## make the accuracy table of kernels/README.md; fails where a bound is broken
 	$(BIN)/python -m bench.accuracy --engine gemm --device cpu --write kernels/README.md

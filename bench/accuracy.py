@@ -1,11 +1,11 @@
 """How accurate is the filtered loss? Its gradient against float64, for every filter and spectrum.
 
     python -m bench.accuracy [--engine gemm eigh auto] [--dtype float32 bfloat16]
-                             [--shape 128 384] [--device cpu] [--write FILE] [--json FILE]
+                             [--shape 128 384] [--device cpu] [--write FILE] [--rows FILE]
 
 Prints a Markdown table for each engine and dtype. A cell is 1 - cos(dP, exact dP), the larger of
-two views. Exact is the float64 gradient of the engine's own definition on the same inputs: the
-paper's, without directions below the cutoff, or the damped one (gemm). Other cells:
+two views. Exact is the float64 gradient of the engine's own definition on the same inputs and
+device: the paper's, without directions below the cutoff, or the damped one (gemm). Other cells:
 
     0          rank 1 and zero have no gradient, and the result is 0 within rounding (below)
     size x     the result is not 0, because the definition itself amplifies the rounding of its
@@ -21,7 +21,6 @@ and, online, again in the gradient through W. "0" means x <= (m + 2) u A^2 (targ
 """
 
 import argparse
-import json
 import math
 import sys
 import warnings
@@ -36,6 +35,7 @@ from torch import Tensor
 
 from bench.machine import describe
 from bench.markdown import replace_between, table
+from bench.rows import SMALL, append
 from rdm_fast import FilterConfig
 from rdm_fast.config import Kind
 from rdm_fast.errors import Unavailable
@@ -62,6 +62,7 @@ SPECTRA = [
     "zero",
 ]
 FilterOf = Callable[[Tensor, FilterConfig], Tensor]
+SMALLEST = (24, 40)
 NO_GRADIENT = {"rank 1", "zero"}
 COLLAPSED = {"rank 8 + noise"} | NO_GRADIENT
 
@@ -148,17 +149,18 @@ def fault(config: FilterConfig, spectrum: str, cell: Cell) -> str:
 
 
 def measure(config: FilterConfig, spectrum: str, z1: Tensor, z2: Tensor, device: str) -> Cell:
-    """The filter's loss and gradient on this device, compared with float64 on the CPU."""
+    """The filter's loss and gradient on this device, compared with float64 there."""
+    z1, z2 = z1.to(device), z2.to(device)
     criterion = SpectralCosine(config)
-    loss, *grads = gradients(z1.to(device), z2.to(device), config, criterion=criterion)
+    loss, *grads = gradients(z1, z2, config, criterion=criterion)
     selector = criterion.selector
     try:
         used, flagged = selector.current(torch.device(device)), selector.failures > 0
     except Unavailable:
         used, flagged = "gemm", True
     if used == "eigh" and flagged:
-        loss, *grads = gradients(z1.to(device), z2.to(device), config, criterion=criterion)
-    found = [grad.cpu().double() for grad in grads]
+        loss, *grads = gradients(z1, z2, config, criterion=criterion)
+    found = [grad.double() for grad in grads]
     finite = bool(loss.isfinite()) and all(bool(grad.isfinite().all()) for grad in found)
 
     filter_of = partial(normalized, damped_filter if used == "gemm" else paper_filter)
@@ -189,9 +191,9 @@ def measure(config: FilterConfig, spectrum: str, z1: Tensor, z2: Tensor, device:
 
 
 def normalized(filter_of: FilterOf, X: Tensor, config: FilterConfig) -> Tensor:
-    """W, scaled to |W| = 1 for a power of s, so that a cosine's eps does not matter."""
+    """W, scaled to |W|_F = 1 for a power of s, so that a cosine's eps does not matter."""
     W = filter_of(X, config)
-    return W / torch.linalg.matrix_norm(W, 2) if config.kind == "poly" else W
+    return W / torch.linalg.matrix_norm(W) if config.kind == "poly" else W
 
 
 def rounding_of_zero(config: FilterConfig, cutoff: float, X: Tensor) -> float:
@@ -259,15 +261,20 @@ class Report:
         )
 
 
-def report(engine: str, dtype: str, shape: tuple[int, int], device: str) -> Report:
-    """Measurements of all filters and spectra."""
+def report(
+    engine: str, dtype: str, shape: tuple[int, int], device: str, rows: Path | None = None
+) -> Report:
+    """Measurements of all filters and spectra; each cell is also a row of a file."""
+    where = {"engine": engine, "dtype": dtype, "shape": shape}
     configs = {name: replace(config, engine=engine) for name, config in filters().items()}
     cells: dict[str, dict[str, Cell]] = {name: {} for name in configs}
     narrow = getattr(torch, dtype)
-    for spectrum in SPECTRA:
+    for spectrum in SPECTRA[:2] if SMALL else SPECTRA:
         z1, z2 = batch(spectrum, *shape, narrow)
         for name, config in configs.items():
-            cells[name][spectrum] = measure(config, spectrum, z1, z2, device)
+            cell = cells[name][spectrum] = measure(config, spectrum, z1, z2, device)
+            found = asdict(cell) | {"text": cell.text, "fault": fault(config, spectrum, cell)}
+            append(rows, where | {"filter": name, "spectrum": spectrum} | found)
     unflagged = [
         f"{name} ({bad})"
         for name, config in configs.items()
@@ -286,13 +293,15 @@ def main() -> int:
     parser.add_argument(
         "--write", type=Path, help="Markdown file with an accuracy table to replace"
     )
-    parser.add_argument("--json", type=Path, help="JSON file for all numbers")
+    parser.add_argument("--rows", type=Path, help="file to append each cell to, as JSON")
     args = parser.parse_args()
     warnings.filterwarnings("ignore", message="filter.")
-    torch.set_num_threads(1)
+    if args.device == "cpu":
+        torch.set_num_threads(1)
+    B, D = SMALLEST if SMALL else args.shape
 
     reports = [
-        report(engine, dtype, tuple(args.shape), args.device)
+        report(engine, dtype, (B, D), args.device, args.rows)
         for engine in args.engine
         for dtype in args.dtype
     ]
@@ -304,9 +313,6 @@ def main() -> int:
     print(markdown)
     if args.write:
         replace_between(args.write, "accuracy", markdown)
-    if args.json:
-        numbers = {"machine": machine, "faults": faults, "reports": [asdict(r) for r in reports]}
-        args.json.write_text(json.dumps(numbers | {"markdown": markdown}), encoding="utf-8")
     if faults:
         print("\nNot accurate enough:", *faults, sep="\n  ", file=sys.stderr)
     return 1 if faults else 0

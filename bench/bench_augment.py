@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from bench.bench_loader import kornia_view, natural_images, torchvision_view
-from bench.conftest import is_small
+from bench.conftest import chosen
 from rdm_fast.config import AugmentConfig, Config, DataConfig, OptimConfig, ViewConfig
 from rdm_fast.data.loaders.batch import draw_all_views
 from rdm_fast.data.views.augment import blur_taps, view_table, views_of_table
@@ -40,7 +40,7 @@ VIEW = ViewConfig(crop_scale=(0.2, 1), jitter=0.8, grey=0.2, blur=0.5, flip=0.5)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    cases = SMALL if is_small(metafunc.config) else CASES
+    cases = chosen(metafunc.config, SMALL, CASES)
     metafunc.parametrize(("name", "case"), [(name, case) for case in cases for name in NAMES])
 
 

@@ -15,6 +15,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 from bench.bench_loader import jpeg_images, natural_images
 from bench.conftest import is_small, synced_clock
+from bench.rows import SMALL
 from bench.training import CASES, DEVICE, GPU, SMALLEST, train_step
 from rdm_fast.config import DataConfig
 from rdm_fast.data import Batch, Loader, build_loader
@@ -23,6 +24,7 @@ from rdm_fast.training.cuda_graph import WARM_UP
 
 ON_GPU = [
     ("cifar10 resnet18 32px b512", "resident", 0),
+    ("cifar10 resnet18 32px b512", "dali", 4),
     ("imagenet resnet50 224px b256", "dali", 4),
     ("imagenet resnet50 224px b256", "torch", 12),
 ]
@@ -31,7 +33,7 @@ ON_CPU = [
     ("cifar10 resnet8 32px b64", "dali", 1),
     ("cifar10 resnet8 32px b64", "torch", 1),
 ]
-ROUNDS, STEPS = 7, 8
+ROUNDS, STEPS = (2, 1) if SMALL else (7, 8)
 FILES = 64  # pixels a side of a view from which images are files
 BATCHES = 2 * STEPS
 
@@ -40,6 +42,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     cases = ON_GPU if GPU else ON_CPU
     if is_small(metafunc.config):
         cases = [(SMALLEST.name, loader, workers) for _, loader, workers in cases]
+        cases = cases[:1] if SMALL else cases  # each worker is a process
     metafunc.parametrize(("case", "loader", "workers"), cases)
 
 

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.conftest import is_small
+from bench.conftest import chosen
 from bench.exact import decompose, views
 from rdm_kernels import filtered_cosine, gram, neg_cosine, polar, safe_eigh, sym_matmul
 from rdm_kernels.product import product
@@ -48,11 +48,10 @@ Measure = Callable[..., None]
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     bench = metafunc.function.__name__
-    small = is_small(metafunc.config)
     if bench in ("bench_sym_matmul", "bench_product", "bench_safe_eigh"):
-        cases = ["32"] if small else SIDES
+        cases = chosen(metafunc.config, ["32"], SIDES)
     else:
-        cases = SMALL if small else SHAPES
+        cases = chosen(metafunc.config, SMALL, SHAPES)
     wide = [case for case in cases if shape_of(case)[0] <= shape_of(case)[-1]]  # B <= D
     if bench == "bench_filtered_cosine":
         cases = wide  # its bilinear forms are those of the sample side

@@ -1,9 +1,12 @@
 """Does the filter disappear in the step? The filtered loss, forward and backward of both views.
 
-    svd                the loss as in the paper's code
+    auto, gemm, eigh   rdm_fast.spectral_loss with this engine
     gram_eigh          an eigendecomposition of the smaller Gram matrix
     compiled           gram_eigh under torch.compile
-    eigh, gemm, auto   rdm_fast.spectral_loss with this engine
+    reference          the paper's released code as filter.engine=reference repeats it
+    svd                the paper's formulation
+
+An implementation runs with every filter of a shape before the next one, the slow ones last.
 
 Before it is timed, each implementation's gradient is compared with the float64 gradient of its own
 definition (`bench.exact`).
@@ -17,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from bench.conftest import is_small
+from bench.conftest import chosen
 from bench.exact import Definition, exact, spectra, views
 from bench.reference import gram_eigh_loss, svd_loss
 from rdm_fast import FilterConfig, spectral_loss
@@ -41,32 +44,21 @@ FILTERS = {
     **{f"online-{kind}": FilterConfig(kind=kind) for kind in ("log", "log_1", "log_2")},
     **{f"target{sigma:g}": FilterConfig(location="target", sigma=sigma) for sigma in (-1, -0.5)},
 }
-ENGINES = ["auto", "gemm", "eigh"]
-OPPONENTS = {"svd": svd_loss, "gram_eigh": gram_eigh_loss}
+ENGINES = ["auto", "gemm", "eigh", "reference"]
+OPPONENTS = {"gram_eigh": gram_eigh_loss, "compiled": gram_eigh_loss, "svd": svd_loss}
+NAMES = [*ENGINES[:3], "gram_eigh", "compiled", "reference", "svd"]
 Loss = Callable[[Tensor, Tensor, FilterConfig], Tensor]
 
 # From this smaller side on, an implementation is slow and its time independent of g, so that
 # ONE_OF_EACH stands for all filters.
 ONE_OF_EACH = ["online1", "target-1"]
-SLOW = {"svd": 1024, "gram_eigh": 4096, "eigh": 4096}
+SLOW = {"svd": 512, "reference": 512, "gram_eigh": 4096, "eigh": 4096}
 COMPILED = [(512, 2048), (256, 2048), (2048, 2048)]  # half a minute of compilation each
 
 # Least cosine of a gradient with the exact one of its definition. In float32 (gram_eigh) directions
 # just above the cutoff have only a few correct digits.
 AGREEMENT = {"gram_eigh": 0.995, "compiled": 0.995, "gemm": 0.99, "eigh": 0.9999}
 LOSS_ERROR = 0.02
-
-
-def cases(small: bool) -> list[tuple[str, str, tuple[int, int]]]:
-    """All (implementation, filter, shape) that this machine can time."""
-    shapes = SMALL if small else CUDA + LARGE if GPU else CPU
-    return [
-        (name, filtered, shape)
-        for shape in shapes
-        for filtered in FILTERS
-        for name in [*OPPONENTS, "compiled", *ENGINES]
-        if is_timed(name, filtered, shape)
-    ]
 
 
 def is_timed(name: str, filtered: str, shape: tuple[int, int]) -> bool:
@@ -80,7 +72,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         ("name", "case"),
         [
             (name, f"{B}x{D} {filtered}")
-            for name, filtered, (B, D) in cases(is_small(metafunc.config))
+            for B, D in chosen(metafunc.config, SMALL, CUDA + LARGE if GPU else CPU)
+            for name in NAMES
+            for filtered in FILTERS
+            if is_timed(name, filtered, (B, D))
         ],
     )
 
@@ -125,11 +120,11 @@ def bench_forward_backward(measure: Callable[..., None], name: str, case: str) -
     config = FILTERS[filtered]
     if name in ENGINES:
         config = replace(config, engine=name)
-    elif name == "compiled":
-        torch._dynamo.reset()
-        loss = torch.compile(gram_eigh_loss)
     else:
         loss = OPPONENTS[name]
+    if name == "compiled":
+        torch._dynamo.reset()
+        loss = torch.compile(loss)
     check(name, loss, z1, z2, config)
 
     # The minimum for any method: a Gram matrix of both views, half of it mirrored, and one product

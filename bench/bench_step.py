@@ -20,7 +20,7 @@ import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from bench.conftest import is_small, plan, replay, warmed
+from bench.conftest import chosen, plan, replay, seconds_of, warmed
 from bench.training import (
     CASES,
     CUDNN,
@@ -62,8 +62,7 @@ PHASE_ROUNDS = 5
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    small = is_small(metafunc.config)
-    cases = [SMALLEST] if small else ON_GPU if GPU else ON_CPU
+    cases = chosen(metafunc.config, [SMALLEST], ON_GPU if GPU else ON_CPU)
     metafunc.parametrize(
         ("name", "case", "cudnn"),
         [(name, case.name, cudnn) for case in cases for name in METHODS for cudnn in CUDNN],
@@ -105,7 +104,7 @@ def bench_train_step(
         benchmark(step)
         phases_of(name, config, rounds=1)
         return
-    rounds, _ = plan(once, request.config.getoption("seconds"))
+    rounds, _ = plan(once, seconds_of(request.config))
     memory = peak_memory_gib(step)
     of_roof, of_step = list[Turn](), list[Turn]()
     benchmark.pedantic(

@@ -1,6 +1,6 @@
 """Training steps of rdm-fast and of its alternatives, timed in turns in one process.
 
-    python -m bench.compare_peers [--case CASE ...] [--rounds N] [--json FILE]
+    python -m bench.compare_peers [--case CASE ...] [--rounds N] [--rows FILE]
 
     simsiam, byol                 rdm-fast, with their learned predictors
     rdm_simsiam, rdm_byol         rdm-fast, with the recipe's spectral filter
@@ -22,7 +22,6 @@ must have its loss, and the reference formulation its filter's gradient.
 """
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Callable
@@ -40,6 +39,7 @@ from bench.exact import views
 from bench.lightly_steps import LightlySimSiam, lightly_step, lightly_version
 from bench.machine import describe
 from bench.report import peers_table
+from bench.rows import SMALL, append
 from bench.training import (
     CASES,
     CUDNN,
@@ -49,6 +49,7 @@ from bench.training import (
     ON_CPU,
     ON_GPU,
     PRECISION,
+    SMALLEST,
     UNFILTERED,
     Call,
     Case,
@@ -237,20 +238,18 @@ def main() -> int:
     parser.add_argument("--case", nargs="+", choices=CASES, default=cases, metavar="CASE",
                         help=f"of {', '.join(CASES)}")  # fmt: skip
     parser.add_argument("--rounds", type=int, default=9, help="turns of each rival")
-    parser.add_argument("--json", type=Path, help="write results, device and versions to this file")
+    parser.add_argument("--rows", type=Path, help="file to append each case to, as JSON")
     args = parser.parse_args()
     if args.rounds < 1:
         parser.error(f"--rounds {args.rounds}: give 1 or more")
     lightly = lightly_version()
     if lightly is None:
         print(NO_LIGHTLY, file=sys.stderr)
-    results = []
-    for name in args.case:
-        results.append(race(CASES[name], args.rounds, lightly=lightly is not None))
-        print(peers_table(results[-1:]), end="\n\n", flush=True)
-        if args.json:  # after each case, so that finished cases are kept
-            report = {"machine": describe(), "lightly": lightly, "results": results}
-            args.json.write_text(json.dumps(report, indent=1), encoding="utf-8")
+    for name in [SMALLEST.name] if SMALL else args.case:
+        rounds = 1 if SMALL else args.rounds
+        result = race(CASES[name], rounds, lightly=lightly is not None)
+        print(peers_table([result]), end="\n\n", flush=True)
+        append(args.rows, {"machine": describe(), "lightly": lightly} | result)
     return 0
 
 

@@ -1,21 +1,23 @@
 """Timing rules for every benchmark: `pytest bench` on a GPU, `--benchmark-disable` elsewhere."""
 
-import json
 import statistics
 import time
 import timeit
-from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 
 from bench.machine import device_name, floor, peak
+from bench.rows import SMALL, append
+
+T = TypeVar("T")
 
 ROUND_S = 0.02  # so that the clock and the one wait for the GPU do not matter
 RIVALS = ("name", "loader")  # parameters that name an implementation
+SHORTEST_S = 0.002
 WARM_S, WARM_CALLS = 1.0, 4
 MIN_ROUNDS, MAX_ROUNDS = 5, 30
 SLOW_S, SLOW_ROUNDS = 3.0, 3  # from so many seconds a call on, so few rounds are enough
@@ -24,8 +26,7 @@ SLOW_S, SLOW_ROUNDS = 3.0, 3  # from so many seconds a call on, so few rounds ar
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("rdm benchmarks")
     group.addoption("--seconds", type=float, default=2.0, help="time for the rounds of a case")
-    group.addoption("--small", action="store_true", help="the smallest shapes only")
-    group.addoption("--rows", type=Path, help="append each result to this file, a JSON line each")
+    group.addoption("--first", action="store_true", help="only the most important shape of each")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -35,7 +36,18 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def is_small(config: pytest.Config) -> bool:
     """Whether to run the smallest form of every case, as is enough where nothing is timed."""
-    return bool(config.getoption("small") or config.getoption("benchmark_disable"))
+    return SMALL or bool(config.getoption("benchmark_disable"))
+
+
+def seconds_of(config: pytest.Config) -> float:
+    """Time for the rounds of a case."""
+    return SHORTEST_S if SMALL else float(config.getoption("seconds"))
+
+
+def chosen(config: pytest.Config, small: Sequence[T], cases: Sequence[T]) -> Sequence[T]:
+    """The smallest cases or all others, the most important first; with --first only that one."""
+    cases = small if is_small(config) else cases
+    return cases[:1] if config.getoption("first") else cases
 
 
 def synced_clock() -> float:
@@ -100,16 +112,14 @@ def replay(fn: Callable[[], object]) -> Callable[[], None]:
 def record(
     benchmark: BenchmarkFixture, request: pytest.FixtureRequest
 ) -> Callable[[dict[str, Any]], None]:
-    """A function that writes values as a row of `--rows`, with the case's parameters."""
+    """A function that writes values and the case's parameters as a row (bench.rows)."""
     params = request.node.callspec.params
     row: dict[str, Any] = {"bench": request.function.__name__, **params}
 
     def write(values: dict[str, Any]) -> None:
         row.update(values)
         benchmark.extra_info.update(row)
-        if rows := request.config.getoption("rows"):
-            with rows.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+        append(request.config.getoption("rows", None), row)
 
     return write
 
@@ -138,7 +148,7 @@ def measure(
         if benchmark.disabled:
             benchmark(fn)
             return
-        seconds = request.config.getoption("seconds")
+        seconds = seconds_of(request.config)
         rounds, iterations = plan(warmed(fn), seconds)
         benchmark.pedantic(fn, rounds=rounds, iterations=iterations)
         row: dict[str, Any] = {

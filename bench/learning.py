@@ -1,51 +1,81 @@
 """Accuracy of the methods on CIFAR-10, within a time limit; the same command continues the runs.
 
-    python -m bench.learning --data cifar10_jpeg.npz --out runs/learning --epochs 20 --minutes 8
+    RDM_CIFAR10_NPZ=cifar10_jpeg.npz python -m bench.learning --out runs/learning --minutes 8
 
-Trains RDM-SimSiam with a target filter s^-1 and with an online filter s, SimSiam with its learned
-predictor, and SimSiam without a filter, by the recipes of CIFAR-10 except for the number of epochs.
-Then evaluates each (kNN and `reference-cifar` on cached features). After the given minutes the
-current run saves and stops; the same command continues it. --json gets all results so far, however
-the command ends.
+Trains RDM-SimSiam with a target filter s^-1, the same without a filter, with an online filter s,
+and SimSiam with its learned predictor, by the recipes of CIFAR-10 except for the number of epochs;
+on scikit-learn's digits where RDM_CIFAR10_NPZ names no packed images. Then evaluates each (kNN and
+a linear probe on cached features). After the given minutes the current run saves and stops. Every
+epoch and every evaluation is a row of --rows.
 """
 
 import argparse
 import json
-import signal
+import os
 import statistics
-import subprocess
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from bench.machine import ROOT, describe
+from bench.rows import SMALL, append
+from rdm_fast.config import Config, ModelConfig
+from rdm_fast.config.recipes import recipe
+from rdm_fast.errors import Interrupted
+from rdm_fast.evaluation.loaded_backbone import load_for_evaluation
+from rdm_fast.evaluation.options import EvaluateCommand
+from rdm_fast.evaluation.run import evaluate
+from rdm_fast.run.folder import RunFolder
+from rdm_fast.runtime.distributed import choose_device
+from rdm_fast.training.trainer import Trainer
 
-RUNS = {
-    "RDM-SimSiam, target s^-1": ["cifar10_rdm_simsiam"],
-    "RDM-SimSiam, online s": ["cifar10_rdm_simsiam", "--pred-location", "online", "--sigma", "1"],
-    "SimSiam": ["cifar10_simsiam"],
-    "nothing filtered": ["cifar10_rdm_simsiam", "--sigma", "0"],
+RUNS: dict[str, tuple[str, dict[str, Any]]] = {
+    "RDM-SimSiam, target s^-1": ("rdm_simsiam", {}),
+    "nothing filtered": ("rdm_simsiam", {"sigma": 0.0}),
+    "RDM-SimSiam, online s": ("rdm_simsiam", {"location": "online", "sigma": 1.0}),
+    "SimSiam": ("simsiam", {}),
 }
-SMALLEST = [
-    *("--model.backbone", "resnet8", "--model.width", "4", "--model.projector-hidden", "16"),
-    *("--model.projector-dim", "24", "--model.predictor-hidden", "8", "--precision", "fp32"),
-]
-DIGITS = {
-    name: ["digits" + recipe.removeprefix("cifar10"), *rest]
-    for name, (recipe, *rest) in RUNS.items()
-}
-INTERRUPTED = 75  # saved; the same command continues
 
 
-def train(args: list[str], folder: Path, deadline: float) -> int:
-    """Train until the deadline, then save and stop; the exit status."""
-    process = subprocess.Popen([sys.executable, "train.py", *args, "--out", str(folder)], cwd=ROOT)
-    try:
-        return process.wait(timeout=max(deadline - time.monotonic(), 1))
-    except subprocess.TimeoutExpired:
-        process.send_signal(signal.SIGTERM)
-        return process.wait()
+def configure(method: str, filtered: dict[str, Any], epochs: int, data: str) -> Config:
+    """The recipe of this method for the images in a .npz file, or for digits."""
+    config = recipe(f"{'cifar10' if data else 'digits'}_{method}")
+    config = replace(config, filter=replace(config.filter, **filtered))
+    if data:
+        config = replace(config, data=replace(config.data, name="arrays", root=data))
+    if SMALL:
+        model = ModelConfig(backbone="resnet8", width=4, projector_hidden=16, projector_dim=24,
+                            predictor_hidden=8)  # fmt: skip
+        config = replace(config, model=replace(model, projector_bn=config.model.projector_bn),
+                         augment=replace(config.augment, size=8))  # fmt: skip
+        epochs = 1
+    optim = replace(config.optim, epochs=epochs, warmup_epochs=epochs / 10)
+    return replace(config, optim=optim)
+
+
+def train(config: Config, path: Path, deadline: float, report: Callable[[], None]) -> bool:
+    """Train until the deadline, then save and stop; whether the run is complete."""
+    with RunFolder.open(str(path), config, overwrite=False, rank=0) as folder:
+        if not folder.is_new:
+            folder.accept(config)
+        trainer = Trainer(config, folder, choose_device(config.device))
+
+        def watch(_: object) -> None:
+            if time.monotonic() > deadline:
+                trainer.ask_to_stop()
+            if (trainer.step + 1) % trainer.loader.steps_per_epoch == 0:
+                report()
+
+        trainer.after_step.append(watch)
+        try:
+            trainer.fit()
+        except Interrupted as error:
+            folder.write_end(error)
+            return False
+        folder.write_status("finished", step=trainer.step, checkpoint=f"step-{trainer.step:08d}")
+    return True
 
 
 def results(folder: Path) -> dict[str, Any]:
@@ -65,34 +95,31 @@ def results(folder: Path) -> dict[str, Any]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="bench.learning", description=__doc__.split("\n")[0])
-    parser.add_argument("--data", type=Path, help="CIFAR-10 as one packed .npz; left out: digits")
     parser.add_argument("--out", type=Path, required=True, help="folder of the runs")
     parser.add_argument("--epochs", type=int, default=20, help="passes over the data of each run")
     parser.add_argument("--minutes", type=float, default=8.0, help="until the current run stops")
-    parser.add_argument("--json", type=Path, help="file for the results")
-    parser.add_argument("--smoke", action="store_true", help="the smallest model")
+    parser.add_argument("--rows", type=Path, help="file to append results to, as JSON")
     args = parser.parse_args()
     deadline = time.monotonic() + 60 * args.minutes
-    shared = ["--optim.epochs", str(args.epochs), "--optim.warmup-epochs", str(args.epochs / 10)]
-    shared += SMALLEST if args.smoke else []
-    if args.data:
-        shared += ["--data.name", "arrays", "--data.root", str(args.data.resolve())]
-    measured, status = {}, 0
-    for number, (name, flags) in enumerate((RUNS if args.data else DIGITS).items()):
-        folder = args.out / f"{number}"
-        status = train([*flags, *shared], folder, deadline)
-        if status == 0 and not list((folder / "evaluation").glob("*.json")):
-            evaluate = [sys.executable, "eval_linear.py", str(folder)]
-            evaluate += ["--protocol", "reference-cifar"] if args.data else []
-            status = subprocess.run(evaluate, cwd=ROOT).returncode
-        measured[name] = results(folder)
-        if status:
+    data = "" if SMALL else os.environ.get("RDM_CIFAR10_NPZ", "")
+    for number, (name, (method, filtered)) in enumerate([*RUNS.items()][: 1 if SMALL else None]):
+        folder = args.out / str(number)
+        config = configure(method, filtered, args.epochs, data)
+
+        def report(name: str = name, folder: Path = folder, config: Config = config) -> None:
+            row = {"run": name, "epochs": config.optim.epochs, "data": data or "digits"}
+            append(args.rows, row | results(folder))
+
+        if not list((folder / "evaluation").glob("*.json")):
+            complete = train(config, folder, deadline, report)
+            if complete and time.monotonic() < deadline:
+                command = EvaluateCommand(checkpoint=str(folder), protocol="reference-cifar")
+                evaluate(load_for_evaluation(command), command, choose_device("auto"))
+            report()
+        if time.monotonic() > deadline:
+            print(f"stopped after {args.minutes:g} minutes: the same command continues")
             break
-    result = {"machine": describe(), "epochs": args.epochs, "runs": measured, "status": status}
-    print(json.dumps(result, indent=1))
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=1), encoding="utf-8")
-    return 0 if status in (0, INTERRUPTED) else status
+    return 0
 
 
 if __name__ == "__main__":

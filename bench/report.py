@@ -1,6 +1,7 @@
 """The results of campaigns as tables."""
 
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -20,54 +21,90 @@ def write_table(results: Path, readme: Path) -> None:
     """
     campaigns = []
     for folder in sorted(path for path in results.iterdir() if path.is_dir()):
-        stages = [json.loads(path.read_text("utf-8")) for path in sorted(folder.glob("*.json"))]
-        if smoke := [stage["stage"] for stage in stages if stage["smoke"]]:
+        commands = [read(path) for path in sorted(folder.glob("*.jsonl"))]
+        if smoke := [head["campaign"] for head, _ in commands if head["smoke"]]:
             raise ValueError(f"{folder} holds results of --smoke ({', '.join(smoke)}): delete them")
-        if stages:
-            campaigns.append(campaign(folder.name, stages))
+        if commands:
+            sections = [text for head, stages in commands for text in command(head, stages)]
+            campaigns += [f"### {folder.name}", *sections]
     replace_between(readme, "results", "\n\n".join(campaigns) or UNMEASURED)
 
 
-def campaign(name: str, stages: list[Json]) -> str:
-    """A section with all stages of a folder."""
-    return "\n\n".join([f"### {name}", *(section(stage) for stage in stages)])
+def read(path: Path) -> tuple[Json, list[Json]]:
+    """The first line of a command's file, and its stages with their rows.
+
+    A stage without an end was under way when the machine was lost, perhaps in the midst of a line.
+    """
+    head, *lines = path.read_text("utf-8").splitlines()
+    stages: list[Json] = []
+    for line in lines:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if "stage" in row:
+            stages.append(row | {"rows": [], "status": "lost", "seconds": 0.0, "tail": ""})
+        elif "ended" in row:
+            stages[-1] |= row
+        else:
+            stages[-1]["rows"].append(row)
+    return json.loads(head), stages
 
 
-def section(stage: Json) -> str:
-    """One stage: machine, commands, verdict and results."""
-    machine = stage["machine"]
+def command(head: Json, stages: list[Json]) -> list[str]:
+    """The machine of a command, and of each stage its verdict and results."""
+    machine = head["machine"]
     versions = f"torch {machine['torch']}, triton {machine['triton']}"
     driver = f"driver {machine['driver']}, " if machine["driver"] else ""
     where = f"{machine['device']}, {driver}{versions}, {machine['date']}, {machine['commit']}"
-    commands = "; ".join(f"`{command['command']}`" for command in stage["commands"])
-    verdict = "passed" if stage["passed"] else "**did not pass**: " + ", ".join(ends(stage))
-    head = f"**{stage['stage']}**: {verdict}, {stage['seconds']:.0f} s. {where}. {commands}"
-    return "\n\n".join([head, *SECTIONS[stage["stage"]](stage["measured"])])
+    texts = [f"**{head['campaign']}**: {where}"]
+    for stage in stages:
+        end = ENDS.get(stage["status"], f"**exit status {stage['status']}**")
+        texts.append(f"**{stage['stage']}**: {end}, {stage['seconds']:.0f} s. `{stage['command']}`")
+        rows = [row for row in stage["rows"] if "test" not in row]
+        texts += outcomes([row for row in stage["rows"] if "test" in row])
+        texts += SECTIONS[stage["stage"]](rows) if rows else []
+    return texts
 
 
-def ends(stage: Json) -> list[str]:
-    """How the failed commands ended."""
-    return [
-        "time ran out" if command["status"] is None else f"exit status {command['status']}"
-        for command in stage["commands"]
-        if command["status"] != 0
-    ]
+def outcomes(tests: list[Json]) -> list[str]:
+    """Numbers of tests by outcome, and names of failed ones."""
+    if not tests:
+        return []
+    counts = Counter(test["outcome"] for test in tests)
+    tally = ", ".join(f"{counts[kind]} {kind}" for kind in ("passed", "skipped", "failed"))
+    failed = [test["test"] for test in tests if test["outcome"] == "failed"]
+    return [tally + "".join(f"\n- {name}" for name in failed)]
 
 
-def correctness(measured: Json) -> list[str]:
-    return [
-        f"{name}: {run['passed']} passed, {run['skipped']} skipped, {len(run['failed'])} failed"
-        + "".join(f"\n- {test}" for test in run["failed"])
-        for name, run in measured.items()
-    ]
-
-
-def accuracy(measured: Json) -> list[str]:
+def accuracy(measured: list[Json]) -> list[str]:
+    """A table for each engine and dtype: a row for each filter, a column for each spectrum."""
+    tables: dict[str, dict[str, list[str]]] = {}
+    for row in measured:
+        title = f"engine={row['engine']}, {row['dtype']} {tuple(row['shape'])}"
+        tables.setdefault(title, {}).setdefault(row["filter"], []).append(row["text"])
     texts = []
-    for numbers in measured.values():
-        faults = "".join(f"\n- {fault}" for fault in numbers["faults"])
-        texts += [numbers["markdown"], f"Not accurate enough:{faults}" if faults else ""]
-    return [text for text in texts if text]
+    for title, cells in tables.items():
+        spectra = list(dict.fromkeys(row["spectrum"] for row in measured))
+        width = max(map(len, cells.values()))
+        lines = [[name, *found, *[""] * (width - len(found))] for name, found in cells.items()]
+        texts.append(f"{title}:\n\n{table(['filter', *spectra[:width]], lines)}")
+    faults = [f"{row['filter']} of {row['spectrum']}: {row['fault']}"
+              for row in measured if row["fault"]]  # fmt: skip
+    return texts + ["Not accurate enough:" + "".join(f"\n- {f}" for f in faults)] * bool(faults)
+
+
+def profiles(measured: list[Json]) -> list[str]:
+    """A row for each filter: launches, and the three slowest kernels."""
+    columns: Columns = {
+        "case": lambda row: row["case"],
+        "launches": lambda row: str(row["launches"]),
+        "in all": lambda row: seconds(1e-6 * row["us"]),
+        "slowest, calls and time": lambda row: "; ".join(
+            f"{name} {count} x {seconds(1e-6 * us)}" for name, count, us in row["kernels"][:3]
+        ),
+    }
+    return [table_of(measured, columns)]
 
 
 def kernels(measured: list[Json]) -> list[str]:
@@ -103,8 +140,8 @@ def loss(measured: list[Json]) -> list[str]:
     return [f"Median and inter-quartile range; {n}.", table(header, lines)]
 
 
-def loader(measured: list[Json]) -> list[str]:
-    """The cost of data in a step, and a row for each loader by itself."""
+def views(measured: list[Json]) -> list[str]:
+    """The time to make views, and the cost of data in a step."""
     costs: Columns = {
         "case": lambda row: row["case"],
         "fed by": lambda row: f"{row['loader']}, {row['workers']} workers",
@@ -112,20 +149,9 @@ def loader(measured: list[Json]) -> list[str]:
         "with one batch": lambda row: seconds(row["unfed_s"]),
         "cost of data": lambda row: f"{row['data_percent']:.1f} %",
     }
-    speeds: Columns = {
-        "images": lambda row: row["bench"].removeprefix("bench_"),
-        "loader": lambda row: row["loader"],
-        "workers": lambda row: str(row["workers"]),
-        "images/s": lambda row: f"{row['images_per_s']:,.0f}",
-        "epoch": timing,
-        "CPU ms an image": lambda row: f"{row['cpu_ms_per_image']:.2f}",
-    }
-    return [
-        f"Median and inter-quartile range; {least(measured, 'rounds')} rounds or more. The cost of "
-        "data is the median of ratios within rounds.",
-        table_of([row for row in measured if "data_percent" in row], costs),
-        table_of([row for row in measured if "images_per_s" in row], speeds),
-    ]
+    fed = [row for row in measured if "data_percent" in row]
+    made = [row for row in measured if row not in fed]
+    return [*(kernels(made) if made else []), *([table_of(fed, costs)] if fed else [])]
 
 
 def step(measured: list[Json]) -> list[str]:
@@ -153,14 +179,11 @@ def step(measured: list[Json]) -> list[str]:
     return [note, table_of(measured, columns)]
 
 
-def peers(measured: Json) -> list[str]:
-    """The output of `bench.compare_peers`, by file."""
-    texts = []
-    for report in measured.values():
-        lightly = report["lightly"]
-        texts.append(f"lightly {lightly}" if lightly else "lightly is not installed there")
-        texts.append(peers_table(report["results"]))
-    return texts
+def peers(measured: list[Json]) -> list[str]:
+    """The rows of `bench.compare_peers`, a case each."""
+    lightly = measured[0]["lightly"]
+    version = f"lightly {lightly}" if lightly else "lightly is not installed there"
+    return [version, peers_table(measured)]
 
 
 def peers_table(results: list[Json]) -> str:
@@ -194,31 +217,26 @@ def peer_times(row: Json) -> list[str]:
     ]
 
 
-def learning(measured: Json) -> list[str]:
-    """The output of `bench.learning`: a row for each run, as far as it went."""
+def learning(measured: list[Json]) -> list[str]:
+    """The rows of `bench.learning`: the last of each run, as far as it went."""
 
     def ranks(run: Json) -> str:
         found = [run["last"].get(f"effective_rank/{name}") for name in ("online", "target")]
         return " / ".join(f"{rank:.1f}" for rank in found if rank is not None)
 
     columns: Columns = {
-        "run": lambda run: run["name"],
-        "epochs": lambda run: f"{run['last']['epoch']:.1f}" if run["last"] else "",
-        "kNN top-1, %": lambda run: f"{run['knn'][-1][1]:.2f}" if run["knn"] else "",
-        "linear top-1, %": lambda run: f"{run['top1']:.2f}" if run["top1"] else "",
+        "run": lambda run: run["run"],
+        "images": lambda run: run["data"],
+        "epochs": lambda run: f"{run['last']['epoch']:.1f} of {run['epochs']}",
+        "kNN top-1, %": lambda run: f"{knn[-1][1]:.2f}" if (knn := run["knn_top1_by_step"]) else "",
+        "linear top-1, %": lambda run: (
+            f"{run['evaluation']['top1']:.2f}" if "evaluation" in run else ""
+        ),
         "effective rank online / target": ranks,
-        "images/s, median": lambda run: f"{run['images_per_s']:,.0f}" if run["last"] else "",
-        "n": lambda run: str(run.get("n", "")),
+        "images/s, median": lambda run: f"{run['images_per_s']:,.0f}",
+        "n": lambda run: str(run["n"]),
     }
-    texts = []
-    for report in measured.values():
-        runs = [
-            {"last": {}, **run, "name": name, "knn": run["knn_top1_by_step"],
-             "top1": run.get("evaluation", {}).get("top1")}
-            for name, run in report["runs"].items()
-        ]  # fmt: skip
-        texts.append(f"Of {report['epochs']} epochs.\n\n{table_of(runs, columns)}")
-    return texts
+    return [table_of([*{run["run"]: run for run in measured if "last" in run}.values()], columns)]
 
 
 # ---- cells -------------------------------------------------------------------------------------
@@ -233,6 +251,8 @@ def percent(row: Json, key: str) -> str:
 
 
 def graph_time(row: Json) -> str:
+    if "graph_error" in row:
+        return "failed"
     return seconds(row["graph_median_s"]) if "graph_median_s" in row else ""
 
 
@@ -248,18 +268,15 @@ def seconds(value: float) -> str:
     return f"{value / 1e-6:.3g} µs"
 
 
-SECTIONS: dict[str, Callable[[Any], list[str]]] = {
-    "correctness": correctness,
-    "accuracy": accuracy,
-    "kernels": kernels,
+ENDS = {0: "passed", None: "**time ran out**", "lost": "**the machine was lost**"}
+SECTIONS: dict[str, Callable[[list[Json]], list[str]]] = {
+    **dict.fromkeys(("gpu", "kernels", "memory"), outcomes),
+    **dict.fromkeys(("library", "blocks"), kernels),
+    "profile": profiles,
     "loss": loss,
-    "loss-large": loss,
-    "loss-huge": loss,
     "step": step,
-    "step-imagenet": step,
     "peers": peers,
-    "peers-imagenet": peers,
-    "augment": kernels,
-    "loader": loader,
+    "views": views,
+    **dict.fromkeys(("large", "wide"), accuracy),
     "learning": learning,
 }

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 
-from rdm_fast.cli.commands import main
 from rdm_fast.config import Config
 from rdm_fast.data import Batch
 from rdm_fast.errors import Interrupted
@@ -50,6 +49,8 @@ def run(path: Path, config: Config, prepare: Callable[[Trainer], object] = lambd
 
 def rdm(line: str, *words: object) -> int | str | None:
     """The exit code of a command of `rdm`, in this process."""
+    from rdm_fast.cli.commands import main  # here: a machine that only trains has no tyro
+
     with pytest.raises(SystemExit) as ended:
         main([*line.split(), *map(str, words)])
     return ended.value.code

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -73,13 +74,24 @@ def g(config: FilterConfig, s: Tensor) -> Tensor:
     }[config.kind]()
 
 
+def right_svd(X: Tensor) -> tuple[Tensor, Tensor]:
+    """Singular values and V^T of a float64 batch; those of the last few batches are kept."""
+    return _right_svd(X.detach().cpu().numpy().tobytes(), X.shape, X.device)
+
+
+@lru_cache(maxsize=8)
+def _right_svd(data: bytes, shape: Shape, device: torch.device) -> tuple[Tensor, Tensor]:
+    X = torch.frombuffer(bytearray(data), dtype=torch.float64).reshape(shape).to(device)
+    return torch.linalg.svd(X, full_matrices=False)[1:]
+
+
 def paper_filter(X: Tensor, config: FilterConfig) -> Tensor:
     """W = V g(S) V^T of a batch by its thin SVD in float64, without what is under the cutoff."""
     B, D = X.shape
     wide = X.double()
     if config.center:
         wide = wide - wide.mean(dim=0)
-    _, s, Vh = torch.linalg.svd(wide, full_matrices=False)
+    s, Vh = right_svd(wide)
     u = UNIT_ROUNDOFF.get(X.dtype, 2.0**-53)
     noise = 0.75 * u * wide.square().mean().sqrt() * (math.sqrt(B) + math.sqrt(D))
     kept = s > max(config.cutoff * float(s[0]), float(noise))
@@ -96,7 +108,7 @@ def damped_filter(X: Tensor, config: FilterConfig) -> Tensor:
         W = X.double().mT @ X.double()
         return W / W.trace().clamp_min(1e-300)  # a cosine takes any scale, PyTorch's eps does not
     B, D = X.shape
-    _, s, Vh = torch.linalg.svd(X.double(), full_matrices=False)
+    s, Vh = right_svd(X.double())
     root_c = torch.linalg.vector_norm(s, 8)  # c = |G^2|_F^(1/2)
     noise = 0.75 * UNIT_ROUNDOFF.get(X.dtype, 2.0**-53) * X.double().square().mean().sqrt()
     cutoff = max(config.cutoff, 1e-3)
@@ -115,7 +127,7 @@ def paper_loss(
     """The symmetric loss and its gradients for z1 and z2 by autograd, in float64."""
     t1, t2 = (z1, z2) if targets is None else targets
     leaves = [z.double().detach().requires_grad_() for z in (z1, z2)]
-    loss = torch.zeros((), dtype=torch.float64)
+    loss = torch.zeros((), dtype=torch.float64, device=z1.device)
     for p, raw, t in ((leaves[0], z1, t2), (leaves[1], z2, t1)):
         own = config.location == "target" and config.basis == "own"
         W = filter_of(t.detach() if own else raw.detach(), config)

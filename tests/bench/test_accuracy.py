@@ -1,6 +1,9 @@
 """bench.accuracy: what its cells say, and that it notices errors."""
 
+import json
 from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
 
 import pytest
 import torch
@@ -55,8 +58,12 @@ def test_nan_from_finite_inputs_is_a_fault(change_gradients: Install) -> None:
     assert found.text == "NaN" and fault(EIGH, "flat", found)
 
 
-def test_the_table_holds_every_filter_and_spectrum_once() -> None:
-    done = report("eigh", "float32", (8, 12), "cpu")
+def test_the_table_and_the_rows_hold_every_filter_and_spectrum_once(tmp_path: Path) -> None:
+    done = report("eigh", "float32", (8, 12), "cpu", tmp_path / "rows")
+    found = [json.loads(line) for line in (tmp_path / "rows").read_text().splitlines()]
+    assert len(found) == len(filters()) * len(SPECTRA)
+    assert all(asdict(done.cells[row["filter"]][row["spectrum"]]).items() <= row.items()
+               for row in found)  # fmt: skip
     assert not done.faults
     header, _, *rows = [line for line in done.markdown.splitlines() if line.startswith("|")]
     assert [name.strip() for name in header.split("|")[2:-2]] == SPECTRA
