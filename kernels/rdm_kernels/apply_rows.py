@@ -32,19 +32,22 @@ from rdm_kernels.variant import FP32, POINTERS, Variant
 
 
 def define_apply_rows(
-    N: Tensor, X: Tensor | None, scale: Tensor, loss: Tensor, dtype: torch.dtype
+    N: Tensor, X: Tensor | None, scale: Tensor, loss: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
     """scale N X for each view, [v, b, D] in this dtype; zero where the view's loss is not finite.
 
     Args:
         N: [v, b, k], float32 or float64.
         X: [v, k, D], any floating dtype; None for the identity.
-        scale, loss: [v], on the device.
+        scale: [v], on the device.
+        loss: likewise; None if there is none.
     """
     wide = torch.promote_types(dtype, torch.float32)
     rows = (scale[:, None, None] * N).to(wide)
     rows = rows if X is None else rows @ X.to(wide)
-    return rows.masked_fill_(~loss.isfinite()[:, None, None], 0).to(dtype).contiguous()
+    if loss is not None:
+        rows = rows.masked_fill_(~loss.isfinite()[:, None, None], 0)
+    return rows.to(dtype).contiguous()
 
 
 apply_rows = define_op("apply_rows", define_apply_rows)
@@ -84,7 +87,9 @@ def _apply_kernel(
     row, col = tl.program_id(1) * BLOCK_M, tl.program_id(0) * BLOCK_D
     rows, cols = tl.arange(0, BLOCK_M)[:, None], tl.arange(0, BLOCK_D)[None, :]
     terms = tl.arange(0, BLOCK_K)
-    finite = tl.abs(tl.load(loss_ptr + z)) < float("inf")
+    finite = True
+    if loss_ptr is not None:
+        finite = tl.abs(tl.load(loss_ptr + z)) < float("inf")
 
     # Offsets within a tile have 32 bits: 64-bit ones for all its elements would spill.
     N_ptr += (z * b + row) * K
@@ -111,8 +116,9 @@ def _scale_kernel(N_ptr, scale_ptr, loss_ptr, dp_ptr, size, BLOCK: tl.constexpr)
     z = tl.program_id(1).to(tl.int64)
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     n = tl.load(N_ptr + z * size + at, mask=at < size, other=0.0).to(tl.float32)
-    finite = tl.abs(tl.load(loss_ptr + z)) < float("inf")
-    dp = tl.where(finite, tl.load(scale_ptr + z) * n, 0.0)
+    dp = tl.load(scale_ptr + z) * n
+    if loss_ptr is not None:
+        dp = tl.where(tl.abs(tl.load(loss_ptr + z)) < float("inf"), dp, 0.0)
     tl.store(dp_ptr + z * size + at, dp.to(dp_ptr.dtype.element_ty), mask=at < size)
 
 
@@ -148,7 +154,7 @@ def apply_rows_triton(
     N: Tensor,
     X: Tensor | None,
     scale: Tensor,
-    loss: Tensor,
+    loss: Tensor | None,
     dtype: torch.dtype,
     block: Tiles | None = None,
 ) -> Tensor:
@@ -156,7 +162,8 @@ def apply_rows_triton(
     if dtype == torch.float64:
         return define_apply_rows(N, X, scale, loss, dtype)
     v, b, k = N.shape
-    scale, loss = scale.float().contiguous(), loss.float().contiguous()
+    scale = scale.float().contiguous()
+    loss = None if loss is None else loss.float().contiguous()
     if X is None:
         N = N.contiguous()
         dp = N.new_empty(N.shape, dtype=dtype)
@@ -175,15 +182,17 @@ def apply_rows_triton(
 
 
 def variants() -> list[Variant]:
-    """Every tile that `blocks` may choose for every pair of dtypes."""
+    """Every tile that `blocks` may choose for every pair of dtypes; rows of a loss and others."""
     found = []
-    for dp in POINTERS.values():
-        types = {"scale_ptr": FP32, "loss_ptr": FP32, "dp_ptr": dp}
+    for dp, has_loss in product(POINTERS.values(), (True, False)):
+        types = {"scale_ptr": FP32, "dp_ptr": dp} | ({"loss_ptr": FP32} if has_loss else {})
+        none = {} if has_loss else {"loss_ptr": None}
         for N in (FP32, "*fp64"):
-            found.append(Variant(_scale_kernel, types | {"N_ptr": N, "size": "i32"}, SCALE))
+            scaled = types | {"N_ptr": N, "size": "i32"}
+            found.append(Variant(_scale_kernel, scaled, none | SCALE))
         types |= {"N_ptr": FP32, "b": "i32", "k": "i32", "K": "i32:16", "W": "i32:16"}
         for (name, X), D in product(POINTERS.items(), (1, 128 * PROGRAMS)):
-            launch = {"WIDE": False} | blocks(getattr(torch, name), 1, 1, D)._asdict()
+            launch = none | {"WIDE": False} | blocks(getattr(torch, name), 1, 1, D)._asdict()
             sizes = {"X_ptr": X, "D": "i32" if D % 16 else "i32:16"}
             found.append(Variant(_apply_kernel, types | sizes, launch, tensor_cores=True))
     return found

@@ -11,7 +11,7 @@ from torch import Tensor
 from rdm_kernels import gram, product
 
 WIDE = torch.float64
-# Rows; smaller products waste a processor, larger ones compute more entries that are mirrored.
+# Rows; smaller products waste a CPU, larger ones compute more entries that are mirrored.
 BLOCK = 64
 
 
@@ -33,7 +33,8 @@ def gram_and_swapped(X: Tensor, *, wide: bool) -> tuple[Tensor, Tensor]:
         K = _lower_products(X.flatten(0, 1)[None].to(WIDE))[0]
     else:
         K = gram(X, side="samples", stacked=True).matrix[0]
-    return torch.stack([K[:B, :B], K[B:, B:]]), torch.stack([K[B:, :B], K[:B, B:]])
+    blocks = torch.stack([K[:B, :B], K[B:, B:], K[B:, :B], K[:B, B:]])
+    return blocks[:2], blocks[2:]
 
 
 def inner_products(Z: Tensor, X: Tensor, *, wide: bool) -> Tensor:
@@ -46,7 +47,9 @@ def inner_products(Z: Tensor, X: Tensor, *, wide: bool) -> Tensor:
 
 
 def _lower_products(X: Tensor) -> Tensor:
-    """X X^T, [v, n, n]; only blocks on or under the diagonal are multiplied."""
+    """X X^T, [v, n, n]; a CPU multiplies blocks on or under the diagonal only."""
+    if X.device.type != "cpu":  # one launch; the blocks would be fifty
+        return torch.bmm(X, X.mT)
     n = X.shape[1]
     G = X.new_empty(X.shape[0], n, n)
     for start in range(0, n, BLOCK):

@@ -104,6 +104,17 @@ def test_coefficients_rows_or_all_of_them_may_be_float64(body: Body) -> None:
 
 
 @BODIES
+@pytest.mark.parametrize("with_X", [True, False], ids=["X", "identity"])
+def test_without_a_loss_the_rows_are_as_they_are(with_X: bool, body: Body) -> None:
+    N, X, scale, loss = case(2, 5, 17, 20, torch.bfloat16)
+    N[1, 2, 3] = torch.nan
+    rows = X if with_X else None
+    found, checked = (body(N, rows, scale, x, torch.float32) for x in (None, loss))
+    torch.testing.assert_close(found, checked, rtol=0, atol=0, equal_nan=True)
+    assert found[1, 2].isnan().any()
+
+
+@BODIES
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("with_X", [True, False], ids=["X", "identity"])
 def test_a_view_with_a_loss_not_finite_gets_zeros(with_X: bool, bad: float, body: Body) -> None:

@@ -329,6 +329,31 @@ def test_the_kernels_together_give_the_literal_gradient(dtype: torch.dtype, engi
     assert error <= S_MAX**2 * ROUNDED + rounding
 
 
+@BODIES
+@pytest.mark.parametrize("same", [True, False], ids=["beta-is-alpha", "beta"])
+@pytest.mark.parametrize("with_R", [True, False], ids=["R", "identity"])
+def test_a_unit_divides_the_filter(with_R: bool, same: bool, body: Body) -> None:
+    """The unit of view 1 is 0, which counts as 1."""
+    norm, alpha, beta, gamma = bilinear(3, 2, 8)
+    beta = alpha if same else beta
+    R = randn(3, 8, 5) if with_R else torch.eye(8, device=DEVICE).expand(3, -1, -1)
+    unit, divisor = alpha.new_tensor([3, 0, 0.2]), alpha.new_tensor([[[3]], [[1]], [[0.2]]])
+    found = body(alpha, norm, alpha, beta, gamma, R if with_R else None, None, unit)
+    scale = 1 if with_R else divisor
+    expected = body(alpha, norm, alpha / scale, beta / scale, gamma, R / divisor, None)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@BODIES
+@BAD
+def test_a_unit_that_is_not_finite_spoils_its_view(bad: float, body: Body) -> None:
+    for R in (None, torch.ones(2, 8, 5, device=DEVICE)):
+        forms = bilinear(2, 3, 8)
+        loss, _ = body(forms[1], *forms, R, None, forms[1].new_tensor([2, bad]))
+        assert loss[0].isfinite() and loss[1].isnan()
+
+
 def test_float64_runs_the_definition_on_every_device() -> None:
     forms = [x.double() for x in bilinear(2, 3, 8)]
     p = forms[1]

@@ -33,12 +33,12 @@ from rdm_kernels.filtered_cosine import (
 from rdm_kernels.gram import define_gram, gram_op, gram_triton
 from rdm_kernels.matrix_power import define_eigh_function, eigh_function
 from rdm_kernels.neg_cosine import (
-    define_row_cosine,
-    define_row_cosine_backward,
-    row_cosine,
-    row_cosine_backward,
-    row_cosine_backward_triton,
-    row_cosine_triton,
+    define_neg_cosine,
+    define_neg_cosine_backward,
+    neg_cosine_backward,
+    neg_cosine_backward_triton,
+    neg_cosine_op,
+    neg_cosine_triton,
 )
 from rdm_kernels.product import define_product, product_op, product_triton
 from rdm_kernels.safe_eigh import define_eigh, eigh_op
@@ -69,8 +69,8 @@ GRAM = Op(gram_op, define_gram, gram_triton)
 SYM_MATMUL = Op(sym_matmul_op, define_sym_matmul, sym_matmul_triton)
 PRODUCT = Op(product_op, define_product, product_triton)
 APPLY_ROWS = Op(apply_rows, define_apply_rows, apply_rows_triton)
-COSINE = Op(row_cosine, define_row_cosine, row_cosine_triton)
-BACKWARD = Op(row_cosine_backward, define_row_cosine_backward, row_cosine_backward_triton)
+COSINE = Op(neg_cosine_op, define_neg_cosine, neg_cosine_triton)
+BACKWARD = Op(neg_cosine_backward, define_neg_cosine_backward, neg_cosine_backward_triton)
 FILTERED = Op(filtered_cosine_op, define_filtered_cosine, filtered_cosine_triton)
 EIGH = Op(eigh_op, define_eigh, define_eigh)
 FUNCTION = Op(eigh_function, define_eigh_function, define_eigh_function)
@@ -92,10 +92,12 @@ def calls() -> Iterator[tuple[Op, tuple[Any, ...]]]:
         p, z, X = randn(2, 4, 9, dtype=dtype), randn(2, 4, 9, seed=1), randn(2, 6, 9, dtype=dtype)
         yield APPLY_ROWS, (randn(2, 5, 6), X, scale, scale.clone(), dtype)
         yield APPLY_ROWS, (randn(2, 5, 6), None, scale, scale.clone(), dtype)
+        yield from ((APPLY_ROWS, (randn(2, 5, 6), rows, scale, None, dtype)) for rows in (X, None))
         yield COSINE, (p, z)
-        yield BACKWARD, (norm, p, z, *randn(3, 2, 4).unbind())
+        yield BACKWARD, (scale, p, z, *randn(3, 2, 4).unbind())
         yield FILTERED, (p, norm, *forms, randn(2, 9, 6), X, scale)
         yield FILTERED, (p, norm, *forms, None, None, None)
+        yield FILTERED, (p, norm, *forms, None, None, scale)
     for narrow in (False, True):
         yield EIGH, (A, narrow)
         yield FUNCTION, (A @ A, "power", -0.5, 1e-6, narrow)
@@ -210,7 +212,7 @@ REFUSED: list[tuple[Any, tuple[Any, ...], dict[str, Any], str]] = [
     (filtered_cosine, (ROWS, Z(2, 3), *FORMS[1:], FORMS[0].double(), R, X), {}, "float64"),
     (filtered_cosine, (ROWS, Z(2, 3), *FORMS, Z(2, 9, 6), X), {}, "R torch.float32 (2, 9, 6)"),
     (filtered_cosine, (ROWS, Z(2, 3), *FORMS, R, Z(2, 8, 10)), {}, "X torch.float32 (2, 8, 10)"),
-    (filtered_cosine, (ROWS, Z(2, 3), *FORMS, R, X, Z(3)), {}, "unit torch.float32 (3,)"),
+    (filtered_cosine, (ROWS, Z(2, 3), *FORMS, R, X), {"unit": Z(3)}, "unit torch.float32 (3,)"),
     (filtered_cosine, (ROWS, Z(2, 3), *FORMS), {}, "p torch.float32 (2, 3, 10)"),
     (polar, (torch.eye(3),), {"lower": 0.0}, "lower=0.0"),
     (polar, (torch.eye(3),), {"lower": 1.0}, "lower=1.0"),

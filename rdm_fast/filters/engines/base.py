@@ -64,7 +64,7 @@ def row_norms(z: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.linalg.vector_norm(z, dim=-1, dtype=dtype)
 
 
-def combine_rows(N: Tensor, X: Tensor) -> Tensor:
-    """N X, [v, b, D] in float32 or float64, for N [v, b, B] and a batch X [v, B, D]."""
-    one = torch.ones(len(X), dtype=N.dtype, device=N.device)
-    return apply_rows(N, X, one, one, torch.promote_types(X.dtype, torch.float32))
+def combine_rows(N: Tensor, X: Tensor, scale: Tensor | None = None) -> Tensor:
+    """scale N X, [v, b, D] in float32 or float64, for N [v, b, B], X [v, B, D] and scale [v]."""
+    scale = torch.ones(len(X), dtype=N.dtype, device=N.device) if scale is None else scale
+    return apply_rows(N, X, scale, None, torch.promote_types(X.dtype, torch.float32))

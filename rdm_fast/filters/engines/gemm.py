@@ -13,7 +13,7 @@ noise.
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -42,10 +42,19 @@ def needs_float64(config: FilterConfig) -> bool:
 class Functions(NamedTuple):
     """Functions of the Gram matrix G, [v, n, n] each."""
 
-    M: Tensor  # G h on the sample side, W on the feature side
-    h: Tensor | None  # None: a multiple of the identity
-    unit: Tensor | None  # that multiple, [v]
+    M: Tensor  # G h on the sample side, W on the feature side; both times the unit, if there is one
+    h: Tensor | None  # None: the identity divided by the unit
+    unit: Tensor | None  # [v]
     status: Tensor | None  # [v], of `rdm_kernels.matrix_function`
+
+
+@overload
+def reciprocal(unit: Tensor) -> Tensor: ...
+@overload
+def reciprocal(unit: None) -> None: ...
+def reciprocal(unit: Tensor | None) -> Tensor | None:
+    """1 / unit, finite for 0."""
+    return None if unit is None else unit.clamp_min(torch.finfo(unit.dtype).tiny).reciprocal()
 
 
 @dataclass(eq=False)
@@ -70,12 +79,12 @@ class GemmFilter(SpectralFilter):
         G, inner = self._gram
         M = M[:, self.rows]
         inner = self._inner(z) if inner is None else inner
-        return filtered_cosine(p, norm, M, product(M, G), inner, h, self.X, unit)
+        return filtered_cosine(p, norm, M, product(M, G), inner, h, self.X, unit=unit)
 
     def filter_batch(self) -> Tensor:
-        M = self._functions.M
+        M, _, unit, _ = self._functions
         if self.samples:
-            return combine_rows(M[:, self.rows], self.X)
+            return combine_rows(M[:, self.rows], self.X, reciprocal(unit))
         return product(self.X[:, self.rows].to(self.dtype), M)
 
     def filter_rows(self, z: Tensor) -> Tensor:
@@ -83,9 +92,8 @@ class GemmFilter(SpectralFilter):
         if not self.samples:
             return product(z.to(self.dtype), M)
         inner = self._inner(z)
-        if unit is not None:
-            inner = inner * unit[:, None, None]
-        return combine_rows(inner if h is None else product(inner, h), self.X)
+        N = inner if h is None else product(inner, h)
+        return combine_rows(N, self.X, reciprocal(unit))
 
     @cached_property
     def _gram(self) -> tuple[Tensor, Tensor | None]:
@@ -97,11 +105,12 @@ class GemmFilter(SpectralFilter):
     @cached_property
     def _functions(self) -> Functions:
         G, _ = self._gram
-        trace = G.diagonal(dim1=-2, dim2=-1).sum(dim=-1)
+        square = G.diagonal(dim1=-2, dim2=-1).mean(dim=-1)  # of s_rms
         if self._is_power(2):
-            unit = len(G[0]) / trace.where(trace != 0, 1)  # 1 / s_rms^2
-            return Functions(unit[:, None, None] * G, None, unit, None)
-        s_rms = (trace / len(G[0])).sqrt()
+            if self.samples:
+                return Functions(G, None, square, None)
+            return Functions(reciprocal(square)[:, None, None] * G, None, None, None)
+        s_rms = square.sqrt()
         result = split_views_across_ranks(self._matrix_function, G, s_rms)
         return Functions(result.M, result.h, None, result.status)
 
