@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.conftest import chosen
-from bench.exact import decompose, views
-from rdm_kernels import filtered_cosine, gram, neg_cosine, polar, safe_eigh, sym_matmul
+from bench.exact import views
+from rdm_kernels import filtered_cosine, gram, neg_cosine, safe_eigh, sym_matmul
 from rdm_kernels.product import product
 
 GPU = torch.cuda.is_available()
@@ -38,7 +38,6 @@ IMPLEMENTATIONS = {
     "bench_sym_matmul": MATMUL,
     "bench_product": MATMUL,
     "bench_safe_eigh": ["rdm", "torch_fp32", "torch_fp64"],
-    "bench_polar": ["rdm", "svd"],
     "bench_neg_cosine": ["rdm", "eager", *COMPILED],
     "bench_filtered_cosine": ["rdm", "eager", *COMPILED],
 }
@@ -180,33 +179,6 @@ def bench_safe_eigh(measure: Measure, name: str, case: str) -> None:
     require_close((V * eigenvalues[:, None]) @ V.mT, wide, 1e-4)
     unit = "fp32" if name == "torch_fp32" else "fp64"
     measure(run, bytes_moved=2 * A.numel() * 4, flops={unit: 2 * 4 / 3 * n**3})
-
-
-def bench_polar(measure: Measure, name: str, case: str) -> None:
-    """The orthogonal factor of each view, by 7 iterations of 3 products or by an SVD."""
-    B, D = shape_of(case)
-    X = batch(B, D).float()
-    n, m = sorted((B, D))
-
-    def run() -> Tensor:
-        if name == "rdm":
-            return polar(X)
-        U, _, Vh = torch.linalg.svd(X, full_matrices=False)
-        return U @ Vh
-
-    with tf32(False):
-        found = run().double()
-        # X^T Q is the positive semi-definite factor; its trace is the sum of the singular values,
-        # to which those under 3e-4 sqrt(c) contribute little.
-        length = torch.stack([decompose(x).s.sum() for x in X])
-        trace = (X.double() * found).sum(dim=(1, 2))
-        assert ((trace / length - 1).abs() <= 1e-3).all(), f"wrong by {trace / length - 1}"
-        # X X^T and its square are symmetric; the product with X is not
-        flops = 2 * 7 * 3 * (n * n * m + n**3 + 2 * n * n * m)
-        measure(run, bytes_moved=2 * X.numel() * 4, flops={"tf32": flops}, capturable=name == "rdm")
-
-
-# ---- cosines -------------------------------------------------------------------------------------
 
 
 def eager_cosine(p: Tensor, z: Tensor) -> Tensor:

@@ -4,9 +4,9 @@ Each op is defined by a plain PyTorch body, which runs anywhere. Where a Triton 
 replaces the body on CUDA, so callers never choose. kernels/README.md has the contracts.
 """
 
+from rdm_kernels.filter_factors import FilterFactors, filter_factors
 from rdm_kernels.filtered_cosine import filtered_cosine
 from rdm_kernels.gram import gram
-from rdm_kernels.matrix_function import MatrixFunction, matrix_function
 from rdm_kernels.matrix_power import (
     matrix_inverse_sqrt,
     matrix_log,
@@ -15,7 +15,6 @@ from rdm_kernels.matrix_power import (
     matrix_sqrt,
 )
 from rdm_kernels.neg_cosine import neg_cosine
-from rdm_kernels.polar import polar
 from rdm_kernels.product import product
 from rdm_kernels.safe_eigh import Eigh, safe_eigh
 from rdm_kernels.sym_matmul import sym_matmul
@@ -24,11 +23,11 @@ from rdm_kernels.views.op import augment_views
 
 __all__ = [
     "Eigh",
-    "MatrixFunction",
+    "FilterFactors",
     "augment_views",
+    "filter_factors",
     "filtered_cosine",
     "gram",
-    "matrix_function",
     "matrix_inverse_sqrt",
     "matrix_log",
     "matrix_log1p",
@@ -36,7 +35,6 @@ __all__ = [
     "matrix_sqrt",
     "neg_cosine",
     "pack_views",
-    "polar",
     "product",
     "safe_eigh",
     "sym_matmul",

@@ -86,4 +86,7 @@ class FilterConfig:
             return "filter.center"
         if not 1e-4 <= self.cutoff <= 0.1:
             return f"filter.cutoff={self.cutoff:g} (gemm takes 1e-4 to 0.1)"
+        least = -1 if self.location == "target" and self.basis == "own" else -0.5
+        if self.kind == "poly" and not least <= self.sigma <= 6:
+            return f"filter.sigma={self.sigma:g} (gemm takes {least:g} to 6 here)"
         return None

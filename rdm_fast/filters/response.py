@@ -54,14 +54,15 @@ def cutoff(
     Returns:
         [v, 1] in the dtype of s.
     """
-    rms = (s.square().sum(dim=-1, keepdim=True) / (samples * features)).sqrt()
-    noise = noise_floor(rms, samples=samples, features=features, dtype=dtype)
-    return torch.maximum(relative * s.amax(dim=-1, keepdim=True), noise)
+    noise = noise_share(samples=samples, features=features, dtype=dtype)
+    size = torch.linalg.vector_norm(s, dim=-1, keepdim=True)
+    return torch.maximum(relative * s.amax(dim=-1, keepdim=True), noise * size)
 
 
-def noise_floor(rms: Tensor, *, samples: int, features: int, dtype: torch.dtype) -> Tensor:
-    """Largest singular value of the rounding error of projections [B, D] of this dtype and rms."""
-    return NOISE * unit_roundoff(dtype) * (math.sqrt(samples) + math.sqrt(features)) * rms
+def noise_share(*, samples: int, features: int, dtype: torch.dtype) -> float:
+    """Largest singular value of the rounding error of [B, D] projections, in units of |Z|_F."""
+    roots = math.sqrt(samples) + math.sqrt(features)
+    return NOISE * unit_roundoff(dtype) * roots / math.sqrt(samples * features)
 
 
 def g(config: FilterConfig, s: Tensor) -> Tensor:

@@ -13,18 +13,25 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
 from rdm_kernels import (
+    filter_factors,
     filtered_cosine,
     gram,
-    matrix_function,
     matrix_power,
     neg_cosine,
-    polar,
     product,
     safe_eigh,
     sym_matmul,
 )
 from rdm_kernels.aot import listed
 from rdm_kernels.apply_rows import apply_rows, apply_rows_triton, define_apply_rows
+from rdm_kernels.filter_steps import (
+    combine,
+    combine_triton,
+    define_combine,
+    define_start,
+    start,
+    start_triton,
+)
 from rdm_kernels.filtered_cosine import (
     define_filtered_cosine,
     filtered_cosine_op,
@@ -72,6 +79,8 @@ APPLY_ROWS = Op(apply_rows, define_apply_rows, apply_rows_triton)
 COSINE = Op(neg_cosine_op, define_neg_cosine, neg_cosine_triton)
 BACKWARD = Op(neg_cosine_backward, define_neg_cosine_backward, neg_cosine_backward_triton)
 FILTERED = Op(filtered_cosine_op, define_filtered_cosine, filtered_cosine_triton)
+START = Op(start, define_start, start_triton)
+COMBINE = Op(combine, define_combine, combine_triton)
 EIGH = Op(eigh_op, define_eigh, define_eigh)
 FUNCTION = Op(eigh_function, define_eigh_function, define_eigh_function)
 
@@ -86,7 +95,11 @@ def calls() -> Iterator[tuple[Op, tuple[Any, ...]]]:
     for C in (None, A.clone()):
         yield SYM_MATMUL, (A, A.clone(), C, 1.0, 2.0, 3.0)
         yield PRODUCT, (randn(2, 7, 5), randn(2, 5, 7), C, 1.0, 2.0)
-    scale = randn(2)
+    flags, scale = torch.zeros(2, dtype=torch.int32, device=DEVICE), randn(2)
+    for dtype in (FP32, BF16):
+        X = randn(2, 5, 9, dtype=dtype)
+        yield START, (X, A, A @ A, scale.abs(), scale.exp(), flags, 0.1, 0.2, [1.0, 2.0, 3.0])
+    yield COMBINE, (randn(2, 2, 3), list(randn(3, 2, 7, 7)), scale, scale, flags, 0.5)
     norm, *forms = randn(2, 4), *(randn(2, 4, 9, seed=seed) for seed in range(3))
     for dtype in (FP32, BF16):
         p, z, X = randn(2, 4, 9, dtype=dtype), randn(2, 4, 9, seed=1), randn(2, 6, 9, dtype=dtype)
@@ -116,12 +129,13 @@ def in_layout(X: Any, layout: str) -> Any:
     """The same values, if X is a tensor, in another layout."""
     if not isinstance(X, Tensor):
         return X
+    other = torch.nan if X.is_floating_point() else 1
     if layout == "columns" and X.ndim > 1:
         return X.mT.contiguous().mT
     if layout == "misaligned":
-        flat = torch.cat([X.new_full((1,), torch.nan), X.flatten()])
+        flat = torch.cat([X.new_full((1,), other), X.flatten()])
         return flat[1:].view(X.shape)
-    return torch.stack([X, torch.full_like(X, torch.nan)], dim=-1)[..., 0]
+    return torch.stack([X, torch.full_like(X, other)], dim=-1)[..., 0]
 
 
 LAYOUTS = pytest.mark.parametrize("layout", ["columns", "strided", "misaligned"])
@@ -214,14 +228,10 @@ REFUSED: list[tuple[Any, tuple[Any, ...], dict[str, Any], str]] = [
     (filtered_cosine, (ROWS, Z(2, 3), *FORMS, R, Z(2, 8, 10)), {}, "X torch.float32 (2, 8, 10)"),
     (filtered_cosine, (ROWS, Z(2, 3), *FORMS, R, X), {"unit": Z(3)}, "unit torch.float32 (3,)"),
     (filtered_cosine, (ROWS, Z(2, 3), *FORMS), {}, "p torch.float32 (2, 3, 10)"),
-    (polar, (torch.eye(3),), {"lower": 0.0}, "lower=0.0"),
-    (polar, (torch.eye(3),), {"lower": 1.0}, "lower=1.0"),
-    (polar, (torch.eye(3),), {"iterations": 0}, "iterations=0"),
-    (polar, (Z(3),), {}, "X torch.float32 (3,)"),
-    (matrix_function, (torch.eye(3), torch.sqrt), {"cutoff": 0.0}, "(0, 0.1], got 0.0"),
-    (matrix_function, (torch.eye(3), torch.sqrt), {"cutoff": 0.2}, "(0, 0.1], got 0.2"),
-    (matrix_function, (Z(2, 3), torch.sqrt), {}, "G torch.float32 (2, 3)"),
-    (matrix_function, (Z(2, 3, 3), torch.sqrt), {"floor": Z(3)}, "floor torch.float32 (3,)"),
+    (filter_factors, (Z(2, 3, 4), 0.5), {"cutoff": 1e-4}, "[1e-3, 0.1], got 0.0001"),
+    (filter_factors, (Z(2, 3, 4), 0.5), {"cutoff": 0.2}, "[1e-3, 0.1], got 0.2"),
+    (filter_factors, (Z(2, 3, 4), 7.0), {}, "7.0"),
+    (filter_factors, (Z(2, 3), 0.5), {}, "X torch.float32 (2, 3)"),
     (safe_eigh, (Z(3),), {}, "A torch.float32 (3,)"),
     (safe_eigh, (Z(2, 3),), {}, "A torch.float32 (2, 3)"),
     (safe_eigh, (Z(3, 3).int(),), {}, "A torch.int32"),
@@ -309,9 +319,7 @@ def losses(p: Tensor, z: Tensor, R: Tensor, X: Tensor, norm: Tensor, *forms: Ten
 
 
 def spectral_filter(X: Tensor) -> Any:
-    G = sym_matmul(X).matrix
-    floor = X.abs().amax(dim=(1, 2)) / 100
-    return *matrix_function(G, torch.log1p, floor=floor), polar(X)
+    return *filter_factors(X, torch.log1p), *filter_factors(X, 0.5)
 
 
 @pytest.mark.gpu

@@ -31,7 +31,7 @@ from rdm_fast.telemetry import timer
 from rdm_fast.training import trainer as trainer_module
 from rdm_fast.training.train_step import StepReport, TrainStep
 from rdm_fast.training.trainer import Trainer
-from rdm_kernels.matrix_function import INACCURATE
+from rdm_kernels.filter_steps import INACCURATE
 from tests import runs
 from tests.ranks import run_ranks
 from tests.runs import CPU, final_state, in_step, metrics, run, run_to, run_with_stops, with_log

@@ -2,14 +2,13 @@
 
 `auto` takes the fastest engine that is accurate for the filter:
 
-    filter                              CPU     GPU     GPU with slow float64
-    s^2                                 gemm    gemm    gemm
-    online log s, or falling            eigh    gemm    eigh
-    others                              eigh    gemm    gemm
-    center, or an unusual cutoff        eigh    eigh    eigh
+    filter                                               CPU     GPU
+    s^2                                                  gemm    gemm
+    others                                               eigh    gemm
+    center, an unusual cutoff or an extreme exponent     eigh    eigh
 
-On a CPU an eigendecomposition costs less than the fifty products that avoid it; on a GPU it costs
-more than all of them, and waits. The second row multiplies in float64.
+On a CPU an eigendecomposition costs less than the forty products that avoid it; on a GPU it costs
+more than all of them, and waits.
 
 The gemm engine leaves a status word on the device. It is copied to the host without a wait, and
 read before the next batch is filtered, when it has long arrived. A batch on which the engine was
@@ -26,14 +25,11 @@ from torch import Tensor
 
 from rdm_fast.config import FilterConfig
 from rdm_fast.errors import Unavailable
-from rdm_fast.filters.engines.gemm import LEAST_CUTOFF, needs_float64
+from rdm_fast.filters.engines.gemm import LEAST_CUTOFF
 from rdm_fast.runtime.distributed import world_size
 from rdm_fast.runtime.host_copy import HostCopy
 from rdm_fast.runtime.printing import warn
-from rdm_kernels.matrix_function import CHOLESKY_FAILED, INACCURATE
-from rdm_kernels.safe_eigh import has_fast_float64
-
-REASONS = {CHOLESKY_FAILED: "its Cholesky factorization failed", INACCURATE: "residuals are large"}
+from rdm_kernels.filter_steps import INACCURATE
 
 
 def choose(config: FilterConfig, device: torch.device) -> str:
@@ -42,11 +38,8 @@ def choose(config: FilterConfig, device: torch.device) -> str:
         return config.engine
     if config.why_not_gemm:
         return "eigh"
-    if config.kind == "poly" and config.sigma == 2:
-        return "gemm"
-    if device.type == "cpu" or (needs_float64(config) and not has_fast_float64(device)):
-        return "eigh"
-    return "gemm"
+    is_square = config.kind == "poly" and config.sigma == 2
+    return "gemm" if is_square or device.type != "cpu" else "eigh"
 
 
 class EngineSelector:
@@ -94,9 +87,8 @@ class EngineSelector:
         if status is None:
             return
         if world_size() > 1:
-            bits = torch.stack([status & bit for bit in REASONS])
-            dist.all_reduce(bits, op=dist.ReduceOp.MAX)
-            status = bits.sum(dim=0, dtype=status.dtype)
+            status = status & INACCURATE
+            dist.all_reduce(status, op=dist.ReduceOp.MAX)
         if _capturing(status.device):
             self._recorded = status
         else:
@@ -124,10 +116,9 @@ class EngineSelector:
         if self._pending is None:
             return
         status, self._pending = self._pending.read(), None
-        reasons = [text for bit, text in REASONS.items() if bool((status & bit).any())]
-        if not reasons:
+        if not bool((status & INACCURATE).any()):
             return
-        why = f"filter.engine=gemm was not accurate on a batch ({' and '.join(reasons)})"
+        why = "filter.engine=gemm was not accurate on a batch (its residual is large)"
         if self.config.engine == "gemm":
             raise Unavailable(f"{why}: use filter.engine=eigh, or auto, which changes to eigh")
         self.failures += 1

@@ -1,51 +1,43 @@
 """The gemm engine: matrix products only, no eigendecomposition, and nothing waits for the device.
 
-    samples, G = X X^T      W = X^T h X, X W = M X         h = g(sqrt G) / G, M = G h
-    features, F = X^T X     W = g(sqrt F)
+    samples     X W = M Y,     W = Y^T R Y,   K = Y Y^T
+    features    X W = Y^T M,   W = R
 
-The functions of G come from `rdm_kernels.matrix_function`, which damps singular values under
-tau = max(cutoff, 1e-3) |X| (or under the rounding noise of the projections) where the eigh engine
-cuts them off; the rounding of a float32 Gram matrix hides weaker ones. s^2 needs no matrix
-function: h = 1, or W = F. The target of s^-1 is, apart from the damping, the polar factor of its
-batch; without damping (`rdm_kernels.polar`) a collapsed batch's targets would be mostly rounding
-noise.
+    g        samples                                          features
+    s^2      Y = X,    M = X X^T / unit,  R = 1 / unit        Y = X^T,    M = R = X^T X / unit
+    others   Y = Q X,  M = K E,           R = F               Y = Q X^T,  M = K E,  R = K F
+
+Q, E and F are those of `rdm_kernels.filter_factors`, which damps singular values under tau =
+max(cutoff, 1e-3) |X| (or under the rounding noise of the projections) where the eigh engine cuts
+them off; the rounding of a float32 Gram matrix hides weaker ones.
 """
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import NamedTuple, overload
 
 import torch
 from torch import Tensor
 
-from rdm_fast.config import FilterConfig
 from rdm_fast.filters.decomposition import uses_samples
 from rdm_fast.filters.engines.base import SpectralFilter, combine_rows, row_norms
 from rdm_fast.filters.engines.split_views import split_views_across_ranks
-from rdm_fast.filters.gram import WIDE, gram_and_swapped, gram_matrix, inner_products
-from rdm_fast.filters.response import g, noise_floor
-from rdm_kernels import MatrixFunction, filtered_cosine, matrix_function, product
+from rdm_fast.filters.gram import gram_and_swapped, gram_matrix, inner_products
+from rdm_fast.filters.response import g, noise_share
+from rdm_kernels import FilterFactors, filter_factors, filtered_cosine, product, sym_matmul
 
 LEAST_CUTOFF = 1e-3
-FALLING_DEGREE = 200  # of the Chebyshev series: s^-1 to 1e-7 of its maximum, at this cutoff
 
 
-def needs_float64(config: FilterConfig) -> bool:
-    """Whether h = g / s^2 amplifies directions so weak that a float32 Gram matrix lacks them.
+class Form(NamedTuple):
+    """The matrices and factors of the module's first lines."""
 
-    X W = M X of a target does not use h.
-    """
-    uses_h = config.location == "online" or config.basis == "online"
-    return uses_h and (config.kind == "log" or config.is_falling)
-
-
-class Functions(NamedTuple):
-    """Functions of the Gram matrix G, [v, n, n] each."""
-
-    M: Tensor  # G h on the sample side, W on the feature side; both times the unit, if there is one
-    h: Tensor | None  # None: the identity divided by the unit
-    unit: Tensor | None  # [v]
-    status: Tensor | None  # [v], of `rdm_kernels.matrix_function`
+    M: Tensor  # [v, n, n], n the smaller of B and D; not divided by the unit yet
+    Y: Tensor  # [v, n, m], m the larger
+    K: Tensor  # [v, n, n]
+    R: Tensor | None  # [v, n, n]; None: the identity
+    unit: Tensor | None = None  # [v]; None: 1
+    inner: Tensor | None = None  # z Y^T of the swapped rows, if it is known
 
 
 @overload
@@ -62,73 +54,82 @@ class GemmFilter(SpectralFilter):
     def __post_init__(self) -> None:
         self.samples = uses_samples(*self.X.shape[1:])
         self.dtype = torch.promote_types(self.X.dtype, torch.float32)
-        self.exact = self.X  # the batch as Gram matrices take it
-        if needs_float64(self.config):
-            self.dtype, self.exact = WIDE, self.X.to(WIDE)
+        self.is_square = self.config.kind == "poly" and self.config.sigma == 2
 
     @property
     def status(self) -> Tensor | None:
-        return self._functions.status
+        return None if self.is_square else self._factors.status
+
+    @property
+    def scale(self) -> Tensor | float:
+        if self.is_square or self.config.kind != "poly":
+            return 1.0
+        factors = self._factors
+        rms = (factors.trace / factors.K.shape[1]).sqrt()
+        return (factors.root / rms).where(rms > 0, 1) ** self.config.sigma
 
     def cosine(self, p: Tensor, z: Tensor) -> Tensor:
-        norm = row_norms(z, self.dtype)
-        M, h, unit, _ = self._functions
-        if not self.samples:
-            y = product(self.X[:, self.rows].to(self.dtype), M)
-            return filtered_cosine(p, norm, y, y, z.to(self.dtype), M)
-        G, inner = self._gram
-        M = M[:, self.rows]
-        inner = self._inner(z) if inner is None else inner
-        return filtered_cosine(p, norm, M, product(M, G), inner, h, self.X, unit=unit)
+        norm, f = row_norms(z, self.dtype), self._form
+        if self.samples:
+            alpha, inner = f.M[:, self.rows], self._inner(z) if f.inner is None else f.inner
+            return filtered_cosine(
+                p, norm, alpha, product(alpha, f.K), inner, f.R, f.Y, unit=f.unit
+            )
+        y = self._own_rows()
+        return filtered_cosine(p, norm, y, y, z.to(self.dtype), f.R)
 
     def filter_batch(self) -> Tensor:
-        M, _, unit, _ = self._functions
+        f = self._form
         if self.samples:
-            return combine_rows(M[:, self.rows], self.X, reciprocal(unit))
-        return product(self.X[:, self.rows].to(self.dtype), M)
+            return combine_rows(f.M[:, self.rows], f.Y, reciprocal(f.unit))
+        return self._own_rows()
 
     def filter_rows(self, z: Tensor) -> Tensor:
-        M, h, unit, _ = self._functions
-        if not self.samples:
-            return product(z.to(self.dtype), M)
-        inner = self._inner(z)
-        N = inner if h is None else product(inner, h)
-        return combine_rows(N, self.X, reciprocal(unit))
+        f = self._form
+        if self.samples:
+            inner = self._inner(z)
+            N = inner if f.R is None else product(inner, f.R)
+            return combine_rows(N, f.Y, reciprocal(f.unit))
+        assert f.R is not None
+        return product(z.to(self.dtype), f.R)
 
-    @cached_property
-    def _gram(self) -> tuple[Tensor, Tensor | None]:
-        """The smaller Gram matrix [v, n, n], and z X^T of the swapped rows if it came with it."""
-        if self.samples and self.swapped:
-            return gram_and_swapped(self.exact, wide=False)
-        return gram_matrix(self.exact, samples=self.samples, wide=False), None
-
-    @cached_property
-    def _functions(self) -> Functions:
-        G, _ = self._gram
-        square = G.diagonal(dim1=-2, dim2=-1).mean(dim=-1)  # of s_rms
-        if self._is_power(2):
-            if self.samples:
-                return Functions(G, None, square, None)
-            return Functions(reciprocal(square)[:, None, None] * G, None, None, None)
-        s_rms = square.sqrt()
-        result = split_views_across_ranks(self._matrix_function, G, s_rms)
-        return Functions(result.M, result.h, None, result.status)
-
-    def _matrix_function(self, G: Tensor, s_rms: Tensor) -> MatrixFunction:
-        """Degree 1 is exact for s^0 and s^1; None lets the op choose one for a rising g."""
-        _, B, D = self.X.shape
-        rms = s_rms / max(B, D) ** 0.5
-        floor = noise_floor(rms, samples=B, features=D, dtype=self.X.dtype)
-        unit = s_rms.where(s_rms > 0, 1)[:, None] if self.config.kind == "poly" else 1
-        degree = FALLING_DEGREE if self.config.is_falling else None
-        degree = 1 if self._is_power(0) or self._is_power(1) else degree
-        cutoff = max(self.config.cutoff, LEAST_CUTOFF)
-        return matrix_function(
-            G, lambda s: g(self.config, s / unit), cutoff=cutoff, floor=floor, degree=degree
-        )
-
-    def _is_power(self, sigma: float) -> bool:
-        return self.config.kind == "poly" and self.config.sigma == sigma
+    def _own_rows(self) -> Tensor:
+        """X W on the feature side, this rank's rows."""
+        return product(self._form.Y.mT[:, self.rows].to(self.dtype), self._form.M)
 
     def _inner(self, z: Tensor) -> Tensor:
-        return inner_products(z.to(self.exact.dtype), self.exact, wide=False)
+        Y = self._form.Y
+        return inner_products(z.to(Y.dtype), Y, wide=False)
+
+    @cached_property
+    def _form(self) -> Form:
+        if self.is_square:
+            return self._square
+        Y, K, F, E, *_ = self._factors
+        M = sym_matmul(K, E).matrix
+        return Form(M, Y, K, F if self.samples else sym_matmul(K, F).matrix)
+
+    @property
+    def _square(self) -> Form:
+        inner = None
+        if self.samples and self.swapped:
+            G, inner = gram_and_swapped(self.X, wide=False)
+        else:
+            G = gram_matrix(self.X, samples=self.samples, wide=False)
+        unit = G.diagonal(dim1=-2, dim2=-1).mean(dim=-1)  # s_rms^2
+        if self.samples:
+            return Form(G, self.X, G, None, unit, inner)
+        M = reciprocal(unit)[:, None, None] * G
+        return Form(M, self.X.mT, G, M)
+
+    @cached_property
+    def _factors(self) -> FilterFactors:
+        config, (_, B, D) = self.config, self.X.shape
+        response = config.sigma if config.kind == "poly" else partial(g, config)
+        factors = partial(
+            filter_factors,
+            g=response,
+            cutoff=max(config.cutoff, LEAST_CUTOFF),
+            noise=noise_share(samples=B, features=D, dtype=self.X.dtype),
+        )
+        return split_views_across_ranks(factors, self.X)

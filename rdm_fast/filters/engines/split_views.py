@@ -1,7 +1,7 @@
-"""Matrix functions of two views on two ranks: each rank computes one, and they exchange results.
+"""Filters of two views on two ranks: each rank computes one, and they exchange results.
 
-Every rank holds both views' Gram matrices and could compute both functions. From n = SMALLEST on,
-sending n^2 numbers takes less time than computing them. The results are sent byte by byte, so every
+Every rank holds both views and could compute both filters. From n = SMALLEST on, sending the
+results takes less time than computing them. The results are sent byte by byte, so every
 rank has the bits it would have computed itself.
 """
 
@@ -26,9 +26,9 @@ def split_views_across_ranks(function: Callable[..., Result], *batches: Tensor) 
     Args:
         function: acts on each view alone and returns a named tuple of tensors [v, ...] without
             gradient. It may be called with one view, [1, ...].
-        batches: [v, ...] each, the same on every rank; the first is [v, n, n].
+        batches: [v, ...] each, the same on every rank; the first has n as its smaller side.
     """
-    v, n = batches[0].shape[:2]
+    v, n = len(batches[0]), min(batches[0].shape[1:])
     if v == 1 or n < SMALLEST or world_size() < v:
         return function(*batches)
     mine = rank() % v  # further ranks would only wait; their results are replaced

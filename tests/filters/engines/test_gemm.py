@@ -26,22 +26,22 @@ from tests.spies import refused
 
 pytestmark = pytest.mark.filterwarnings("ignore:filter.location")
 
-FALLING = [FilterConfig(sigma=s) for s in (-0.3, -0.5, -0.7, -1.0)]
+FALLING = [FilterConfig(sigma=s) for s in (-0.3, -0.5)]
 CROSSED = [FilterConfig(location="target", sigma=-0.5, basis="online")]
 DTYPES = [torch.float32, torch.bfloat16]
 
 
 def least_cosine(config: FilterConfig) -> float:
     """Agreement that is promised for the direction of the gradient."""
-    if not config.is_falling:
-        return 0.9999
-    return 0.999 if config.location == "target" else 0.99
+    return 0.999 if config.is_falling else 0.9999
 
 
 def loss_error(config: FilterConfig) -> float:
-    """A float32 Gram matrix leaves s^-1 of the weakest kept direction 6e-8 / cutoff^2 uncertain,
-    and a target has all directions alike."""
-    return 2e-3 if config.location == "target" and config.is_falling else 1e-5
+    """The functions of s are fitted; what falls with s amplifies the directions that fit worst, and
+    the rows of another basis have more of them."""
+    if config.basis == "online":
+        return 6e-3
+    return 2e-4 if config.is_falling else 1e-4
 
 
 @pytest.mark.parametrize("config", ONLINE + FALLING + TARGET + CROSSED, ids=name)
@@ -70,13 +70,13 @@ def test_the_gradient_is_that_of_the_damped_filter(
 @pytest.mark.parametrize("config", ONLINE + TARGET, ids=name)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_it_agrees_with_eigh_where_nothing_is_weak(config: FilterConfig, shape: Shape) -> None:
-    """Damping then changes singular values by cutoff^2 / 2."""
+    """Damping then changes singular values by cutoff^2 / 2; the rest is the fit."""
     z1, z2 = two_views(*shape, "flat")
     found = gradients(z1, z2, replace(config, engine="gemm"))
     expected = gradients(z1, z2, replace(config, engine="eigh"))
-    assert abs(found[0] - expected[0]) <= 1e-5
+    assert abs(found[0] - expected[0]) <= 5e-5
     for grad, other in zip(found[1:], expected[1:], strict=True):
-        assert relative(grad, other) <= 2e-3
+        assert relative(grad, other) <= (4e-3 if config.kind == "log" else 2e-3)
 
 
 @pytest.mark.parametrize("scale", [1e-4, 1e4])
@@ -108,7 +108,7 @@ def test_zeros_or_rows_not_finite_have_finite_gradients(config: FilterConfig, sh
 
 @pytest.mark.parametrize("config", [ONLINE[1], ONLINE[2], ONLINE[3], FALLING[1]], ids=name)
 def test_one_stacked_product_gives_what_two_give(config: FilterConfig) -> None:
-    """For views that are each other's targets."""
+    """For views that are each other's targets; only s^2 takes both from one product."""
     z1, z2 = two_views(24, 64, "k^-1/2")
     together = gradients(z1, z2, replace(config, engine="gemm"))
     X = torch.stack([z1, z2])
@@ -124,16 +124,27 @@ def test_one_stacked_product_gives_what_two_give(config: FilterConfig) -> None:
 @pytest.mark.parametrize("spectrum", ["straddling", "rank 8"])
 def test_a_target_predictor_is_differentiated_as_accurately_as_an_online_one(spectrum: str) -> None:
     """dL/dz = dL/dp W uses h of weak directions, which a target alone does not."""
-    config = FilterConfig(location="target", sigma=-1.0, engine="gemm")
+    config = FilterConfig(location="target", sigma=-0.5, engine="gemm")
     z, dp = two_views(24, 64, spectrum)[0].requires_grad_(), torch.randn(24, 64)
     SpectralPredictor(config)(z).backward(dp)
     assert z.grad is not None
     expected = dp.double() @ damped_filter(z.detach(), config)
     cosine = F.cosine_similarity(z.grad.double().flatten(), expected.flatten(), dim=0)
-    assert cosine >= 0.9999
+    assert cosine >= 0.999
 
 
-@pytest.mark.parametrize("config", [FilterConfig(center=True), FilterConfig(cutoff=1e-5)], ids=str)
+@pytest.mark.parametrize(
+    "config",
+    [
+        FilterConfig(center=True),
+        FilterConfig(cutoff=1e-5),
+        FilterConfig(sigma=-0.51),
+        FilterConfig(sigma=6.5),
+        FilterConfig(location="target", sigma=-1.01),
+        FilterConfig(location="target", basis="online", sigma=-0.51),
+    ],
+    ids=str,
+)
 def test_filters_it_cannot_compute_are_refused_at_once(config: FilterConfig) -> None:
     with refused(ValueError, "filter.engine=gemm", "filter.engine=eigh"):
         replace(config, engine="gemm")
