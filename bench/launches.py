@@ -178,9 +178,8 @@ def flops(op, args, kwargs, out, given: Sequence[Tensor] = ()) -> Counter[str]:
             kernel multiplies. None for a product of cuBLAS, which does as its operands say.
     """
     count = flop_registry[op._overloadpacket](*args, **kwargs, out_val=out)
-    sizes = [
-        x.element_size() for x in given or tensors(args) if x.is_floating_point() and x.ndim > 2
-    ]
+    floats = [x for x in given or tensors(args) if x.is_floating_point() and x.ndim > 1]
+    sizes = [x.element_size() for x in floats if not given or x.ndim > 2]
     if max(sizes) == 8:
         return Counter(fp64=count)
     if max(sizes) == 2:

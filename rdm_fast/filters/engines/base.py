@@ -25,7 +25,7 @@ class SpectralFilter(ABC):
 
     @property
     def status(self) -> Tensor | None:
-        """[v] int32, of `rdm_kernels.matrix_function`; None for an engine that cannot fail."""
+        """[v] int32, of `rdm_kernels.filter_factors`; None for an engine that cannot fail."""
         return None
 
     @property
