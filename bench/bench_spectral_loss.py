@@ -23,6 +23,7 @@ from torch import Tensor
 from bench.conftest import chosen
 from bench.exact import Definition, exact, spectra, views
 from bench.reference import gram_eigh_loss, svd_loss
+from bench.rows import SMALL as SMALLEST
 from rdm_fast import FilterConfig, spectral_loss
 from rdm_fast.filters.engines.choice import choose
 
@@ -44,6 +45,8 @@ FILTERS = {
     **{f"online-{kind}": FilterConfig(kind=kind) for kind in ("log", "log_1", "log_2")},
     **{f"target{sigma:g}": FilterConfig(location="target", sigma=sigma) for sigma in (-1, -0.5)},
 }
+if SMALLEST:
+    FILTERS = {name: FILTERS[name] for name in ("online1", "target-1")}
 ENGINES = ["auto", "gemm", "eigh", "reference"]
 OPPONENTS = {"gram_eigh": gram_eigh_loss, "compiled": gram_eigh_loss, "svd": svd_loss}
 NAMES = [*ENGINES[:3], "gram_eigh", "compiled", "reference", "svd"]

@@ -124,9 +124,15 @@ COMMANDS: dict[str, dict[str, Stage]] = {
         ),
     },
 }
-CARRIED = {
-    "step": "optional: wheels of lightly for its rows; DALI's are larger than what may be carried",
-    "learning": "CIFAR-10 as one .npz, named by RDM_CIFAR10_NPZ (else scikit-learn's digits)",
+CARRIED = {  # and variables of the environment to name it
+    "step": (
+        "lightly's wheel, unpacked into runs/carried/site; without it, its rows are left out",
+        "PYTHONPATH=kernels:runs/carried/site",
+    ),
+    "learning": (
+        "CIFAR-10 as runs/carried/cifar10_jpeg.npz; without the variable, scikit-learn's digits",
+        "PYTHONPATH=kernels RDM_CIFAR10_NPZ=runs/carried/cifar10_jpeg.npz",
+    ),
 }
 
 
@@ -193,10 +199,11 @@ def plan() -> str:
     commit, lines = describe()["commit"], []
     for name, stages in COMMANDS.items():
         limits = ", ".join(f"{title} {stage.limit_s:.0f}" for title, stage in stages.items())
+        carried, variables = CARRIED.get(name, ("nothing", "PYTHONPATH=kernels"))
         lines += [
             f"{name}: at most {limit_of(name):.0f} s ({limits})",
-            f"  carries: {CARRIED.get(name, 'nothing')}",
-            f"  PYTHONPATH=kernels python3 -m bench.campaign {name} --out runs/campaign "
+            f"  carries: {carried}",
+            f"  {variables} python3 -m bench.campaign {name} --out runs/campaign "
             f'--bundle "$OUT" --commit {commit}',
         ]
     lines.append(f"in all: at most {sum(map(limit_of, COMMANDS)) / 60:g} minutes")
@@ -224,8 +231,6 @@ def main() -> int:
         parser.error(f"no command {', '.join(sorted(unknown))}: choose from {', '.join(COMMANDS)}")
     if args.out is None:
         parser.error("--out is missing: give a folder for the runs")
-    if find_spec("tests.spectra") is None:
-        parser.error("an installed package `tests` hides this checkout's: uninstall it")
     where = args.out, args.bundle or args.out
     passed = [
         run_command(name, *where, small=args.smoke, commit=args.commit)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from bench.bench_spectral_loss import DEVICE, DTYPE, FILTERS, GPU
@@ -47,6 +48,7 @@ def summary(averages: Iterable[Any]) -> dict[str, Any]:
     kernels = [
         (each.key, each.count, each.self_device_time_total if GPU else each.self_cpu_time_total)
         for each in averages
+        if not GPU or each.device_type == DeviceType.CUDA  # else it is the launch of a kernel
     ]
     kernels.sort(key=lambda kernel: -kernel[2])
     return {

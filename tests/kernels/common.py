@@ -14,7 +14,13 @@ from triton.runtime.jit import KernelInterface
 from rdm_kernels.tiles import Blocks, Symmetric
 from rdm_kernels.variant import OPTIONS
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+def choose_device() -> torch.device:
+    """A GPU where there is one; else the CPU, with Triton's interpreter (tests/conftest.py)."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+DEVICE = choose_device()
 INTERPRETED = bool(triton.knobs.runtime.interpret)
 U = 2.0**-24  # unit roundoff of float32
 SMALL = Blocks(16, 16, 4, 2)  # several tiles even for matrices that are quick to interpret

@@ -52,7 +52,7 @@ from rdm_kernels.safe_eigh import define_eigh, eigh_op
 from rdm_kernels.sym_matmul import define_sym_matmul, sym_matmul_op, sym_matmul_triton
 from rdm_kernels.tiles import LARGE
 from rdm_kernels.variant import OPTIONS, POINTERS, Variant
-from tests.kernels.common import DEVICE, Body, Launches, randn
+from tests.kernels.common import DEVICE, INTERPRETED, Body, Launches, choose_device, randn
 from tests.spies import nothing_waits
 
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -177,6 +177,13 @@ def test_any_layout_gives_the_same_bits(op: Op, args: tuple[Any, ...], layout: s
         assert torch.equal(a, b)
     for a, b in zip(other, args, strict=True):
         assert a is b or not isinstance(a, Tensor) or torch.equal(a, b)
+
+
+def test_kernels_are_compiled_where_there_is_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert (DEVICE.type == "cpu") == INTERPRETED and randn(2).device.type == DEVICE.type
+    for there, kind in ((True, "cuda"), (False, "cpu")):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda there=there: there)
+        assert choose_device().type == kind
 
 
 def test_autocast_changes_no_bit_and_only_losses_take_a_gradient() -> None:
