@@ -112,6 +112,11 @@ RULES: dict[str, Rule] = {
 always change.
 
 A name that ends in a point stands for the whole table; the longest match decides."""
+LATER = {
+    "data.timeout", "data.white_level", "model.init_prefix", "parallel.timeout",
+    "step.deterministic",
+}  # fmt: skip
+"""Settings that runs of earlier versions lack. Each has a default that changes nothing for them."""
 
 
 def rule(name: str) -> Rule | None:

@@ -25,6 +25,7 @@ import yaml
 
 from rdm_fast.config import Config
 from rdm_fast.config.saved import (
+    LATER,
     check_resumable,
     config_digest,
     config_from_dict,
@@ -84,15 +85,15 @@ def read_config(path: Path) -> Config:
     """
     plain = _read(path / "config.yaml")
     config = config_from_dict(plain)
-    with suppress(InputMissing):  # an older version had fewer settings, this one all
-        if _mark(path)["version"] == version():
-            present = flat(plain)
-            gone = [name for name in flat(config_to_dict(config)) if name not in present]
-            if gone:
-                raise DataError(
-                    f"{path / 'config.yaml'} has no {gone[0]}: restore it from a copy, or add the "
-                    "setting with the value that the run had"
-                )
+    with suppress(InputMissing):
+        _mark(path)
+    present = flat(plain)
+    for name in flat(config_to_dict(config)):
+        if name not in present and name not in LATER:
+            raise DataError(
+                f"{path / 'config.yaml'} has no {name}: restore it from a copy, or add the setting "
+                "with the value that the run had"
+            )
     return config
 
 

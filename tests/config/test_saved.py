@@ -12,11 +12,13 @@ import yaml
 from rdm_fast.config import Config, DataConfig, OptimConfig
 from rdm_fast.config.recipes import RECIPES, recipe
 from rdm_fast.config.saved import (
+    LATER,
     check_allowed,
     check_resumable,
     config_digest,
     config_from_dict,
     config_to_dict,
+    flat,
     rule,
 )
 from rdm_fast.errors import ConfigMismatch, DataError, UsageError
@@ -184,3 +186,9 @@ def test_a_configuration_of_an_older_version_resumes_with_the_defaults_it_had() 
     del old["data"]["workers"], old["filter"]["engine"]
     check_resumable(old, CONFIG)
     assert DataConfig().workers == CONFIG.data.workers
+
+
+def test_a_setting_that_is_added_is_known_to_be_later() -> None:
+    """The first saved configurations had 106 settings."""
+    every = {*flat(config_to_dict(CONFIG))}
+    assert every >= LATER and len(every - LATER) == 106, "name a new setting in LATER"
