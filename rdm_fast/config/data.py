@@ -31,8 +31,9 @@ class DataConfig:
     the device; auto uses resident for small images of one size, otherwise dali on a GPU."""
     workers: Annotated[int, Between(0, 256), Alias("--workers")] = 2
     """Worker processes of the torch loader, or CPU threads of the DALI loader, on each rank."""
-    timeout: Annotated[float, Between(1, 86_400)] = 600.0
-    """Seconds that a worker process may take for a batch; then the run saves and ends."""
+    timeout: Annotated[float, Between(1, 86_400)] = 300.0
+    """Seconds that a worker process may take for a batch; then the run saves and ends. On several
+    ranks, less than parallel.timeout: the other ranks wait meanwhile."""
     classes: str = ""
     """File that lists the classes of a folder to use, one a line; empty for all."""
     verify: Literal["header", "full"] = "header"

@@ -6,7 +6,8 @@ embedded twice.
 """
 
 import json
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -18,7 +19,8 @@ from torch import Tensor, nn
 from rdm_fast.config import Config, Precision
 from rdm_fast.data import ImageSet, evaluation_batches
 from rdm_fast.data.images.bad_files import UnreadableImages
-from rdm_fast.errors import DataError, message_of
+from rdm_fast.data.loaders.workers import no_more_images
+from rdm_fast.errors import DataError, WorkersFailed, message_of
 from rdm_fast.runtime import atomic_files
 from rdm_fast.runtime.distributed import all_reduce_max, print0, rank, world_size
 from rdm_fast.runtime.precision import autocast, float32_products
@@ -98,26 +100,40 @@ def extract(
 
     Raises:
         ValueError: an image was missing, came twice or is not one of the n.
+        WorkersFailed: a rank can load no more images.
     """
     features, counts = torch.empty(0, 0), torch.zeros(n, dtype=torch.int64)
     was_training = {module: module.training for module in backbone.modules()}
     backbone.eval()
     try:
-        for images, indices in batches:
-            device = images.device
-            with float32_products(precision, device), autocast(precision, device):
-                rows = backbone(images).float().cpu()  # [b, d_emb]; waits for the device
-            indices = indices.cpu()
-            _check_batch(rows, indices, n)
-            if features.numel() == 0:
-                features = torch.zeros(n, rows.shape[1])
-            features[indices] = rows
-            counts += torch.bincount(indices, minlength=n)
+        with _failing_together():
+            for images, indices in batches:
+                device = images.device
+                with float32_products(precision, device), autocast(precision, device):
+                    rows = backbone(images).float().cpu()  # [b, d_emb]; waits for the device
+                indices = indices.cpu()
+                _check_batch(rows, indices, n)
+                if features.numel() == 0:
+                    features = torch.zeros(n, rows.shape[1])
+                features[indices] = rows
+                counts += torch.bincount(indices, minlength=n)
         counts[list(left_out)] += 1
     finally:
         for module, training in was_training.items():
             module.training = training
     return gather_features(features, counts)
+
+
+@contextmanager
+def _failing_together() -> Iterator[None]:
+    """Raise WorkersFailed on every rank if one does, for which the others would wait."""
+    error: WorkersFailed | None = None
+    try:
+        yield
+    except WorkersFailed as own:
+        error = own
+    if failed := all_reduce_max(rank() + 1 if error else 0, _collective_device()):
+        raise error or no_more_images(failed - 1)
 
 
 def _check_batch(rows: Tensor, indices: Tensor, n: int) -> None:

@@ -80,6 +80,11 @@ def ending(code: int) -> None:
         _State.code = code
 
 
+def seconds_since_stop() -> float:
+    """Since a signal asked a `StopOnSignal` block to stop; 0 if none has."""
+    return 0.0 if _State.since is None else time.monotonic() - _State.since
+
+
 class StopOnSignal:
     """Context in which the first signal calls `stop`, and a second, later one ends the process.
 

@@ -9,12 +9,14 @@ import torch
 from rdm_fast.config import Config
 from rdm_fast.config.filter import Engine
 from rdm_fast.data import ImageSet
-from rdm_fast.errors import DataError
+from rdm_fast.errors import DataError, InputMissing
 from rdm_fast.models.pretrained import load_strict
 from rdm_fast.optim import state_keys
 from rdm_fast.run import checkpoint, schema
+from rdm_fast.run.folder import RunFolder, read_status
 from rdm_fast.run.schema import Schema
 from rdm_fast.run.state import Stateful, restore_optimizer, restore_parts
+from rdm_fast.runtime.distributed import all_reduce_max, print0, rank
 from rdm_fast.training.train_step import TrainStep
 
 PARTS: dict[str, Schema] = {
@@ -30,6 +32,26 @@ SCALER: Schema = {
     **dict.fromkeys(("growth_interval", "_growth_tracker"), schema.whole()),
 }
 """Those of torch's GradScaler."""
+
+
+def newest(folder: RunFolder, device: torch.device) -> Path | None:
+    """The newest sound checkpoint of a run, or None if it never wrote one.
+
+    Raises:
+        InputMissing: its checkpoints are gone, or the ranks do not all see them.
+    """
+    path = checkpoint.newest(
+        folder.checkpoints, lambda text: print0(f"warning: {text}"), sweep=rank() == 0
+    )
+    step = -1 if path is None else int(path.name.split("-")[1].split(".")[0])
+    if all_reduce_max(step, device) != step:
+        raise InputMissing(
+            f"rank {rank()} does not see the checkpoints of the other ranks in {folder.path}: "
+            "--out must be a folder that all ranks share"
+        )
+    if path is None:
+        checkpoint.require_none(folder.checkpoints, read_status(folder.path)["checkpoint"])
+    return path
 
 
 def restore(

@@ -1,4 +1,4 @@
-"""Counts the steps that were skipped because something was not finite, and ends a run of them.
+"""Reads what became of each step, counts those that were skipped, and ends a run of them.
 
 Results are read one step late, so reading them never stalls the GPU.
 """
@@ -6,6 +6,7 @@ Results are read one step late, so reading them never stalls the GPU.
 import torch
 
 from rdm_fast.config import Config
+from rdm_fast.data.loaders.workers import no_more_images
 from rdm_fast.errors import NonFinite
 from rdm_fast.training.train_step import StepReport
 
@@ -16,12 +17,14 @@ class SkippedSteps:
     Attributes:
         total: steps skipped, of those that were read.
         in_a_row: skipped since the last step that was applied.
+        newest: the last step that was read.
     """
 
     def __init__(self, config: Config, scaler: torch.amp.GradScaler) -> None:
         self._limit = config.log.max_nonfinite
         self._scaler = scaler if config.precision == "fp16" else None
         self._unread: StepReport | None = None
+        self.newest: StepReport | None = None
         self.total = self.in_a_row = 0
 
     def watch(self, report: StepReport) -> None:
@@ -34,10 +37,14 @@ class SkippedSteps:
 
         Raises:
             NonFinite: log.max_nonfinite steps in a row could not be applied.
+            WorkersFailed: a rank had no batch; the step is not counted.
         """
         report, self._unread = self._unread, None
         if report is None:
             return
+        self.newest = report
+        if report.lost:
+            raise no_more_images(report.lost - 1)
         if report.applied:
             self.in_a_row = 0
             return

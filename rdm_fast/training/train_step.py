@@ -26,7 +26,7 @@ from rdm_fast.methods import Branches, Method, StepOutput
 from rdm_fast.methods.ema import ema_momentum
 from rdm_fast.models.batchnorm import frozen_running_statistics, join_buffers, synchronize
 from rdm_fast.optim import build_optimizer, learning_rate, set_learning_rate
-from rdm_fast.runtime.distributed import world_size
+from rdm_fast.runtime.distributed import rank, world_size
 from rdm_fast.runtime.host_copy import HostCopy
 from rdm_fast.runtime.precision import autocast, float32_products
 from rdm_fast.runtime.printing import warn
@@ -44,7 +44,7 @@ class Outputs:
 
     loss: Tensor  # scalar, this rank's
     grad_norm: Tensor  # scalar, of the gradient averaged over ranks, not scaled
-    not_finite: Tensor  # [2] float32, 1 where it is not: the gradient, the loss of any rank
+    flags: Tensor  # [4] float32, 0 or as in StepReport
     branches: Branches  # all rows of this rank, detached
 
 
@@ -59,17 +59,29 @@ class StepReport:
     lr: float
     ema_momentum: float
     skipped: Tensor  # scalar, 1 where the step changed nothing
-    not_finite: HostCopy  # [2], as in Outputs
+    flags: HostCopy
+    """[4], the same on every rank: whether gradient and loss are not finite, 1 + the number of a
+    rank that had no batch, and whether any rank was asked to stop. Reading waits for the step."""
 
     @property
     def applied(self) -> bool:
-        """False if the step was not finite and changed nothing. Waits for the step to end."""
-        return not self.not_finite.read().any()
+        """False if the step changed nothing."""
+        return not self.flags.read()[:3].any()
 
     @property
     def loss_is_finite(self) -> bool:
-        """Whether it is on every rank. Waits like `applied`."""
-        return not self.not_finite.read()[1]
+        """Whether it is on every rank."""
+        return not self.flags.read()[1]
+
+    @property
+    def lost(self) -> int:
+        """1 + the number of a rank that had no batch; 0 if all had one."""
+        return int(self.flags.read()[2])
+
+    @property
+    def stop(self) -> bool:
+        """Whether any rank was asked to stop before this step."""
+        return bool(self.flags.read()[3])
 
 
 class TrainStep:
@@ -106,6 +118,7 @@ class TrainStep:
         self.scaler = torch.amp.GradScaler(device.type, enabled=config.precision == "fp16")
         self._parameters = [p for p in self.method.parameters() if p.requires_grad]
         self._skip = torch.zeros((), device=device)
+        self._notes = torch.zeros(2, device=device)  # the last two of the flags
         self.optimizer.found_inf = self._skip  # type: ignore[attr-defined]
         self._momentum = torch.zeros((), dtype=torch.float64, device=device)
         self.selector = self.method.criterion.selector
@@ -116,8 +129,21 @@ class TrainStep:
         optim = self.config.optim
         return ema_momentum(step, self.total_steps, optim.ema_start, optim.ema_end)
 
-    def __call__(self, batch: Batch, step: int) -> StepReport:
-        """Compute and, if it is finite, apply step number `step` (from 0)."""
+    def __call__(
+        self, batch: Batch, step: int, *, lost: bool = False, stop: bool = False
+    ) -> StepReport:
+        """Compute and, if it is finite, apply step number `step` (from 0).
+
+        Args:
+            batch: this rank's.
+            step: its number.
+            lost: the batch is noise, as this rank has lost its images: no rank applies the step.
+            stop: this rank was asked to stop, which the others learn with this step.
+        """
+        if lost:
+            self._notes[0] = rank() + 1
+        if stop:
+            self._notes[1] = 1
         lr = learning_rate(step, self.steps_per_epoch, self.config.optim)
         momentum = self.ema_momentum(step)
         set_learning_rate(self.optimizer, lr)
@@ -131,7 +157,7 @@ class TrainStep:
             lr=lr,
             ema_momentum=momentum,
             skipped=self._skip,
-            not_finite=HostCopy(done.not_finite),
+            flags=HostCopy(done.flags),
         )
 
     def _step(self, *views: Tensor) -> Outputs:
@@ -142,16 +168,17 @@ class TrainStep:
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.get_total_norm([p.grad for p in self._parameters])
         not_finite = 1 - torch.stack([norm.isfinite(), loss.isfinite()]).float()
+        flags = torch.cat([not_finite, self._notes])
         if world_size() > 1:  # the gradient is averaged already, the loss is this rank's
-            dist.all_reduce(not_finite, op=dist.ReduceOp.MAX)
-        self._skip.copy_(not_finite.amax())
+            dist.all_reduce(flags, op=dist.ReduceOp.MAX)
+        self._skip.copy_(flags[:3].amax().clamp_max(1))
         self.optimizer.step()
         self.method.update_target(self._momentum.where(self._skip == 0, 1))
         for statistics, kept in zip(self._statistics, self._kept, strict=True):
             statistics.copy_(torch.where(self._skip == 0, statistics, kept))
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        return Outputs(loss, norm, not_finite, branches)
+        return Outputs(loss, norm, flags, branches)
 
     def uncompiled(self) -> contextlib.AbstractContextManager[object]:
         """A context without torch.compile, for shapes other than a step's."""
@@ -257,6 +284,14 @@ class TrainStep:
             return self.parallel.no_sync()
         return contextlib.nullcontext()
 
+    def noise(self, rows: int) -> Views:
+        """Views of no image, always the same."""
+        augment, generator = self.config.augment, torch.Generator().manual_seed(0)
+        return tuple(
+            torch.randn((rows, augment.channels, size, size), generator=generator).to(self.device)
+            for size in augment.sizes
+        )
+
     # ---- resuming exactly --------------------------------------------------------------------
 
     def warm_up_ddp_buckets(self) -> None:
@@ -269,13 +304,8 @@ class TrainStep:
         if not isinstance(self.parallel, DistributedDataParallel):
             return
         torch._foreach_copy_(self._kept, self._statistics)
-        augment, rows = self.config.augment, self.config.optim.local_batch(world_size())
-        generator = torch.Generator().manual_seed(0)
-        shape = (rows // self.config.optim.accumulate, augment.channels)
-        noise = tuple(
-            torch.randn((*shape, size, size), generator=generator).to(self.device)
-            for size in augment.sizes
-        )
+        rows = self.config.optim.local_batch(world_size()) // self.config.optim.accumulate
+        noise = self.noise(rows)
         for _ in range(2):
             self._forward(self.parallel, noise).loss.backward()
         self.optimizer.zero_grad(set_to_none=True)

@@ -17,7 +17,6 @@ from rdm_fast.config import Config
 from rdm_fast.data import Batch, build_loader, load, require_same_images
 from rdm_fast.errors import (
     Collapsed,
-    InputMissing,
     Interrupted,
     OutputFailed,
     WorkersFailed,
@@ -29,7 +28,7 @@ from rdm_fast.models.pretrained import file_note, warm_start
 from rdm_fast.run import checkpoint
 from rdm_fast.run.checkpoint import Snapshot
 from rdm_fast.run.environment import describe_environment
-from rdm_fast.run.folder import RunFolder, read_status
+from rdm_fast.run.folder import RunFolder
 from rdm_fast.run.state import Stateful, flatten_optimizer, flatten_parts
 from rdm_fast.runtime.cudnn import choose_algorithms
 from rdm_fast.runtime.distributed import all_reduce_max, print0, rank, world_size
@@ -37,7 +36,7 @@ from rdm_fast.runtime.signals import StopOnSignal
 from rdm_fast.spectrum import BranchSpectra, branch_spectra
 from rdm_fast.telemetry import Plan, StepTimer, Telemetry
 from rdm_fast.training.collapse import CollapseGuard
-from rdm_fast.training.restore import restore
+from rdm_fast.training.restore import newest, restore
 from rdm_fast.training.skipped import SkippedSteps
 from rdm_fast.training.summary import summary
 from rdm_fast.training.train_step import StepReport, TrainStep
@@ -89,6 +88,7 @@ class Trainer:
         self.after_step: list[Callable[[StepReport], object]] = []
         self._failed_saves = 0
         self._stop_asked = False
+        self._lost: WorkersFailed | None = None
         self._last_saved = -1
 
     # ---- the loop ----------------------------------------------------------------------------
@@ -109,32 +109,28 @@ class Trainer:
             path = f"step-{self.step:08d}" if self.step else ""
             self.folder.write_status("running", step=self.step, checkpoint=path)
         with StopOnSignal(self.ask_to_stop), self._telemetry() as telemetry, self._saving():
-            ranks, graph = world_size(), bool(self.train_step.graph)
-            print0(
-                *summary(
-                    self.config,
-                    self.images,
-                    self.loader.name,
-                    self._engine(),
-                    ranks=ranks,
-                    device=self.device,
-                    graph=graph,
-                    step=self.step,
-                )
-            )
+            lines = summary(
+                self.config, self.images, self.loader.name, self._engine(), ranks=world_size(),
+                device=self.device, graph=bool(self.train_step.graph), step=self.step,
+            )  # fmt: skip
+            print0(*lines)
             if self.step == 0 and self.config.log.knn_every:
                 self._evaluate(telemetry)  # of random weights, to compare with
             timer = StepTimer()
             for epoch in range(self.step // self.loader.steps_per_epoch, self.config.optim.epochs):
                 start = self.step % self.loader.steps_per_epoch
-                for batch in timer.waits(self.loader.epoch(epoch, start)):
+                for batch in timer.waits(self._batches(epoch, start)):
                     for before in self.before_step:
                         before(batch, self.step)
-                    report = self.train_step(batch, self.step)
+                    report = self.train_step(
+                        batch, self.step, lost=self._lost is not None, stop=self._stop_asked
+                    )
                     for after in self.after_step:
                         after(report)
                     self.step += 1
                     self.skipped.watch(report)
+                    if self._is_read_at_once:
+                        self.skipped.read()
                     self.probe.update(batch.labels, report.lr, report.skipped)
                     self._log(report, telemetry, timer)
                     if self._epoch_is_due(self.config.log.knn_every):
@@ -145,11 +141,34 @@ class Trainer:
                         self.save(last=stop or self._is_last)
                         timer.restart()
                     if stop:
-                        raise Interrupted(
-                            f"stopped by a signal after step {self.step} of "
-                            f"{self.train_step.total_steps}, saved in {self.folder.path}: "
-                            "run the same command again to continue"
-                        )
+                        raise self._interrupted()
+
+    def _batches(self, epoch: int, start: int) -> Iterator[Batch]:
+        """The loader's batches; on a rank of several that can load no more, noise in their place.
+
+        The other ranks know nothing of it before the step, and would wait for this one.
+        """
+        try:
+            yield from self.loader.epoch(epoch, start)
+        except WorkersFailed as error:
+            if world_size() == 1:
+                raise
+            self._lost = error
+        while self._lost and self.step < (epoch + 1) * self.loader.steps_per_epoch:
+            rows = self.config.optim.local_batch(world_size())
+            large1, large2, *small = self.train_step.noise(rows)
+            unknown = torch.full((rows,), -1, device=self.device)
+            yield Batch(large1, large2, unknown, unknown.cpu(), tuple(small))
+
+    @property
+    def _is_read_at_once(self) -> bool:
+        """Whether something of this step is logged, measured or saved, so its result must be known.
+
+        This is the only regular wait for the device.
+        """
+        log = self.config.log
+        due = map(self._is_due, (log.every, log.spectrum_every, log.save_every))
+        return self._is_last or self._epoch_is_due(log.knn_every) or any(due)
 
     @property
     def _is_last(self) -> bool:
@@ -167,30 +186,24 @@ class Trainer:
 
     def _telemetry(self) -> Telemetry:
         plan = Plan(
-            total_steps=self.train_step.total_steps,
-            steps_per_epoch=self.loader.steps_per_epoch,
-            global_batch=self.config.optim.global_batch,
-            resumed_step=self.step,
-        )
+            total_steps=self.train_step.total_steps, steps_per_epoch=self.loader.steps_per_epoch,
+            global_batch=self.config.optim.global_batch, resumed_step=self.step,
+        )  # fmt: skip
         environment = describe_environment(
-            self.config,
-            device=self.device,
-            world_size=world_size(),
-            loader=self.loader.name,
+            self.config, device=self.device, world_size=world_size(), loader=self.loader.name,
             engine=self._engine(),
-        )
+        )  # fmt: skip
         return Telemetry.open(self.folder, self.config, environment, plan)
 
     def _engine(self) -> str:
         return self.selector.current(self.device) if self.selector else "none"
 
     def _log(self, report: StepReport, telemetry: Telemetry, timer: StepTimer) -> None:
-        """Log the last step if it is due; the only regular wait for the device."""
+        """Log the last step if it is due."""
         log = self._is_due(self.config.log.every)
         profile = self._is_due(self.config.log.spectrum_every)
         if not (log or profile):
             return
-        self.skipped.read()
         b, spectral = report.branches, self.train_step.method.criterion.applied
         spectra = branch_spectra(b.online, b.target, b.projection, spectral, profile=profile)
         if profile:
@@ -283,12 +296,16 @@ class Trainer:
 
     @contextmanager
     def _saving(self) -> Iterator[None]:
-        """Save what is trained if no more images can be loaded; the other ranks know nothing."""
+        """Save what is trained if no more images can be loaded, which every rank knows."""
         try:
             yield
-        except WorkersFailed:
-            self._save_here()
-            raise
+        except WorkersFailed as error:
+            if (last := self.skipped.newest) and last.lost:
+                self.step = last.number  # nothing was trained in this step
+            self.save(last=True)
+            if self._must_stop():
+                raise self._interrupted() from error
+            raise self._lost or error from None
 
     def snapshot(self) -> Snapshot:
         """Everything that the next step depends on."""
@@ -305,18 +322,8 @@ class Trainer:
 
     def restore(self) -> None:
         """Load the newest sound checkpoint of the run folder, if there is one."""
-        path = checkpoint.newest(
-            self.folder.checkpoints, lambda text: print0(f"warning: {text}"), sweep=rank() == 0
-        )
-        step = -1 if path is None else int(path.name.split("-")[1].split(".")[0])
-        if all_reduce_max(step, self.device) != step:
-            raise InputMissing(
-                f"rank {rank()} does not see the checkpoints of the other ranks in "
-                f"{self.folder.path}: --out must be a folder that all ranks share"
-            )
+        path = newest(self.folder, self.device)
         if path is None:
-            named = read_status(self.folder.path)["checkpoint"]
-            checkpoint.require_none(self.folder.checkpoints, named)
             warm_start(self.train_step.method, self.config.model, self.config.augment.channels)
             return
         self.step = self._last_saved = restore(
@@ -330,11 +337,13 @@ class Trainer:
         self._stop_asked = True
 
     def _must_stop(self) -> bool:
-        """Whether any rank got a signal; ranks ask each other only when they log."""
-        if self._is_last:
-            return False
-        if world_size() == 1:
-            return self._stop_asked
-        if not self._is_due(self.config.log.every):
-            return False
-        return bool(all_reduce_max(int(self._stop_asked), self.device))
+        """Whether any rank got a signal, which all learn with the last step that was read."""
+        last = self.skipped.newest
+        asked = self._stop_asked if world_size() == 1 else last is not None and last.stop
+        return asked and not self._is_last
+
+    def _interrupted(self) -> Interrupted:
+        return Interrupted(
+            f"stopped by a signal after step {self.step} of {self.train_step.total_steps}, saved "
+            f"in {self.folder.path}: run the same command again to continue"
+        )

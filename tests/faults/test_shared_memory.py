@@ -6,12 +6,13 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from PIL import Image
 from torch import Tensor
 
@@ -19,9 +20,12 @@ from rdm_fast.data.loaders import workers
 from rdm_fast.data.loaders.batch import Indices
 from rdm_fast.data.loaders.workers import in_workers, require_shared_memory
 from rdm_fast.errors import Unavailable, WorkersFailed
+from rdm_fast.evaluation import features
+from rdm_fast.runtime.distributed import rank
 from rdm_fast.training.trainer import Trainer
 from tests.forks import ROOT, environment
-from tests.runs import CPU, newest, run
+from tests.ranks import run_ranks
+from tests.runs import CPU, final_state, newest, run, with_log
 from tests.tiny import command, tiny
 
 PARTS = [np.arange(start, start + 4) for start in range(0, 24, 4)]
@@ -70,25 +74,84 @@ def test_torch_does_not_raise_in_the_middle_of_a_step() -> None:
     batches.close()  # type: ignore[attr-defined]
 
 
+def lose_images(trainer: Trainer, step: int) -> None:
+    """Let the loader fail where it should give the batch of this step, from 0."""
+    epoch = trainer.loader.epoch
+
+    def broken(*arguments: int) -> Iterator[object]:
+        for batch in epoch(*arguments):
+            if trainer.step == step:
+                raise WorkersFailed("lost")
+            yield batch
+
+    trainer.loader.epoch = broken  # type: ignore[assignment, method-assign]
+
+
 @pytest.mark.parametrize("step", [0, 3])
 def test_what_is_trained_is_saved_when_images_cannot_be_loaded_any_more(
     step: int, tmp_path: Path
 ) -> None:
-    def break_loader(trainer: Trainer) -> None:
-        epoch = trainer.loader.epoch
-
-        def broken(*arguments: int) -> Iterator[object]:
-            for done, batch in enumerate(epoch(*arguments)):
-                if done == step:
-                    raise WorkersFailed("lost")
-                yield batch
-
-        trainer.loader.epoch = broken  # type: ignore[assignment, method-assign]
-
-    config = replace(tiny(), log=replace(tiny().log, save_every=100))
     with pytest.raises(WorkersFailed):
-        run(tmp_path, config, break_loader)
+        run(tmp_path, with_log(tiny(), save_every=100), partial(lose_images, step=step))
     assert newest(tmp_path).name == f"step-{step:08d}"
+
+
+LOST = [(1, 2, 100), (0, 7, 1)]
+"""The rank, its step, and how often a step is logged."""
+
+
+def lost_and_resumed(folder: Path) -> list[str]:
+    """What this rank says when one of two ranks can load no more images, time after time."""
+    said = []
+    run(folder / "undisturbed", tiny())
+    for which, step, every in LOST:
+        config = with_log(tiny(), save_every=100, every=every, spectrum_every=0)
+
+        def prepare(trainer: Trainer, which: int = which, step: int = step) -> None:
+            if rank() == which:
+                lose_images(trainer, step)
+
+        out = folder / f"{which}-{step}"
+        try:
+            run(out, config, prepare)
+        except WorkersFailed as error:
+            said.append(str(error))
+        dist.barrier()
+        assert newest(out).name == f"step-{step:08d}"
+        run(out, config)
+    return said
+
+
+def test_ranks_save_together_when_one_can_load_no_more_images(tmp_path: Path) -> None:
+    said = run_ranks(2, lost_and_resumed, tmp_path, tmp_path=tmp_path)
+    for number, (which, step, _) in enumerate(LOST):
+        assert said[which][number] == "lost"
+        assert f"rank {which}" in said[1 - which][number]
+        assert final_state(tmp_path / f"{which}-{step}") == final_state(tmp_path / "undisturbed")
+
+
+def embedded(folder: Path) -> str:
+    """What this rank says when rank 1 loses its images while both embed, and then save."""
+
+    def lose(trainer: Trainer) -> None:
+        def batches(*_: object, **__: object) -> Iterator[tuple[Tensor, Tensor]]:
+            if rank() == 1:
+                raise WorkersFailed("lost")
+            yield torch.zeros(1, 1, 8, 8), torch.zeros(1, dtype=torch.int64)
+
+        features.evaluation_batches = batches
+
+    try:
+        run(folder, with_log(tiny(), save_every=100, knn_every=1), lose)
+    except WorkersFailed as error:
+        return str(error)
+    return "nothing"
+
+
+def test_ranks_save_together_when_one_can_load_no_more_test_images(tmp_path: Path) -> None:
+    said = run_ranks(2, embedded, tmp_path / "run", tmp_path=tmp_path)
+    assert "rank 1" in said[0] and said[1] == "lost"
+    assert newest(tmp_path / "run").name == "step-00000000"
 
 
 # ---- shared memory ---------------------------------------------------------------------------

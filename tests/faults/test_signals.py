@@ -3,6 +3,7 @@
 RDM_FAULT_SIGNALS is the number of random signals of the campaign; RDM_FAULT_SEED draws them.
 """
 
+import multiprocessing
 import os
 import random
 import signal
@@ -19,17 +20,22 @@ import pytest
 import torch
 
 from rdm_fast import __main__ as entries
+from rdm_fast.data.loaders import workers
+from rdm_fast.data.loaders.torch_loader import ViewsOfImages
+from rdm_fast.errors import Interrupted
 from rdm_fast.run import checkpoint
 from rdm_fast.run.folder import RunFolder, read_status
 from rdm_fast.runtime import atomic_files, signals
+from rdm_fast.runtime.distributed import rank
 from rdm_fast.runtime.signals import SIGNALS
 from rdm_fast.training import trainer as trainer_module
 from rdm_fast.training.train_step import TrainStep
 from rdm_fast.training.trainer import Trainer
 from tests.forks import PATIENCE, ROOT, Forked, call, environment, start
 from tests.processes import final_bytes
-from tests.runs import in_step
-from tests.tiny import command
+from tests.ranks import run_ranks
+from tests.runs import in_step, newest, run, with_log
+from tests.tiny import command, tiny
 
 WORDS = command("--log.every 1 --log.knn-every 1 --data.workers 0")
 SECONDS = 0.05  # instead of signals.REPEAT
@@ -170,6 +176,53 @@ def test_a_main_thread_that_waits_for_other_ranks_does_not_hold_a_signal_up(
     wait_until(process, lambda: out.exists() and "loading" in out.read_text())
     process.send_signal(signal.SIGHUP)
     assert_stopped(tmp_path, process.wait(20), signal.SIGHUP)
+
+
+def waits_for_a_batch(words: Sequence[str]) -> None:
+    """A run whose fourth batch never comes."""
+    made = []
+
+    def stuck(*_: Any, **__: Any) -> Any:
+        made.append(1)
+        return original(*_, **__) if len(made) < 4 else time.sleep(1000)
+
+    original = ViewsOfImages.__call__
+    ViewsOfImages.__call__ = stuck  # type: ignore[method-assign]
+    workers.LAST = 0.5
+    multiprocessing.set_start_method("fork", force=True)  # a worker that inherits this
+    sys.argv = ["train.py", *words]
+    entries.train()
+
+
+def test_a_batch_that_never_comes_does_not_hold_a_signal_up(
+    undisturbed: dict[str, bytes], tmp_path: Path
+) -> None:
+    words = [*WORDS, "--out", "run", "--data.loader", "torch", "--data.workers", "1"]
+    process = Forked(waits_for_a_batch, words, out=tmp_path / "out", err=tmp_path / "err",
+                     cwd=tmp_path)  # fmt: skip
+    out = tmp_path / "out"
+    wait_until(process, lambda: out.exists() and "step 3/" in out.read_text())
+    process.send_signal(signal.SIGTERM)
+    assert_stopped(tmp_path, process.wait(60), signal.SIGTERM)
+    assert read_status(tmp_path / "run")["checkpoint"] == "step-00000003"
+
+
+def stopped_on_ranks(out: Path) -> str:
+    """Where two ranks stop after a signal to one of them in step 3, if no step is logged."""
+
+    def prepare(trainer: Trainer) -> None:
+        if rank() == 1:
+            in_step(trainer, 3, Trainer.ask_to_stop)
+
+    with pytest.raises(Interrupted):
+        run(out, with_log(tiny(), every=100, save_every=100, spectrum_every=0), prepare)
+    torch.distributed.barrier()
+    return newest(out).name
+
+
+def test_ranks_stop_within_two_steps_of_a_signal_to_one(tmp_path: Path) -> None:
+    stopped = run_ranks(2, stopped_on_ranks, tmp_path / "run", tmp_path=tmp_path)
+    assert stopped == ["step-00000004"] * 2
 
 
 def wait_until(process: Forked | subprocess.Popen[bytes], happened: Callable[[], bool]) -> None:

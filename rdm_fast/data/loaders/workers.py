@@ -10,8 +10,9 @@ import shutil
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from pathlib import Path
 
@@ -22,12 +23,15 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from rdm_fast.data.loaders.batch import Indices
 from rdm_fast.errors import Unavailable, UserError, WorkersFailed, message_of
 from rdm_fast.runtime.launcher import ranks_here
+from rdm_fast.runtime.signals import seconds_since_stop
 
 FIRST_CHOICE = "fork" if sys.platform == "linux" else "spawn"
 """How worker processes start, whatever the default of this version of Python."""
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108
 AHEAD = 2
 """Batches that each worker makes ahead."""
+POLL, LAST = 0.1, 5.0
+"""Seconds between two looks for a signal, and those that a batch has after one."""
 RAISED = "in DataLoader worker process"
 """In torch's text of an exception that a worker has raised: it lives."""
 Made = tuple[Tensor, ...] | UserError
@@ -84,6 +88,14 @@ def in_workers(
         yield made
 
 
+def no_more_images(rank: int) -> WorkersFailed:
+    """The error of the other ranks when one can load no more images."""
+    return WorkersFailed(
+        f"rank {rank} can load no more images: logs/rank{rank}.err in the run folder says why; "
+        "then run the same command again"
+    )
+
+
 def require_shared_memory(batch: int, ahead: int, workers: int) -> None:
     """Refuse workers whose batches would not fit into what is free of the shared memory.
 
@@ -120,7 +132,7 @@ def _within(limit: float, batches: Iterator[Made]) -> Iterator[Made]:
     """
     waiting = ThreadPoolExecutor(1)
     try:
-        while (made := waiting.submit(next, batches, None).result(limit)) is not None:
+        while (made := _soon(waiting.submit(next, batches, None), limit)) is not None:
             yield made
     except (RuntimeError, OSError, EOFError) as error:
         text = message_of(error)
@@ -137,6 +149,20 @@ def _within(limit: float, batches: Iterator[Made]) -> Iterator[Made]:
         ) from error
     finally:
         waiting.shutdown(wait=False)
+
+
+def _soon(batch: "Future[Made | None]", limit: float) -> Made | None:
+    """The batch, unless it takes too long: LAST seconds for a run that a signal asked to stop.
+
+    Raises:
+        TimeoutError: it does.
+    """
+    began = time.monotonic()
+    while not wait([batch], POLL).done:
+        waited = time.monotonic() - began
+        if waited > limit or min(waited, seconds_since_stop()) > LAST:
+            raise TimeoutError
+    return batch.result()
 
 
 class _Parts(Dataset[Made]):
