@@ -5,6 +5,7 @@ tyro's error events are private (`tyro._errors`), so pyproject.toml pins its ver
 
 import contextlib
 import io
+import itertools
 import os
 import re
 from collections.abc import Callable, Sequence
@@ -14,14 +15,18 @@ from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
 import tyro
 from tyro import _errors
 
-from rdm_fast.config.checks import did_you_mean
+from rdm_fast.config.checks import did_you_mean, shown
 from rdm_fast.config.flags import Alias, Shape
 from rdm_fast.config.recipes import DEFAULT, RECIPES, recipe
 from rdm_fast.errors import UsageError
 
 Options = TypeVar("Options")
 HELP = "--help lists all"
-KINDS = {"INT": "a whole number", "FLOAT": "a number", "FLOAT FLOAT": "two numbers"}
+FLAG = "--?[A-Za-z]"  # and no negative number
+KINDS = {
+    "INT": "a whole number", "FLOAT": "a number", "FLOAT FLOAT": "two numbers",
+    "[FLOAT [FLOAT ...]]": "numbers",
+}  # fmt: skip
 """What tyro's placeholders stand for."""
 
 
@@ -120,23 +125,36 @@ def _message(event: _errors.ParseErrorEvent, args: Sequence[str], options: type)
         case _errors.InstantiationFailure(argument=argument, message=message):
             if argument is None:  # a check of the options' own
                 return message
-            kind = KINDS.get(str(argument.lowered.metavar), argument.lowered.metavar)
-            found = re.search(r"'.*'$", message)
-            not_this = f", not {found[0]}" if found else ""  # of too many digits, Python shows none
-            return f"{argument.display_name()} takes {kind}{not_this}"
+            return _takes(argument, args)
     known = flags(options)
     for arg in args:
         flag = arg.partition("=")[0].replace("_", "-")
-        if re.match("--?[A-Za-z]", flag) and flag not in known:
+        if re.match(FLAG, flag) and flag not in known:
             return f"unknown flag {flag}: {did_you_mean(flag, known, HELP)}"
     match event:
         case _errors.BadValue(argument=argument):
-            return f"{argument.display_name()} needs {argument.lowered.nargs} value(s)"
+            return _takes(argument, args)
         case _errors.MissingArgs(missing_arguments=[first, *_]):
             return f"no {first.arg.display_name()} given: --help says what it is"
         case _errors.UnrecognizedArgs(tokens=[token, *_]):
-            return f"unexpected argument {token}: leave it out ({HELP})"
+            end = args.index(token) if token in args else 0
+            before = [arg for arg in args[:end] if re.match(FLAG, arg)]
+            after = f" after {before[-1].partition('=')[0]}" if before else ""
+            return f"unexpected argument {shown(token)}{after}: leave it out ({HELP})"
     return f"the arguments contradict each other ({HELP})"
+
+
+def _takes(argument: Any, args: Sequence[str]) -> str:
+    """What a flag takes, and what it was given."""
+    lowered, given = argument.lowered, []
+    for i, arg in enumerate(args):
+        flag, equals, value = arg.partition("=")
+        if flag.replace("_", "-") in lowered.name_or_flags:
+            after = itertools.takewhile(lambda word: not re.match(FLAG, word), args[i + 1 :])
+            given = [value] if equals else [*after]
+    kind = KINDS.get(str(lowered.metavar), "a value")
+    found = shown(" ".join(given)) if given else "none"
+    return f"{argument.display_name()} takes {kind}, not {found}"
 
 
 LAUNCHING = ("--nproc", "--max-restarts")

@@ -185,8 +185,13 @@ def test_a_tilde_is_the_home_folder_in_every_flag(
         ("train", "--seed 1e3", "--seed", "whole number, not '1e3'"),
         ("train", "--lr x", "--optim.base-lr", "number, not 'x'"),
         ("train", "--augment.view1.crop-scale a 1", "--augment.view1.crop-scale", "two numbers"),
-        ("train", "--augment.view1.crop-scale 0.5", "--augment.view1.crop-scale", "2 value"),
-        ("train", "--seed", "--seed", "1 value"),
+        ("train", "--augment.view1.crop-scale 0.5", "--augment.view1.crop-scale", "not '0.5'"),
+        ("train", "--augment.view1.crop-scale -1 x", "--augment.view1.crop-scale", "not '-1 x'"),
+        ("train", "--augment.view1.crop-scale 0 1 7", "'7'", "after --augment.view1.crop-scale"),
+        ("train", "--augment.mean 0.1 a 1", "--augment.mean takes numbers", "not '0.1 a 1'"),
+        ("train", "--augment.std=a", "--augment.std takes numbers", "not 'a'"),
+        ("train", "--seed", "--seed", "whole number, not none"),
+        ("train", "--data.loader --seed 3", "--data.loader", "a value, not none"),
         ("train", "--filter.kind pol", "--filter.kind", "poly, log, log_1"),
         ("train", "--device gpu", "--device", "auto, cpu, cuda"),
         ("train", "--augment.view2.jitter 2", "augment.view2.jitter=2.0", "0 to 1"),
@@ -207,7 +212,7 @@ def test_a_tilde_is_the_home_folder_in_every_flag(
 )
 def test_an_error_names_the_flag_and_the_fix(name: str, line: str, named: str, fix: str) -> None:
     text = message(line, name)
-    assert named in text and fix in text
+    assert named in text and fix in text and "FLOAT" not in text and "INT" not in text
 
 
 @pytest.mark.parametrize(
