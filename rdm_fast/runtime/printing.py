@@ -7,11 +7,14 @@ terminal is gone, its disk is full or it was closed, is dropped.
 
 import io
 import os
+import re
 import sys
+import threading
 import traceback
 import warnings
-from contextlib import suppress
-from typing import TextIO
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, TextIO
 
 from rdm_fast.errors import UserError, message_of, printable
 
@@ -45,6 +48,47 @@ def warn(text: str, stacklevel: int = 1) -> None:
     warnings.warn(printable(text), stacklevel=stacklevel + 1)
 
 
+_item = threading.local()
+
+
+@contextmanager
+def about(name: str) -> Iterator[None]:
+    """What this thread does now is about one of many files."""
+    _item.name = name
+    try:
+        yield
+    finally:
+        _item.name = None
+
+
+@contextmanager
+def one_warning_a_kind(package: str) -> Iterator[None]:
+    """Print each kind of a library's warnings once, at the end, with the number of files.
+
+    It counts those that come inside `about`, in any thread. Two that differ in numbers alone are
+    of one kind.
+    """
+    found: dict[str, tuple[str, set[str]]] = {}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("always", module=rf"{package}\.")
+        before = warnings.showwarning
+
+        def count(message: Warning | str, *rest: Any, **more: Any) -> None:
+            name = getattr(_item, "name", None)
+            if name is None:
+                before(message, *rest, **more)
+                return
+            text = " ".join(str(message).split())
+            found.setdefault(re.sub(r"\d+", "0", text), (text, set()))[1].add(name)
+
+        warnings.showwarning = count
+        try:
+            yield
+        finally:
+            for text, names in found.values():
+                print_line(f"warning: {text} ({len(names)} file(s), such as {min(names)})")
+
+
 # ---- the streams of a command ----------------------------------------------------------------
 
 
@@ -63,7 +107,7 @@ def guard_streams() -> None:
         if stream is None or (type(stream) is io.TextIOWrapper and _number(stream) == descriptor):
             setattr(sys, name, _guarded(stream, descriptor))
     warnings.showwarning = _show
-    # Of files that it can read; again in every worker and epoch, and without their names.
+    # Of files that it can read; again in every worker and epoch. The index counts them by file.
     warnings.filterwarnings("ignore", module=r"PIL\.")
 
 

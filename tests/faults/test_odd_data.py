@@ -207,6 +207,41 @@ def test_a_folder_that_cannot_be_listed_is_one_error(
         read(tmp_path)
 
 
+# ---- files that change in place --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["files", "shards"])
+def test_files_that_change_in_place_are_noticed_once_with_their_number(
+    kind: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Names and sizes are kept. It is noticed in the epoch, and again at the next start."""
+    first, second = (
+        [encode(Image.fromarray(pixels), "BMP") for pixels in natural(8, H, W, seed)]
+        for seed in (0, 1)
+    )
+
+    def write(files: list[bytes]) -> None:
+        if kind == "shards":
+            pack(tmp_path / "a.tar", {f"{i}.bmp": data for i, data in enumerate(files)})
+        for i, data in enumerate(files):
+            put(tmp_path / f"train/{i}.bmp", data) if kind == "files" else None
+
+    write(first)
+    name = "webdataset" if kind == "shards" else "folder"
+    images = read(tmp_path, name=name)
+    epoch_of(images), read(tmp_path, name=name)
+    assert "warning" not in capfd.readouterr().out
+    write(second)
+    epoch_of(images)
+    out = capfd.readouterr().out
+    assert out.count("warning") == 1 and "8 of 8 images" in out and ".bmp" in out
+    read(tmp_path, name=name)
+    out = capfd.readouterr().out
+    assert out.count("warning") == 1 and "8 of 8 files" in out
+    read(tmp_path, name=name)
+    assert "warning" not in capfd.readouterr().out
+
+
 # ---- names -----------------------------------------------------------------------------------
 
 

@@ -11,13 +11,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from rdm_fast.cli import commands
 from rdm_fast.config import DataConfig
+from rdm_fast.data import load
 from rdm_fast.errors import DataError, UserError, explained
 from rdm_fast.run.folder import RunFolder
 from rdm_fast.runtime import printing
 from rdm_fast.runtime.printing import print_error, print_line, traceback_of, warn
+from tests.data.files import encode, put
 from tests.forks import ROOT, Forked, call, environment
 from tests.tiny import command, tiny
 
@@ -223,6 +226,25 @@ def test_pillows_warnings_are_not_repeated_by_every_worker(
         for module in ("PIL.Image", "PIL.TiffImagePlugin", "PILLAR"):
             warnings.warn_explicit("odd", UserWarning, "x.py", 1, module)
     assert capsys.readouterr().err == "warning: odd\n"
+
+
+def test_pillows_warnings_come_once_a_kind_with_the_number_of_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As in a run that has cached nothing yet, and then in the next one."""
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    for i in range(8):
+        put(tmp_path / f"{i}.png", encode(Image.new("RGB", (12, 10 + i // 4))))
+    monkeypatch.setattr(warnings, "showwarning", warnings.showwarning)
+    with warnings.catch_warnings():
+        printing.guard_streams()
+        config = DataConfig(name="folder", root=str(tmp_path))
+        assert len(load(config, "train")) == 8
+        text = "".join(capsys.readouterr())
+        assert text.count("decompression bomb") == 1 and "8 file(s), such as 0.png" in text
+        warnings.warn_explicit("odd", UserWarning, "x.py", 1, "PIL.Image")
+        load(config, "train")
+    assert "warning" not in "".join(capsys.readouterr())
 
 
 def test_a_system_that_is_not_supported_is_one_line(

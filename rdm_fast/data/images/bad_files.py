@@ -109,11 +109,25 @@ class UnreadableImages:
         """`outcome` completes the warning."""
         self._images, self._config, self._outcome = images, config, outcome
         self.indices: set[int] = set()
+        self._has_warned = False
 
     def note(self, asked: NDArray[np.int64], shown: NDArray[np.int64]) -> None:
-        """Add the images that were replaced by others, as `add` does."""
+        """Add the images that were replaced by others, as `add` does.
+
+        Of those that were shown, one file is looked at: if it has changed since it was inspected,
+        one warning counts those of the batch.
+        """
         for i in asked[asked != shown].tolist():
             self.add(i)
+        if self._has_warned or not self._images.has_changed(int(shown[0])):
+            return
+        self._has_warned = True
+        count = sum(map(self._images.has_changed, shown.tolist()))
+        print_line(
+            f"warning: rank {rank()}: {count} of {len(shown)} images of a batch, such as "
+            f"{self._images.name(int(shown[0]))}, have changed since they were inspected: the run "
+            "trains on them as they are now, and cannot be repeated"
+        )
 
     def add(self, i: int) -> None:
         """List and count image i, with one warning for the first image.

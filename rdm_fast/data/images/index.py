@@ -7,7 +7,6 @@ stay the same. New, changed and bad files are inspected again.
 
 import os
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
@@ -21,7 +20,7 @@ from numpy.typing import NDArray
 
 from rdm_fast.data.images.decode import MAX_PIXELS, ImageSize, inspect_image, one_line, reason
 from rdm_fast.data.images.tables import Rows, folder_lock, load_table, save_table
-from rdm_fast.runtime.printing import print_line
+from rdm_fast.runtime.printing import about, one_warning_a_kind, print_line
 
 STAMP = "images 2"  # changes with the format
 THREADS = 8  # they wait for the disk, and Pillow decodes without holding the interpreter
@@ -65,6 +64,8 @@ class Index:
     rows: Rows
     """ROW, [n]."""
     bad: list[BadFile]
+    changed: int = 0
+    """Files that have changed since they were last inspected, names and sizes kept."""
 
     @property
     def usable(self) -> NDArray[np.bool_]:
@@ -102,6 +103,12 @@ def build(
         return index
     with folder_lock(folder):
         index = _recall(folder, files, full, part)
+        if index.changed:
+            print_line(
+                f"warning: {index.changed} of {len(files)} files in {one_line(str(folder))} have "
+                "changed since they were last used, with the same names and sizes: a run that "
+                "began with them before does not go on as it would have"
+            )
         missing = np.flatnonzero(~index.usable)
         saved = time.monotonic()
         inspect = partial(_inspect, full=full, open_file=open_file or (lambda f: folder / f.path))
@@ -123,7 +130,7 @@ def _inspect(file: FileEntry, full: bool, open_file: Open) -> ImageSize | str:
         source = open_file(file)
     except OSError as error:
         return reason(error)
-    with nullcontext() if isinstance(source, Path) else source:
+    with nullcontext() if isinstance(source, Path) else source, about(file.path):
         return inspect_image(source, full=full)
 
 
@@ -135,8 +142,7 @@ def _inspect_files(
 ) -> Iterator[tuple[int, ImageSize | str]]:
     """Inspect the chosen files in threads and yield results in order; print progress."""
     start = reported = time.monotonic()
-    with warnings.catch_warnings(), ThreadPoolExecutor(THREADS) as pool:
-        warnings.simplefilter("ignore")  # Pillow's, about oddities in files that it can read
+    with one_warning_a_kind("PIL"), ThreadPoolExecutor(THREADS) as pool:
         for first in range(0, len(chosen), CHUNK):
             chunk = chosen[first : first + CHUNK].tolist()
             yield from zip(chunk, pool.map(inspect, [files[k] for k in chunk]), strict=True)
@@ -152,15 +158,17 @@ def _inspect_files(
 def _recall(folder: Path, files: Sequence[FileEntry], full: bool, part: str) -> Index:
     rows = np.zeros(len(files), ROW)
     rows["size"], rows["changed"] = [f.size for f in files], [f.changed for f in files]
-    saved = load_table(folder, part, STAMP, ROW, _is_sound)
+    changed, saved = 0, load_table(folder, part, STAMP, ROW, _is_sound)
     if saved is not None:
         places = {name: place for place, name in enumerate(saved.names)}
         place = np.array([places.get(os.fsencode(f.path), -1) for f in files], np.int64)
         old = saved.rows[place]  # those at -1 are not taken
-        holds = (place >= 0) & (old["size"] == rows["size"]) & (old["changed"] == rows["changed"])
+        alike = (place >= 0) & (old["size"] == rows["size"])
+        holds = alike & (old["changed"] == rows["changed"])
+        changed = int((alike & ~holds).sum())
         holds &= old["decoded"] | (not full)
         rows[holds] = old[holds]
-    return Index(files, rows, [])
+    return Index(files, rows, [], changed)
 
 
 def _save(folder: Path, index: Index, part: str) -> None:

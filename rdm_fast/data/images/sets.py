@@ -8,6 +8,7 @@ import io
 import os
 from abc import ABC, abstractmethod
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 
@@ -59,6 +60,10 @@ class ImageSet(ABC):
     def name(self, i: int) -> str:
         """The name of image i in messages."""
         return f"image {i}"
+
+    def has_changed(self, i: int) -> bool:
+        """Whether the file of image i was written to since it was inspected; False if unknown."""
+        return False
 
     @abstractmethod
     def read(self, i: int) -> Pixels:
@@ -190,11 +195,21 @@ class StoredImages(ImageSet):
         self._paths = b"".join(encoded)
         self._ends = np.cumsum([0, *map(len, encoded)])
         self._file_sizes = np.array([file.size for file in files], "<i8")
+        self._written = np.array([file.changed for file in files], np.int64)
         super().__init__(None if labels is None else labels[kept], classes, index.sizes[kept])
 
     def indexed_path(self, i: int) -> str:
         """The path of image i in the index."""
         return os.fsdecode(self._paths[self._ends[i] : self._ends[i + 1]])
+
+    @abstractmethod
+    def _path(self, i: int) -> Path:
+        """The file that holds image i."""
+
+    def has_changed(self, i: int) -> bool:
+        with suppress(OSError):  # it has vanished: reading it says so
+            return self._path(i).stat().st_mtime_ns != int(self._written[i])
+        return False
 
     @abstractmethod
     def _bytes(self, i: int) -> bytes:
@@ -242,6 +257,8 @@ class FileImages(StoredImages):
         """The file of image i."""
         return self._root / self.indexed_path(i)
 
+    _path = path
+
     def name(self, i: int) -> str:
         return one_line(str(self.path(i)))
 
@@ -264,6 +281,9 @@ class Subset(ImageSet):
 
     def file(self, i: int) -> Pixels:
         return self.images.file(int(self.indices[i]))
+
+    def has_changed(self, i: int) -> bool:
+        return self.images.has_changed(int(self.indices[i]))
 
     def name(self, i: int) -> str:
         return self.images.name(int(self.indices[i]))

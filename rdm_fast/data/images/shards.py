@@ -51,8 +51,11 @@ class ShardImages(StoredImages):
     def name(self, i: int) -> str:
         return one_line(str(self._shards[self._shard[i]].parent / self.indexed_path(i)))
 
+    def _path(self, i: int) -> Path:
+        return self._shards[self._shard[i]]
+
     def _bytes(self, i: int) -> bytes:
-        shard, size = self._shards[self._shard[i]], int(self._file_sizes[i])
+        shard, size = self._path(i), int(self._file_sizes[i])
         data = read_file(shard, self.name(i), int(self._offset[i]), size)
         if len(data) < size:
             raise DataError(f"{self.name(i)} has changed: {shard.name} is shorter than it was")
