@@ -1,11 +1,14 @@
 """Images of odd names, folders, formats and labels train; whatever is left aside is counted."""
 
+import codecs
 import errno
 import logging
 import multiprocessing
 import os
 import shutil
+import tempfile
 import unicodedata
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,9 +23,10 @@ from rdm_fast.data import build_loader, load
 from rdm_fast.data.images.decode import SUFFIXES
 from rdm_fast.data.images.sets import FileImages, ImageSet
 from rdm_fast.data.images.shards import ShardImages
-from rdm_fast.errors import ConfigMismatch, DataError, InputMissing
+from rdm_fast.errors import ConfigMismatch, DataError, InputMissing, UserError
 from tests.data.files import PICTURE, H, W, encode, epoch_of, natural, put, rows
 from tests.data.images.test_arrays import write
+from tests.data.images.test_bad_images import as_somebody_else
 from tests.data.images.test_shards import pack
 from tests.runs import metrics, run, run_to
 from tests.tiny import tiny
@@ -240,6 +244,59 @@ def test_files_that_change_in_place_are_noticed_once_with_their_number(
     assert out.count("warning") == 1 and "8 of 8 files" in out
     read(tmp_path, name=name)
     assert "warning" not in capfd.readouterr().out
+
+
+# ---- what may not be read --------------------------------------------------------------------
+
+
+@pytest.fixture
+def shared(tmp_path: Path) -> Iterator[Path]:
+    """A folder that everybody may enter and write to, unlike pytest's."""
+    codecs.lookup("ascii")  # while Python's own files may be read
+    path = Path(tempfile.mkdtemp(prefix="shared-"))
+    path.chmod(0o777)
+    yield path
+    shutil.rmtree(path)
+
+
+@pytest.mark.parametrize(
+    ("kept", "mode", "found"),
+    [
+        ("data/train/b", 0o000, "train/b"),
+        ("data/train/b", 0o444, 12),  # it can be listed, and nothing in it opened
+        ("data/train/b/1.png", 0o000, 15),
+        ("data/train", 0o000, "train"),
+        ("data", 0o000, "data"),
+        ("packed.npz", 0o000, "packed.npz"),
+        ("data/train/.rdm_fast_index.npz", 0o000, 16),
+    ],
+)
+def test_what_may_not_be_read_is_left_out_or_one_error(
+    kept: str, mode: int, found: int | str, shared: Path
+) -> None:
+    root = folder(shared / "data", *(f"train/{c}/{i}.png" for c in "abcd" for i in range(4)))
+    write(shared / "packed.npz", {"train_images": natural(4, 8, 8), "train_labels": np.arange(4)})
+    put(root / "train/.rdm_fast_index.npz", b"")
+    data: dict[str, Any] = {"max_bad": 0.5}
+    if kept == "packed.npz":
+        root, data = shared / kept, {"name": "arrays"}
+    (shared / kept).chmod(mode)
+    table = shared / "bad.tsv"
+    try:
+        with as_somebody_else():
+            if isinstance(found, int):
+                assert len(read(root, table=table, **data)) == found
+            else:
+                with pytest.raises(UserError) as refused:
+                    read(root, table=table, **data)
+    finally:
+        (shared / kept).chmod(0o777)
+    if isinstance(found, int):
+        assert {reason for _, reason in rows(table)} <= {"permission denied"}
+        assert len(rows(table)) == 16 - found
+    else:
+        assert refused.value.code in (65, 66) and found in str(refused.value)
+        assert "permission denied" in str(refused.value).lower()
 
 
 # ---- names -----------------------------------------------------------------------------------

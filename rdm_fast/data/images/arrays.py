@@ -29,6 +29,7 @@ from rdm_fast.data.images.deep_images import warn_of_range
 from rdm_fast.data.images.folder import listing
 from rdm_fast.data.images.sets import EncodedImages, ImageSet, PixelImages
 from rdm_fast.errors import DataError, InputMissing
+from rdm_fast.runtime import atomic_files
 from rdm_fast.runtime.untrusted import require_array, require_zip
 
 Array = NDArray[Any]
@@ -51,7 +52,12 @@ def load_arrays(path: Path, split: str, white_level: int = WHITE) -> ImageSet:
             f"--data.root {path} is not a file: data.name=arrays needs one .npz file; "
             f"{found} {listing(path if path.is_dir() else parent)}"
         )
-    if not zipfile.is_zipfile(path):  # numpy would take it for a pickle, and advise to load that
+    try:
+        with atomic_files.opened(path) as file:
+            is_zip = zipfile.is_zipfile(file)
+    except OSError as error:
+        raise DataError(f"{path} cannot be read ({reason(error)}): check it") from error
+    if not is_zip:  # numpy would take it for a pickle, and advise to load that
         raise DataError(f"{path} is not an .npz file, or damaged: pack the arrays with numpy.savez")
     require_zip(path)
     try:

@@ -156,8 +156,7 @@ def _scan_split(root: Path, split: str, chosen: list[str] | None) -> "_Scan":
     """
     require_folder(root)
     wanted = TRAIN_NAMES if split == "train" else TEST_NAMES
-    with os.scandir(root) as entries:
-        folders = sorted(entry.name for entry in entries if _is_folder(entry))
+    folders = sorted(entry.name for entry in _listed(root) if _is_folder(entry))
     for name in wanted:
         same = [folder for folder in folders if folder.lower() == name]
         if same:
@@ -266,16 +265,21 @@ class _Scan:
 
     def _entries(self, folder: "os.PathLike[str]", prefix: str) -> list["os.DirEntry[str]"]:
         """What a folder holds, without litter."""
-        try:
-            with os.scandir(folder) as entries:
-                found = sorted(entries, key=lambda entry: entry.name)
-        except OSError as error:
-            name = one_line(os.fspath(folder))
-            raise DataError(f"{name} cannot be read ({reason(error)}): check it") from error
+        found = _listed(folder)
         for entry in found:
             if is_litter(entry.name):
                 self.ignored.add(prefix + entry.name)
         return [entry for entry in found if not is_litter(entry.name)]
+
+
+def _listed(folder: "os.PathLike[str]") -> list["os.DirEntry[str]"]:
+    """What a folder holds, by name."""
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(entries, key=lambda entry: entry.name)
+    except OSError as error:
+        name = one_line(os.fspath(folder))
+        raise DataError(f"{name} cannot be read ({reason(error)}): check it") from error
 
 
 def _is_folder(entry: "os.DirEntry[str]") -> bool:
