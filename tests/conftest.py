@@ -1,11 +1,18 @@
-"""Fixtures shared by every test: seeds, poisoned allocations, and where real images lie."""
+"""Fixtures shared by every test: seeds, poisoned memory, no bugs, and where real images lie."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import NoReturn
+from unittest import mock
 
 import hypothesis
 import pytest
 import torch
+
+from rdm_fast.cli import commands
+from rdm_fast.errors import UserError
+from tests import forks
 
 # Without a GPU the Triton kernels still run, in Triton's interpreter (numpy, slow, exact). The
 # variable is read when triton is imported, so it is set before any test module is.
@@ -33,6 +40,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _no_bug(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Fail a test in which a command ends with code 70, here or forked, unless it is marked so."""
+    forks.ended_with_a_bug.clear()
+    end = commands._exit_with
+
+    def watched(error: UserError) -> NoReturn:
+        if error.code == forks.BUG:
+            forks.ended_with_a_bug.append(str(error))
+        end(error)
+
+    with mock.patch.object(commands, "_exit_with", watched):
+        yield
+    on_purpose = request.node.get_closest_marker("bug") is not None
+    assert bool(forks.ended_with_a_bug) == on_purpose, forks.ended_with_a_bug
 
 
 @pytest.fixture(autouse=True)

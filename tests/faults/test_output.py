@@ -79,6 +79,33 @@ def test_an_error_of_the_operating_system_is_no_bug(tmp_path: Path) -> None:
     assert explained(ValueError("x"), "", "").code == 70
 
 
+def with_a_bug() -> None:
+    """A command that raises what nobody expects."""
+    name = "doctor"
+    commands.COMMANDS[name] = replace(commands.COMMANDS[name], run=lambda *_: [][0])
+    commands.main([name])
+
+
+@pytest.mark.bug
+@pytest.mark.parametrize("forked", [False, True])
+def test_a_bug_is_one_line_with_a_code_of_its_own(
+    forked: bool,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Any other test in which a command ends so fails."""
+    if forked:
+        code: object = Forked(with_a_bug, out=tmp_path / "out", err=tmp_path / "err").wait()
+        text = (tmp_path / "err").read_text()
+    else:
+        monkeypatch.setattr(commands, "COMMANDS", dict(commands.COMMANDS))
+        with pytest.raises(SystemExit) as ended:
+            with_a_bug()
+        code, text = ended.value.code, capsys.readouterr().err
+    assert code == 70 and text.count("\n") == 1 and "IndexError" in text and "a bug" in text
+
+
 @pytest.mark.parametrize("words", [
     ("train", EVIL), ("train", f"--{EVIL}"), ("train", "--resume", EVIL),
     ("train", "--data.name", EVIL), ("train", "--data.root", EVIL, "--data.name", "folder"),
