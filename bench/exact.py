@@ -16,7 +16,7 @@ from torch import Tensor
 from bench.reference import response
 from rdm_fast import FilterConfig
 from rdm_fast.filters.engines.gemm import LEAST_CUTOFF
-from rdm_fast.filters.response import cutoff, noise_floor
+from rdm_fast.filters.response import cutoff, noise_share
 
 Definition = Literal["cutoff", "damped"]
 
@@ -71,8 +71,7 @@ def weights(
     if definition == "damped":
         if config.kind == "poly" and config.sigma == 2:
             return s.square()
-        rms = s.norm() / (B * D) ** 0.5
-        noise = noise_floor(rms, samples=B, features=D, dtype=dtype)
+        noise = noise_share(samples=B, features=D, dtype=dtype) * s.norm()
         tau = torch.maximum(max(config.cutoff, LEAST_CUTOFF) * s.square().norm().sqrt(), noise)
         damped = (s.square() + tau.square()).sqrt()
         return response(config, damped) * (s / damped).square()

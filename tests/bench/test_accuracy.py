@@ -12,6 +12,7 @@ from torch import Tensor
 import bench.accuracy as accuracy
 from bench.accuracy import NO_GRADIENT, SPECTRA, Cell, batch, fault, filters, measure, report
 from rdm_fast import FilterConfig
+from rdm_kernels import product
 
 pytestmark = pytest.mark.filterwarnings("ignore:filter.location")
 EIGH = FilterConfig(engine="eigh")
@@ -69,3 +70,27 @@ def test_the_table_and_the_rows_hold_every_filter_and_spectrum_once(tmp_path: Pa
     assert [name.strip() for name in header.split("|")[2:-2]] == SPECTRA
     assert [row.split("|")[1].strip() for row in rows] == list(filters())
     assert {row.count("|") for row in rows} == {len(SPECTRA) + 3}
+
+
+def test_tf32x3_changes_products_of_the_gemm_engine_and_stays_within_its_limits() -> None:
+    """Each as three products of operands of 10 bits, which keep 21 bits of an element."""
+    A, B = torch.randn(2, 8, 8), torch.randn(2, 8, 8)
+    config = FilterConfig(sigma=1.0, engine="gemm")
+    views = batch("k^-1", 12, 20, torch.float32)
+    plain = measure(config, "k^-1", *views, "cpu")
+    with accuracy.tf32x3():
+        emulated = product(A, B)
+        cell = measure(config, "k^-1", *views, "cpu")
+    error = (emulated.double() - A.double() @ B.double()).abs() / (A.abs() @ B.abs())
+    assert 2.0**-25 < float(error.max()) < 2.0**-19
+    assert torch.equal(product(A, B), A @ B)
+    assert cell.error != plain.error and not fault(config, "k^-1", cell)
+
+
+@pytest.mark.parametrize(("engine", "refused"), [("gemm", True), ("auto", False)])
+def test_a_filter_that_an_engine_refuses_has_no_row(
+    engine: str, refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(accuracy, "SPECTRA", ["flat"])
+    rows = report(engine, "float32", (6, 8), "cpu").cells
+    assert ("online s^-1" not in rows) == refused and "online s^-0.5" in rows
