@@ -147,11 +147,11 @@ def test_a_predictor_in_simsiam_has_the_fused_gradient(config: FilterConfig, sha
 
 
 @pytest.mark.parametrize("engine", ["auto", "eigh", "gemm", "reference"])
-@pytest.mark.parametrize("config", ONLINE + TARGET[:1], ids=name)
+@pytest.mark.parametrize("config", ONLINE + TARGET[2:3], ids=name)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_every_engine_has_one_scale(config: FilterConfig, shape: Shape, engine: Any) -> None:
-    """(s / s_rms)^sigma, which a loss other than a cosine sees, forward and backward. gemm's series
-    for s^-1 ends at 7e-5."""
+    """(s / s_rms)^sigma, which a loss other than a cosine sees, forward and backward. gemm fits
+    its functions of s."""
     z, other = (7 * z for z in two_views(*shape, "flat"))
     _, s, Vh = torch.linalg.svd(z.double(), full_matrices=False)
     s = s / s.square().mean().sqrt() if config.kind == "poly" else s
@@ -160,7 +160,7 @@ def test_every_engine_has_one_scale(config: FilterConfig, shape: Shape, engine: 
     p = SpectralPredictor(replace(config, engine=engine))(z)
     (p - other).square().sum().backward()
     assert z.grad is not None
-    error = 3e-4 if engine == "gemm" else 1e-5
+    error = 4e-3 if engine == "gemm" else 1e-5
     assert relative(p.detach(), z.detach().double() @ W) <= error
     assert relative(z.grad, 2 * (z.detach().double() @ W - other.double()) @ W) <= error
 

@@ -30,7 +30,7 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
 POWERS = [1.0, 0.5, 0.0, -0.3, -0.5, 6.0]
 ALL = pytest.mark.parametrize("g", [*POWERS, *FUNCTIONS])
 SPECTRA = ["flat", "k^-1", "k^-2", "clusters", "rank 8"]
-FIT = 1e-2  # largest error of a function of t, relative to its maximum
+FIT = 5e-3  # largest error of a function of t, relative to its maximum; twice as much if it falls
 
 
 def with_spectrum(*args: Any) -> Tensor:
@@ -75,7 +75,7 @@ def test_only_the_weights_err_in_float64(
         formed(X, found), literal(X, g, root, cutoff), (1.0, float(root)), strict=True
     ):
         error = torch.linalg.matrix_norm(result - expected, 2)
-        assert error <= FIT * largest * size
+        assert error <= FIT * largest * size * (2 if isinstance(g, float) and g < 0 else 1)
     if g == 1.0:  # rows hardly err where the response does not amplify
         assert relative(formed(X, found)[1], literal(X, g, root, cutoff)[1]) <= 1e-5
 
