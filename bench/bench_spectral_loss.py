@@ -67,6 +67,8 @@ LOSS_ERROR = 0.02
 def is_timed(name: str, filtered: str, shape: tuple[int, int]) -> bool:
     if name == "compiled":
         return GPU and filtered in ONE_OF_EACH and shape in COMPILED
+    if name == "gemm" and FILTERS[filtered].why_not_gemm:
+        return False
     return min(shape) < SLOW.get(name, max(shape) + 1) or filtered in ONE_OF_EACH
 
 

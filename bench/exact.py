@@ -4,6 +4,8 @@ Two definitions for directions that are too weak to filter:
 
     cutoff    W = V g(S) V^T over s > tau                                      eigh engine
     damped    W = V g(D) (S / D)^2 V^T, D = (S^2 + tau^2)^(1/2)                gemm engine
+
+tau is the cutoff times s_1 or, damped, times c^(1/2) = (sum s^8)^(1/8); rounding noise if larger.
 """
 
 from functools import cache
@@ -72,7 +74,8 @@ def weights(
         if config.kind == "poly" and config.sigma == 2:
             return s.square()
         noise = noise_share(samples=B, features=D, dtype=dtype) * s.norm()
-        tau = torch.maximum(max(config.cutoff, LEAST_CUTOFF) * s.square().norm().sqrt(), noise)
+        root_c = torch.linalg.vector_norm(s, 8)
+        tau = torch.maximum(max(config.cutoff, LEAST_CUTOFF) * root_c, noise)
         damped = (s.square() + tau.square()).sqrt()
         return response(config, damped) * (s / damped).square()
     tau = cutoff(s[None], samples=B, features=D, dtype=dtype, relative=config.cutoff)[0]

@@ -1,5 +1,7 @@
 """bench.exact against the tests' own formulas and bench.reference."""
 
+from itertools import product
+
 import pytest
 import torch
 from torch.testing import assert_close
@@ -20,8 +22,8 @@ def test_it_agrees_with_the_tests_own_formula(
     config: FilterConfig, definition: Definition, shape: tuple[int, int]
 ) -> None:
     filter_of = damped_filter if definition == "damped" else paper_filter
-    for spectrum in ("k^-1", "straddling"):
-        z1, z2 = two_views(*shape, spectrum, torch.bfloat16)
+    for spectrum, dtype in product(("k^-1", "straddling"), (torch.bfloat16, torch.float32)):
+        z1, z2 = two_views(*shape, spectrum, dtype)
         loss, gradient = exact(config, z1, z2, definition, (decompose(z1), decompose(z2)))
         expected, *gradients = paper_loss(z1, z2, config, filter_of=filter_of)
         assert_close(loss, expected, rtol=0, atol=1e-9)
