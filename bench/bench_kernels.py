@@ -129,7 +129,7 @@ def bench_gram(measure: Measure, name: str, case: str) -> None:
     def run() -> Tensor:
         match name:
             case "rdm":
-                return gram(X, side=side, stacked=stacked).matrix
+                return gram(X, side=side, stacked=stacked)
             case "torch_fp32":
                 return torch.bmm(wide, wide.mT)
             case "cublas_fp32":
@@ -154,7 +154,7 @@ def bench_gram(measure: Measure, name: str, case: str) -> None:
 def squares(n: int) -> tuple[Tensor, Tensor]:
     """Two symmetric matrices that commute, for each view, [2, n, n] float32."""
     G = gram(batch(n, 2 * n), side="samples")
-    A = G.matrix / G.norm[:, None, None]
+    A = G / torch.linalg.matrix_norm(G, keepdim=True)
     return A, A @ A
 
 
@@ -230,9 +230,9 @@ def bench_filtered_cosine(measure: Measure, name: str, case: str) -> None:
     eager = torch.compile(filtered_eager) if name == "compiled" else filtered_eager
     with tf32(False):
         G = gram(X, side="samples")
-        h = G.matrix / G.norm[:, None, None]  # the filter s^4, up to a factor
-        M = G.matrix @ h
-        MG, inner, norm = M @ G.matrix, z.float() @ wide.mT, z.float().norm(dim=-1)
+        h = G / torch.linalg.matrix_norm(G, keepdim=True)  # the filter s^4, up to a factor
+        M = G @ h
+        MG, inner, norm = M @ G, z.float() @ wide.mT, z.float().norm(dim=-1)
 
         def run() -> Tensor:
             if name == "rdm":

@@ -51,7 +51,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 def bench_library(measure: Measure, name: str, case: str) -> None:
     """cuSOLVER's and cuBLAS's routines as PyTorch calls them, on two matrices."""
     n, dtype = int(case), torch.float64 if "fp64" in name else torch.float32
-    A = gram(batch(n, 2 * n), side="samples").matrix.to(dtype)
+    A = gram(batch(n, 2 * n), side="samples").to(dtype)
     A = A / torch.linalg.matrix_norm(A)[:, None, None]
     A.diagonal(dim1=1, dim2=2).add_(1e-3)
     L, B = torch.linalg.cholesky_ex(A).L, torch.randn_like(A)
@@ -85,7 +85,7 @@ def bench_blocks(measure: Measure, name: str, case: str) -> None:
     else:
         A, B = squares(n) if op == "sym_matmul" else torch.randn(2, 2, n, n, device=DEVICE)
         exact, flops, unit = A.double() @ B.double(), 3 * n, "tf32"
-        arguments = (A, B, None, 1.0, 0.0, 0.0)[: 6 if op == "sym_matmul" else 5]
+        arguments = (A, B, None, 1.0, 0.0, 0.0, False)[: 7 if op == "sym_matmul" else 5]
 
     def run() -> object:
         return multiply(*arguments)

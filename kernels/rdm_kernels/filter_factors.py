@@ -119,13 +119,12 @@ def filter_factors(
     d = damping(cutoff)
     with torch.autocast(X.device.type, enabled=False):
         if X.dtype == torch.float64:
-            G = sym_matmul(X if samples else X.mT.contiguous())
+            G = sym_matmul(X if samples else X.mT.contiguous()).matrix
         else:
             G = gram(X, side="samples" if samples else "features")
-        squared = sym_matmul(G.matrix)
-        Y, R, P, root = start(
-            X, G.matrix, squared.matrix, squared.norm, G.trace, G.nonfinite, d, noise, QUINTICS[0]
-        )
+        trace = G.diagonal(dim1=1, dim2=2).sum(dim=1)  # finite if, and only if, G is
+        squared = sym_matmul(G, norm=True)
+        Y, R, P, root = start(X, G, squared.matrix, squared.norm, trace, d, noise, QUINTICS[0])
         Y = Y if samples else Y.mT
 
         def restart(Q: Tensor) -> Tensor:
@@ -137,14 +136,13 @@ def filter_factors(
         Y = product(last, Y)
         K = sym_matmul(Y).matrix
         Q = _times(last, first)
-        residual = sym_matmul(Q, C=K, alpha=d, beta=1.0, gamma=-1.0).norm / math.sqrt(len(K[0]))
+        unit = len(K[0]) ** -0.5
+        residual = sym_matmul(Q, C=K, alpha=d * unit, beta=unit, gamma=-unit, norm=True).norm
         weights = _weights(g, cutoff, root, len(X))
-        F, E, status = combine(
-            weights, matrices, root, residual, G.nonfinite, residual_limit(cutoff)
-        )
+        F, E, status = combine(weights, matrices, root, residual, trace, residual_limit(cutoff))
         usable = (status != INACCURATE)[:, None, None]
         Y, K = Y.where(usable, 0), K.where(usable, 0)
-    return FilterFactors(Y, K, F, E, root, G.trace, residual, status)
+    return FilterFactors(Y, K, F, E, root, trace, residual, status)
 
 
 def damping(cutoff: float) -> float:

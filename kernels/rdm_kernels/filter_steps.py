@@ -28,7 +28,6 @@ def define_start(
     squared: Tensor,
     norm: Tensor,
     trace: Tensor,
-    nonfinite: Tensor,
     d: float,
     noise: float,
     coefficients: list[float],
@@ -40,14 +39,13 @@ def define_start(
     Args:
         X: [v, B, D], any floating dtype.
         G, squared: [v, n, n], X X^T or X^T X, and its square.
-        norm, trace: [v], |G^2|_F and the trace of G.
-        nonfinite: [v] int32, not 0 if G is not finite.
+        norm, trace: [v], |G^2|_F and the trace of G, which is not finite if G is not.
         d, noise: numbers.
         coefficients: a, b and c.
     """
     (a, b, c), X, G, squared = coefficients, *(each.contiguous() for each in (X, G, squared))
     C = torch.maximum(norm.sqrt() / (1 - d), trace * (noise**2 / d))
-    C = C.where(C != 0, 1).where(nonfinite == 0, torch.nan)
+    C = C.where(C != 0, 1).where(trace.isfinite(), torch.nan)
     root = C.sqrt()
     A = G / C[:, None, None]
     identity = torch.eye(G.shape[-1], dtype=G.dtype, device=G.device)
@@ -61,7 +59,7 @@ start = define_op("filter_start", define_start)
 
 @triton.jit(do_not_specialize=["size", "n"])
 def _start_kernel(
-    X_ptr, G_ptr, squared_ptr, norm_ptr, trace_ptr, nonfinite_ptr,
+    X_ptr, G_ptr, squared_ptr, norm_ptr, trace_ptr,
     scaled_ptr, R_ptr, P_ptr, root_ptr,
     size, n, d, noise, a, b, c, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -70,9 +68,10 @@ def _start_kernel(
     if ALIGNED:
         size, elements = tl.multiple_of(size, 16), tl.multiple_of(elements, 16)
     z = tl.program_id(1).to(tl.int64)
-    C = tl.maximum(tl.sqrt(tl.load(norm_ptr + z)) / (1 - d), tl.load(trace_ptr + z) * noise)
+    trace = tl.load(trace_ptr + z)
+    C = tl.maximum(tl.sqrt(tl.load(norm_ptr + z)) / (1 - d), trace * noise)
     C = tl.where(C != 0, C, 1.0)
-    C = tl.where(tl.load(nonfinite_ptr + z) == 0, C, float("nan"))
+    C = tl.where(trace < float("inf"), C, float("nan"))
     root = tl.sqrt(C)
     tl.store(root_ptr + z, root)
 
@@ -97,23 +96,20 @@ def start_triton(
     squared: Tensor,
     norm: Tensor,
     trace: Tensor,
-    nonfinite: Tensor,
     d: float,
     noise: float,
     coefficients: list[float],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if G.dtype == torch.float64:
-        return define_start(X, G, squared, norm, trace, nonfinite, d, noise, coefficients)
-    X, G, squared, norm, trace, nonfinite = (
-        given.contiguous() for given in (X, G, squared, norm, trace, nonfinite)
-    )
+        return define_start(X, G, squared, norm, trace, d, noise, coefficients)
+    X, G, squared, norm, trace = (given.contiguous() for given in (X, G, squared, norm, trace))
     v, n, _ = G.shape
     scaled = G.new_empty(X.shape)
     R, P, root = torch.empty_like(G), torch.empty_like(G), G.new_empty(v)
     size = X[0].numel()
     grid = (triton.cdiv(max(size, n * n), BLOCK["BLOCK"]), v)
     _start_kernel[grid](
-        X, G, squared, norm, trace, nonfinite, scaled, R, P, root,
+        X, G, squared, norm, trace, scaled, R, P, root,
         size, n, d, noise**2 / d, *coefficients, ALIGNED=size % 16 == n % 4 == 0, **BLOCK,
     )  # fmt: skip
     return scaled, R, P, root
@@ -127,7 +123,7 @@ def define_combine(
     matrices: list[Tensor],
     root: Tensor,
     residual: Tensor,
-    nonfinite: Tensor,
+    trace: Tensor,
     limit: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Two weighted sums [v, n, n] of the matrices, the second one times root, and the status [v].
@@ -139,11 +135,11 @@ def define_combine(
         matrices: j of [v, n, n].
         root: [v].
         residual: [v]; inaccurate above this limit, or if NaN.
-        nonfinite: [v] int32; the status is NOT_FINITE where it is not 0.
+        trace: [v]; the status is NOT_FINITE where it is not finite.
         limit: of residuals.
     """
     inaccurate = torch.where(residual <= limit, 0, INACCURATE)
-    status = torch.where(nonfinite != 0, NOT_FINITE, inaccurate).to(torch.int32)
+    status = torch.where(trace.isfinite(), inaccurate, NOT_FINITE).to(torch.int32)
     sums = torch.zeros(2, *matrices[0].shape, dtype=weights.dtype, device=weights.device)
     for pair, matrix in zip(weights.unbind(2), matrices, strict=True):
         sums.addcmul_(pair.mT[:, :, None, None], matrix)
@@ -156,7 +152,7 @@ combine = define_op("filter_combine", define_combine)
 
 @triton.jit(do_not_specialize=["size", "j"])
 def _combine_kernel(
-    stacked_ptr, weights_ptr, root_ptr, residual_ptr, nonfinite_ptr, F_ptr, E_ptr, status_ptr,
+    stacked_ptr, weights_ptr, root_ptr, residual_ptr, trace_ptr, F_ptr, E_ptr, status_ptr,
     size, j, limit, ALIGNED: tl.constexpr, NOT_FINITE: tl.constexpr, INACCURATE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -165,7 +161,7 @@ def _combine_kernel(
         size = tl.multiple_of(size, 16)
     z, v = tl.program_id(1).to(tl.int64), tl.num_programs(1)
     status = tl.where(tl.load(residual_ptr + z) <= limit, 0, INACCURATE)
-    status = tl.where(tl.load(nonfinite_ptr + z) != 0, NOT_FINITE, status)
+    status = tl.where(tl.load(trace_ptr + z) < float("inf"), status, NOT_FINITE)
     tl.store(status_ptr + z, status)
 
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -185,19 +181,19 @@ def combine_triton(
     matrices: list[Tensor],
     root: Tensor,
     residual: Tensor,
-    nonfinite: Tensor,
+    trace: Tensor,
     limit: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     if weights.dtype == torch.float64:
-        return define_combine(weights, matrices, root, residual, nonfinite, limit)
-    weights, root, residual, nonfinite = (
-        given.contiguous() for given in (weights, root, residual, nonfinite)
+        return define_combine(weights, matrices, root, residual, trace, limit)
+    weights, root, residual, trace = (
+        given.contiguous() for given in (weights, root, residual, trace)
     )
     stacked, (v, n, _) = torch.stack(matrices), matrices[0].shape
     F, E = torch.empty_like(stacked[0]), torch.empty_like(stacked[0])
-    status = torch.empty_like(nonfinite)
+    status = torch.empty_like(trace, dtype=torch.int32)
     _combine_kernel[(triton.cdiv(n * n, BLOCK["BLOCK"]), v)](
-        stacked, weights, root, residual, nonfinite, F, E, status,
+        stacked, weights, root, residual, trace, F, E, status,
         n * n, len(matrices), limit, ALIGNED=n % 4 == 0, **BITS, **BLOCK,
     )  # fmt: skip
     return F, E, status
@@ -206,11 +202,19 @@ def combine_triton(
 def variants() -> list[Variant]:
     """The start for every dtype of X, and the combination, at aligned and other sizes."""
     names = ("G_ptr", "squared_ptr", "norm_ptr", "trace_ptr", "scaled_ptr", "R_ptr", "P_ptr")
-    start_types = dict.fromkeys((*names, "root_ptr"), FP32) | {"nonfinite_ptr": "*i32"}
+    start_types = dict.fromkeys((*names, "root_ptr"), FP32)
     start_types |= dict.fromkeys(("d", "noise", "a", "b", "c"), "fp32")
     start_types |= dict.fromkeys(("size", "n"), "i32")
-    floats = ("stacked_ptr", "weights_ptr", "root_ptr", "residual_ptr", "F_ptr", "E_ptr")
-    types = dict.fromkeys(floats, FP32) | dict.fromkeys(("nonfinite_ptr", "status_ptr"), "*i32")
+    floats = (
+        "stacked_ptr",
+        "weights_ptr",
+        "root_ptr",
+        "residual_ptr",
+        "trace_ptr",
+        "F_ptr",
+        "E_ptr",
+    )
+    types = dict.fromkeys(floats, FP32) | {"status_ptr": "*i32"}
     types |= {"size": "i32", "j": "i32", "limit": "fp32"}
     found = []
     for aligned in ({"ALIGNED": False}, {"ALIGNED": True}):

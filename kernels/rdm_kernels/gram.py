@@ -5,8 +5,7 @@
 
 Products of 16-bit values are exact in float32, so the Gram matrix of a 16-bit batch is as accurate
 as float32 sums, unless it is stored in 16 bits. With `center`, the mean row of each view is
-subtracted as rows are read. Only tiles on or below the diagonal are computed. Diagonal, trace,
-Frobenius norm and non-finite flag come from the same pass.
+subtracted as rows are read. Only tiles on or below the diagonal are computed, and mirrored.
 
 Error of an element in units of |x_i| |x_j|, where x is a row, or a column on the feature side, K
 terms are summed and u = 2^-24:
@@ -30,15 +29,12 @@ from torch import Tensor
 
 from rdm_kernels.ops import cuda_launcher, define_op, describe
 from rdm_kernels.tiles import (
-    LARGE,
+    FULL,
     Blocks,
-    Fields,
-    Symmetric,
-    finish_variant,
+    mirrored,
     pad_rows,
-    product_variant,
-    symmetric_from_lower,
     symmetric_product,
+    symmetric_variants,
 )
 from rdm_kernels.variant import FP32, POINTERS, Variant
 
@@ -51,7 +47,7 @@ def gram(
     side: Literal["samples", "features"],
     center: bool = False,
     stacked: bool = False,
-) -> Symmetric:
+) -> Tensor:
     """Gram matrix of each batch of rows, or of all of them stacked.
 
     Args:
@@ -62,9 +58,8 @@ def gram(
             mean.
 
     Returns:
-        Matrices [v, n, n], n = B or D, or [1, v B, v B] if stacked, with their diagonals (squared
-        lengths of rows or columns), traces and Frobenius norms, and a flag that is set if X is not
-        finite or too large (rows longer than 1e19).
+        Matrices [v, n, n], n = B or D, or [1, v B, v B] if stacked. The diagonal of one is not
+        finite if X is not, or is too large (rows longer than 1e19).
 
     Raises:
         ValueError: X has another dtype or shape, or the options do not fit.
@@ -79,14 +74,14 @@ def gram(
     if stacked and side == "features":
         raise ValueError('stacked=True stacks rows: use side="samples", or add X^T X of the views')
     with torch.autocast(X.device.type, enabled=False):
-        return Symmetric(*gram_op(X.detach(), side == "features", center, stacked))
+        return gram_op(X.detach(), side == "features", center, stacked)
 
 
-def define_gram(X: Tensor, features: bool, center: bool, stacked: bool) -> Fields:
+def define_gram(X: Tensor, features: bool, center: bool, stacked: bool) -> Tensor:
     X = X.float()
     X = X - X.mean(dim=1, keepdim=True) if center else X
     X = X.flatten(0, 1)[None] if stacked else X
-    return symmetric_from_lower(X.mT @ X if features else X @ X.mT)
+    return mirrored(X.mT @ X if features else X @ X.mT)
 
 
 gram_op = define_op("gram", define_gram)
@@ -118,13 +113,14 @@ def is_narrow(dtype: torch.dtype, center: bool) -> bool:
     return dtype != torch.float32 and not center
 
 
+LARGE = 1024  # above this n, larger tiles still fill a device
+
+
 def blocks(dtype: torch.dtype, center: bool, n: int) -> Blocks:
     """Block sizes for an n x n Gram matrix."""
     if is_narrow(dtype, center):
-        return Blocks(128, 64, 8, 3) if n >= LARGE else Blocks(64, 32, 4, 4)
-    if center:
-        return Blocks(64, 16, 8, 3)
-    return Blocks(128, 16, 8, 3) if n >= LARGE else Blocks(64, 32, 8, 3)
+        return Blocks(128, 64, 8, 3) if n > LARGE else Blocks(64, 64, 4, 3)
+    return Blocks(64, 16, 4, 3) if center else FULL
 
 
 @cuda_launcher(gram_op)
@@ -135,7 +131,7 @@ def gram_triton(
     stacked: bool,
     block: Blocks | None = None,
     parts: int | None = None,
-) -> Symmetric:
+) -> Tensor:
     """`define_gram` by the kernels, in these blocks and at most so many parts of the sum."""
     v, B, D = X.shape
     X = pad_rows(X)
@@ -150,7 +146,7 @@ def gram_triton(
     precision = "ieee" if is_narrow(X.dtype, center) else "tf32x3"
     return symmetric_product(
         X, X, n, block, parts, precision=precision, features=features, mean=mean, group=B
-    )
+    )[0]
 
 
 def variants() -> list[Variant]:
@@ -160,9 +156,8 @@ def variants() -> list[Variant]:
         types = {"X_ptr": X, "mean_ptr": FP32, "rows": "i32", "W": "i32:16"}
         found.append(Variant(_mean_kernel, types, MEANS))
         dtype = getattr(torch, name)
-        for features, center, n in product((False, True), (False, True), (LARGE - 1, LARGE)):
+        for features, center, n in product((False, True), (False, True), (LARGE, LARGE + 1)):
             block = blocks(dtype, center, n)
             precision = "ieee" if is_narrow(dtype, center) else "tf32x3"
-            found.append(product_variant(X, precision, block, features, center))
-            found.append(finish_variant(block, affine=False))
+            found += symmetric_variants(X, precision, block, features=features, center=center)
     return found

@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rdm_kernels.ops import cuda_launcher, define_op, describe
-from rdm_kernels.tiles import LARGE, Blocks, chunks, multiply_tile, num_parts, pad_rows
+from rdm_kernels.tiles import FULL, Blocks, chunks, multiply_tile, num_parts, pad_rows
 from rdm_kernels.variant import FP32, Variant
 
 DTYPES = (torch.float32, torch.float64)
@@ -83,7 +83,7 @@ def _general_product_kernel(
     BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Tile t of alpha X Y^T in matrix z, summed over chunk s."""
-    t, s, z = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    t, s, z = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     across = tl.cdiv(n, BLOCK)
     i, j = t // across, t % across
     start = s * chunk
@@ -99,12 +99,7 @@ def _general_product_kernel(
     tl.store(out_ptr + (r * n + c), acc, mask=inside)
 
 
-# ---- block sizes and launcher --------------------------------------------------------------------
-
-
-def blocks(elements: int) -> Blocks:
-    """Block sizes for results with so many elements in all."""
-    return Blocks(128, 16, 8, 2) if elements >= LARGE**2 else Blocks(64, 32, 8, 3)
+# ---- launcher --------------------------------------------------------------------
 
 
 def as_lines(X: Tensor) -> tuple[Tensor, bool]:
@@ -120,7 +115,7 @@ def product_triton(
     C: Tensor | None,
     alpha: float,
     beta: float,
-    block: Blocks | None = None,
+    block: Blocks = FULL,
     parts: int | None = None,
 ) -> Tensor:
     """`define_product` by the kernel, in these blocks and at most so many parts of the sum."""
@@ -128,7 +123,6 @@ def product_triton(
         return define_product(A, B, C, alpha, beta)
     (v, m, k), n = A.shape, B.shape[2]
     (X, x_columns), (Y, y_columns) = as_lines(A), as_lines(B.mT)
-    block = block or blocks(v * m * n)
     tiles = triton.cdiv(m, block.BLOCK) * triton.cdiv(n, block.BLOCK)
     parts = parts or num_parts(v * tiles, k, block)
     chunk, parts = chunks(X.shape[1] if x_columns else X.shape[2], parts, block)
@@ -142,7 +136,7 @@ def product_triton(
 
 
 def variants() -> list[Variant]:
-    """Every product that `blocks` may choose."""
+    """Every layout of the operands."""
     types = dict.fromkeys(("X_ptr", "Y_ptr", "out_ptr"), FP32) | {"alpha": "fp32"}
     types |= dict.fromkeys(("m", "n", "x_rows", "y_rows"), "i32")
     types |= dict.fromkeys(("x_width", "y_width", "chunk"), "i32:16")
@@ -150,10 +144,8 @@ def variants() -> list[Variant]:
         Variant(
             _general_product_kernel,
             types,
-            {"X_COLUMNS": x_columns, "Y_COLUMNS": y_columns, **block._asdict()},
+            {"X_COLUMNS": x_columns, "Y_COLUMNS": y_columns, **FULL._asdict()},
             tensor_cores=True,
         )
-        for block, x_columns, y_columns in itertools.product(
-            (blocks(LARGE**2 - 1), blocks(LARGE**2)), (False, True), (False, True)
-        )
+        for x_columns, y_columns in itertools.product((False, True), repeat=2)
     ]

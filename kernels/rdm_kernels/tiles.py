@@ -1,17 +1,14 @@
 """Kernels that multiply tiles, and the launcher of symmetric products X Y^T and X^T Y.
 
-`multiply_tile` is the inner loop of `gram`, `sym_matmul` and `product`. A symmetric product takes
-three kernels:
+`multiply_tile` is the inner loop of `gram`, `sym_matmul` and `product`. A symmetric product is one
+launch: a program multiplies a tile on or below the diagonal, scales and shifts it, and stores each
+element and its mirror image. So the result equals its transpose bit for bit. A long sum of few
+tiles is split, and PyTorch adds the parts. A second launch computes the norm, if asked.
 
-    product   multiplies tiles on or below the diagonal, each split into chunks of the sum
-    finish    adds the chunks in order, scales the sum and stores each element and its mirror image
-    totals    computes the trace, the Frobenius norm and the non-finite flag
-
-So the result equals its transpose bit for bit, and since no kernel uses atomics, the same input
-always gives the same bits. A single kernel would spill registers: the mirrored store does not fit
-beside the product where n is not a multiple of 16.
+No kernel uses atomics, so the same input always gives the same bits.
 """
 
+from itertools import product
 from typing import NamedTuple
 
 import torch
@@ -27,11 +24,10 @@ SMALLEST, LARGEST = 1e-30, 1e30
 _LOW, _HIGH = tl.constexpr(SMALLEST), tl.constexpr(LARGEST)
 
 WIDTH = 16  # rows are zero-padded to a multiple, so that tiles are copied 16 bytes at a time
-LARGE = 1024  # from this n on, larger tiles still fill a device
 PROGRAMS = 132  # multiprocessors of an H100; fixed, so results do not depend on the device
 MAX_PARTS = 16
-FINISH = {"SUB": 32, "num_warps": 4}
-TOTALS = {"BLOCK": 512, "num_warps": 4}
+STEPS = 16  # of a part at least: the launch that adds the parts takes about as long
+NORM = {"BLOCK": 512, "num_warps": 4}
 
 
 class Blocks(NamedTuple):
@@ -43,34 +39,14 @@ class Blocks(NamedTuple):
     num_stages: int
 
 
-class Symmetric(NamedTuple):
-    """v symmetric matrices and their totals, in float32 or float64."""
-
-    matrix: Tensor  # [v, n, n], bitwise symmetric
-    diagonal: Tensor  # [v, n]
-    trace: Tensor  # [v]
-    norm: Tensor  # [v]: Frobenius norm, which is at least the largest eigenvalue's magnitude
-    nonfinite: Tensor  # [v] int32: 1 if the matrix holds NaN or infinity, else 0
+# For tf32x3. With eight warps a tile's sum would go through shared memory in each step, and larger
+# tiles spill on sm_80.
+FULL = Blocks(64, 32, 4, 3)
 
 
-def allocate(like: Tensor, v: int, n: int) -> Symmetric:
-    """Uninitialized results for v matrices n x n, on the device of `like`."""
-    matrix = like.new_empty(v, n, n, dtype=torch.float32)
-    diagonal, trace, norm = matrix.new_empty(v, n), matrix.new_empty(v), matrix.new_empty(v)
-    return Symmetric(matrix, diagonal, trace, norm, matrix.new_empty(v, dtype=torch.int32))
-
-
-Fields = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # of `Symmetric`, as an op returns them
-
-
-def symmetric_from_lower(matrix: Tensor) -> Fields:
-    """The fields of `Symmetric`, computed by PyTorch from the lower triangle of [v, n, n]."""
-    matrix = matrix.tril() + matrix.tril(-1).mT
-    diagonal = matrix.diagonal(dim1=-2, dim2=-1).clone()
-    m = matrix.abs().amax(dim=(1, 2)).clamp(SMALLEST, LARGEST)
-    norm = m * (matrix / m[:, None, None]).square().sum(dim=(1, 2)).sqrt()
-    nonfinite = (~matrix.isfinite()).flatten(1).any(dim=1).to(torch.int32)
-    return matrix, diagonal, diagonal.sum(dim=1), norm, nonfinite
+def mirrored(matrix: Tensor) -> Tensor:
+    """The lower triangles of [v, n, n] and their mirror images, by PyTorch."""
+    return matrix.tril() + matrix.tril(-1).mT
 
 
 def lower_tiles(n: int, block: int) -> int:
@@ -80,8 +56,8 @@ def lower_tiles(n: int, block: int) -> int:
 
 
 def num_parts(tiles: int, K: int, block: Blocks) -> int:
-    """Number of chunks that gives the whole device work, each at least 4 steps long."""
-    return max(1, min(PROGRAMS // tiles, K // (4 * block.BLOCK_K), MAX_PARTS))
+    """Number of chunks that gives the whole device work, each of at least STEPS steps."""
+    return max(1, min(PROGRAMS // tiles, K // (STEPS * block.BLOCK_K), MAX_PARTS))
 
 
 def chunks(K: int, parts: int, block: Blocks) -> tuple[int, int]:
@@ -117,21 +93,30 @@ def _lower_tile(t):
 
 @triton.jit
 def _load(
-    X_ptr, mean_ptr, z, line, k, stop, rows, W, group,
+    X_ptr, mean_ptr, z, first, k, stop, rows, W, group,
     COLUMNS: tl.constexpr, CENTER: tl.constexpr, WIDE: tl.constexpr,
+    BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Terms k < stop of these lines of matrix z [rows, W], minus the mean if CENTER; 0 outside."""
+    """Terms k < stop of the lines from `first` on of matrix z [rows, W], minus the mean if CENTER.
+
+    Zero outside. Offsets within a tile have 32 bits: 64-bit ones for all its elements would spill.
+    """
+    r, c = tl.arange(0, BLOCK)[:, None], tl.arange(0, BLOCK_K)[None, :]
     if COLUMNS:  # a line is a column; its terms run along the rows
         lines, terms = W, rows
-        at, mean_at = z * rows * W + k * W + line, z * W + line + 0 * k
+        at, inside = (z * rows + k) * W + first, c * W + r
     else:
         lines, terms = rows, W
-        at, mean_at = z * rows * W + line * W + k, (z * rows + line) // group * W + k
-    mask = (line < lines) & (k < tl.minimum(stop, terms))
-    x = tl.load(X_ptr + at, mask=mask, other=0.0)
+        at, inside = (z * rows + first) * W + k, r * W + c
+    mask = (r < lines - first) & (c < tl.minimum(stop, terms) - k)
+    x = tl.load(X_ptr + at + inside, mask=mask, other=0.0)
     if WIDE:
         x = x.to(tl.float32)
     if CENTER:
+        if COLUMNS:
+            mean_at = z * W + first + r + 0 * c
+        else:
+            mean_at = (z * rows + first + r) // group * W + k + c
         x = tl.where(mask, x - tl.load(mean_ptr + mean_at, mask=mask, other=0.0), 0.0)
     return x
 
@@ -148,98 +133,74 @@ def multiply_tile(
     Multiplies lines of X by lines of Y, which are rows or columns of padded matrices. Each `group`
     rows share a mean.
     """
-    a = i * BLOCK + tl.arange(0, BLOCK).to(tl.int64)[:, None]
-    b = j * BLOCK + tl.arange(0, BLOCK).to(tl.int64)[:, None]
-    k = start + tl.arange(0, BLOCK_K)[None, :]
     acc = tl.zeros((BLOCK, BLOCK), tl.float32)
-    for _ in range(start, stop, BLOCK_K):
-        x = _load(X_ptr, mean_ptr, z, a, k, stop, x_rows, x_width, group, X_COLUMNS, CENTER, WIDE)
-        y = _load(Y_ptr, mean_ptr, z, b, k, stop, y_rows, y_width, group, Y_COLUMNS, CENTER, WIDE)
+    for k in range(start, stop, BLOCK_K):
+        x = _load(
+            X_ptr, mean_ptr, z, i * BLOCK, k, stop, x_rows, x_width, group,
+            X_COLUMNS, CENTER, WIDE, BLOCK, BLOCK_K,
+        )  # fmt: skip
+        y = _load(
+            Y_ptr, mean_ptr, z, j * BLOCK, k, stop, y_rows, y_width, group,
+            Y_COLUMNS, CENTER, WIDE, BLOCK, BLOCK_K,
+        )  # fmt: skip
         acc = tl.dot(x, tl.trans(y), acc, input_precision=PRECISION)
-        k += BLOCK_K
     return acc
 
 
-@triton.jit(do_not_specialize=["rows", "group"])
-def _product_kernel(
-    X_ptr, Y_ptr, mean_ptr, work_ptr,
-    rows, W, group, chunk,
+@triton.jit(do_not_specialize=["n", "rows", "group"])
+def _symmetric_kernel(
+    X_ptr, Y_ptr, mean_ptr, C_ptr, out_ptr, norms_ptr,
+    n, rows, W, pitch, group, chunk, alpha, beta, gamma,
     FEATURES: tl.constexpr, CENTER: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """Lower tile t of matrix z, summed over chunk s."""
+    """Lower tile t of alpha S + beta C + gamma I in matrix z, and its mirror image.
+
+    S is summed over chunk s. C and the result have rows of `pitch` elements, a multiple of 16.
+    """
     t, s, z = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     i, j = _lower_tile(t)
-    start = s.to(tl.int64) * chunk
+    start = s * chunk
     stop = tl.minimum(start + chunk, rows if FEATURES else W)
-    acc = multiply_tile(
+    acc = alpha * multiply_tile(
         X_ptr, Y_ptr, mean_ptr, z, i, j, start, stop, rows, W, rows, W, group,
         FEATURES, FEATURES, CENTER, WIDE, PRECISION, BLOCK, BLOCK_K,
     )  # fmt: skip
-    at = ((z * tl.num_programs(1) + s) * tl.num_programs(0) + t) * BLOCK * BLOCK
-    inside = tl.arange(0, BLOCK)
-    tl.store(work_ptr + at + inside[:, None] * BLOCK + inside[None, :], acc)
-
-
-@triton.jit(do_not_specialize=["parts", "tiles"])
-def _finish_kernel(
-    work_ptr, C_ptr, out_ptr, diagonal_ptr, norms_ptr,
-    n, parts, tiles, alpha, beta, gamma,
-    BLOCK: tl.constexpr, SUB: tl.constexpr,
-):  # fmt: skip
-    """Tile t, SUB x SUB, of alpha S + beta C + gamma I in matrix z; S is the sum of the parts."""
-    t, z = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    i, j = _lower_tile(t)
-    rows = i * SUB + tl.arange(0, SUB).to(tl.int64)
-    cols = j * SUB + tl.arange(0, SUB).to(tl.int64)
-    r, c = rows[:, None], cols[None, :]
-
-    across: tl.constexpr = BLOCK // SUB
-    I, J = i // across, j // across
-    work_ptr += (z * parts * tiles + I * (I + 1) // 2 + J) * BLOCK * BLOCK
-    work_ptr += (r - I * BLOCK) * BLOCK + (c - J * BLOCK)
-    acc = tl.zeros((SUB, SUB), tl.float32)
-    for _ in range(0, parts):
-        acc += tl.load(work_ptr)
-        work_ptr += tiles.to(tl.int64) * BLOCK * BLOCK
-
-    out_ptr += z * n * n
-    lower = (c <= r) & (r < n)
-    acc *= alpha
+    r, c = tl.arange(0, BLOCK)[:, None], tl.arange(0, BLOCK)[None, :]
+    rows_left, cols_left = n - i * BLOCK, n - j * BLOCK
+    below = (i - j) * BLOCK  # a tile on the diagonal is mirrored within itself
+    lower = (r < rows_left) & (c < cols_left) & (c <= r + below)
+    upper = (r < cols_left) & (c < rows_left) & (r < c + below)
+    i, j = (i * BLOCK).to(tl.int64), (j * BLOCK).to(tl.int64)
+    at, mirrored_at, inside = i * pitch + j, j * pitch + i, r * pitch + c
     if C_ptr is not None:
-        acc += beta * tl.load(C_ptr + z * n * n + r * n + c, mask=lower, other=0.0)
-    acc += tl.where(r == c, gamma, 0.0)
-    tl.store(out_ptr + r * n + c, acc, mask=lower)
-    mirrored = (cols[:, None] < rows[None, :]) & (rows[None, :] < n)
-    tl.store(out_ptr + cols[:, None] * n + rows[None, :], tl.trans(acc), mask=mirrored)
-    if i == j:
-        diagonal = tl.sum(tl.where(r == c, acc, 0.0), axis=1)
-        tl.store(diagonal_ptr + z * n + rows, diagonal, mask=rows < n)
+        acc += beta * tl.load(C_ptr + z * n * pitch + at + inside, mask=lower, other=0.0)
+    acc += tl.where(c == r + below, gamma, 0.0)
+    if norms_ptr is not None:  # masked in place: a copy of the tile would take more registers
+        acc = tl.where(lower, acc, 0.0)
 
-    values = tl.where(lower, acc, 0.0)
-    m = tl.max(tl.max(tl.abs(values), axis=1), axis=0)
-    m = tl.minimum(tl.maximum(m, _LOW), _HIGH)
-    scaled = values * (1.0 / m)
-    squares = tl.where(r == c, 1.0, 2.0) * scaled * scaled
-    norms_ptr += (z * tl.num_programs(0) + t) * 2
-    tl.store(norms_ptr, m)
-    tl.store(norms_ptr + 1, tl.sum(tl.sum(squares, axis=1), axis=0))
+    out_ptr += (z * tl.num_programs(1) + s) * n * pitch
+    tl.store(out_ptr + at + inside, acc, mask=lower)
+    tl.store(out_ptr + mirrored_at + inside, tl.trans(acc), mask=upper)
+
+    if norms_ptr is not None:
+        m = tl.max(tl.max(tl.abs(acc), axis=1), axis=0)
+        m = tl.minimum(tl.maximum(m, _LOW), _HIGH)
+        acc *= 1.0 / m
+        squares = 2.0 * tl.sum(tl.sum(acc * acc, axis=1), axis=0)
+        if below == 0:
+            squares -= tl.sum(tl.sum(tl.where(r == c, acc * acc, 0.0), axis=1), axis=0)
+        norms_ptr += (z * tl.num_programs(0) + t) * 2
+        tl.store(norms_ptr, m)
+        tl.store(norms_ptr + 1, squares)
 
 
-@triton.jit(do_not_specialize=["n", "tiles"])
-def _totals_kernel(
-    diagonal_ptr, norms_ptr, trace_ptr, norm_ptr, nonfinite_ptr, n, tiles, BLOCK: tl.constexpr
-):
-    """Totals of matrix z in one program. A tile's norm is a pair (m, sum of (value / m)^2)."""
+@triton.jit(do_not_specialize=["tiles"])
+def _norm_kernel(norms_ptr, norm_ptr, tiles, BLOCK: tl.constexpr):
+    """Frobenius norm of matrix z, from a pair (m, sum of (value / m)^2) for each tile."""
     z = tl.program_id(0).to(tl.int64)
-    diagonal_ptr += z * n
     norms_ptr += z * tiles * 2
     lanes = tl.arange(0, BLOCK)
-
-    trace = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, n, BLOCK):
-        at = start + lanes
-        trace += tl.load(diagonal_ptr + at, mask=at < n, other=0.0)
 
     largest = tl.full((BLOCK,), _LOW, tl.float32)
     for start in range(0, tiles, BLOCK):
@@ -252,11 +213,7 @@ def _totals_kernel(
         at = start + lanes
         ratio = tl.load(norms_ptr + 2 * at, mask=at < tiles, other=0.0) / m
         squares += ratio * ratio * tl.load(norms_ptr + 2 * at + 1, mask=at < tiles, other=0.0)
-    total = tl.sum(squares, axis=0)
-
-    tl.store(trace_ptr + z, tl.sum(trace, axis=0))
-    tl.store(norm_ptr + z, m * tl.sqrt(total))
-    tl.store(nonfinite_ptr + z, tl.where(total < float("inf"), 0, 1))
+    tl.store(norm_ptr + z, m * tl.sqrt(tl.sum(squares, axis=0)))
 
 
 # ---- launcher ------------------------------------------------------------------------------------
@@ -277,60 +234,64 @@ def symmetric_product(
     alpha: float = 1.0,
     beta: float = 0.0,
     gamma: float = 0.0,
-) -> Symmetric:
+    norm: bool = False,
+) -> tuple[Tensor, Tensor]:
     """alpha X Y^T (or X^T Y) + beta C + gamma I, [v, n, n]: the lower triangle, mirrored.
 
     Args:
         X, Y: [v, rows, W], from `pad_rows`.
-        parts: largest number of chunks of the sum; None to fill the device.
+        parts: largest number of chunks of the sum; None to fill the device. A sum with C, gamma or
+            norm is never split.
         precision: of tl.dot.
         features: X^T Y, a product of columns, instead of X Y^T, a product of rows.
         mean: [views, W], subtracted from the rows of X and Y; each `group` rows share one.
-        C: [v, n, n], contiguous.
+        C: [v, n, n].
+        norm: whether to compute the Frobenius norms [v]; [0] if not.
     """
     v, rows, W = X.shape
     K, tiles = rows if features else W, lower_tiles(n, block.BLOCK)
-    chunk, parts = chunks(K, parts or num_parts(v * tiles, K, block), block)
-    out = allocate(X, v, n)
-    work = out.matrix.new_empty(v, parts, tiles, block.BLOCK, block.BLOCK)
-    _product_kernel[(tiles, parts, v)](
-        X, Y, X if mean is None else mean, work, rows, W, group, chunk,
+    whole = norm or C is not None or gamma != 0
+    chunk, parts = chunks(K, 1 if whole else parts or num_parts(v * tiles, K, block), block)
+    pitch = triton.cdiv(n, WIDTH) * WIDTH
+    out = X.new_empty(v, parts, n, pitch, dtype=torch.float32)
+    norms, squares = out.new_empty(v if norm else 0), out.new_empty(v, tiles, 2) if norm else None
+    _symmetric_kernel[(tiles, parts, v)](
+        X, Y, X if mean is None else mean, None if C is None else pad_rows(C), out, squares,
+        n, rows, W, pitch, group, chunk, alpha, beta, gamma,
         FEATURES=features, CENTER=mean is not None, PRECISION=precision,
         WIDE=mean is not None or interpreter_widens(X), **block._asdict(),
     )  # fmt: skip
-    sub = min(FINISH["SUB"], block.BLOCK)
-    norms = out.matrix.new_empty(v, lower_tiles(n, sub), 2)
-    _finish_kernel[(norms.shape[1], v)](
-        work, C, out.matrix, out.diagonal, norms, n, parts, tiles, alpha, beta, gamma,
-        **FINISH | {"BLOCK": block.BLOCK, "SUB": sub},
-    )  # fmt: skip
-    _totals_kernel[(v,)](
-        out.diagonal, norms, out.trace, out.norm, out.nonfinite, n, norms.shape[1], **TOTALS
-    )
-    return out
+    if norm:
+        _norm_kernel[(v,)](squares, norms, tiles, **NORM)
+    matrix = out[:, 0] if parts == 1 else out.sum(dim=1)  # PyTorch adds the parts in a fixed order
+    return matrix[:, :, :n].contiguous(), norms
 
 
-def product_variant(X: str, precision: str, block: Blocks, features: bool, center: bool) -> Variant:
-    """A product of elements of pointer type X."""
-    types = {"X_ptr": X, "Y_ptr": X, "mean_ptr": FP32 if center else X, "work_ptr": FP32}
-    types |= {"rows": "i32", "W": "i32:16", "group": "i32", "chunk": "i32:16"}
-    launch = {"FEATURES": features, "CENTER": center, "WIDE": center, "PRECISION": precision}
-    return Variant(_product_kernel, types, launch | block._asdict(), tensor_cores=True)
-
-
-def finish_variant(block: Blocks, affine: bool) -> Variant:
-    """The finish of a product in these blocks; with beta C if affine."""
-    types = dict.fromkeys(("work_ptr", "out_ptr", "diagonal_ptr", "norms_ptr"), FP32)
-    types |= dict.fromkeys(("n", "parts", "tiles"), "i32")
+def symmetric_variants(
+    X: str, precision: str, block: Blocks, *, features: bool = False, center: bool = False,
+    affine: bool = False,
+) -> list[Variant]:  # fmt: skip
+    """Products of elements of pointer type X: plain ones, and with C and with norm if affine."""
+    types = {"X_ptr": X, "Y_ptr": X, "mean_ptr": FP32 if center else X, "out_ptr": FP32}
+    types |= dict.fromkeys(("n", "rows", "group"), "i32")
+    types |= dict.fromkeys(("W", "pitch", "chunk"), "i32:16")
     types |= dict.fromkeys(("alpha", "beta", "gamma"), "fp32")
-    launch = {"BLOCK": block.BLOCK, **FINISH}
-    if affine:
-        return Variant(_finish_kernel, types | {"C_ptr": FP32}, launch)
-    return Variant(_finish_kernel, types, {"C_ptr": None, **launch})
+    launch = {"FEATURES": features, "CENTER": center, "WIDE": center, "PRECISION": precision}
+    found = []
+    for C, norms in product((None, FP32), repeat=2) if affine else [(None, None)]:
+        given = {"C_ptr": C, "norms_ptr": norms}
+        found.append(
+            Variant(
+                _symmetric_kernel,
+                types | {name: kind for name, kind in given.items() if kind},
+                {name: None for name, kind in given.items() if not kind} | launch | block._asdict(),
+                tensor_cores=True,
+            )
+        )
+    return found
 
 
 def variants() -> list[Variant]:
-    """The totals; products and finishes are listed by the ops that launch them."""
-    types = dict.fromkeys(("diagonal_ptr", "norms_ptr", "trace_ptr", "norm_ptr"), FP32)
-    types |= {"nonfinite_ptr": "*i32", "n": "i32", "tiles": "i32"}
-    return [Variant(_totals_kernel, types, TOTALS)]
+    """The norms; products are listed by the ops that launch them."""
+    types = {"norms_ptr": FP32, "norm_ptr": FP32, "tiles": "i32"}
+    return [Variant(_norm_kernel, types, NORM)]

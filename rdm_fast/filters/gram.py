@@ -20,7 +20,7 @@ def gram_matrix(X: Tensor, *, samples: bool, wide: bool) -> Tensor:
     if wide or X.dtype == WIDE:
         X = X.to(WIDE)
         return _lower_products(X if samples else X.mT)
-    return gram(X, side="samples" if samples else "features").matrix
+    return gram(X, side="samples" if samples else "features")
 
 
 def gram_and_swapped(X: Tensor, *, wide: bool) -> tuple[Tensor, Tensor]:
@@ -32,7 +32,7 @@ def gram_and_swapped(X: Tensor, *, wide: bool) -> tuple[Tensor, Tensor]:
     if wide or X.dtype == WIDE:
         K = _lower_products(X.flatten(0, 1)[None].to(WIDE))[0]
     else:
-        K = gram(X, side="samples", stacked=True).matrix[0]
+        K = gram(X, side="samples", stacked=True)[0]
     blocks = torch.stack([K[:B, :B], K[B:, B:], K[B:, :B], K[:B, B:]])
     return blocks[:2], blocks[2:]
 

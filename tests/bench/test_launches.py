@@ -27,8 +27,6 @@ from tests.spectra import two_views
 
 FEW = 60
 BOUNDS = {"online s^2": 12, "target s^2": 12, "online s^-0.7": 250, "online s^-1": 250}
-LATER = pytest.mark.xfail(strict=True, raises=AssertionError)
-NOT_YET = set(filters())
 
 
 def forked(function: Callable[..., object], *args: object, folder: Path) -> str:
@@ -49,10 +47,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
     return {row["filter"]: row for row in found}
 
 
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=LATER) if name in NOT_YET else name for name in filters()],
-)
+@pytest.mark.parametrize("name", filters())
 def test_a_filter_launches_no_more_than_it_may(name: str, rows: dict[str, Any]) -> None:
     row, most = rows[name], BOUNDS.get(name, FEW)
     assert 0 < row["launches"] <= most

@@ -15,7 +15,7 @@ from torch import Tensor
 from rdm_kernels import FilterFactors, filter_factors, product, sym_matmul
 from rdm_kernels.filter_factors import QUINTICS, damping, lifted, residual_limit
 from rdm_kernels.filter_steps import INACCURATE, NOT_FINITE
-from rdm_kernels.tiles import Symmetric
+from rdm_kernels.sym_matmul import Symmetric
 from tests import spectra
 from tests.kernels.common import DEVICE
 from tests.spectra import relative, spectrum
