@@ -15,8 +15,12 @@ PYTHONS := $(or $(PYTHON),python3 python3.14 python3.13 python3.12 python3.11)
 RUN := runs/digits_rdm_simsiam
 ONE_EPOCH := rdm train digits_rdm_simsiam --optim.epochs 1 --optim.warmup-epochs 0 --log.knn-every 0
 
-# A file's tests share fixtures and ranks, so one process runs them all; long files start first.
+# A file's tests share fixtures and ranks, so one process runs them all. tests/conftest.py puts long
+# files first.
 TWO_FILES := -n 2 --dist loadfile --no-loadscope-reorder -p no:benchmark
+
+# Tests start many processes, which would all compile the packages again.
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:

@@ -29,7 +29,12 @@ hypothesis.settings.register_profile("rdm", deadline=None, print_blob=True)
 hypothesis.settings.load_profile("rdm")
 
 
+LONG = {"training", "faults", "e2e"}
+"""Folders whose files run first: two files run at a time, and none should be left alone."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.parent.name not in LONG)
     if torch.cuda.is_available():
         return
     for item in items:

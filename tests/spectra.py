@@ -1,9 +1,12 @@
 """Batches with known spectra, and the paper's formulas in float64, for the tests of the filter."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
+from itertools import product
+from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -160,7 +163,24 @@ VARIANTS = [
 ]
 
 
-def name(config: FilterConfig) -> str:
+def in_turn(n: int, *axes: Sequence[Any]) -> Iterator[Any]:
+    """Every combination of values, but slow for all but one of each combination of the first n.
+
+    That one takes the combinations of the other axes in turn.
+    """
+    others = list(product(*axes[n:]))
+    for at in product(*(range(len(axis)) for axis in axes[:n])):
+        first = [axis[i] for axis, i in zip(axes, at, strict=False)]
+        for i, values in enumerate(others):
+            chosen = i == sum(at) % len(others)
+            yield pytest.param(*first, *values, marks=[] if chosen else [pytest.mark.slow])
+
+
+def name(value: object) -> str:
+    """An id for pytest."""
+    if not isinstance(value, FilterConfig):
+        return str(value)
+    config = value
     flags = "-".join([config.basis] * (config.basis != "own") + ["center"] * config.center)
     return f"{config.location}-{config.kind}{config.sigma:g}{flags}"
 

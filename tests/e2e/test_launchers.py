@@ -21,7 +21,7 @@ from tests.tiny import command
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs Linux")
 
 LOOPBACK = "0100007F"
-EPOCHS = 4  # of four steps
+EPOCHS = 2  # of four steps
 
 
 @pytest.fixture(scope="module")

@@ -18,6 +18,8 @@ from tests.runs import run
 from tests.tiny import tiny, with_small_views
 
 VALUES = ["-1", "0", "nan", "inf", "-inf", "1e309", str(10**20), str(2**63), "9" * 5000, "x", ""]
+OUTSIDE = {int: ["-1", str(2**63)], float: ["nan", "-inf", "1e309"]}
+"""A value on each side of any bounds; the first number of each part gets all VALUES."""
 NEEDED = {"eval": ["x"], "export": ["x", "--to", "timm"], "report": ["x"]}
 """What a command cannot do without."""
 
@@ -50,10 +52,11 @@ def parts() -> Iterator[tuple[str, type]]:
             yield f"config {name}", alone
 
 
+PARTS = {part: (kind, numbers(kind)) for part, kind in parts()}
 FLAGS = [
     (part, name)
-    for part, kind in parts()
-    for name in numbers(kind)
+    for part, (_, found) in PARTS.items()
+    for name in found
     if part != "config" or "." not in name
 ]
 
@@ -66,16 +69,27 @@ def test_the_walk_finds_every_table() -> None:
     assert len(found) > 60
 
 
-@pytest.mark.parametrize(("part", "name"), FLAGS, ids=str)
+def few_and_all() -> Iterator[Any]:
+    """Each number with a few values, or with all where reading a command line takes minutes."""
+    seen = set()
+    for part, name in FLAGS:
+        item, _ = PARTS[part][1][name]
+        first, _ = (part, item) not in seen, seen.add((part, item))
+        yield pytest.param(part, name, VALUES if first else OUTSIDE[item], id=f"{part}-{name}")
+        if not first:
+            yield pytest.param(part, name, VALUES, id=f"{part}-{name}-all", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("part", "name", "values"), few_and_all())
 def test_a_number_outside_its_bounds_is_a_usage_error_that_names_its_flag(
-    part: str, name: str
+    part: str, name: str, values: list[str]
 ) -> None:
-    kind = dict(parts())[part]
-    item, notes = numbers(kind)[name]
+    kind, found = PARTS[part]
+    item, notes = found[name]
     (bounds,) = [note for note in notes if isinstance(note, Between)]
     assert max(abs(bounds.low), abs(bounds.high)) < float("inf")
     count = 2 if bounds.rising else 3 if name in ("mean", "std") else 1
-    for value in VALUES:
+    for value in values:
         words = [*NEEDED.get(part, []), f"--{name.replace('_', '-')}", *[value] * count]
         inside = False
         with suppress(ValueError):

@@ -30,7 +30,7 @@ from tests.tiny import command
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="suspends and finds processes")
 
-EPOCHS = 3  # of four steps
+EPOCHS = 2  # of four steps
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +122,7 @@ def test_a_lost_rank_starts_all_again_and_the_end_is_that_of_an_undisturbed_run(
     launcher = Launcher(tmp_path / "run", 2, monkeypatch)
     code = launcher.run(
         lambda it: it.signal_at(5, 0, number), "--max-restarts", "1", "--overwrite",
-        "--parallel.timeout", "5",
+        "--parallel.timeout", "3",
     )  # fmt: skip
     assert code == 0, launcher.log.read_text()
     assert len(launcher.ranks) == 4
@@ -213,8 +213,10 @@ def _loses(collective: str, folder: Path) -> str:
     wait = timedelta(seconds=2)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=wait)
     model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(2, 2))
+    said = folder / f"{collective}-said"
     if rank == 1:
-        time.sleep(5)
+        while not said.exists():
+            time.sleep(0.01)
         return ""
     try:
         with distributed.raise_rank_lost():
@@ -226,6 +228,8 @@ def _loses(collective: str, folder: Path) -> str:
                 model(torch.ones(1, 2)).sum().backward()
     except RankLost as error:
         return str(error)
+    finally:
+        said.touch()
     return "nothing"
 
 

@@ -23,6 +23,7 @@ from tests.spectra import (
     Shape,
     g,
     gradients,
+    in_turn,
     name,
     paper_loss,
     relative,
@@ -35,10 +36,12 @@ pytestmark = pytest.mark.filterwarnings("ignore:filter.location")
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-3, torch.float16: 1e-3}
 
 
-@pytest.mark.parametrize("config", ONLINE + TARGET + VARIANTS, ids=name)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("spectrum", SPECTRA)
-def test_it_equals_the_paper_in_float64(config: FilterConfig, shape: Shape, spectrum: str) -> None:
+@pytest.mark.parametrize(
+    ("config", "spectrum", "shape"),
+    in_turn(2, ONLINE + TARGET + VARIANTS, SPECTRA, SHAPES),
+    ids=name,
+)
+def test_it_equals_the_paper_in_float64(config: FilterConfig, spectrum: str, shape: Shape) -> None:
     """float32 rounds a gradient to 6e-8 of itself, in a weak direction k to s_1 / s_k times that.
     Eigenvalues are solved in float64. A batch of rank 1 has no gradient at all, so a few roundings
     of a cosine's, 1 / 2B|z_i|, are allowed."""
@@ -146,10 +149,12 @@ def test_a_predictor_in_simsiam_has_the_fused_gradient(config: FilterConfig, sha
     assert predictor(z1.bfloat16()).dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("engine", ["auto", "eigh", "gemm", "reference"])
-@pytest.mark.parametrize("config", ONLINE + TARGET[2:3], ids=name)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_every_engine_has_one_scale(config: FilterConfig, shape: Shape, engine: Any) -> None:
+@pytest.mark.parametrize(
+    ("config", "engine", "shape"),
+    in_turn(2, ONLINE + TARGET[2:3], ["auto", "eigh", "gemm", "reference"], SHAPES),
+    ids=name,
+)
+def test_every_engine_has_one_scale(config: FilterConfig, engine: Any, shape: Shape) -> None:
     """(s / s_rms)^sigma, which a loss other than a cosine sees, forward and backward. gemm fits
     its functions of s."""
     z, other = (7 * z for z in two_views(*shape, "flat"))

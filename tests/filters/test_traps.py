@@ -15,6 +15,7 @@ from tests.spectra import (
     TARGET,
     Shape,
     gradients,
+    in_turn,
     name,
     paper_filter,
     paper_loss,
@@ -39,16 +40,19 @@ HARD = {
 }
 
 
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("case", HARD)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(
-    "config",
-    [*ONLINE, *TARGET, FilterConfig(sigma=-0.5), FilterConfig(sigma=-1.0)],
+    ("config", "case", "shape", "dtype"),
+    in_turn(
+        2,
+        [*ONLINE, *TARGET, FilterConfig(sigma=-0.5), FilterConfig(sigma=-1.0)],
+        list(HARD),
+        SHAPES,
+        [torch.float32, torch.bfloat16, torch.float16],
+    ),
     ids=name,
 )
 def test_gradients_are_finite_and_bounded_on_degenerate_batches(
-    config: FilterConfig, dtype: torch.dtype, case: str, shape: Shape
+    config: FilterConfig, case: str, shape: Shape, dtype: torch.dtype
 ) -> None:
     """|dL/dp_i| |p_i| is at most (g_max / g_min kept) / 2b for a cosine of filtered rows, and
     with the default cutoff that quotient is at most 10,000 for |sigma| <= 1."""

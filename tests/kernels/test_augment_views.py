@@ -112,7 +112,7 @@ def test_whole_images_of_a_views_size_are_not_resized(monkeypatch: pytest.Monkey
 # ---- the kernels are the definition ------------------------------------------------------------
 
 
-@settings(max_examples=12)
+@settings(max_examples=6)
 @given(
     C=st.sampled_from([1, 3]),
     size=st.sampled_from([8, 13, 16, 31, 32, 33]),

@@ -25,7 +25,8 @@ signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGTERM])
 
 
 @pytest.fixture(autouse=True)
-def _no_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+def _no_rank_and_no_patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "FAILING", 0.3)
     for name in OF_A_RANK:
         monkeypatch.delenv(name, raising=False)
 

@@ -67,7 +67,7 @@ def test_a_rank_that_dies_of_a_signal_raises_rank_died_with_its_stack(tmp_path: 
 
 def test_ranks_that_hang_are_stopped(tmp_path: Path) -> None:
     with pytest.raises(TimeoutError):
-        run_ranks(1, _sleep, tmp_path=tmp_path, timeout=3)
+        run_ranks(1, _sleep, tmp_path=tmp_path, timeout=0.5)
 
 
 def test_a_called_command_has_its_own_folder_output_and_exit_code(tmp_path: Path) -> None:

@@ -22,7 +22,16 @@ from rdm_fast.spectrum import (
     rank_difference,
 )
 from tests.ranks import run_ranks
-from tests.spectra import SHAPES, SPECTRA, name, paper_filter, spectrum, two_views, with_spectrum
+from tests.spectra import (
+    SHAPES,
+    SPECTRA,
+    in_turn,
+    name,
+    paper_filter,
+    spectrum,
+    two_views,
+    with_spectrum,
+)
 
 CONFIGS = [
     *(FilterConfig(sigma=sigma) for sigma in (1.0, 2.0)),
@@ -102,12 +111,19 @@ def paper_rows(z: Tensor, config: FilterConfig, basis: Tensor | None = None) -> 
     return z.double() @ W
 
 
-@pytest.mark.parametrize("center", [False, True], ids=["raw", "centered"])
-@pytest.mark.parametrize("config", CONFIGS + ONLINE_BASIS, ids=name)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("kind", ["flat", "k^-1/2", "rank 8", "straddling"])
+@pytest.mark.parametrize(
+    ("config", "kind", "shape", "center"),
+    in_turn(
+        2,
+        CONFIGS + ONLINE_BASIS,
+        ["flat", "k^-1/2", "rank 8", "straddling"],
+        SHAPES,
+        [False, True],
+    ),
+    ids=name,
+)
 def test_filtered_eigenvalues_are_those_of_the_filtered_rows(
-    kind: str, shape: tuple[int, int], config: FilterConfig, center: bool
+    config: FilterConfig, kind: str, shape: tuple[int, int], center: bool
 ) -> None:
     z, p = two_views(*shape, kind)
     z, p = z + 0.1, p - 0.2

@@ -132,7 +132,7 @@ def test_every_advice_is_the_end_of_one_sentence(name: str) -> None:
 
 def collapsing(mode: str) -> Config:
     """Without filter and predictor nothing keeps the branches' ranks apart; eight epochs do."""
-    config = with_log(tiny(epochs=8, global_batch=200, base_lr=0.5), every=7, save_every=1000)
+    config = with_log(tiny(epochs=6, global_batch=200, base_lr=0.5), every=7, save_every=1000)
     return replace(
         config, filter=FilterConfig(sigma=0.0), guard=GuardConfig(mode=mode)  # type: ignore[arg-type]
     )  # fmt: skip

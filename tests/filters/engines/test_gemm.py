@@ -17,6 +17,7 @@ from tests.spectra import (
     Shape,
     damped_filter,
     gradients,
+    in_turn,
     name,
     paper_loss,
     relative,
@@ -44,12 +45,13 @@ def loss_error(config: FilterConfig) -> float:
     return 2e-4 if config.is_falling else 1e-4
 
 
-@pytest.mark.parametrize("config", ONLINE + FALLING + TARGET + CROSSED, ids=name)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("spectrum", SPECTRA)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("config", "spectrum", "shape", "dtype"),
+    in_turn(2, ONLINE + FALLING + TARGET + CROSSED, SPECTRA, SHAPES, DTYPES),
+    ids=name,
+)
 def test_the_gradient_is_that_of_the_damped_filter(
-    config: FilterConfig, shape: Shape, spectrum: str, dtype: torch.dtype
+    config: FilterConfig, spectrum: str, shape: Shape, dtype: torch.dtype
 ) -> None:
     """Where all rows are alike the cosine is 1 whatever they are, and the gradient only rounding:
     then it has to be small beside that of a row that is free to turn, 1 / 2B|z_i|."""
@@ -67,8 +69,7 @@ def test_the_gradient_is_that_of_the_damped_filter(
         assert cosine >= (least_cosine(config) if spectrum != "rank 1" else 0.99)
 
 
-@pytest.mark.parametrize("config", ONLINE + TARGET, ids=name)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("config", "shape"), in_turn(1, ONLINE + TARGET, SHAPES), ids=name)
 def test_it_agrees_with_eigh_where_nothing_is_weak(config: FilterConfig, shape: Shape) -> None:
     """Damping then changes singular values by cutoff^2 / 2; the rest is the fit."""
     z1, z2 = two_views(*shape, "flat")
@@ -93,8 +94,9 @@ def test_any_scale_gives_a_finite_and_right_gradient(config: FilterConfig, scale
         assert abs(grad.double().norm() / expected_grad.norm() - 1) <= 2e-2
 
 
-@pytest.mark.parametrize("config", ONLINE + FALLING + TARGET + CROSSED, ids=name)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(
+    ("config", "shape"), in_turn(1, ONLINE + FALLING + TARGET + CROSSED, SHAPES), ids=name
+)
 def test_zeros_or_rows_not_finite_have_finite_gradients(config: FilterConfig, shape: Shape) -> None:
     config, zeros = replace(config, engine="gemm"), torch.zeros(shape)
     loss, *grads = gradients(zeros, zeros, config)
