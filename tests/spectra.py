@@ -1,12 +1,9 @@
 """Batches with known spectra, and the paper's formulas in float64, for the tests of the filter."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from functools import lru_cache
-from itertools import product
-from typing import Any
 
-import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -161,19 +158,6 @@ VARIANTS = [
     FilterConfig(location="target", sigma=-1.0, center=True),
     FilterConfig(location="target", sigma=-0.5, basis="online", center=True),
 ]
-
-
-def in_turn(n: int, *axes: Sequence[Any]) -> Iterator[Any]:
-    """Every combination of values, but slow for all but one of each combination of the first n.
-
-    That one takes the combinations of the other axes in turn.
-    """
-    others = list(product(*axes[n:]))
-    for at in product(*(range(len(axis)) for axis in axes[:n])):
-        first = [axis[i] for axis, i in zip(axes, at, strict=False)]
-        for i, values in enumerate(others):
-            chosen = i == sum(at) % len(others)
-            yield pytest.param(*first, *values, marks=[] if chosen else [pytest.mark.slow])
 
 
 def name(value: object) -> str:

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from rdm_fast.run.folder import read_status
+from tests import forks
 from tests.forks import PATIENCE, ROOT, environment
 from tests.processes import FLAGS, Run, final_bytes
 from tests.tiny import command
@@ -135,14 +136,38 @@ def start(number: int, node: Node, master: str, port: int, out: Path) -> subproc
     )  # fmt: skip
 
 
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def test_ranks_that_meet_at_a_port_end_with_the_bytes_of_two_ranks_on_one(
+    two_ranks: dict[str, bytes], tmp_path: Path
+) -> None:
+    """With the variables that torchrun sets on two nodes."""
+    out = tmp_path / "run"
+    words = command(f"--optim.epochs {EPOCHS} {FLAGS} --out {out}")
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    ranks = [
+        forks.start("train.py", *words, out=tmp_path / "log", env=environment() | meeting | {
+            "RANK": f"{rank}", "LOCAL_RANK": "0", "GROUP_RANK": f"{rank}",
+            "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1",
+        })
+        for rank in range(2)
+    ]  # fmt: skip
+    assert [rank.wait() for rank in ranks] == [0, 0], (tmp_path / "log").read_text()
+    assert_same_bytes(out, two_ranks)
+
+
+@pytest.mark.slow
 def test_two_nodes_end_with_the_bytes_of_two_ranks_on_one(
     nodes: list[Node], two_ranks: dict[str, bytes], tmp_path: Path
 ) -> None:
     """By docs/scaling/torchrun.sh, one rank on each. Both nodes see the same run folder."""
     out = tmp_path / "run"
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     print(f"nodes: {'two network namespaces' if nodes[0].prefix else 'this machine twice'}")
     processes = [start(i, node, nodes[0].address, port, out) for i, node in enumerate(nodes)]
     try:

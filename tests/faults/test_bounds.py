@@ -19,7 +19,7 @@ from tests.tiny import tiny, with_small_views
 
 VALUES = ["-1", "0", "nan", "inf", "-inf", "1e309", str(10**20), str(2**63), "9" * 5000, "x", ""]
 OUTSIDE = {int: ["-1", str(2**63)], float: ["nan", "-inf", "1e309"]}
-"""A value on each side of any bounds; the first number of each part gets all VALUES."""
+"""A value on each side of any bounds; the first number of each type gets all VALUES."""
 NEEDED = {"eval": ["x"], "export": ["x", "--to", "timm"], "report": ["x"]}
 """What a command cannot do without."""
 
@@ -74,13 +74,13 @@ def few_and_all() -> Iterator[Any]:
     seen = set()
     for part, name in FLAGS:
         item, _ = PARTS[part][1][name]
-        first, _ = (part, item) not in seen, seen.add((part, item))
+        first, _ = item not in seen, seen.add(item)
         yield pytest.param(part, name, VALUES if first else OUTSIDE[item], id=f"{part}-{name}")
         if not first:
             yield pytest.param(part, name, VALUES, id=f"{part}-{name}-all", marks=pytest.mark.slow)
 
 
-@pytest.mark.parametrize(("part", "name", "values"), few_and_all())
+@pytest.mark.parametrize(("part", "name", "values"), [*few_and_all()])
 def test_a_number_outside_its_bounds_is_a_usage_error_that_names_its_flag(
     part: str, name: str, values: list[str]
 ) -> None:

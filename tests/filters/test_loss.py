@@ -23,13 +23,13 @@ from tests.spectra import (
     Shape,
     g,
     gradients,
-    in_turn,
     name,
     paper_loss,
     relative,
     two_views,
 )
 from tests.spies import calls_of, refused
+from tests.thinned import in_turn
 
 pytestmark = pytest.mark.filterwarnings("ignore:filter.location")
 

@@ -15,7 +15,6 @@ from tests.spectra import (
     TARGET,
     Shape,
     gradients,
-    in_turn,
     name,
     paper_filter,
     paper_loss,
@@ -24,6 +23,7 @@ from tests.spectra import (
     with_spectrum,
 )
 from tests.spies import refused
+from tests.thinned import in_turn
 
 pytestmark = pytest.mark.filterwarnings("ignore:filter.location")
 

@@ -25,13 +25,13 @@ from tests.ranks import run_ranks
 from tests.spectra import (
     SHAPES,
     SPECTRA,
-    in_turn,
     name,
     paper_filter,
     spectrum,
     two_views,
     with_spectrum,
 )
+from tests.thinned import in_turn
 
 CONFIGS = [
     *(FilterConfig(sigma=sigma) for sigma in (1.0, 2.0)),

@@ -17,13 +17,13 @@ from tests.spectra import (
     Shape,
     damped_filter,
     gradients,
-    in_turn,
     name,
     paper_loss,
     relative,
     two_views,
 )
 from tests.spies import refused
+from tests.thinned import in_turn
 
 pytestmark = pytest.mark.filterwarnings("ignore:filter.location")
 
