@@ -13,7 +13,7 @@ from tests.runs import run
 from tests.tiny import tiny
 
 STEPS_PER_EPOCH = 50
-GROWTH = 4096  # KiB: what an allocator may round, a 20th of one batch's activations a step
+GROWTH = 4096  # KiB: what an allocator may round, a 15th of one batch's activations a step
 
 
 def peak() -> int:

@@ -122,7 +122,7 @@ def test_a_lost_rank_starts_all_again_and_the_end_is_that_of_an_undisturbed_run(
     launcher = Launcher(tmp_path / "run", 2, monkeypatch)
     code = launcher.run(
         lambda it: it.signal_at(5, 0, number), "--max-restarts", "1", "--overwrite",
-        "--parallel.timeout", "3",
+        "--parallel.timeout", "5",
     )  # fmt: skip
     assert code == 0, launcher.log.read_text()
     assert len(launcher.ranks) == 4
