@@ -63,15 +63,13 @@ class Run:
                 ]  # fmt: skip
             return
         meeting = tempfile.mkdtemp(prefix="ranks-", dir=out.parent)
-        of_rank = [
-            {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world),
-             STORE: f"{meeting}/store"}
-            for rank in range(world)
-        ] if world > 1 else [{}]  # fmt: skip
         self.processes = [
-            forks.start("train.py", *words, out=self.log, env=environment() | variables)
-            for variables in of_rank
-        ]
+            forks.start(
+                "train.py", *words, out=self.log,
+                env=environment() | of_rank(rank, world, Path(meeting)),
+            )
+            for rank in range(world)
+        ]  # fmt: skip
         self._ranks = [process.pid for process in self.processes]
 
     @property
@@ -125,6 +123,14 @@ class Run:
         codes = self.wait()
         assert not any(codes), f"exit codes {codes}:\n{self.log.read_text()[-3000:]}"
         assert read_status(self.out)["state"] == "finished"
+
+
+def of_rank(rank: int, world: int, meeting: Path) -> dict[str, str]:
+    """What the launcher tells a rank of several, which meet in a folder."""
+    if world == 1:
+        return {}
+    numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world}
+    return {STORE: f"{meeting}/store"} | {name: str(n) for name, n in numbers.items()}
 
 
 def final_bytes(out: Path) -> dict[str, bytes]:

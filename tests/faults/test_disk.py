@@ -6,18 +6,21 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from rdm_fast import __main__ as entries
 from rdm_fast.errors import CannotCreate, InputMissing, OutputFailed
+from rdm_fast.run import checkpoint
 from rdm_fast.run.folder import RunFolder, read_status
 from rdm_fast.runtime import atomic_files
 from rdm_fast.training.session import record_failure
 from rdm_fast.training.trainer import Trainer
-from tests.forks import ROOT, call, environment
+from tests.forks import ROOT, Forked, call, environment
+from tests.processes import of_rank
 from tests.runs import in_step, metrics, newest, run, run_to
 from tests.tiny import command, tiny
 
@@ -40,6 +43,33 @@ def test_the_end_of_a_run_is_recorded_on_a_full_disk(
                 raise OutputFailed("the disk is full")
     status = read_status(tmp_path)
     assert (status["state"], status["code"], status["step"]) == ("failed", 74, 3)
+
+
+def full_from_the_third_step(words: Sequence[str]) -> None:
+    """A rank whose disk takes no new file any more."""
+
+    def fill(trainer: Trainer) -> None:
+        for owner, name in ((atomic_files, "replace"), (checkpoint, "save")):
+            setattr(owner, name, no_room)
+
+    fit = Trainer.fit
+    Trainer.fit = lambda self: (in_step(self, 3, fill), fit(self))  # type: ignore[assignment]
+    sys.argv = ["train.py", *words]
+    entries.train()
+
+
+def test_two_ranks_on_a_full_disk_end_with_one_line(tmp_path: Path) -> None:
+    words = [*command("--log.save-every 1"), "--out", str(tmp_path / "run")]
+    ranks = [
+        Forked(full_from_the_third_step, words, out=tmp_path / "out",
+               env=environment() | of_rank(number, 2, tmp_path))
+        for number in range(2)
+    ]  # fmt: skip
+    assert [process.wait() for process in ranks] == [74, 74]
+    text = (tmp_path / "out").read_text()
+    assert text.count("error:") == 1 and "Traceback" not in text, text
+    status = read_status(tmp_path / "run")
+    assert (status["state"], status["code"], status["step"]) == ("failed", 74, 2)
 
 
 def may_mount() -> bool:

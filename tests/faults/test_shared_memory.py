@@ -1,11 +1,13 @@
 """A run never waits for ever for its images: a lost or stopped worker ends it in one line."""
 
+import multiprocessing
 import os
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -16,14 +18,18 @@ import torch.distributed as dist
 from PIL import Image
 from torch import Tensor
 
+from rdm_fast import __main__ as entries
+from rdm_fast.config import AugmentConfig, DataConfig
 from rdm_fast.data.loaders import workers
 from rdm_fast.data.loaders.batch import Indices
+from rdm_fast.data.loaders.evaluation import _CenterViews
 from rdm_fast.data.loaders.workers import in_workers, require_shared_memory
 from rdm_fast.errors import Unavailable, WorkersFailed
 from rdm_fast.evaluation import features
 from rdm_fast.runtime.distributed import rank
 from rdm_fast.training.trainer import Trainer
-from tests.forks import ROOT, environment
+from tests.forks import ROOT, Forked, environment
+from tests.random_run import save_random
 from tests.ranks import run_ranks
 from tests.runs import CPU, final_state, newest, run, with_log
 from tests.tiny import command, tiny
@@ -152,6 +158,30 @@ def test_ranks_save_together_when_one_can_load_no_more_test_images(tmp_path: Pat
     said = run_ranks(2, embedded, tmp_path / "run", tmp_path=tmp_path)
     assert "rank 1" in said[0] and said[1] == "lost"
     assert newest(tmp_path / "run").name == "step-00000000"
+
+
+def evaluates_without_its_worker(words: Sequence[str]) -> None:
+    """An evaluation whose data worker is killed, as by a system without memory."""
+    multiprocessing.set_start_method("fork", force=True)  # a worker that inherits this
+    _CenterViews.__call__ = lambda *_: os.kill(os.getpid(), signal.SIGKILL)  # type: ignore[method-assign, assignment, return-value]
+    sys.argv = ["eval_linear.py", *words]
+    entries.evaluate()
+
+
+def test_an_evaluation_that_loses_its_worker_is_one_line(tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        for i in range(4):
+            (tmp_path / "data" / split / f"{i % 2}").mkdir(parents=True, exist_ok=True)
+            picture = Image.new("RGB", (16, 16), (9 * i, 0, 0))
+            picture.save(tmp_path / "data" / split / f"{i % 2}" / f"{i}.png")
+    data = DataConfig(name="folder", root=str(tmp_path / "data"), workers=1)
+    save_random(tmp_path / "run", replace(tiny(), data=data, augment=AugmentConfig(size=8)))
+    out = tmp_path / "out"
+    process = Forked(evaluates_without_its_worker, [str(tmp_path / "run")], out=out, cwd=tmp_path)
+    assert process.wait() == 74, out.read_text()
+    lines = out.read_text().splitlines()
+    errors = [line for line in lines if line.startswith("error:")]
+    assert len(errors) == 1 and "--data.workers" in errors[0] and "Traceback" not in out.read_text()
 
 
 # ---- shared memory ---------------------------------------------------------------------------
