@@ -73,6 +73,8 @@ def _override(config: Config, command: EvaluateCommand) -> Config:
         config = replace(config, precision=command.precision)
     if command.data_root is not None:
         config = replace(config, data=replace(config.data, root=command.data_root))
+    if command.workers >= 0:
+        config = replace(config, data=replace(config.data, workers=command.workers))
     return config
 
 

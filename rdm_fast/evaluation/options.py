@@ -50,6 +50,8 @@ class EvaluateCommand:
     FILE-evaluation beside a file of weights."""
     data_root: str | None = None
     """Where the data set is now, if not where the run found it."""
+    workers: Annotated[int, Between(-1, 256), Alias("--data.workers")] = -1
+    """Worker processes that decode images, on each rank; -1 takes those of the run or recipe."""
     batch: Annotated[int, Between(1, 2**20)] = 256
     """Images in one forward pass of the backbone, on each rank."""
     precision: Literal[Precision, "auto"] = "auto"

@@ -174,10 +174,11 @@ def test_an_evaluation_that_loses_its_worker_is_one_line(tmp_path: Path) -> None
             (tmp_path / "data" / split / f"{i % 2}").mkdir(parents=True, exist_ok=True)
             picture = Image.new("RGB", (16, 16), (9 * i, 0, 0))
             picture.save(tmp_path / "data" / split / f"{i % 2}" / f"{i}.png")
-    data = DataConfig(name="folder", root=str(tmp_path / "data"), workers=1)
+    data = DataConfig(name="folder", root=str(tmp_path / "data"), workers=0)
     save_random(tmp_path / "run", replace(tiny(), data=data, augment=AugmentConfig(size=8)))
     out = tmp_path / "out"
-    process = Forked(evaluates_without_its_worker, [str(tmp_path / "run")], out=out, cwd=tmp_path)
+    words = [str(tmp_path / "run"), "--data.workers", "1"]
+    process = Forked(evaluates_without_its_worker, words, out=out, cwd=tmp_path)
     assert process.wait() == 74, out.read_text()
     lines = out.read_text().splitlines()
     errors = [line for line in lines if line.startswith("error:")]
