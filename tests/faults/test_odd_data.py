@@ -275,7 +275,7 @@ def test_what_may_not_be_read_is_left_out_or_one_error(
     kept: str, mode: int, found: int | str, shared: Path
 ) -> None:
     root = folder(shared / "data", *(f"train/{c}/{i}.png" for c in "abcd" for i in range(4)))
-    write(shared / "packed.npz", {"train_images": natural(4, 8, 8), "train_labels": np.arange(4)})
+    write(shared / "packed.npz", {"train_images": natural(4, 8, 8), "train_label": np.arange(4)})
     put(root / "train/.rdm_fast_index.npz", b"")
     data: dict[str, Any] = {"max_bad": 0.5}
     if kept == "packed.npz":
