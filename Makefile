@@ -62,6 +62,7 @@ bench: $(VENV)/.dev ## run the benchmarks
 
 bench-check: $(VENV)/.dev ## run every benchmark once, untimed, and the campaign's smallest form
 	$(BIN)/python -m pytest bench --benchmark-disable
+	rm -rf .benchmarks/campaign
 	$(BIN)/python -m bench.campaign --smoke --out .benchmarks/campaign
 
 accuracy: $(VENV)/.dev ## make the accuracy table of kernels/README.md; fails where a bound is broken

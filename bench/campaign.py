@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -155,9 +156,11 @@ def run(command: list[str], log: Path, env: Mapping[str, str], limit_s: float) -
         try:
             return process.wait(timeout=max(limit_s, 1))
         except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)  # with all processes that it started
-            process.wait()
             return None
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # with all processes that it started
+            process.wait()
 
 
 def run_command(name: str, out: Path, bundle: Path, *, small: bool, commit: str = "") -> bool:

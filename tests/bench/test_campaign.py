@@ -10,13 +10,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from torch.autograd import DeviceType
 
 import bench.learning as learning
 import bench.rows
-from bench.campaign import COMMANDS, ROOT, Stage, environment, limit_of, plan, run_command
+from bench.campaign import COMMANDS, ROOT, Stage, environment, limit_of, plan, run_command, tests
 from bench.machine import H100, floor, peak
 from bench.markdown import replace_between
-from bench.profile import trace
+from bench.profile import summary, trace
 from bench.report import SECTIONS, UNMEASURED, read, seconds, write_table
 from tests.spies import refused
 
@@ -63,7 +64,7 @@ def test_a_stage_at_its_limit_is_stopped_with_its_children_and_leaves_its_time(
         "library": Stage(["-c", f"{write}; {child}"], 4),
         "blocks": Stage(["-c", write], 0),  # time ran out before it
         "profile": Stage(["-c", ""], 100),
-        "ops": Stage(["-c", ""], 0),  # has what `profile` left
+        "loss": Stage(["-c", "import time; time.sleep(2)"], 0),  # has what `profile` left
     }
     _, _, ended = run(stages, tmp_path, monkeypatch)
     assert ended[0]["status"] is None and ended[0]["rows"] == [ROW]
@@ -134,6 +135,21 @@ def test_outcomes_of_tests_are_rows(tmp_path: Path) -> None:
     assert [row["error"][-5:] for row in found] == ["", "97\n98", "o GPU", "odule"]
 
 
+def test_the_workers_of_a_parallel_run_write_no_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their reports reach the process that started them."""
+    registered: list[object] = []
+    manager = SimpleNamespace(register=registered.append)
+    config: Any = SimpleNamespace(getoption=lambda _: Path("x"), pluginmanager=manager)
+    bench.rows.pytest_configure(config)
+    config.workerinput = {}
+    bench.rows.pytest_configure(config)
+    assert len(registered) == 1
+    for cores, found in ((16, ["-n", "8"]), (8, [])):
+        monkeypatch.setattr("bench.campaign.find_spec", lambda name: name)
+        monkeypatch.setattr(os, "cpu_count", lambda cores=cores: cores)
+        assert tests("a.py")[7:] == [*found, "a.py"]
+
+
 def test_of_each_file_of_tests_the_smallest_form_runs_the_first(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -200,6 +216,20 @@ def test_a_profile_has_the_operators_of_one_call() -> None:
     row = trace("online2", 4, 6)
     assert row["case"] == "4x6 online2" and row["launches"] > 0 and row["us"] > 0
     assert "rdm::gram" in [name for name, *_ in row["kernels"]]
+
+
+def test_on_a_gpu_a_profile_has_what_the_gpu_ran(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bench.profile.GPU", True)
+    kinds = {
+        "cudaLaunchKernel": (DeviceType.CPU, 0),
+        "a": (DeviceType.CUDA, 2),
+        "b": (DeviceType.CUDA, 3),
+    }
+    found = summary(
+        SimpleNamespace(key=key, count=2, self_device_time_total=us, device_type=kind)
+        for key, (kind, us) in kinds.items()
+    )
+    assert found == {"launches": 4, "us": 5, "kernels": [("b", 2, 3), ("a", 2, 2)]}
 
 
 def test_learning_stops_in_time_and_goes_on(
