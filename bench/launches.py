@@ -2,7 +2,7 @@
 
     python -m bench.launches [--filters online target] [--shape 512 2048] [--dtype bfloat16]
                              [--engine auto gemm eigh] [--given] [--operations]
-                             [--write FILE] [--json FILE]
+                             [--write FILE] [--check FILE] [--json FILE]
 
 Needs no GPU: the loss and its gradient run on tensors without data that claim to be on an H100, and
 everything that would be launched is counted. What CUDA would run is what counts: for an op of ours
@@ -11,7 +11,8 @@ its Triton launcher, for all others the operation that PyTorch dispatches. A vie
 Products of cuBLAS are launches. Factorizations, solves and eigendecompositions are not: each is
 many launches of cuSOLVER and is counted apart, and those that make the host wait again.
 
-The predicted times follow from the counts by the constants below. They are no measurements.
+The predicted times follow from the counts by the constants below, as kernels/README.md explains.
+They are no measurements. `--check` fails if the table in a file has other counts or times.
 """
 
 import argparse
@@ -37,7 +38,7 @@ from torch.utils.flop_counter import flop_registry
 from bench.accuracy import LOGS, ONLINE
 from bench.fake_device import backward, fake_device, triton_calls
 from bench.machine import H100, floor
-from bench.markdown import Columns, replace_between, table_of
+from bench.markdown import Columns, between, replace_between, table_of
 from rdm_fast import FilterConfig
 from rdm_fast.filters.loss import SpectralCosine
 
@@ -178,8 +179,9 @@ def flops(op, args, kwargs, out, given: Sequence[Tensor] = ()) -> Counter[str]:
             kernel multiplies. None for a product of cuBLAS, which does as its operands say.
     """
     count = flop_registry[op._overloadpacket](*args, **kwargs, out_val=out)
-    floats = [x for x in given or tensors(args) if x.is_floating_point() and x.ndim > 1]
-    sizes = [x.element_size() for x in floats if not given or x.ndim > 2]
+    floating = [x for x in given or tensors(args) if x.is_floating_point()]
+    most = max(x.ndim for x in floating)
+    sizes = [x.element_size() for x in floating if x.ndim == most]  # of matrices
     if max(sizes) == 8:
         return Counter(fp64=count)
     if max(sizes) == 2:
@@ -265,12 +267,23 @@ COLUMNS: Columns = {
     "waits": lambda row: str(row["waits"]),
     "graph, ms": lambda row: f"{1e3 * row['device']:.2f}" if not row["waits"] else "-",
     "eager, ms": lambda row: f"{1e3 * row['eager']:.2f}",
-    "measured": lambda row: "",
+    "measured": lambda row: row["measured"],
 }
 
 
 def named(calls: dict[str, int]) -> str:
     return ", ".join(f"{times} {name}" for name, times in sorted(calls.items()))
+
+
+def measured(table: str) -> dict[str, str]:
+    """What was measured, which is the last column of a table, by filter."""
+    cells = [line.split("|") for line in table.splitlines() if line.startswith("| ")]
+    return {row[1].strip(): row[-2].strip() for row in cells}
+
+
+def counted(table: str) -> list[str]:
+    """The rows of a table without what was measured."""
+    return [line.rsplit("|", 2)[0] for line in table.splitlines() if line.startswith("| ")]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -284,10 +297,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--given", action="store_true", help="targets are given, as in BYOL")
     parser.add_argument("--operations", action="store_true", help="list what is launched, by name")
     parser.add_argument("--write", type=Path, help="Markdown file with a table to replace")
+    parser.add_argument("--check", type=Path, help="Markdown file with the same table")
     parser.add_argument("--json", type=Path, help="JSON file for all numbers")
     args = parser.parse_args(argv)
     warnings.filterwarnings("ignore", message="filter.")
 
+    file = args.write or args.check
+    known = measured(between(file, "launches")) if file else {}
     rows = []
     with fake_device():
         for name, config in filters().items():
@@ -296,13 +312,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             config = replace(config, engine=args.engine)
             found = count(config, tuple(args.shape), getattr(torch, args.dtype), given=args.given)
             totals = {"launches": found.launches, "eager": found.eager}
-            rows.append({"filter": name, **totals, **asdict(found)})
+            own = {"filter": name, "measured": known.get(name, "")}
+            rows.append(own | totals | asdict(found))
     B, D = args.shape
     versions = f"torch {torch.__version__}, triton {triton.__version__}"
+    targets = "given targets" if args.given else "each other's targets"
     text = (
-        f"Two views ({B}, {D}), {args.dtype}, engine={args.engine}, targets "
-        f"{'given' if args.given else 'the other view'}; {versions}. Counted; times predicted.\n\n"
-        + table_of(rows, COLUMNS)
+        f"Two views ({B}, {D}), {args.dtype}, {targets}, engine={args.engine}, {versions}.\n"
+        f"Counted; times predicted.\n\n{table_of(rows, COLUMNS)}"
     )
     print(text)
     if args.operations:
@@ -312,6 +329,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         replace_between(args.write, "launches", text)
     if args.json:
         args.json.write_text(json.dumps({"args": vars(args), "rows": rows}, default=str))
+    if args.check and counted(between(args.check, "launches")) != counted(text):
+        print(f"error: {args.check} has another table: use --write", file=sys.stderr)
+        return 1
     return 0
 
 

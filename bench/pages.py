@@ -135,6 +135,11 @@ ENTRIES = {
         blocks={"kernels/README.md": None}, command="make accuracy",
         measure=m.check_accuracy,
     ),
+    "launches": Entry(
+        blocks={"kernels/README.md": None},
+        command="python -m bench.launches --write kernels/README.md",
+        measure=m.check_launches, quick=True,
+    ),
     "cutoff": Entry(
         blocks={"docs/method.md": shown("float32 projections, 256 x 256", CUTOFF)},
         command="RDM_CIFAR10_NPZ=... python -m bench.numbers cutoff --check",

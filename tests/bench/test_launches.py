@@ -1,6 +1,7 @@
 """bench.launches: what it counts, and that no filter launches more than it may."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,16 +14,23 @@ from torch.testing import assert_close
 
 from bench.fake_device import backward, fake_device
 from bench.launches import (
+    HOST_LAUNCH,
+    HOST_OP,
+    LATENCY,
+    PER_COLUMN,
     Count,
     counting,
     filters,
     flops,
     main,
+    measured,
 )
+from bench.markdown import between
 from rdm_fast import FilterConfig
+from rdm_fast.filters.gram import gram_and_swapped, gram_matrix
 from rdm_fast.filters.loss import SpectralCosine
 from rdm_kernels import neg_cosine, safe_eigh
-from tests.forks import Forked
+from tests.forks import ROOT, Forked
 from tests.spectra import two_views
 
 FEW = 60
@@ -55,6 +63,31 @@ def test_a_filter_launches_no_more_than_it_may(name: str, rows: dict[str, Any]) 
         assert not row["factorizations"] and not row["waits"]
 
 
+# ---- the table -----------------------------------------------------------------------------------
+
+
+def _write_and_check(page: Path) -> None:
+    options = ["--filters", "s^2", "--shape", "64", "256"]
+    page.write_text("<!-- launches: begin -->\n| target s^2 | 0.07 |\n<!-- launches: end -->\n")
+    assert main([*options, "--write", str(page)]) == 0
+    found = measured(between(page, "launches"))
+    assert found.items() >= {"online s^2": "", "target s^2": "0.07"}.items()
+    page.write_text(page.read_text().replace("0.07", "0.08"))
+    assert main([*options, "--check", str(page)]) == 0
+    page.write_text(re.sub(r"(online s\^2 \|) \d+", r"\1 99", page.read_text()))
+    assert main([*options, "--check", str(page)]) == 1
+
+
+def test_a_table_keeps_what_was_measured_and_a_wrong_one_is_noticed(tmp_path: Path) -> None:
+    forked(_write_and_check, tmp_path / "page.md", folder=tmp_path)
+
+
+def test_the_page_states_the_constants() -> None:
+    text = (ROOT / "kernels" / "README.md").read_text("utf-8")
+    for seconds in (LATENCY, HOST_LAUNCH, HOST_OP, *PER_COLUMN.values()):
+        assert f"`{1e6 * seconds:g} µs`" in text
+
+
 # ---- what is counted -----------------------------------------------------------------------------
 
 
@@ -75,6 +108,11 @@ def _check_counts() -> None:
 
     product = _count(lambda X: X @ X.mT)
     assert (product.launches, product.products) == (1, 1)
+
+    wide = _count(lambda X: gram_matrix(X, samples=True, wide=True))
+    assert (wide.products, wide.others) == (1, 1)  # and a copy in float64
+    stacked = _count(lambda X: gram_and_swapped(X, wide=True))
+    assert (stacked.products, stacked.others) == (1, 2)  # and the blocks
 
     def solve(X: Tensor) -> None:
         L, _ = torch.linalg.cholesky_ex(X @ X.mT)
@@ -116,7 +154,7 @@ def test_a_product_takes_the_rate_of_what_is_multiplied() -> None:
         A, B = torch.empty(2, 3, 5, dtype=a), torch.empty(2, 5, 7, dtype=b)
         C = torch.empty(2, 3, 7)
         op = torch.ops.aten.bmm.default
-        return flops(op, (A, B), {}, C, [A, B] if given else [])
+        return flops(op, (A, B), {}, C, [A, B, torch.empty(2)] if given else [])
 
     n = 2 * 2 * 3 * 5 * 7
     assert work(torch.bfloat16, torch.bfloat16) == {"bf16": n}
@@ -124,3 +162,5 @@ def test_a_product_takes_the_rate_of_what_is_multiplied() -> None:
     assert work(torch.float32, torch.float32) == {"tf32": 3 * n}
     assert work(torch.float32, torch.float32, given=False) == {"fp32": n}
     assert work(torch.float64, torch.float64) == {"fp64": n}
+    single = [torch.empty(3, 5), torch.empty(5, 7)]
+    assert flops(torch.ops.aten.mm.default, single, {}, torch.empty(3, 7)) == {"fp32": n / 2}
