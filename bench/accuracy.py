@@ -28,21 +28,20 @@ import argparse
 import math
 import sys
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from pathlib import Path
-from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.machine import describe
 from bench.markdown import replace_between, table
 from bench.rows import SMALL, append
+from bench.tensor_cores import tf32x3
 from rdm_fast import FilterConfig
 from rdm_fast.config import Kind
 from rdm_fast.errors import Unavailable
@@ -70,7 +69,6 @@ SPECTRA = [
     "rank 1",
     "zero",
 ]
-aten = torch.ops.aten
 FilterOf = Callable[[Tensor, FilterConfig], Tensor]
 SMALLEST = (24, 40)
 NO_GRADIENT = {"rank 1", "zero"}
@@ -151,36 +149,6 @@ def fault(config: FilterConfig, spectrum: str, cell: Cell) -> str:
     else:
         limit = 1e-3 if config.is_falling else 1e-4
     return f"{cell.error:.1e}, over {limit:.1e}" if cell.error > limit else ""
-
-
-# ---- arithmetic ---------------------------------------------------------------------------------
-
-
-class Truncated(TorchDispatchMode):
-    """Float32 products of PyTorch as three of operands that are truncated to 10 bits."""
-
-    def __torch_dispatch__(self, op, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        if op not in (aten.mm.default, aten.bmm.default) or args[0].dtype != torch.float32:
-            return op(*args, **(kwargs or {}))
-        high = [truncated(x) for x in args]
-        low = [truncated(x - h) for x, h in zip(args, high, strict=True)]
-        return op(high[0], low[1]) + op(low[0], high[1]) + op(*high)
-
-
-def truncated(x: Tensor) -> Tensor:
-    return (x.view(torch.int32) & ~0x1FFF).view(torch.float32)
-
-
-@contextmanager
-def tf32x3() -> Iterator[None]:
-    """The products of the gemm engine as tensor cores form them, on a CPU."""
-    with ExitStack() as stack:
-        for name in ("gram", "sym_matmul", "product"):  # the bodies alone, whose products are seen
-            module = sys.modules[f"rdm_kernels.{name}"]
-            body = getattr(module, f"define_{name}")
-            stack.enter_context(patch.object(module, f"{name}_op", body))
-        stack.enter_context(Truncated())
-        yield
 
 
 # ---- one cell ----------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from torch import Tensor
 
 import bench.accuracy as accuracy
 from bench.accuracy import NO_GRADIENT, SPECTRA, Cell, batch, fault, filters, measure, report
+from bench.tensor_cores import tf32x3
 from rdm_fast import FilterConfig
 from rdm_kernels import product
 
@@ -78,7 +79,7 @@ def test_tf32x3_changes_products_of_the_gemm_engine_and_stays_within_its_limits(
     config = FilterConfig(sigma=1.0, engine="gemm")
     views = batch("k^-1", 12, 20, torch.float32)
     plain = measure(config, "k^-1", *views, "cpu")
-    with accuracy.tf32x3():
+    with tf32x3():
         emulated = product(A, B)
         cell = measure(config, "k^-1", *views, "cpu")
     error = (emulated.double() - A.double() @ B.double()).abs() / (A.abs() @ B.abs())
