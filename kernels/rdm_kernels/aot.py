@@ -3,9 +3,11 @@
     python -m rdm_kernels.aot [--cc 80 90 100] [--kernel NAME ...] [--jobs N]
 
 Prints a row per compilation: registers per thread and bytes spilled, as ptxas reports them, shared
-memory, and the tensor-core instruction in the PTX. Exits with 1 if a kernel does not compile,
-spills, needs more shared or tensor memory than a block may have, lacks tensor-core instructions
-that it was written for, or is missing from every file's `variants()`.
+memory, blocks per multiprocessor, and the tensor-core instruction in the PTX. The machine code of
+the main kernels is read too, for what a step of their loop costs. Exits with 1 if a kernel does not
+compile, spills, needs more shared or tensor memory than a block may have, lacks tensor-core
+instructions that it was written for, is worse than its LIMITS, or is missing from every file's
+`variants()`.
 
 Each variant is compiled as Triton's launcher would, once for each kind of size that Triton
 specializes on (rdm_kernels/variant.py, SIZES). `make aot` runs this with the installed Triton and
@@ -18,7 +20,9 @@ import io
 import os
 import pkgutil
 import re
+import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import redirect_stdout
@@ -26,7 +30,9 @@ from dataclasses import dataclass, replace
 from functools import cache
 from itertools import product
 from multiprocessing import get_context
+from pathlib import Path
 from types import ModuleType
+from typing import NamedTuple
 
 import triton
 from triton import knobs
@@ -40,7 +46,44 @@ from rdm_kernels.variant import SIZES, Variant
 # Specifications per Compute Capability".
 SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 TENSOR_MEMORY = 512  # columns, on sm_100: PTX ISA, "Tensor Memory"
+# A multiprocessor's; CUDA keeps 1 KB of shared memory for each block.
+REGISTERS, THREADS, RESERVED = 65536, 2048, 1024
 TENSOR_CORES = re.compile(r"\b(wgmma\.mma_async|tcgen05\.mma|mma\.sync)")
+
+
+class Step(NamedTuple):
+    """What a step of a kernel's main loop costs, in machine instructions."""
+
+    products: int  # of the tensor cores
+    barriers: int
+    loads: int  # of 16 bytes, to shared memory
+
+
+class Limit(NamedTuple):
+    """The most products and barriers, and the fewest loads and blocks per multiprocessor."""
+
+    step: Step
+    blocks: int
+
+
+FULL = {80: Limit(Step(96, 2, 8), 2), 90: Limit(Step(12, 2, 8), 3), 100: Limit(Step(12, 12, 8), 3)}
+TWO = {80: Limit(Step(96, 2, 4), 2), 90: Limit(Step(12, 2, 4), 2), 100: Limit(Step(12, 12, 4), 2)}
+HALF = {80: Limit(Step(16, 2, 2), 4), 90: Limit(Step(2, 2, 4), 4), 100: Limit(Step(2, 3, 4), 4)}
+LIMITS = {
+    "_symmetric_kernel fp32 FEATURES=False CENTER=False norms_ptr=None": FULL,
+    "_symmetric_kernel fp32 FEATURES=False CENTER=False": TWO,
+    "_symmetric_kernel bf16 CENTER=False BLOCK=64": HALF,
+    "_symmetric_kernel fp16 CENTER=False BLOCK=64": HALF,
+    "_general_product_kernel X_COLUMNS=False Y_COLUMNS=False": FULL,
+    "_general_product_kernel": TWO,
+}
+"""Of the main kernels, by words of a row, the first that fits: the worse of both Tritons."""
+
+
+def limit_of(row: str) -> str:
+    """The key of the first limit whose words are all in this text, or an empty string."""
+    words = set(row.split())
+    return next((key for key in LIMITS if words.issuperset(key.split())), "")
 
 
 @dataclass(frozen=True)
@@ -55,7 +98,14 @@ class Row:
     shared: int = 0  # bytes
     tensor_memory: int = 0  # columns
     instruction: str = "-"  # of the tensor cores
+    blocks: int = 0  # that registers and shared memory allow per multiprocessor
+    step: Step | None = None  # of the main kernels
     error: str = ""
+
+    @property
+    def limit(self) -> Limit | None:
+        key = limit_of(f"{self.kernel} {self.variant}")
+        return LIMITS[key][self.cc] if key else None
 
 
 def modules() -> list[ModuleType]:
@@ -135,16 +185,19 @@ def compiled(task: tuple[int, int]) -> Row:
     try:
         kernel, report = assembled(variant, cc)
         match = TENSOR_CORES.search(kernel.asm["ptx"])
-        return Row(
+        registers = max(_numbers(r"Used (\d+) registers", report))
+        row = Row(
             variant.name,
             variant.label,
             cc,
-            registers=max(_numbers(r"Used (\d+) registers", report)),
+            registers=registers,
             spilled=sum(_numbers(r"(\d+) bytes spill", report)),
             shared=kernel.metadata.shared,
             tensor_memory=kernel.metadata.tmem_size or 0,
             instruction=match[1] if match else "-",
+            blocks=blocks_per_sm(registers, kernel.metadata.shared, kernel.metadata.num_warps, cc),
         )
+        return replace(row, step=main_step(kernel.asm["cubin"])) if row.limit else row
     except Exception as error:  # listed as a fault; the table goes on
         return Row(variant.name, variant.label, cc, error=f"does not compile: {error}"[:500])
 
@@ -155,6 +208,45 @@ def _numbers(pattern: str, report: str) -> list[int]:
     if not found:
         raise ValueError(f"ptxas did not report {pattern!r}: {report}")
     return [int(number) for number in found]
+
+
+def blocks_per_sm(registers: int, shared: int, warps: int, cc: int) -> int:
+    """Blocks that a multiprocessor holds; registers are given out 8 a thread at a time."""
+    by_registers = REGISTERS // (-(-registers // 8) * 8 * warps * 32)
+    by_shared = (SHARED[cc] + RESERVED) // (shared + RESERVED)
+    return min(by_registers, by_shared, THREADS // (warps * 32), 32)
+
+
+def main_step(cubin: bytes) -> Step:
+    """Counts of the loop with the most products, read by Triton's own disassembler."""
+    nvdisasm = Path(triton.__file__).parent / "backends/nvidia/bin/nvdisasm"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(nvdisasm), "-c", file.name]
+        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return max((step_of(loop) for loop in loops(text)), default=Step(0, 0, 0))
+
+
+def loops(assembly: str) -> Iterator[list[str]]:
+    """Instructions between each label and a later branch back to it."""
+    labels: dict[str, int] = {}
+    found: list[str] = []
+    for line in assembly.splitlines():
+        if label := re.match(r"(\.L_x_\d+):", line):
+            labels[label[1]] = len(found)
+        elif code := re.match(r"\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([^;]*);", line):
+            found.append(code[1])
+            target = re.match(r"BRA.*?(\.L_x_\d+)", code[1])
+            if target and target[1] in labels:
+                yield found[labels[target[1]] :]
+
+
+def step_of(loop: list[str]) -> Step:
+    products = sum(bool(re.match(r"HMMA|HGMMA|UTC\w*MMA", code)) for code in loop)
+    barriers = sum(code.startswith("BAR.") for code in loop)
+    loads = sum(bool(re.match(r"LDGSTS\S*\.128", code)) for code in loop)
+    return Step(products, barriers, loads)
 
 
 def fault(row: Row, tensor_cores: bool) -> str:
@@ -169,6 +261,11 @@ def fault(row: Row, tensor_cores: bool) -> str:
         return f"{row.tensor_memory} columns of tensor memory, over {TENSOR_MEMORY}"
     if tensor_cores and row.instruction == "-":
         return "no tensor-core instruction"
+    if (limit := row.limit) and (step := row.step):
+        if step.products > limit.step.products or step.barriers > limit.step.barriers:
+            return f"{step} costs more than {limit.step}"
+        if step.loads < limit.step.loads or row.blocks < limit.blocks:
+            return f"{step.loads} loads, {row.blocks} blocks per multiprocessor: under {limit}"
     return ""
 
 
@@ -200,13 +297,18 @@ def main() -> int:
         if not args.kernel or any(part in variant.name for part in args.kernel)
     ]
     faults = [f"{name}: missing from every variants(), so not checked" for name in unlisted()]
-    form = "{:26} {:>4} {:>4} {:>6} {:>7}  {:16} {}"
-    print(form.format("kernel", "cc", "regs", "spills", "shared", "tensor cores", "variant"))
+    unused = (
+        set() if args.kernel else set(LIMITS) - {limit_of(f"{v.name} {v.label}") for v in variants}
+    )
+    faults += [f"{key}: a limit of no kernel" for key in sorted(unused)]
+    form = "{:26} {:>4} {:>4} {:>6} {:>7} {:>6} {:>8} {:>8} {:>5}  {:16} {}"
+    head = ("regs", "spills", "shared", "per SM", "products", "barriers", "loads", "tensor cores")
+    print(form.format("kernel", "cc", *head, "variant"))
     for (number, _), row in zip(tasks, rows(tasks, args.jobs), strict=True):
         print(
             form.format(
-                row.kernel, row.cc, row.registers, row.spilled, row.shared, row.instruction,
-                row.variant,
+                row.kernel, row.cc, row.registers, row.spilled, row.shared, row.blocks,
+                *(row.step or "---"), row.instruction, row.variant,
             ),
             flush=True,
         )  # fmt: skip

@@ -119,8 +119,8 @@ LARGE = 1024  # above this n, larger tiles still fill a device
 def blocks(dtype: torch.dtype, center: bool, n: int) -> Blocks:
     """Block sizes for an n x n Gram matrix."""
     if is_narrow(dtype, center):
-        return Blocks(128, 64, 8, 3) if n > LARGE else Blocks(64, 64, 4, 3)
-    return Blocks(64, 16, 4, 3) if center else FULL
+        return Blocks(128, 64, 8, 3) if n > LARGE else Blocks(64, 32, 4, 4)
+    return Blocks(64, 16, 8, 3) if center else FULL
 
 
 @cuda_launcher(gram_op)

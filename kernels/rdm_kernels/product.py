@@ -83,7 +83,7 @@ def _general_product_kernel(
     BLOCK: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
     """Tile t of alpha X Y^T in matrix z, summed over chunk s."""
-    t, s, z = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    t, s, z = tl.program_id(0), tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     across = tl.cdiv(n, BLOCK)
     i, j = t // across, t % across
     start = s * chunk

@@ -88,7 +88,7 @@ def test_no_less_accurate_than_float32_matmul(dtype: torch.dtype, how: How) -> N
 @pytest.mark.parametrize("how", [ROWS, COLUMNS, How(stacked=True)], ids=str)
 @pytest.mark.parametrize("shape", [(2, 70, 90), (1, 3, 2070)], ids=["tiles", "a long sum"])
 def test_the_launchers_own_blocks_lose_no_term(shape: tuple[int, int, int], how: How) -> None:
-    """K = 2070 is 33 steps of 64, and the last part is short."""
+    """K = 2070 is 65 steps of 32, and the last part is short."""
     X = batch(*shape, dtype=torch.bfloat16)
     check(gram_triton(X, *astuple(how)), X, how)
 
