@@ -137,7 +137,8 @@ def filter_factors(
         K = sym_matmul(Y).matrix
         Q = _times(last, first)
         unit = len(K[0]) ** -0.5
-        residual = sym_matmul(Q, C=K, alpha=d * unit, beta=unit, gamma=-unit, norm=True).norm
+        rest = sym_matmul(Q, C=K, alpha=d * unit, beta=unit, gamma=-unit).matrix
+        residual = torch.linalg.vector_norm(rest, dim=(1, 2))
         weights = _weights(g, cutoff, root, len(X))
         F, E, status = combine(weights, matrices, root, residual, trace, residual_limit(cutoff))
         usable = (status != INACCURATE)[:, None, None]
