@@ -5,7 +5,7 @@
                              [--write FILE] [--check FILE] [--json FILE]
 
 Needs no GPU: the loss and its gradient run on tensors without data that claim to be on an H100, and
-everything that would be launched is counted. What CUDA would run is what counts: for an op of ours
+everything that would be launched is counted. What CUDA would run is what counts: for one of our ops
 its Triton launcher, for all others the operation that PyTorch dispatches. A view costs nothing.
 
 Products of cuBLAS are launches. Factorizations, solves and eigendecompositions are not: each is
@@ -46,7 +46,7 @@ OURS = "rdm"
 DTYPES = ["bfloat16", "float16", "float32"]
 SHARE = 0.5  # of the data sheet's operations and bytes a second that a kernel reaches
 LATENCY = 2.5e-6  # seconds a kernel takes in a graph, however little it does
-HOST_LAUNCH, HOST_OP = 8e-6, 20e-6  # seconds of the host a launch, and more for an op of ours
+HOST_LAUNCH, HOST_OP = 8e-6, 20e-6  # seconds of the host a launch, and more for one of our ops
 PER_COLUMN = {"eig|svd": 15e-6, "cholesky|solve|lu_|geqrf|linalg_(inv|qr|lu)": 0.4e-6}
 """Seconds a column of a factorization."""
 WAITS = re.compile("eig|svd|_local_scalar_dense")  # they read a result on the host
@@ -70,7 +70,7 @@ class Count:
     factorizations: dict[str, int] = field(default_factory=dict)
     waits: int = 0
     operations: dict[str, int] = field(default_factory=dict)
-    """Every kernel, product and factorization by its name, and every op of ours."""
+    """Every kernel, product and factorization by its name, and every op of rdm_kernels."""
     device: float = 0.0
     """Predicted seconds of the device, where nothing waits for the host."""
     host: float = 0.0
@@ -105,14 +105,14 @@ class Launches(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.count = Count()
-        self.inside = False  # an op of ours
+        self.inside = False  # an rdm op
 
     def __torch_dispatch__(self, op, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         if op.namespace == OURS:
             return self._run_ours(op, args, kwargs)
         if op.namespace == "aten":
-            with self:  # inside an op of ours autograd does not take others apart
+            with self:  # inside an rdm op autograd does not take others apart
                 out = op.decompose(*args, **kwargs)
             if out is not NotImplemented:
                 return out
@@ -175,7 +175,7 @@ def flops(op, args, kwargs, out, given: Sequence[Tensor] = ()) -> Counter[str]:
     """Operations of a product in each arithmetic of `bench.machine.Peak`.
 
     Args:
-        given: the inputs of the op of ours that this product defines; their dtypes decide what its
+        given: the inputs of the rdm op that this product defines; their dtypes decide what its
             kernel multiplies. None for a product of cuBLAS, which does as its operands say.
     """
     count = flop_registry[op._overloadpacket](*args, **kwargs, out_val=out)
@@ -193,7 +193,7 @@ def flops(op, args, kwargs, out, given: Sequence[Tensor] = ()) -> Counter[str]:
 
 
 class Products(TorchDispatchMode):
-    """Operations of all products in the body that defines an op of ours."""
+    """Operations of all products in the body that defines an rdm op."""
 
     def __init__(self, given: list[Tensor]) -> None:
         super().__init__()

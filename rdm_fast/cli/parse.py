@@ -87,9 +87,9 @@ def _tell_tyro(options: type) -> None:
         plain, *notes = get_args(hint) if get_origin(hint) is Annotated else (hint,)
         if is_dataclass(plain) and isinstance(plain, type):
             _tell_tyro(plain)
-        told = [_for_tyro(note) for note in notes]
-        if told != notes:
-            options.__annotations__[name] = Annotated[plain, *told]
+        known = [_for_tyro(note) for note in notes]
+        if known != notes:
+            options.__annotations__[name] = Annotated[plain, *known]
 
 
 def _for_tyro(note: Any) -> Any:

@@ -1,6 +1,7 @@
 """What the command line makes of a setting, beside its type in Annotated.
 
-`rdm_fast.cli.parse` tells tyro. So a run from Python needs none of the command line's packages.
+`rdm_fast.cli.parse` passes it to tyro, so a run from Python needs none of the command line's
+packages.
 """
 
 from dataclasses import dataclass

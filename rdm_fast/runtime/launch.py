@@ -85,7 +85,7 @@ class _Ranks:
     """The processes of one start, each the leader of a group, which its data workers are in."""
 
     def __init__(self) -> None:
-        self.wishes = self.told = 0
+        self.wishes = self.sent = 0
         self.deadline = math.inf
         self.processes: list[subprocess.Popen[bytes]] = []
 
@@ -114,8 +114,8 @@ class _Ranks:
                 self.wishes = max(self.wishes, 1)
             elif code:
                 self._wait_for(LOSING if code == RankLost.code else FAILING)
-            if self.told < self.wishes:
-                self.told = self.wishes
+            if self.sent < self.wishes:
+                self.sent = self.wishes
                 self._wait_for(SAVING if self.wishes == 1 else INSISTING)
                 for process in running:
                     process.send_signal(signal.SIGTERM)
@@ -139,7 +139,7 @@ class _Ranks:
 def _ending(codes: Mapping[int, int], *, stopped: bool) -> tuple[int, UserError | None]:
     """The exit code for these codes by rank, -n for signal n, and the error if no rank has one.
 
-    When a rank ends, the others lose it or are told to end: that is a consequence, not the reason.
+    When a rank ends, the others lose it or are ended: that is a consequence, not the reason.
     """
     reasons = [code for code in codes.values() if code > 0 and code not in CONSEQUENCES]
     if reasons or not any(codes.values()):

@@ -114,8 +114,8 @@ class UnreadableImages:
     def note(self, asked: NDArray[np.int64], shown: NDArray[np.int64]) -> None:
         """Add the images that were replaced by others, as `add` does.
 
-        Of those that were shown, one file is looked at: if it has changed since it was inspected,
-        one warning counts those of the batch.
+        Of those that were shown, one file is checked: if it has changed since it was inspected, one
+        warning counts those of the batch.
         """
         for i in asked[asked != shown].tolist():
             self.add(i)
