@@ -1,6 +1,7 @@
 """The commands' entry points; `python -m rdm_fast` is the same as `rdm`.
 
-Signals are caught before anything is imported that takes time.
+Signals are caught before anything is imported that takes time, and OpenMP is set up before torch
+loads it.
 """
 
 import os
@@ -12,6 +13,11 @@ from rdm_fast.errors import Interrupted, Unavailable, UsageError, UserError
 from rdm_fast.runtime import signals
 from rdm_fast.runtime.launcher import PARENT, launched
 from rdm_fast.runtime.printing import guard_streams, print_error
+
+
+SPINS = "1000"
+"""How often a thread of OpenMP looks for work before it sleeps. By default it looks for
+milliseconds, on a core that another process could use."""
 
 
 def main() -> NoReturn:
@@ -32,6 +38,8 @@ def evaluate() -> NoReturn:
 def _enter(command: str) -> NoReturn:
     guard_streams()  # before a pipe takes the number of a stream that is closed
     signals.catch()
+    if not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys():
+        os.environ["GOMP_SPINCOUNT"] = SPINS
     try:
         ranked = bool(launched().launcher)
     except UsageError as error:
