@@ -14,7 +14,6 @@ from rdm_fast.runtime import signals
 from rdm_fast.runtime.launcher import PARENT, launched
 from rdm_fast.runtime.printing import guard_streams, print_error
 
-
 SPINS = "1000"
 """How often a thread of OpenMP looks for work before it sleeps. By default it looks for
 milliseconds, on a core that another process could use."""
