@@ -1,6 +1,7 @@
 """Fixtures shared by every test: seeds, poisoned memory, no bugs, and where real images lie."""
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NoReturn
@@ -23,6 +24,9 @@ if not torch.cuda.is_available():
 # processes that a test starts.
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# nohup ignores SIGHUP for every process that it starts, and so would the runs that tests stop.
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # A shared machine may pause any example, so the time of one says nothing.
 hypothesis.settings.register_profile("rdm", deadline=None, print_blob=True)
