@@ -119,15 +119,16 @@ def test_a_lost_rank_a_lost_launcher_and_a_signal_one_after_the_other_change_not
     run.processes[0].kill()
     run.wait_for_ranks()
     assert state_and_code(out) == ("interrupted", 75)  # the kernel tells them, more than once
-    assert read_status(out)["step"] >= 5
+    reached = read_status(out)["step"]
+    assert reached >= 5
 
     run = start(out, 2)
-    run.wait_for_step(7)
+    run.wait_for_step(reached + 1)  # before that, only a launcher would end the other rank
     run.processes[1].send_signal(signal.SIGTERM)
     assert run.wait() == [75, 75]
     assert state_and_code(out) == ("interrupted", 75)
     status = read_status(out)
-    assert status["step"] >= 7 and (out / "checkpoints" / status["checkpoint"]).is_dir()
+    assert status["step"] > reached and (out / "checkpoints" / status["checkpoint"]).is_dir()
 
     start(out, 2).finish()
     assert_same_end(out, undisturbed(2))
