@@ -8,7 +8,7 @@ REQUIREMENTS := pyproject.toml constraints.txt
 # The oldest Triton that pyproject.toml allows, for `make aot`, beside the installed one.
 OLDEST := $(shell sed -n 's/.*"triton>=\([0-9.]*\).*/\1/p' pyproject.toml)
 OLDEST_TRITON := $(VENV)/triton-$(OLDEST)
-CC := 80 90 100
+DEVICES := 80 90 100
 AUDIT := $(VENV)/audit
 PYTHONS := $(or $(PYTHON),python3 python3.14 python3.13 python3.12 python3.11)
 
@@ -75,9 +75,9 @@ numbers: $(VENV)/.dev ## measure the numbers on the pages again, about an hour; 
 numbers-quick: $(VENV)/.dev ## the same in two minutes, as in CI: one seed of digits, and probes
 	$(BIN)/python -m bench.numbers --check --quick
 
-aot: $(VENV)/.dev $(OLDEST_TRITON)/.installed ## compile every kernel for three GPUs, or CC=90 for one, without one
-	$(BIN)/python -m rdm_kernels.aot --cc $(CC)
-	PYTHONPATH=$(OLDEST_TRITON) $(BIN)/python -m rdm_kernels.aot --cc $(CC)
+aot: $(VENV)/.dev $(OLDEST_TRITON)/.installed ## compile every kernel for three GPUs, or DEVICES=90 for one, without one
+	$(BIN)/python -m rdm_kernels.aot --cc $(DEVICES)
+	PYTHONPATH=$(OLDEST_TRITON) $(BIN)/python -m rdm_kernels.aot --cc $(DEVICES)
 
 # Not in CI: its database is on the network.
 audit: $(VENV)/.dev $(AUDIT)/.installed ## look for known vulnerabilities, list licenses, refuse some
