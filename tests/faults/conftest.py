@@ -22,7 +22,8 @@ def pytest_terminal_summary(
     terminalreporter: pytest.TerminalReporter, exitstatus: int, config: pytest.Config
 ) -> None:
     path = config.getoption("--fault-table")
-    if path is None or exitstatus:
+    of_one_worker = hasattr(config, "workerinput")  # which knows its own tests only
+    if path is None or exitstatus or of_one_worker:
         return
     ended = {kind: terminalreporter.stats.get(kind, []) for kind in ("passed", "skipped")}
     counts = {kind: Counter(r.nodeid.split("::")[0] for r in rs) for kind, rs in ended.items()}
