@@ -104,10 +104,17 @@ VARIANTS = {
 def measure_digits(runs: Runs, quick: bool) -> Values:
     """Accuracies and last effective rank; quick: of one default run and of raw pixels."""
     variants = {DEFAULT: VARIANTS[DEFAULT]} if quick else VARIANTS
-    rows = {
-        title: with_seeds(arguments, SEEDS[:1] if quick else SEEDS)
-        for title, arguments in variants.items()
-    }
+    result = score(*pixels(), PROTOCOLS["logistic"], classes=10, seed=0)
+    raw = {LINEAR: [result.top1], KNN: [result.knn_top1]}
+    seeds = SEEDS[:1] if quick else SEEDS
+    return measure_runs(runs, variants, seeds) | {"raw pixels, same probe": raw}
+
+
+def measure_runs(
+    runs: Runs, variants: Mapping[str, Sequence[str]], seeds: Sequence[int] = SEEDS
+) -> Values:
+    """Accuracies and last effective rank of runs with these arguments of `rdm train`."""
+    rows = {title: with_seeds(arguments, seeds) for title, arguments in variants.items()}
     runs.evaluated(arguments for row in rows.values() for arguments in row)
     values: Values = {}
     for title, row in rows.items():
@@ -117,8 +124,7 @@ def measure_digits(runs: Runs, quick: bool) -> Values:
             KNN: [run.evaluation["knn_top1"] for run in found],
             RANK: [run.series("effective_rank/projection").values[-1] for run in found],
         }
-    result = score(*pixels(), PROTOCOLS["logistic"], classes=10, seed=0)
-    return values | {"raw pixels, same probe": {LINEAR: [result.top1], KNN: [result.knn_top1]}}
+    return values
 
 
 def pixels() -> list[tuple[Tensor, Tensor]]:
