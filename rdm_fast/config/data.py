@@ -120,11 +120,13 @@ class AugmentConfig:
     view2: ViewConfig = field(default_factory=ViewConfig)
     small_views: Annotated[int, Between(0, 64)] = 0
     """Number of additional small views of an image (multi-crop), each matched with both targets.
-    Only for method=byol, where the target weights never see them."""
+    Only the online branch sees them; symsimsiam, which has none, refuses them."""
     small_size: Side = 96
     """Side of a small view, in pixels."""
     small_scale: CropScale = (0.05, 0.14)
     """Area of a small view's crop as a share of the image; all else is drawn as for view1."""
+    small_blur: Annotated[float, Between(-1, 1)] = -1.0
+    """Probability of Gaussian blur of a small view; -1 takes view1's."""
 
     def __post_init__(self) -> None:
         require_fields("augment.", self)
@@ -140,6 +142,10 @@ class AugmentConfig:
             f"augment.small_size={self.small_size} is more than augment.size={self.size}: "
             "give a smaller augment.small_size",
         )
+        require(
+            self.small_blur == -1 or self.small_blur >= 0,
+            f"augment.small_blur={self.small_blur}: give a number from 0 to 1, or -1 for view1's",
+        )
 
     @property
     def channels(self) -> int:
@@ -148,7 +154,8 @@ class AugmentConfig:
     @property
     def views(self) -> tuple[ViewConfig, ...]:
         """How each view is drawn: both views, then the small ones."""
-        small = replace(self.view1, crop_scale=self.small_scale)
+        blur = self.view1.blur if self.small_blur == -1 else self.small_blur
+        small = replace(self.view1, crop_scale=self.small_scale, blur=blur)
         return self.view1, self.view2, *[small] * self.small_views
 
     @property

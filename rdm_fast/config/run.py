@@ -61,9 +61,9 @@ class Config:
             "(spectral with filter.sigma=0 filters nothing)",
         )
         require(
-            self.augment.small_views == 0 or self.method == "byol",
-            f"augment.small_views={self.augment.small_views} with method={self.method}: small "
-            "views need the target weights of method=byol; give 0",
+            self.augment.small_views == 0 or self.method != "symsimsiam",
+            f"augment.small_views={self.augment.small_views} with method=symsimsiam: small views "
+            "are for the online branch, and its branches are alike; give 0",
         )
         require(
             not (self.parallel.static_graph and self.optim.accumulate > 1),

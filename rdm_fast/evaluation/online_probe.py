@@ -23,6 +23,7 @@ from rdm_fast.runtime.distributed import world_size
 LR, MOMENTUM = 0.1, 0.9
 """As the released code's online classifier, at the peak of the run's schedule."""
 VIEWS = 2
+"""Of each image that it trains on: small views follow them in a step, and are left out."""
 
 
 class OnlineProbe:
@@ -36,8 +37,9 @@ class OnlineProbe:
         self.classes = len(images.classes) if images.labels is not None else 0
         self.is_on = config.log.probe and self.classes > 0
         self._tensors: dict[str, Tensor] = {}
-        # Both views of every accumulated part. Earlier outputs, such as warm-up's, are dropped.
-        self._seen: deque[Tensor] = deque(maxlen=VIEWS * config.optim.accumulate)
+        # All views of every accumulated part. Earlier outputs, such as warm-up's, are dropped.
+        self._views = len(config.augment.views)
+        self._seen: deque[Tensor] = deque(maxlen=self._views * config.optim.accumulate)
         if self.is_on:
             backbone.register_forward_hook(self._listen)
 
@@ -65,7 +67,8 @@ class OnlineProbe:
         if not self.is_on:
             return
         parts = labels.chunk(self.config.optim.accumulate)
-        embedding = torch.cat(list(self._seen)).float()  # [VIEWS b, d_emb]
+        large = [each for i, each in enumerate(self._seen) if i % self._views < VIEWS]
+        embedding = torch.cat(large).float()  # [VIEWS b, d_emb]
         self._seen.clear()
         target = torch.cat([part for part in parts for _ in range(VIEWS)])
         if not self._tensors:

@@ -52,7 +52,7 @@ class Criterion(nn.Module, ABC):
         Args:
             online: this rank's online rows, [v, b, D], any floating dtype.
             target: this rank's target rows in the same dtype, [t, b, D], t at most v; no gradient
-                reaches them. None stands for the online rows with the two views swapped (SimSiam).
+                reaches them. None stands for the first two online views, swapped (SimSiam).
         """
 
 
@@ -81,7 +81,7 @@ class NegativeCosine(Criterion):
     """Mean negative cosine of each pair of views, without a filter."""
 
     def forward(self, online: Tensor, target: Tensor | None = None) -> Tensor:
-        target = online.flip(0) if target is None else target
+        target = online[:2].flip(0) if target is None else target
         with torch.autocast(online.device.type, enabled=False):
             return pairwise_losses(partial(neg_cosine, online), target.detach(), len(online))
 
@@ -113,7 +113,7 @@ class SpectralCosine(Criterion):
             swapped = target is None and world_size() == 1 and len(online) == 2
             if target is None:
                 P = gather_rows(online)
-                Z = P.flip(0)
+                Z = P[:2].flip(0)
             else:
                 every = gather_rows(torch.cat([online.detach(), target.detach()]))
                 P, Z = every.split([len(online), len(target)])

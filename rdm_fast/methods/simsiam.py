@@ -3,6 +3,8 @@
     L = D(p1, sg(z2)) / 2 + D(p2, sg(z1)) / 2,   D = negative cosine, p = predictor(z)
 
 One encoder sees both views. The target is the other view's projection, without gradient.
+Each small view (multi-crop, arXiv:2006.09882, section 3.3) is matched with both targets and is
+none itself; L is then the mean of D over all pairs.
 """
 
 import torch
@@ -13,10 +15,9 @@ from rdm_fast.methods.base import Branches, Method
 
 class SimSiam(Method):
     def branches(self, *views: Tensor) -> Branches:
-        view1, view2 = views
-        z1, z2 = self.projector(self.backbone(view1)), self.projector(self.backbone(view2))
-        online = torch.stack([self.predictor(z1), self.predictor(z2)])
-        projection = torch.stack([z1, z2]).detach()
+        z = [self.projector(self.backbone(view)) for view in views]
+        online = torch.stack([self.predictor(projections) for projections in z])
+        projection = torch.stack(z[:2]).detach()
         return Branches(online, projection.flip(0), projection)
 
     def loss(self, online: Tensor, target: Tensor | None) -> Tensor:

@@ -13,6 +13,7 @@ from rdm_fast.config import Config, FilterConfig, OptimConfig
 from rdm_fast.errors import UsageError
 
 CONFIG = Config(optim=OptimConfig(warmup_epochs=0))
+SYMMETRIC = {"method": "symsimsiam", "predictor": "none"}
 
 LIMITS: dict[str, tuple[float, float]] = {
     "seed": (0, math.inf),
@@ -89,9 +90,10 @@ def test_a_number_is_accepted_up_to_its_limits_and_named_beyond_them(name: str) 
         {"augment.view1.blur_sigma": (1.0, math.inf)},
         {"augment.view1.blur_sigma": (1.0, 4.1)},
         {"augment.small_scale": (0.3, 0.1)},
-        {"augment.small_views": -1, "method": "byol", "predictor": "mlp"},
-        {"augment.small_views": 2, "augment.small_size": 8},  # method=simsiam
-        {"augment.small_size": 96, "augment.small_views": 2, "method": "byol", "predictor": "mlp"},
+        {"augment.small_views": -1},
+        {"augment.small_views": 2, "augment.small_size": 8, **SYMMETRIC},
+        {"augment.small_blur": -0.5},
+        {"augment.small_size": 96, "augment.small_views": 2},
         {"augment.mean": (0.1, 0.2), "augment.std": (1.0,)},
         {"augment.std": (0.0,), "augment.mean": (0.1,)},
         {"augment.mean": (math.nan,), "augment.std": (1.0,)},
@@ -121,7 +123,15 @@ def test_limits_that_are_inclusive() -> None:
     changed(CONFIG, {"augment.view1.crop_scale": (1.0, 1.0), "augment.small_scale": (0.1, 1.0)})
     changed(CONFIG, {"optim.warmup_epochs": 60.0, "optim.epochs": 60})
     small = {"augment.small_views": 2, "augment.small_size": 32, "augment.size": 32}
-    changed(CONFIG, {**small, "method": "byol", "predictor": "mlp"})
+    changed(CONFIG, small)
+
+
+def test_small_views_are_drawn_as_view1_but_for_crop_and_blur() -> None:
+    of_view1 = {"augment.view1.blur": 0.3, "augment.view1.flip": 0.5}
+    of_view1 |= {"augment.small_views": 1, "augment.small_size": 16}
+    for asked, blur in ((-1.0, 0.3), (0.0, 0.0), (1.0, 1.0)):
+        augment = changed(CONFIG, {**of_view1, "augment.small_blur": asked}).augment
+        assert augment.views[2] == replace(augment.view1, crop_scale=(0.05, 0.14), blur=blur)
 
 
 def test_an_unknown_choice_suggests_the_nearest() -> None:

@@ -15,7 +15,7 @@ from rdm_fast.evaluation.probe import LinearClassifier
 from rdm_fast.runtime.distributed import rank, world_size
 from tests.ranks import run_ranks
 from tests.runs import final_state, metrics, run, run_to, run_with_stops, with_log
-from tests.tiny import tiny
+from tests.tiny import tiny, with_small_views
 
 CPU = torch.device("cpu")
 
@@ -68,11 +68,13 @@ def test_an_update_is_a_step_of_sgd_on_both_views() -> None:
         torch.testing.assert_close(found, expected.detach(), atol=1e-6, rtol=0)
 
 
-def test_labels_follow_their_images_through_accumulated_parts() -> None:
-    probe = Probe(config(accumulate=3))
+@pytest.mark.parametrize("n_small", [0, 2])
+def test_labels_follow_their_images_through_accumulated_parts(n_small: int) -> None:
+    probe = Probe(with_log(with_small_views("digits_byol", n_small, accumulate=3), probe=True))
     labels = torch.arange(30) // 3
     embedding = F.one_hot(labels, 10).float()
-    parts = [part for part in embedding.chunk(3) for _ in range(2)]
+    small = [-embedding[:10]] * n_small  # which teach nothing
+    parts = [each for part in embedding.chunk(3) for each in (part, part, *small)]
     for _ in range(30):
         probe.step(embedding.flip(0), *parts, labels=labels)  # the first is a warm-up pass
     assert probe.found.logits(embedding).argmax(dim=1).tolist() == labels.tolist()

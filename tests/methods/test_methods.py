@@ -1,5 +1,6 @@
 """Each method against its loss written out, and the path of its gradient."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,11 @@ from rdm_fast.methods import Byol, Method, SimSiam, SymSimSiam, build_method
 from rdm_fast.runtime.distributed import rank, world_size
 from tests.ranks import run_ranks
 from tests.spies import calls_of
-from tests.tiny import METHODS, tiny
+from tests.tiny import METHODS, batch, tiny, with_small_views
 
 B, WIDTH, D = 12, 10, 6
 FILTERS = [FilterConfig(), FilterConfig(location="target", sigma=-1.0)]
+BY_ONLINE = FilterConfig(location="target", sigma=-1.0, basis="online")
 
 
 def views(seed: int = 1) -> tuple[Tensor, Tensor]:
@@ -102,42 +104,104 @@ def test_symsimsiam_is_symmetric_and_centered() -> None:
     torch.testing.assert_close(method(*views()).loss, before, atol=1e-5, rtol=0)
 
 
-def written_out_pairs(method: Byol, shown: list[Tensor], config: FilterConfig | None) -> Tensor:
-    """2 - 2 cos for every view with each target of another one, pair by pair; twice their mean."""
-    losses = []
-    for v, z in enumerate(projections(method, *shown)):
-        for t, target in enumerate(targets(method, *shown[:2])):
-            if v != t and config is None:
-                losses.append(2 - 2 * cosine(method.predictor(z), target))
-            elif v != t and config is not None:
-                losses.append(2 + 2 * SpectralCosine(config)(z[None], target[None])[0])
+def literal_filter(z: Tensor, config: FilterConfig) -> Tensor:
+    """W = V S^sigma V^T of the rows z, without gradient."""
+    _, s, Vt = torch.linalg.svd(z.detach(), full_matrices=False)
+    return Vt.mT * s**config.sigma @ Vt
+
+
+def literal_pair(method: Any, z: Tensor, target: Tensor, config: FilterConfig | None) -> Tensor:
+    """-cos of the online output for projections z with a target."""
+    if config is None:
+        return -cosine(method.predictor(z), target)
+    if config.location == "online":
+        return -cosine(z @ literal_filter(z, config), target)
+    basis = z if config.basis == "online" else target
+    return -cosine(z, target @ literal_filter(basis, config))
+
+
+def written_out_pairs(
+    method: Any, shown: list[Tensor], pair: Callable[[Tensor, Tensor], Tensor]
+) -> Tensor:
+    """The loss of a method from that of every view with each target of another view."""
+    online = projections(method, *shown)
+    of_target = targets(method, *shown[:2]) if isinstance(method, Byol) else online[:2]
+    losses = [
+        pair(z, target.detach())
+        for v, z in enumerate(online)
+        for t, target in enumerate(of_target)
+        if v != t
+    ]
     assert len(losses) == 2 + 2 * (len(shown) - 2)
-    return 2 * torch.stack(losses).mean()
+    mean = torch.stack(losses).mean()
+    return 4 + 4 * mean if isinstance(method, Byol) else mean
+
+
+def with_small(n: int) -> list[Tensor]:
+    return [*views(), *(views(seed)[0] for seed in range(2, 2 + n))]
+
+
+@pytest.mark.parametrize(
+    "config", [None, *FILTERS, BY_ONLINE], ids=["mlp", "online", "target", "target by online"]
+)
+@pytest.mark.parametrize("n_small", [0, 2])
+@pytest.mark.parametrize("kind", [SimSiam, Byol])
+def test_small_views_are_matched_with_both_targets_in_float64(
+    kind: type[Method], n_small: int, config: FilterConfig | None
+) -> None:
+    method = make(kind, config).double()
+    shown = [view.double() for view in with_small(n_small)]
+    loss = method(*shown).loss
+    literal = written_out_pairs(method, shown, lambda z, t: literal_pair(method, z, t, config))
+    torch.testing.assert_close(loss, literal, atol=1e-12, rtol=0)
+    for ours, theirs in zip(gradients(loss, method), gradients(literal, method), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-11, rtol=1e-9)
+
+
+def test_without_predictor_and_filter_too_small_views_are_no_targets() -> None:
+    method = SimSiam(nn.Linear(WIDTH, 8), nn.Linear(8, D), nn.Identity(), NegativeCosine())
+    shown = with_small(2)
+    assert_same(method, written_out_pairs(method, shown, lambda z, t: -cosine(z, t)), *shown)
 
 
 @pytest.mark.parametrize(
     "config",
-    [
-        None,
-        *FILTERS,
-        FilterConfig(location="target", sigma=-1.0, basis="online"),
-        FilterConfig(sigma=1.0, engine="gemm"),
-        FilterConfig(location="target", sigma=-0.5, engine="reference"),
-    ],
-    ids=["mlp", "online", "target", "target by online", "gemm", "reference"],
-)
+    [*FILTERS, BY_ONLINE, FilterConfig(sigma=1.0, engine="gemm"),
+     FilterConfig(location="target", sigma=-0.5, engine="reference")],
+    ids=["online", "target", "target by online", "gemm", "reference"],
+)  # fmt: skip
 @pytest.mark.parametrize("n_small", [1, 3])
-def test_byol_matches_small_views_with_both_targets(
-    config: FilterConfig | None, n_small: int, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("kind", [SimSiam, Byol])
+def test_the_filter_of_each_view_is_computed_once_by_every_engine(
+    kind: type[Method], n_small: int, config: FilterConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    method = make(Byol, config)
-    shown = [*views(), *(views(seed)[0] for seed in range(2, 2 + n_small))]
-    assert_same(method, written_out_pairs(method, shown, config), *shown)
-    if config is not None:  # the filter is computed once for each view that has one
-        built = calls_of(monkeypatch, loss_module, "build_filter")
-        method(*shown)
-        own_target = config.location == "target" and config.basis == "own"
-        assert [len(X) for _, X, *_ in built] == [2 if own_target else 2 + n_small]
+    method, shown = make(kind, config), with_small(n_small)
+    alone = SpectralCosine(config)
+    literal = written_out_pairs(method, shown, lambda z, t: alone(z[None], t[None])[0])
+    assert_same(method, literal, *shown)
+    built = calls_of(monkeypatch, loss_module, "build_filter")
+    method(*shown)
+    own_target = config.location == "target" and config.basis == "own"
+    assert [len(X) for _, X, *_ in built] == [2 if own_target else 2 + n_small]
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "digits_symsimsiam"])
+def test_targets_never_see_small_views_and_batch_norms_see_one_view_at_a_time(name: str) -> None:
+    method: Any = build_method(with_small_views(name))
+    shown = batch(16, size=16, small=2).views
+    sizes: dict[str, list[int]] = {"backbone": [], "target_backbone": []}
+    for part in [part for part in sizes if hasattr(method, part)]:
+        norm = getattr(method, part).bn1
+        norm.register_forward_hook(lambda _, x, y, part=part: sizes[part].append(x[0].shape[-1]))
+    branches = method.branches(*shown)
+    assert [len(rows) for rows in (branches.online, branches.target, branches.projection)] == [
+        4, 2, 2,
+    ]  # fmt: skip
+    assert sizes["backbone"] == [view.shape[-1] for view in shown]
+    assert len(set(sizes["backbone"])) == 2
+    assert sizes["target_backbone"] == (sizes["backbone"][:2] if "byol" in name else [])
+    if "byol" not in name:
+        assert torch.equal(branches.target, branches.projection.flip(0))
 
 
 def test_byols_target_starts_as_a_copy_has_no_gradient_and_follows() -> None:
@@ -173,8 +237,11 @@ def test_built_methods_continue_from_the_gradient_of_the_online_branch(name: str
 def _losses_and_gradients() -> list[Tensor]:
     """Of this rank's rows, for each method whose criterion sees the whole batch."""
     results = []
-    for method in (make(SymSimSiam), make(SimSiam, FILTERS[1]), *(make(Byol, f) for f in FILTERS)):
-        loss = method(*(v.chunk(world_size())[rank()] for v in views())).loss
+    for method, n_small in (
+        (make(SymSimSiam), 0), *((make(SimSiam, f), n) for f in FILTERS for n in (0, 2)),
+        *((make(Byol, f), 0) for f in FILTERS), (make(Byol, FILTERS[1]), 2),
+    ):  # fmt: skip
+        loss = method(*(v.chunk(world_size())[rank()] for v in with_small(n_small))).loss
         results += [loss.detach(), *gradients(loss, method)]
     return results
 

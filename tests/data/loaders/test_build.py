@@ -28,8 +28,9 @@ Pixels = NDArray[np.uint8]
 CPU = torch.device("cpu")
 VIEW = ViewConfig(crop_scale=(0.2, 1), jitter=0.8, grey=0.2, blur=0.5, flip=0.5)
 AUGMENT = AugmentConfig(
-    size=16, view1=VIEW, view2=replace(VIEW, solarize=0.2), small_views=2, small_size=10
-)
+    size=16, view1=VIEW, view2=replace(VIEW, solarize=0.2),
+    small_views=2, small_size=10, small_blur=0.9,
+)  # fmt: skip
 
 
 def configure(loader: str = "auto", workers: int = 0, batch: int = 16, **changes: object) -> Config:
