@@ -33,7 +33,7 @@ class LightlySimSiam(nn.Module):
         from lightly.models import modules
 
         model, (projection, prediction) = config.model, self.heads
-        self.backbone, width = build_backbone(model, config.augment.channels)
+        self.backbone, width = build_backbone(model, config.augment.channels, config.augment.sizes)
         hidden, D = model.projector_hidden, model.projector_dim
         self.projection_head = getattr(modules, projection)(width, hidden, D)
         self.prediction_head = getattr(modules, prediction)(D, model.predictor_hidden, D)

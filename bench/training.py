@@ -149,7 +149,9 @@ def supervised_step(case: Case, precision: Precision = PRECISION) -> Call:
     cuDNN's fastest algorithms."""
     config = case.config("simsiam", precision)
     torch.manual_seed(0)
-    backbone, d_embedding = build_backbone(config.model, config.augment.channels)
+    backbone, d_embedding = build_backbone(
+        config.model, config.augment.channels, config.augment.sizes
+    )
     model = nn.Sequential(backbone, nn.Linear(d_embedding, CLASSES[case.recipes]))
     model.to(DEVICE, memory_format=LAYOUT)
     optimizer = torch.optim.SGD(

@@ -24,6 +24,4 @@ def save_random(path: Path, config: Config, step: int = 1) -> tuple[Path, Method
             module.running_var.uniform_(0.5, 1.5)  # type: ignore[union-attr]
     with RunFolder.open(str(path), config, overwrite=False, rank=0) as folder:
         snapshot = Snapshot(step, dict(method.state_dict()), {}, {}, {})
-        return checkpoint.save(
-            folder.checkpoints, snapshot, 2, file_note(config.model)
-        ), method.eval()
+        return checkpoint.save(folder.checkpoints, snapshot, 2, file_note(config)), method.eval()

@@ -12,15 +12,16 @@ from rdm_fast.config.data import AugmentConfig, DataConfig, DataName, Interpolat
 from rdm_fast.config.filter import FilterConfig, Kind
 from rdm_fast.config.guard import GuardConfig
 from rdm_fast.config.log import LogConfig
-from rdm_fast.config.model import BackboneName, ModelConfig, Stem
+from rdm_fast.config.model import RESNETS, TIMM, ModelConfig, Stem
 from rdm_fast.config.optim import OptimConfig
 from rdm_fast.config.parallel import ParallelConfig
 from rdm_fast.config.run import Config, Precision
 from rdm_fast.config.step import StepConfig
 
 __all__ = [
+    "RESNETS",
+    "TIMM",
     "AugmentConfig",
-    "BackboneName",
     "Config",
     "DataConfig",
     "DataName",

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 from rdm_fast.errors import UsageError
 
 
-def require(condition: bool, message: str) -> None:
+def require(condition: object, message: str) -> None:
     """Reject a setting. The message names the flag, the value found, and the fix.
 
     Raises:

@@ -113,8 +113,8 @@ always change.
 
 A name that ends in a point stands for the whole table; the longest match decides."""
 LATER = {
-    "augment.small_blur", "data.timeout", "data.white_level", "model.init_prefix",
-    "parallel.timeout", "step.deterministic",
+    "augment.small_blur", "data.timeout", "data.white_level", "model.frozen_patch",
+    "model.init_prefix", "model.patch_size", "parallel.timeout", "step.deterministic",
 }  # fmt: skip
 """Settings that runs of earlier versions lack. Each has a default that changes nothing for them."""
 

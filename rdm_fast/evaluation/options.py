@@ -5,9 +5,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
-from rdm_fast.config import BackboneName, Precision, Stem
+from rdm_fast.config import Precision, Stem
 from rdm_fast.config.checks import Between, Seed, require, require_fields
 from rdm_fast.config.flags import Alias, Shape
+from rdm_fast.config.model import check_backbone
 from rdm_fast.config.recipes import RECIPES
 from rdm_fast.errors import UsageError
 from rdm_fast.evaluation.protocols import AUTO, FINETUNE, ITERATED, PROTOCOLS, Protocol
@@ -36,8 +37,8 @@ class EvaluateCommand:
     """Train the backbone too, from the checkpoint, on random crops and flips."""
     recipe: str = ""
     """For a file of weights: the recipe whose data set and views to use."""
-    arch: Literal[BackboneName, "auto"] = "auto"
-    """For a file of weights: its backbone; auto reads it from the tensors."""
+    arch: str = "auto"
+    """For a file of weights: its backbone, as in --model.backbone; auto reads it from the file."""
     stem: Literal[Stem, "auto"] = "auto"
     """For a file of weights: its first layers. Tensors do not distinguish the 3x3 ones: auto takes
     what files of rdm-fast note, else cifar_pad2 for solo-learn and cifar for others."""
@@ -71,6 +72,8 @@ class EvaluateCommand:
     def __post_init__(self) -> None:
         check_nproc(self.nproc)
         require_fields("--", self)
+        if self.arch != "auto":
+            check_backbone("--arch", self.arch)
         require(
             self.protocol in ("auto", *PROTOCOLS),
             f"protocol={self.protocol} is unknown: use auto, {_or(PROTOCOLS)}",

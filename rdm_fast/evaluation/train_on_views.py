@@ -24,6 +24,7 @@ from rdm_fast.data.views.sampler import ViewParameters, draw_views, epoch_order,
 from rdm_fast.errors import UsageError
 from rdm_fast.evaluation.probe import LinearClassifier, build_optimizer, initial_weights
 from rdm_fast.evaluation.protocols import Protocol
+from rdm_fast.models.backbone import memory_format
 from rdm_fast.models.batchnorm import synchronize
 from rdm_fast.runtime.distributed import print0, rank, world_size
 from rdm_fast.runtime.precision import autocast
@@ -78,8 +79,8 @@ def train_on_views(
     head.to(device)
     backbone.requires_grad_(finetune)
     model: nn.Module = head
-    if finetune:  # in the memory format of its views
-        model = nn.Sequential(backbone, head).to(memory_format=torch.channels_last)
+    if finetune:
+        model = nn.Sequential(backbone, head).to(memory_format=memory_format(backbone))
     if finetune and world_size() > 1:
         model = synchronize(model, device)
     parallel = model

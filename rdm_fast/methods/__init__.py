@@ -17,7 +17,7 @@ __all__ = ["Branches", "Byol", "Method", "SimSiam", "StepOutput", "SymSimSiam", 
 def build_method(config: Config) -> Method:
     """Backbone, heads and method of a run, on the CPU, drawn from torch's global generator."""
     model, is_byol = config.model, config.method == "byol"
-    backbone, d_embedding = build_backbone(model, config.augment.channels)
+    backbone, d_embedding = build_backbone(model, config.augment.channels, config.augment.sizes)
     head = projector(model, d_embedding)
     if config.method == "symsimsiam":
         return SymSimSiam(backbone, head)

@@ -1,4 +1,6 @@
-"""Backbones: torchvision's ResNets with a stem for the image size, and a ResNet-8 for CPUs.
+"""Backbones: torchvision's ResNets with a stem for the image size, a ResNet-8 for CPUs, and timm's.
+
+Models of timm are in `rdm_fast.models.timm_models`; all below is about the others.
 
 The stems differ in their first convolution and in the max-pool after it:
 
@@ -15,31 +17,40 @@ Module names are torchvision's, so weights can be exchanged with it unchanged.
 """
 
 from collections import OrderedDict
+from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models import resnet18, resnet34, resnet50
 from torchvision.models.resnet import BasicBlock
 
 from rdm_fast.config import ModelConfig
+from rdm_fast.models.timm_models import build_timm
 
 AVX2_FLOATS = 8  # in a register
 TORCHVISION = {"resnet18": resnet18, "resnet34": resnet34, "resnet50": resnet50}
 
 
-def build_backbone(model: ModelConfig, channels: int) -> tuple[nn.Module, int]:
+def build_backbone(
+    model: ModelConfig, channels: int, sizes: Sequence[int] = (224,)
+) -> tuple[nn.Module, int]:
     """A randomly initialized backbone.
 
     Args:
         model: names the backbone and stem.
         channels: of the images, 1 or 3.
+        sizes: sides of the views, in pixels, as in AugmentConfig. ResNets take any.
 
     Returns:
         The module, from views [B, channels, H, W] to embeddings [B, d_emb]; and d_emb.
 
     Raises:
         ValueError: model.stem does not exist for model.backbone.
+        UsageError, Unavailable: as `build_timm`.
     """
+    if model.timm_name:
+        return build_timm(model, channels, sizes)
     if model.backbone == "resnet8":
         return _resnet8(model, channels), 4 * model.width
     backbone = TORCHVISION[model.backbone](
@@ -58,6 +69,17 @@ def build_backbone(model: ModelConfig, channels: int) -> tuple[nn.Module, int]:
     d_emb = backbone.fc.in_features
     backbone.fc = nn.Identity()
     return backbone, d_emb
+
+
+def memory_format(backbone: nn.Module) -> torch.memory_format:
+    """The layout in which a backbone is fast: channels_last, if it has convolutions to speed up.
+
+    Those of a ViT only cut out patches, one product each, so its weights stay as they are. Views
+    are channels_last for all backbones.
+    """
+    convolutions = (m for m in backbone.modules() if isinstance(m, nn.Conv2d))
+    overlap = any(m.kernel_size != m.stride for m in convolutions)
+    return torch.channels_last if overlap else torch.contiguous_format
 
 
 def _resnet8(model: ModelConfig, channels: int) -> nn.Module:

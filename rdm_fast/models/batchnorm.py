@@ -30,11 +30,16 @@ def synchronize(module: nn.Module, device: torch.device) -> nn.Module:
     Args:
         module: changed in place; parameters, buffers and their names stay as they are.
         device: where it will run: torch's SyncBatchNorm on CUDA, `CpuSyncBatchNorm` elsewhere.
+            Of timm's batch norms, the activation inside is kept.
 
     Returns:
         The module; a new one only if it is a batch norm itself.
     """
     if device.type == "cuda":
+        if any(isinstance(norm, _BatchNorm) and norm._modules for norm in module.modules()):
+            from timm.layers.norm_act import convert_sync_batchnorm  # torch's drops the modules
+
+            return convert_sync_batchnorm(module)
         return nn.SyncBatchNorm.convert_sync_batchnorm(module)
     if isinstance(module, _BatchNorm):
         return CpuSyncBatchNorm.take_over(module)
@@ -91,13 +96,15 @@ class CpuSyncBatchNorm(_BatchNorm):
 
     @classmethod
     def take_over(cls, norm: _BatchNorm) -> "CpuSyncBatchNorm":
-        """A synchronized batch norm that shares the parameters and buffers of `norm`."""
+        """A synchronized batch norm that shares the parameters, buffers and modules of `norm`."""
         twin = cls(
             norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats
         )
         twin.weight, twin.bias = norm.weight, norm.bias
         twin.running_mean, twin.running_var = norm.running_mean, norm.running_var
         twin.num_batches_tracked = norm.num_batches_tracked
+        for name, child in norm.named_children():
+            twin.add_module(name, child)
         return twin.train(norm.training)
 
     def _check_input_dim(self, input: Tensor) -> None:
@@ -105,7 +112,16 @@ class CpuSyncBatchNorm(_BatchNorm):
             raise ValueError(f"batch norm needs rows and channels [B, C, ...], got {input.shape}")
 
     def forward(self, input: Tensor) -> Tensor:
-        """input: [B, C, ...], any memory format. Returns the same shape, dtype and format."""
+        """input: [B, C, ...], any memory format. Returns the same shape, dtype and format.
+
+        Modules inside are applied to the result, in order: dropout and activation in timm's.
+        """
+        y = self._normalize(input)
+        for child in self.children():
+            y = child(y)
+        return y
+
+    def _normalize(self, input: Tensor) -> Tensor:
         self._check_input_dim(input)
         uses_batch = self.training or self.running_mean is None
         if not uses_batch or world_size() == 1:

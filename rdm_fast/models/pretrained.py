@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from rdm_fast.config import BackboneName, ModelConfig, Stem
+from rdm_fast.config import RESNETS, Config, ModelConfig, Stem
 from rdm_fast.errors import DataError
 from rdm_fast.models.backbone import build_backbone
 from rdm_fast.models.layouts import Layout, find_layout
@@ -24,7 +24,7 @@ from rdm_fast.models.weight_files import METADATA, read_tables
 from rdm_fast.runtime.distributed import print0, world_size
 from rdm_fast.runtime.printing import warn
 
-DEPTHS: dict[tuple[tuple[int, ...], bool], BackboneName] = {
+DEPTHS = {
     ((2, 2, 2, 2), False): "resnet18",
     ((3, 4, 6, 3), False): "resnet34",
     ((3, 4, 6, 3), True): "resnet50",
@@ -52,7 +52,7 @@ class PretrainedBackbone:
     path: Path
     layout: Layout
     tensors: dict[str, Tensor]
-    backbone: BackboneName
+    backbone: str
     stem: Stem
     stem_source: str
     width: int
@@ -181,23 +181,23 @@ def load_backbone(
     return module.eval()
 
 
-def warm_start(method: nn.Module, model: ModelConfig, channels: int) -> None:
+def warm_start(method: nn.Module, config: Config) -> None:
     """Begin a run with the backbone in the file model.init; target weights begin equal to it.
 
     Weights are broadcast from rank 0.
 
     Args:
         method: from `build_method`.
-        model: of the run; without `init`, nothing is done.
-        channels: of the images.
+        config: of the run; without `model.init`, nothing is done.
 
     Raises:
         InputMissing, DataError: as `read_backbone`, or the file's backbone is another one.
     """
+    model = config.model
     if not model.init:
         return
     found = read_backbone(Path(model.init), model.init_prefix or None)
-    found.require(model, channels)
+    found.require(model, config.augment.channels)
     if note := found.stem_note(model.stem, "--model.stem"):
         print0(f"warning: {note}")
     for name in ("backbone", "target_backbone"):
@@ -209,9 +209,17 @@ def warm_start(method: nn.Module, model: ModelConfig, channels: int) -> None:
             dist.broadcast(tensor, 0)
 
 
-def file_note(model: ModelConfig) -> dict[str, str]:
-    """What a file of this backbone's weights must say: METADATA with its text."""
-    return {METADATA: json.dumps({"backbone": model.backbone, "stem": model.stem})}
+def file_note(config: Config) -> dict[str, str]:
+    """What a file of a run's weights must say: METADATA with its text."""
+    return {METADATA: json.dumps(backbone_note(config))}
+
+
+def backbone_note(config: Config) -> dict[str, Any]:
+    """What it takes to build a run's backbone again, and tensors do not show."""
+    model, augment = config.model, config.augment
+    layers = {"patch_size": model.patch_size} if model.timm_name else {"stem": model.stem}
+    size = (augment.channels, augment.size, augment.size)
+    return {"backbone": model.backbone, **layers, "input_size": size}
 
 
 def load_strict(module: nn.Module, state: dict[str, Tensor], what: str) -> int:
@@ -260,13 +268,13 @@ def load_strict(module: nn.Module, state: dict[str, Tensor], what: str) -> int:
 # ---- architecture --------------------------------------------------------------------------
 
 
-def _backbone(path: Path, body: dict[str, Tensor]) -> BackboneName:
+def _backbone(path: Path, body: dict[str, Tensor]) -> str:
     blocks = {m.groups() for name in body if (m := re.match(r"layer(\d)\.(\d+)\.", name))}
     stages = Counter(stage for stage, _ in blocks)
     depths = tuple(stages[stage] for stage in sorted(stages))
     bottleneck = "layer1.0.conv3.weight" in body
     if (depths, bottleneck) not in DEPTHS:
-        known = ", ".join(get_args(BackboneName))
+        known = ", ".join(RESNETS)
         raise DataError(
             f"{path} has {'-'.join(map(str, depths))} {'bottlenecks' if bottleneck else 'blocks'} "
             f"in its stages, as none of {known}: use a checkpoint of one of these"
@@ -274,9 +282,7 @@ def _backbone(path: Path, body: dict[str, Tensor]) -> BackboneName:
     return DEPTHS[depths, bottleneck]
 
 
-def _stem(
-    conv1: Tensor, backbone: BackboneName, layout: Layout, notes: dict[str, Any]
-) -> tuple[Stem, str]:
+def _stem(conv1: Tensor, backbone: str, layout: Layout, notes: dict[str, Any]) -> tuple[Stem, str]:
     """The stem and its source: see PretrainedBackbone."""
     if notes.get("stem") in get_args(Stem):
         return cast(Stem, notes["stem"]), ""

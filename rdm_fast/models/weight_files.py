@@ -17,7 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from rdm_fast.config import BackboneName, Stem
+from rdm_fast.config import RESNETS, TIMM, Stem
 from rdm_fast.errors import DataError, InputMissing, is_out_of_memory, message_of
 from rdm_fast.run import schema
 from rdm_fast.runtime.untrusted import RATIO, SLACK, require_header, require_zip
@@ -26,8 +26,21 @@ METADATA = "rdm_fast"
 """Where files written by rdm-fast note as JSON what tensors do not show: a key of a safetensors
 file's header, or of the dictionary in a pickle."""
 NOTE: schema.Schema = {
-    "backbone": schema.one_of(get_args(BackboneName)),
+    "backbone": schema.one_of(RESNETS),
     "stem": schema.one_of(get_args(Stem)),
+}
+TIMM_NOTE: schema.Schema = {
+    "backbone": schema.text(f"{TIMM}[A-Za-z0-9_]+", f"{TIMM}NAME"),
+    "patch_size": schema.whole(0, 1024),
+    "input_size": schema.Field(
+        "channels and sides in pixels, such as [3, 224, 224]",
+        lambda v: (
+            isinstance(v, list)
+            and len(v) == 3
+            and v[0] in (1, 3)
+            and all(type(n) is int and 0 < n <= 16_384 for n in v)
+        ),
+    ),
 }
 KEYS = (
     *("", "state_dict", "model", "model_state_dict", "net", "network", "backbone", "encoder"),
@@ -130,7 +143,8 @@ def _note(path: Path, text: Any) -> dict[str, Any]:
         note = json.loads(text)
     if not isinstance(note, dict):
         raise DataError(f"{path} has {METADATA} in its header, which is not a table as JSON")
-    schema.require(note, NOTE, f"{path}: {METADATA} in its header")
+    of_timm = str(note.get("backbone")).startswith(TIMM)
+    schema.require(note, TIMM_NOTE if of_timm else NOTE, f"{path}: {METADATA} in its header")
     return note
 
 

@@ -24,6 +24,7 @@ from rdm_fast.data.loaders.batch import Batch
 from rdm_fast.errors import Unavailable, message_of
 from rdm_fast.methods import Branches, Method, StepOutput
 from rdm_fast.methods.ema import ema_momentum
+from rdm_fast.models.backbone import memory_format
 from rdm_fast.models.batchnorm import frozen_running_statistics, join_buffers, synchronize
 from rdm_fast.optim import build_optimizer, learning_rate, set_learning_rate
 from rdm_fast.runtime.distributed import rank, world_size
@@ -102,7 +103,7 @@ class TrainStep:
     ) -> None:
         if config.sync_bn and world_size() > 1:
             method = synchronize(method, device)  # type: ignore[assignment]
-        self.method = method.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.method = method.to(device, memory_format=memory_format(method.backbone))  # type: ignore[call-overload]
         self.config, self.device = config, device
         self.steps_per_epoch = steps_per_epoch
         self.total_steps = steps_per_epoch * config.optim.epochs

@@ -285,7 +285,7 @@ class Trainer:
                         f"warning: {self.folder.path} was deleted while its run goes on: it is "
                         "made again, without what was in it"
                     )
-                keep, note = self.config.log.keep, file_note(self.config.model)
+                keep, note = self.config.log.keep, file_note(self.config)
                 path = checkpoint.save(self.folder.checkpoints, self.snapshot(), keep, note)
                 self._last_saved, self._failed_saves = self.step, 0
                 self.folder.write_status("running", step=self.step, checkpoint=path.name)
@@ -324,7 +324,7 @@ class Trainer:
         """Load the newest sound checkpoint of the run folder, if there is one."""
         path = newest(self.folder, self.device)
         if path is None:
-            warm_start(self.train_step.method, self.config.model, self.config.augment.channels)
+            warm_start(self.train_step.method, self.config)
             return
         self.step = self._last_saved = restore(
             path, self.train_step, self.parts, self.images, self.config

@@ -133,10 +133,13 @@ def settings(kind: type, prefix: str = "--") -> Iterator[tuple[str, str, Any]]:
             yield flag, name, hint
 
 
+NO_PATHS = ("arch", "backbone", "checkpoint", "nproc", "protocol")
+
+
 def texts(kind: type) -> Iterator[str]:
     """The flag of every field that is a text; each may be a path."""
     for flag, name, hint in settings(kind):
-        if hint in (str, str | None) and name not in ("checkpoint", "nproc", "protocol"):
+        if hint in (str, str | None) and name not in NO_PATHS:
             yield flag
 
 

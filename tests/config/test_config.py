@@ -30,6 +30,7 @@ LIMITS: dict[str, tuple[float, float]] = {
     "model.projector_layers": (2, 3),
     **{f"model.{name}": (1, math.inf) for name in (
         "width", "projector_hidden", "projector_dim", "predictor_hidden")},
+    "model.patch_size": (0, 0),  # of the ResNet here
     **{f"optim.{name}": (1, math.inf) for name in ("epochs", "global_batch", "accumulate")},
     **{f"optim.{name}": (0.0, math.inf) for name in (
         "base_lr", "warmup_epochs", "warmup_lr", "final_lr", "weight_decay")},
@@ -98,6 +99,14 @@ def test_a_number_is_accepted_up_to_its_limits_and_named_beyond_them(name: str) 
         {"augment.std": (0.0,), "augment.mean": (0.1,)},
         {"augment.mean": (math.nan,), "augment.std": (1.0,)},
         {"model.stem": "imagenet", "model.backbone": "resnet8"},
+        {"model.backbone": "resnet101"},
+        {"model.backbone": "vit_tiny_patch16_224"},
+        {"model.backbone": "timm/"},
+        {"model.backbone": "timm/hf-hub:someone/something"},
+        {"model.backbone": "timm/resnet18.a1_in1k"},
+        {"model.stem": "cifar_pad2", "model.backbone": "timm/test_vit"},
+        {"model.patch_size": 4, "model.backbone": "resnet18"},
+        {"model.frozen_patch": True, "model.backbone": "resnet18"},
         {"filter.kind": "custom"},
         {"filter.sigma": math.nan},
         {"filter.cutoff": 0.0},
@@ -144,6 +153,13 @@ def test_a_response_is_a_function_and_goes_with_kind_custom() -> None:
     for wrong in ({"kind": "custom", "response": 3}, {"response": abs}):
         with pytest.raises(UsageError):
             FilterConfig(**wrong)  # type: ignore[arg-type]
+
+
+def test_a_model_of_timm_is_named_behind_timm() -> None:
+    vit = {"model.backbone": "timm/vit_tiny_patch16_224", "model.stem": "cifar"}
+    config = changed(CONFIG, {**vit, "model.patch_size": 4, "model.frozen_patch": True})
+    assert config.model.timm_name == "vit_tiny_patch16_224"
+    assert CONFIG.model.timm_name == ""
 
 
 def test_a_configuration_cannot_be_changed() -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from rdm_fast.config import ModelConfig
+from rdm_fast.config import Config, ModelConfig
 from rdm_fast.errors import CannotCreate, DataError, InputMissing, UsageError
 from rdm_fast.evaluation import run as evaluation
 from rdm_fast.evaluation.loaded_backbone import load_for_evaluation
@@ -139,11 +139,12 @@ def test_the_stem_of_a_file_is_assumed_aloud_and_can_be_chosen(
 ) -> None:
     backbone, _ = build_backbone(ModelConfig(backbone="resnet18"), 3)
     file = tmp_path / "x.pth"
+    pad2 = file_note(Config(model=ModelConfig(stem="cifar_pad2")))
     for note, stem, line in (
         ({}, "auto", "--stem cifar,"),
         ({}, "cifar_pad2", None),
-        (file_note(ModelConfig(stem="cifar_pad2")), "auto", None),
-        (file_note(ModelConfig(stem="cifar_pad2")), "cifar", "--stem cifar_pad2, not cifar"),
+        (pad2, "auto", None),
+        (pad2, "cifar", "--stem cifar_pad2, not cifar"),
     ):
         torch.save({"state_dict": backbone.state_dict(), **note}, file)
         options: dict[str, Any] = {"recipe": "cifar10_byol", "stem": stem}

@@ -157,7 +157,7 @@ def test_a_warm_start_takes_the_prefix(weights: State, tmp_path: Path) -> None:
     config = tiny()
     method = build_method(config)
     model = replace(config.model, init=str(file), init_prefix="teacher.")
-    warm_start(method, model, 1)
+    warm_start(method, replace(config, model=model))
     assert torch.equal(method.backbone.conv1.weight, other["conv1.weight"])  # type: ignore[union-attr]
     loaded = load_backbone(file, prefix="teacher.").state_dict()
     assert torch.equal(loaded["conv1.weight"], other["conv1.weight"])

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torchvision.models import resnet18, resnet34, resnet50, resnet101
 
-from rdm_fast.config import ModelConfig, Stem
+from rdm_fast.config import Config, ModelConfig, Stem
 from rdm_fast.errors import DataError, InputMissing
 from rdm_fast.methods import build_method
 from rdm_fast.models.backbone import build_backbone
@@ -253,7 +253,7 @@ def test_a_checkpoints_weights_embed_as_their_stem_did(
 ) -> None:
     model = small(padding, has_relu=has_relu)
     state = under("backbone.", dict(model.state_dict())) | linear("projector.0")
-    note = file_note(replace(RESNET18, stem=stem))
+    note = file_note(Config(model=replace(RESNET18, stem=stem)))
     step = checkpoint.save(tmp_path, checkpoint.Snapshot(1, state, {}, {}, {}), 2, note)
     require_equal_features(step / "model.safetensors", model)
     assert not recwarn.list
@@ -296,11 +296,11 @@ def test_the_stem_of_a_7_by_7_file_cannot_be_chosen(model: nn.Module, file: Path
 def test_a_warm_start_warns_of_another_padding(
     stem: Stem, said: str, file: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    note = file_note(replace(RESNET18, stem="cifar_pad2"))
+    note = file_note(Config(model=replace(RESNET18, stem="cifar_pad2")))
     torch.save({"state_dict": body(small(2)), **note}, file)
     method = nn.Module()
     method.backbone, _ = build_backbone(config := replace(RESNET18, stem=stem, init=str(file)), 3)
-    warm_start(method, config, 3)
+    warm_start(method, Config(model=config))
     out = capsys.readouterr().out
     assert ("warning: " in out) == bool(said) and said in out
 
@@ -444,7 +444,7 @@ def with_init(path: Path, recipe: str = "digits_rdm_simsiam", width: int = 4) ->
 def test_warm_start_fills_the_backbone_and_the_targets(recipe: str, file: Path) -> None:
     config = with_init(file, recipe)
     method = build_method(config)
-    warm_start(method, config.model, 1)
+    warm_start(method, config)
     expected = load_backbone(str(file)).state_dict()
     for name in ("backbone", "target_backbone") if "byol" in recipe else ("backbone",):
         for key, tensor in getattr(method, name).state_dict().items():
