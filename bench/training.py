@@ -250,7 +250,7 @@ def _phases_once(step: TrainStep, batch: Batch) -> dict[str, float]:
     mark()
     torch.nn.utils.get_total_norm([p.grad for p in method.parameters() if p.grad is not None])
     step.optimizer.step()
-    method.update_target(0.99)
+    method.update_target(0.99, branches)
     mark()
     step.optimizer.zero_grad(set_to_none=True)
     names = ("forward", "loss", "backward", "update")

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rdm_fast.config import Config, LogConfig, ModelConfig
+from rdm_fast.config import Config, LogConfig
 from rdm_fast.config.recipes import RECIPES
 from rdm_fast.data import Batch
 from rdm_fast.runtime.distributed import rank, world_size
@@ -14,6 +14,8 @@ from rdm_fast.runtime.distributed import rank, world_size
 METHODS = [
     "digits_simsiam",
     "digits_byol",
+    "digits_dino",
+    "digits_swav",
     "digits_symsimsiam",
     "digits_rdm_simsiam",
     "digits_rdm_byol",
@@ -23,14 +25,13 @@ METHODS = [
 def tiny(name: str = "digits_rdm_simsiam", size: int = 8, **optim: object) -> Config:
     """The recipe with a model of a few thousand weights, small views, two epochs of four steps."""
     config = RECIPES[name]()
-    model = ModelConfig(
-        backbone="resnet8", width=4, projector_hidden=16, projector_dim=24, predictor_hidden=8
-    )
+    sizes = {"width": 4, "projector_hidden": 16, "projector_dim": 24, "predictor_hidden": 8}
     settings: dict[str, object] = {"epochs": 2, "global_batch": 336, "warmup_epochs": 1.0}
     return replace(
         config,
         augment=replace(config.augment, size=size),
-        model=replace(model, projector_bn=config.model.projector_bn),
+        model=replace(config.model, projector_layers=3, **sizes),
+        prototypes=replace(config.prototypes, count=20),
         optim=replace(config.optim, **(settings | optim)),
         log=LogConfig(every=2, spectrum_every=3, knn_every=0, save_every=2),
     )

@@ -16,7 +16,9 @@ from rdm_kernels.matrix_power import (
 )
 from rdm_kernels.neg_cosine import neg_cosine
 from rdm_kernels.product import product
+from rdm_kernels.prototype_loss import centered_softmax, prototype_logits, prototype_loss
 from rdm_kernels.safe_eigh import Eigh, safe_eigh
+from rdm_kernels.sinkhorn import sinkhorn
 from rdm_kernels.sym_matmul import sym_matmul
 from rdm_kernels.views.definition import pack_views
 from rdm_kernels.views.op import augment_views
@@ -25,6 +27,7 @@ __all__ = [
     "Eigh",
     "FilterFactors",
     "augment_views",
+    "centered_softmax",
     "filter_factors",
     "filtered_cosine",
     "gram",
@@ -36,6 +39,9 @@ __all__ = [
     "neg_cosine",
     "pack_views",
     "product",
+    "prototype_logits",
+    "prototype_loss",
     "safe_eigh",
+    "sinkhorn",
     "sym_matmul",
 ]

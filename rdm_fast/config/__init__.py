@@ -15,6 +15,7 @@ from rdm_fast.config.log import LogConfig
 from rdm_fast.config.model import RESNETS, TIMM, ModelConfig, Stem
 from rdm_fast.config.optim import OptimConfig
 from rdm_fast.config.parallel import ParallelConfig
+from rdm_fast.config.prototypes import PrototypesConfig
 from rdm_fast.config.run import Config, Precision
 from rdm_fast.config.step import StepConfig
 
@@ -34,6 +35,7 @@ __all__ = [
     "OptimConfig",
     "ParallelConfig",
     "Precision",
+    "PrototypesConfig",
     "Stem",
     "StepConfig",
     "ViewConfig",

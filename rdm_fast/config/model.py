@@ -42,6 +42,10 @@ class ModelConfig:
     """Width D of a projection."""
     projector_bn: bool = True
     """End the projector with a batch norm without affine parameters (SimSiam's, not BYOL's)."""
+    projector_activation: Literal["relu", "gelu"] = "relu"
+    """Activation of the projector's hidden layers; gelu is DINO's."""
+    projector_hidden_bn: bool = True
+    """Batch norm in the projector's hidden layers, which DINO's has not."""
     predictor_hidden: Width = 512
     """Hidden width of the learned predictor."""
     init: Annotated[str, Alias("--init")] = ""

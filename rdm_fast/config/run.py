@@ -11,9 +11,10 @@ from rdm_fast.config.log import LogConfig
 from rdm_fast.config.model import ModelConfig
 from rdm_fast.config.optim import OptimConfig
 from rdm_fast.config.parallel import ParallelConfig
+from rdm_fast.config.prototypes import PrototypesConfig
 from rdm_fast.config.step import StepConfig
 
-MethodName = Literal["simsiam", "byol", "symsimsiam"]
+MethodName = Literal["simsiam", "byol", "dino", "swav", "symsimsiam"]
 PredictorName = Literal["mlp", "spectral", "none"]
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 NEEDS_LESS = (
@@ -28,13 +29,14 @@ class Config:
     """A whole run."""
 
     method: MethodName = "simsiam"
-    """simsiam, byol (EMA target), or symsimsiam (symmetric control without predictor)."""
+    """simsiam, byol (EMA target), dino and swav (prototypes), or symsimsiam (symmetric control)."""
     predictor: PredictorName = "spectral"
     """Maps projections to predictions: a learned mlp, a spectral filter (RDM), or none."""
     data: DataConfig = field(default_factory=DataConfig)
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     filter: FilterConfig = field(default_factory=FilterConfig)
+    prototypes: PrototypesConfig = field(default_factory=PrototypesConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     step: StepConfig = field(default_factory=StepConfig)
     log: LogConfig = field(default_factory=LogConfig)
@@ -55,9 +57,9 @@ class Config:
     def __post_init__(self) -> None:
         require_fields("", self)
         require(
-            (self.method == "symsimsiam") == (self.predictor == "none"),
-            f"method={self.method} with predictor={self.predictor}: symsimsiam has predictor=none, "
-            "simsiam and byol have predictor=mlp or predictor=spectral "
+            (self.method not in ("simsiam", "byol")) == (self.predictor == "none"),
+            f"method={self.method} with predictor={self.predictor}: dino, swav and symsimsiam have "
+            "predictor=none, simsiam and byol have predictor=mlp or predictor=spectral "
             "(spectral with filter.sigma=0 filters nothing)",
         )
         require(
@@ -65,6 +67,8 @@ class Config:
             f"augment.small_views={self.augment.small_views} with method=symsimsiam: small views "
             "are for the online branch, and its branches are alike; give 0",
         )
+        if self.method in ("dino", "swav"):
+            self.prototypes.check(self.method, self.optim.global_batch)
         require(
             not (self.parallel.static_graph and self.optim.accumulate > 1),
             "parallel.static_graph needs every backward pass to be alike, which optim.accumulate="

@@ -6,7 +6,7 @@ import json
 from contextlib import suppress
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from rdm_fast.config import Config
+from rdm_fast.config import Config, PrototypesConfig
 from rdm_fast.config.checks import did_you_mean, shown
 from rdm_fast.errors import ConfigMismatch, DataError, UsageError
 
@@ -98,6 +98,7 @@ def _value(hint: Any, value: Any, name: str) -> Any:
 Rule = Literal["identity", "schedule", "free"]
 RULES: dict[str, Rule] = {
     "method": "identity", "predictor": "identity", "model.": "identity", "filter.": "identity",
+    "prototypes.": "identity",
     "augment.": "identity", "seed": "identity", "precision": "identity", "sync_bn": "identity",
     "data.name": "identity", "data.root": "free", "data.download": "free", "data.loader": "free",
     "data.workers": "free", "data.timeout": "free",
@@ -115,6 +116,8 @@ A name that ends in a point stands for the whole table; the longest match decide
 LATER = {
     "augment.small_blur", "data.timeout", "data.white_level", "model.frozen_patch",
     "model.init_prefix", "model.patch_size", "parallel.timeout", "step.deterministic",
+    "model.projector_activation", "model.projector_hidden_bn",
+    *(f"prototypes.{name}" for name in _hints(PrototypesConfig)),
 }  # fmt: skip
 """Settings that runs of earlier versions lack. Each has a default that changes nothing for them."""
 

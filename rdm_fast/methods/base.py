@@ -10,11 +10,12 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from rdm_fast.filters.loss import Criterion
+from rdm_fast.spectrum import BranchSpectra, branch_spectra
 
 
 @dataclass
 class Branches:
-    """The outputs of both branches, before any spectral filter.
+    """The outputs of both branches, before any spectral filter or softmax.
 
     online: [2 + k, b, D]; target, projection: [2, b, D]. online[v] is matched with target[v],
     which comes from the other view; each of k small views (multi-crop) is matched with both
@@ -24,6 +25,8 @@ class Branches:
     online: Tensor
     target: Tensor
     projection: Tensor
+    codes: Tensor | None = None
+    """Of DINO and SwAV: the assignments [2, b, K] that target became in the loss."""
 
 
 @dataclass
@@ -69,5 +72,23 @@ class Method(nn.Module, ABC):
             loss = (branches.online * online_gradient).sum()
         return StepOutput(loss, branches)
 
-    def update_target(self, momentum: float | Tensor) -> None:
-        """Move the target weights after an optimizer step; most methods have none."""
+    def schedule(self, step: int, steps_per_epoch: int) -> None:
+        """Set what depends on the number of the step, from 0, in tensors on the device."""
+
+    def frozen(self) -> tuple[list[nn.Parameter], Tensor] | None:
+        """Parameters that a step leaves alone where this flag on the device is set."""
+        return None
+
+    def update_target(self, momentum: float | Tensor, branches: Branches) -> None:
+        """Move the target's weights and statistics after a step; most methods have none.
+
+        Args:
+            momentum: of the target weights.
+            branches: all rows of this rank in the step.
+        """
+
+    def spectra(self, branches: Branches, *, profile: bool = False) -> BranchSpectra:
+        """Spectra of both branches' outputs; every rank must call it at the same step."""
+        b = branches
+        config = self.criterion.applied
+        return branch_spectra(b.online, b.target, b.projection, config, profile=profile)

@@ -38,6 +38,6 @@ class Byol(Method):
     def loss(self, online: Tensor, target: Tensor | None) -> Tensor:
         return 4 + 4 * super().loss(online, target)
 
-    def update_target(self, momentum: float | Tensor) -> None:
+    def update_target(self, momentum: float | Tensor, branches: Branches) -> None:
         update_ema(self.target_backbone, self.backbone, momentum)
         update_ema(self.target_projector, self.projector, momentum)

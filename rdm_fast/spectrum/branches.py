@@ -77,6 +77,7 @@ def branch_spectra(
     config: FilterConfig | None,
     *,
     profile: bool = False,
+    taken: Tensor | None = None,
 ) -> BranchSpectra:
     """Spectra of the outputs of both branches; every rank must call it at the same step.
 
@@ -84,15 +85,20 @@ def branch_spectra(
     in SimSiam the targets are those of the other view.
 
     Args:
-        online: [v, b, D] of this rank, before any spectral filter; small views, which have no
+        online: [v, b, K] of this rank, before any spectral filter; small views, which have no
             projections here, are left out.
-        target: [v, b, D], likewise before a filter.
-        projection: [v, b, D], the online encoder's projections.
+        target: [v, b, K], likewise before a filter.
+        projection: [v, b, D], the online encoder's projections; D = K but for prototypes.
         config: the spectral filter that one of them still goes through, or None.
         profile: also measure what takes eigenvectors.
+        taken: [v, b, K], what the target's output is made from, for methods whose target branch
+            has a map in place of a predictor or filter; with a profile only.
     """
     online = online[: len(projection)]
-    P, Z, projection = gather_rows(torch.cat([online, target, projection])).chunk(3)
+    if online.shape == projection.shape:
+        P, Z, projection = gather_rows(torch.cat([online, target, projection])).chunk(3)
+    else:
+        P, Z, projection = map(gather_rows, (online, target, projection))
     axes = OncePerBatch(directions)
 
     def own(z: Tensor) -> Tensor:
@@ -116,7 +122,7 @@ def branch_spectra(
         projection=output(projection, "neither"),
         std=channel_std(projection.flatten(0, 1)),
         attainable=attainable_rank(projection[0]),
-        profile=_profile(P, Z, projection, config, axes) if profile else None,
+        profile=_profile(P, Z, projection, config, axes, taken) if profile else None,
     )
 
 
@@ -126,10 +132,12 @@ def _profile(
     projection: Tensor,
     config: FilterConfig | None,
     axes: "OncePerBatch[Directions]",
+    mapped: Tensor | None,
 ) -> Profile:
     s, responses, alignments = [], [], []
-    for p, z, projected in zip(P, Z, projection, strict=True):
-        taken, made = projected, p  # the learned predictor's input and output
+    inputs = projection if mapped is None else gather_rows(mapped)
+    for p, z, taken in zip(P, Z, inputs, strict=True):
+        made = p if mapped is None else z  # by the learned predictor, or by the target's map
         if config is not None and config.location == "online":
             p = made = filtered_rows(p, config)
         elif config is not None:

@@ -77,6 +77,8 @@ def remedy(config: Config) -> str:
     filtered = config.predictor == "spectral"
     if config.method == "symsimsiam":
         return "symsimsiam is the control and should collapse; use simsiam or byol to train"
+    if config.method in ("dino", "swav"):
+        return of_prototypes(config)
     if filtered and trend(config.filter) == "flat":
         return "filter.sigma=0 filters nothing; use --filter.location target --filter.sigma -1"
     if filtered and (text := advice(config.filter)):
@@ -92,3 +94,14 @@ def remedy(config: Config) -> str:
         "lower --optim.base-lr, and look at two views of an image "
         "(rdm preview): they must show the same thing, differently"
     )
+
+
+def of_prototypes(config: Config) -> str:
+    """The same for DINO and SwAV."""
+    how = config.prototypes
+    if how.centring == "none":
+        return "nothing keeps the prototypes in equal use; use --prototypes.centring sinkhorn"
+    if config.method == "dino" and how.warning:
+        return "the targets are not sharper than the online branch; lower --prototypes.teacher-temp"
+    name = "teacher-temp" if config.method == "dino" else "epsilon"
+    return f"lower --prototypes.{name}, or raise --prototypes.frozen-epochs"

@@ -32,4 +32,6 @@ def summary(
     if filtered:
         found = advice(config.filter), few_rows(optim.global_batch, config.model.projector_dim)
         lines += [f"warning: {text}" for text in found if text]
+    if config.method == "dino" and (text := config.prototypes.warning):
+        lines.append(f"warning: {text}")
     return lines + [f"resumed from step {step}"] * bool(step)

@@ -12,7 +12,7 @@ recorded as one CUDA graph (`rdm_fast.training.cuda_graph`).
 """
 
 import contextlib
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 import torch.distributed as dist
@@ -26,7 +26,7 @@ from rdm_fast.methods import Branches, Method, StepOutput
 from rdm_fast.methods.ema import ema_momentum
 from rdm_fast.models.backbone import memory_format
 from rdm_fast.models.batchnorm import frozen_running_statistics, join_buffers, synchronize
-from rdm_fast.optim import build_optimizer, learning_rate, set_learning_rate
+from rdm_fast.optim import build_optimizer, learning_rate, set_learning_rate, undone_where
 from rdm_fast.runtime.distributed import rank, world_size
 from rdm_fast.runtime.host_copy import HostCopy
 from rdm_fast.runtime.precision import autocast, float32_products
@@ -149,6 +149,7 @@ class TrainStep:
         momentum = self.ema_momentum(step)
         set_learning_rate(self.optimizer, lr)
         self._momentum.fill_(momentum)
+        self.method.schedule(step, self.steps_per_epoch)
         done = self._run(*batch.views)
         return StepReport(
             number=step,
@@ -173,8 +174,10 @@ class TrainStep:
         if world_size() > 1:  # the gradient is averaged already, the loss is this rank's
             dist.all_reduce(flags, op=dist.ReduceOp.MAX)
         self._skip.copy_(flags[:3].amax().clamp_max(1))
-        self.optimizer.step()
-        self.method.update_target(self._momentum.where(self._skip == 0, 1))
+        frozen = self.method.frozen()
+        with undone_where(frozen, self.optimizer) if frozen else contextlib.nullcontext():
+            self.optimizer.step()
+        self.method.update_target(self._momentum.where(self._skip == 0, 1), branches)
         for statistics, kept in zip(self._statistics, self._kept, strict=True):
             statistics.copy_(torch.where(self._skip == 0, statistics, kept))
         self.scaler.update()
@@ -315,9 +318,8 @@ class TrainStep:
 
 def _detached(parts: list[Branches]) -> Branches:
     """The rows of all parts, without gradient."""
+    names = [field.name for field in fields(Branches) if getattr(parts[0], field.name) is not None]
     return Branches(
-        *(
-            torch.cat([getattr(part, name) for part in parts], dim=1).detach()
-            for name in ("online", "target", "projection")
-        )
-    )
+        **{name: torch.cat([getattr(part, name) for part in parts], dim=1).detach()
+           for name in names}
+    )  # fmt: skip

@@ -33,7 +33,7 @@ from rdm_fast.run.state import Stateful, flatten_optimizer, flatten_parts
 from rdm_fast.runtime.cudnn import choose_algorithms
 from rdm_fast.runtime.distributed import all_reduce_max, print0, rank, world_size
 from rdm_fast.runtime.signals import StopOnSignal
-from rdm_fast.spectrum import BranchSpectra, branch_spectra
+from rdm_fast.spectrum import BranchSpectra
 from rdm_fast.telemetry import Plan, StepTimer, Telemetry
 from rdm_fast.training.collapse import CollapseGuard
 from rdm_fast.training.restore import newest, restore
@@ -204,8 +204,7 @@ class Trainer:
         profile = self._is_due(self.config.log.spectrum_every)
         if not (log or profile):
             return
-        b, spectral = report.branches, self.train_step.method.criterion.applied
-        spectra = branch_spectra(b.online, b.target, b.projection, spectral, profile=profile)
+        spectra = self.train_step.method.spectra(report.branches, profile=profile)
         if profile:
             telemetry.log_spectra(self.step, spectra.record())
         if log:
@@ -242,7 +241,7 @@ class Trainer:
         }
         if self.selector:
             metrics["filter_failures"] = self.selector.failures
-        if self.config.method == "byol":
+        if self.config.method in ("byol", "dino"):
             metrics["ema_momentum"] = report.ema_momentum
         if self.device.type == "cuda":
             metrics["gpu_mem_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30

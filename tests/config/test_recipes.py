@@ -129,7 +129,8 @@ REFERENCE = [f"{family}_{method}" for family in FAMILIES for method in METHODS]
 
 
 def test_every_data_set_has_every_method() -> None:
-    assert set(RECIPES) == {f"{family}_{m}" for family in ["digits", *FAMILIES] for m in METHODS}
+    expected = {f"{family}_{m}" for family in ["digits", *FAMILIES] for m in METHODS}
+    assert set(RECIPES) == expected | {"digits_dino", "digits_swav"}
     assert DEFAULT == "digits_rdm_simsiam"
 
 
@@ -200,7 +201,8 @@ def test_augmentations_are_the_reference_s(name: str) -> None:
 @pytest.mark.parametrize("name", RECIPES)
 def test_predictor_and_method_are_those_of_the_name(name: str) -> None:
     config, method = RECIPES[name](), name.partition("_")[2]
-    expected = "spectral" if "rdm" in method else "none" if method == "symsimsiam" else "mlp"
+    without = ("symsimsiam", "dino", "swav")
+    expected = "spectral" if "rdm" in method else "none" if method in without else "mlp"
     assert (config.method, config.predictor) == (method.removeprefix("rdm_"), expected)
 
 
@@ -228,6 +230,16 @@ def test_a_run_says_that_its_batch_shows_under_an_eighth_of_the_directions(
     images, cpu = load(DataConfig(), "train"), torch.device("cpu")
     lines = summary(config, images, "x", "eigh", ranks=1, device=cpu, graph=False, step=0)
     assert any("warning" in line and f"{batch} " in line for line in lines) == warned
+
+
+@pytest.mark.parametrize(("temperature", "warned"), [(0.1, True), (0.09, False)])
+def test_a_run_says_that_dino_s_targets_are_not_sharper(temperature: float, warned: bool) -> None:
+    config = RECIPES["digits_dino"]()
+    changed = replace(config.prototypes, teacher_temp=temperature)
+    config = replace(config, prototypes=changed)
+    images, cpu = load(DataConfig(), "train"), torch.device("cpu")
+    lines = summary(config, images, "x", "none", ranks=1, device=cpu, graph=False, step=0)
+    assert any("warning" in line and "teacher_temp" in line for line in lines) == warned
 
 
 @pytest.mark.parametrize("name", [name for name in RECIPES if "rdm" in name])

@@ -117,6 +117,11 @@ def test_the_advice_fits_the_configuration() -> None:
     assert "a rising g, lowers" in advised("digits_rdm_simsiam", sigma=1.0)
     assert "keep the ranks apart" in advised("digits_rdm_byol", sigma=0.1)
     assert "base-lr" in advised("digits_simsiam") and "preview" in advised("digits_byol")
+    assert "teacher-temp" in advised("digits_dino") and "epsilon" in advised("digits_swav")
+    dino = RECIPES["digits_dino"]()
+    for changed, named in (({"centring": "none"}, "sinkhorn"), ({"teacher_temp": 0.1}, "sharper")):
+        text = remedy(replace(dino, prototypes=replace(dino.prototypes, **changed)))
+        assert named in text
     byol = RECIPES["digits_byol"]()
     assert "ema-start" in remedy(replace(byol, optim=replace(byol.optim, ema_start=0.0)))
 

@@ -27,8 +27,9 @@ def state(step: TrainStep) -> dict[str, Tensor]:
 def assert_close(one: dict[str, Tensor], other: dict[str, Tensor], tolerance: float) -> None:
     for name, tensor in one.items():
         torch.testing.assert_close(
-            tensor, other[name], atol=tolerance, rtol=0, msg=lambda m, name=name: f"{name}: {m}"
-        )
+            tensor, other[name], atol=tolerance, rtol=tolerance,
+            msg=lambda m, name=name: f"{name}: {m}",
+        )  # fmt: skip
 
 
 def settings(name: str, accumulate: int = 1) -> Config:

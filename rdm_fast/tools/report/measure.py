@@ -23,7 +23,6 @@ from rdm_fast.evaluation.loaded_backbone import find_checkpoint, load_method
 from rdm_fast.methods import Branches, Method
 from rdm_fast.runtime.distributed import print0
 from rdm_fast.runtime.precision import autocast
-from rdm_fast.spectrum import branch_spectra
 from rdm_fast.telemetry import read_spectra
 from rdm_fast.tools.report.read import Run
 
@@ -120,11 +119,7 @@ def _branches(method: Method, config: Config, device: torch.device) -> Iterator[
 
 def _spectra(method: Method, batches: Iterator[Branches], step: int) -> Spectra:
     """The mean over batches of the spectra that training records for one batch."""
-    config = method.criterion.applied
-    records = [
-        branch_spectra(b.online, b.target, b.projection, config, profile=True).record()
-        for b in batches
-    ]
+    records = [method.spectra(branches, profile=True).record() for branches in batches]
     stacks = {name: [np.asarray(record[name]) for record in records] for name in records[0]}
     means = {name: np.mean(stack, axis=0) for name, stack in stacks.items()}
     return _parse(means | {"step": step})

@@ -26,7 +26,9 @@ EVALUATION: schema.Schema = {
     "top1": schema.PERCENT,
     "knn_top1": schema.PERCENT_OR_NONE,
 }
-METHODS = {"simsiam": "SimSiam", "byol": "BYOL", "symsimsiam": "SymSimSiam"}
+METHODS = {
+    "simsiam": "SimSiam", "byol": "BYOL", "dino": "DINO", "swav": "SwAV", "symsimsiam": "SymSimSiam"
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,34 @@
+"""What recipes have in common: filters, heads, optimizers."""
+
+from dataclasses import replace
+
+from rdm_fast.config import Config, FilterConfig, ModelConfig, OptimConfig
+
+WHITEN = FilterConfig(location="target", sigma=-1.0)
+"""The target filter of the released scripts: weights every direction of the target equally."""
+LOW_PASS = FilterConfig(location="online", sigma=1.0)
+"""The online filter of the released scripts: amplifies strong directions."""
+
+
+def rdm(config: Config, spectral: FilterConfig) -> Config:
+    return replace(config, predictor="spectral", filter=spectral)
+
+
+def symmetric(config: Config) -> Config:
+    return replace(config, method="symsimsiam", predictor="none")
+
+
+def byol_heads(model: ModelConfig, predictor_hidden: int = 4096) -> ModelConfig:
+    return replace(
+        model,
+        zero_init_residual=False,
+        projector_layers=2,
+        projector_hidden=4096,
+        projector_dim=256,
+        projector_bn=False,
+        predictor_hidden=predictor_hidden,
+    )
+
+
+def lars(optim: OptimConfig) -> OptimConfig:
+    return replace(optim, optimizer="lars", decay_norm_and_bias=False, fixed_predictor_lr=False)
