@@ -36,9 +36,16 @@ class OptimConfig:
     momentum: Annotated[Share, Alias("--momentum")] = 0.9
     """Momentum of SGD and LARS."""
     weight_decay: Annotated[Rate, Alias("--wd")] = 1e-5
-    """Weight decay."""
+    """Weight decay of the first step."""
+    weight_decay_end: Annotated[float, Between(-1, 1e6)] = -1.0
+    """Weight decay at the end of a cosine over the whole run; negative: as weight_decay."""
     decay_norm_and_bias: bool = True
-    """Decay 1-D parameters too (batch norm, biases). LARS then scales them as well."""
+    """Decay all parameters. Otherwise norms, biases, positional embeddings and class tokens are not
+    decayed, nor scaled by LARS."""
+    clip_norm: Rate = 0.0
+    """Largest norm of the whole gradient; a longer one is scaled down. 0 is off."""
+    clip_each: Rate = 0.0
+    """Largest norm of each parameter's gradient, as in DINO. 0 is off."""
     lars_eta: Annotated[float, Between(0, 1e6, above=True)] = 0.02
     """Trust coefficient of LARS."""
     lars_clip: bool = True
@@ -61,6 +68,11 @@ class OptimConfig:
             "optim.backend=apex has no lars: use optim.backend=torch, or optim.optimizer=lamb",
         )
         require(
+            not (self.clip_norm and self.clip_each),
+            f"optim.clip_norm={self.clip_norm} and optim.clip_each={self.clip_each} exclude each "
+            "other: set one of them to 0",
+        )
+        require(
             self.warmup_epochs <= self.epochs,
             f"optim.warmup_epochs={self.warmup_epochs} is longer than "
             f"optim.epochs={self.epochs}: lower the first or raise the second",
@@ -70,6 +82,11 @@ class OptimConfig:
     def lr(self) -> float:
         """Peak learning rate of a step."""
         return self.base_lr * self.global_batch / 256
+
+    @property
+    def last_weight_decay(self) -> float:
+        """Where the schedule of the weight decay ends."""
+        return self.weight_decay if self.weight_decay_end < 0 else self.weight_decay_end
 
     def local_batch(self, world_size: int) -> int:
         """Images of one rank in one step; every accumulated part has the same size.

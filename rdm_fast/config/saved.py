@@ -115,9 +115,10 @@ always change.
 A name that ends in a point stands for the whole table; the longest match decides."""
 LATER = {
     "augment.small_blur", "data.timeout", "data.white_level", "model.frozen_patch",
-    "model.init_prefix", "model.patch_size", "parallel.timeout", "step.deterministic",
-    "model.projector_activation", "model.projector_hidden_bn",
-    *(f"prototypes.{name}" for name in _hints(PrototypesConfig)),
+    "model.init_prefix", "model.patch_size", "model.projector_activation",
+    "model.projector_hidden_bn", "optim.clip_each", "optim.clip_norm", "optim.weight_decay_end",
+    "parallel.timeout", *(f"prototypes.{name}" for name in _hints(PrototypesConfig)),
+    "step.deterministic",
 }  # fmt: skip
 """Settings that runs of earlier versions lack. Each has a default that changes nothing for them."""
 

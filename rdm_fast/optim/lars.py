@@ -25,7 +25,7 @@ class Lars(Optimizer):
         params: parameters, or groups of them; a group with `adapt=False` uses no trust ratio.
         lr: learning rate, 0 or more; a float, or a 0-d float32 tensor on the device.
         momentum: m.
-        weight_decay: wd, in the trust ratio and in the step.
+        weight_decay: wd, in the trust ratio and in the step; a float or a tensor, as lr.
         trust_coefficient: eta.
         clip: cap a layer's rate at lr (LARC).
         eps: keeps the trust ratio finite.
@@ -39,7 +39,7 @@ class Lars(Optimizer):
         params: Iterable[Any],
         lr: float | Tensor = 0.1,
         momentum: float = 0.9,
-        weight_decay: float = 0.0,
+        weight_decay: float | Tensor = 0.0,
         trust_coefficient: float = 0.02,
         clip: bool = True,
         eps: float = 1e-8,
@@ -70,9 +70,13 @@ class Lars(Optimizer):
         return loss
 
     def _step_group(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
-        d = torch._foreach_add(grads, params, alpha=group["weight_decay"])
+        wd = group["weight_decay"]
+        if isinstance(wd, Tensor):  # which alpha would read back
+            d = torch._foreach_add(grads, torch._foreach_mul(params, wd))
+        else:
+            d = torch._foreach_add(grads, params, alpha=wd)
         if group["adapt"]:
-            _scale_each(d, _trust_ratios(group, params, grads))
+            scale_each(d, _trust_ratios(group, params, grads))
         buffers = [self._momentum_buffer(p) for p in params]
         torch._fused_sgd_(  # the last line of the formula
             params,
@@ -95,7 +99,7 @@ class Lars(Optimizer):
         return state["momentum_buffer"]
 
 
-def _scale_each(tensors: Sequence[Tensor], factors: Tensor) -> None:
+def scale_each(tensors: Sequence[Tensor], factors: Tensor) -> None:
     """tensors[i] *= factors[i] for dense tensors, in one launch; factors [N] on their device.
 
     On a GPU, foreach fuses only lists that agree in shapes and strides, and launches once per

@@ -1,16 +1,20 @@
-"""The optimizer of a run, its parameter groups, and the learning rate of every step.
+"""The optimizer of a run and its parameter groups.
 
 Each optimizer updates all parameters of a group in one launch and never waits for the device:
 learning rates are tensors on it, and where the attribute `found_inf`, a 0-d float32 tensor, is 1
 the step changes nothing, as in torch's fused optimizers. apex reads `found_inf` on the host, which
 is the one wait.
+
+torch's fused optimizers take weight decay as a number on the host, which a CUDA graph would keep
+for good. A weight decay that changes is a tensor on the device too: LARS takes one, and for SGD and
+AdamW, whose own decay is then 0, a hook before each step decays (`_decay`).
 """
 
-import math
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 
 from rdm_fast.config import OptimConfig
@@ -25,21 +29,26 @@ def parameter_groups(method: nn.Module, optim: OptimConfig) -> list[dict[str, An
 
     Args:
         method: a learned predictor is its attribute `predictor`.
-        optim: says whether the predictor's learning rate is fixed, and whether one-dimensional
-            parameters are excluded from decay and LARS's adaptation.
+        optim: says whether the predictor's learning rate is fixed, and whether some parameters are
+            excluded from decay and LARS's adaptation: those of one dimension (norms, biases), and
+            those that a module names in `no_weight_decay()`, as timm's models do (positional
+            embeddings, class and register tokens).
 
     Returns:
         Up to four groups, each with `params`, `lr`, `weight_decay`, `fixed_lr` (ignored by
-        `set_learning_rate`) and `adapt` (scaled by LARS). The order of groups and parameters
-        depends only on the architecture and `optim`.
+        `set_learning_rate`) and `adapt` (decayed, and scaled by LARS). The order of groups and
+        parameters depends only on the architecture and `optim`.
     """
+    named = _not_decayed(method)
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {
         (fixed_lr, excluded): [] for fixed_lr in (False, True) for excluded in (False, True)
     }
     for name, parameter in method.named_parameters():
         if parameter.requires_grad:
             fixed_lr = optim.fixed_predictor_lr and name.startswith(PREDICTOR)
-            excluded = not optim.decay_norm_and_bias and parameter.dim() <= 1
+            excluded = not optim.decay_norm_and_bias and (
+                parameter.dim() <= 1 or any(fnmatchcase(name, pattern) for pattern in named)
+            )
             groups[fixed_lr, excluded].append(parameter)
     return [
         {
@@ -54,6 +63,15 @@ def parameter_groups(method: nn.Module, optim: OptimConfig) -> list[dict[str, An
     ]
 
 
+def _not_decayed(method: nn.Module) -> list[str]:
+    """Names of parameters, or patterns, by the methods `no_weight_decay` of a method's modules."""
+    return [
+        f"{path}.{name}" if path else name
+        for path, module in method.named_modules()
+        for name in getattr(module, "no_weight_decay", list)()
+    ]
+
+
 def build_optimizer(method: nn.Module, optim: OptimConfig, device: torch.device) -> Optimizer:
     """The optimizer of a run, over all trainable parameters of a method on `device`.
 
@@ -65,6 +83,10 @@ def build_optimizer(method: nn.Module, optim: OptimConfig, device: torch.device)
         return build_apex_optimizer(groups, optim, device)
     for group in groups:
         group["lr"] = torch.tensor(group["lr"], dtype=torch.float32, device=device)
+        if optim.weight_decay != optim.last_weight_decay and group["adapt"]:
+            decay = torch.tensor(optim.weight_decay, dtype=torch.float32, device=device)
+            own = {"decay": decay, "weight_decay": 0.0}
+            group |= {"weight_decay": decay} if optim.optimizer == "lars" else own
     if optim.optimizer == "lars":
         eta, clip = optim.lars_eta, optim.lars_clip
         return Lars(groups, momentum=optim.momentum, trust_coefficient=eta, clip=clip)
@@ -74,8 +96,29 @@ def build_optimizer(method: nn.Module, optim: OptimConfig, device: torch.device)
             for parameter in (p for group in groups for p in group["params"]):
                 # otherwise uninitialized if the first step is skipped
                 sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        sgd.register_step_pre_hook(_decay)
         return sgd
-    return AdamW(groups, fused=True, capturable=device.type == "cuda")
+    adamw = AdamW(groups, fused=True, capturable=device.type == "cuda")
+    adamw.register_step_pre_hook(_decay)
+    return adamw
+
+
+@torch.no_grad()
+def _decay(optimizer: Optimizer, *_: object) -> None:
+    """Decay the groups whose decay is a tensor: g <- g + wd p for SGD, p <- p - lr wd p for AdamW.
+
+    A float32 factor 1 - lr wd would lose most digits of a small lr wd.
+    """
+    found_inf = getattr(optimizer, "found_inf", 0)
+    for group in optimizer.param_groups:
+        if "decay" in group:
+            params = [p for p in group["params"] if p.grad is not None]
+            if isinstance(optimizer, AdamW):
+                decay = torch._foreach_mul(params, (found_inf - 1) * group["lr"] * group["decay"])
+                torch._foreach_add_(params, decay)
+            else:
+                grads = [p.grad for p in params]
+                torch._foreach_add_(grads, torch._foreach_mul(params, group["decay"]))
 
 
 def state_keys(optim: OptimConfig) -> set[str]:
@@ -83,34 +126,3 @@ def state_keys(optim: OptimConfig) -> set[str]:
     if optim.optimizer in ("adamw", "lamb"):
         return {"step", "exp_avg", "exp_avg_sq"}
     return {"momentum_buffer"} if optim.momentum or optim.optimizer == "lars" else set()
-
-
-def learning_rate(step: int, steps_per_epoch: int, optim: OptimConfig) -> float:
-    """The learning rate of one optimizer step.
-
-    Args:
-        step: optimizer steps done before this one, from 0 to epochs * steps_per_epoch - 1.
-        steps_per_epoch: optimizer steps in one pass over the data.
-        optim: peak, length and ends of the schedule.
-
-    Returns:
-        warmup_lr at step 0, rising linearly to optim.lr at step W, after warmup_epochs; then half a
-        cosine (Loshchilov & Hutter, arXiv:1608.03983) that would reach final_lr one step after the
-        last, so no step is spent at a rate of zero. This is BYOL's schedule; solo-learn's, which
-        differs only before W, reaches optim.lr at W - 1.
-    """
-    warmup = optim.warmup_epochs * steps_per_epoch
-    if step < warmup:
-        return optim.warmup_lr + (optim.lr - optim.warmup_lr) * step / warmup
-    progress = (step - warmup) / (optim.epochs * steps_per_epoch - warmup)
-    return optim.final_lr + (optim.lr - optim.final_lr) * (1 + math.cos(math.pi * progress)) / 2
-
-
-def set_learning_rate(optimizer: Optimizer, value: float) -> None:
-    """Set the learning rate of every group that is not fixed."""
-    for group in optimizer.param_groups:
-        if not group.get("fixed_lr", False):
-            if isinstance(group["lr"], Tensor):
-                group["lr"].fill_(value)
-            else:
-                group["lr"] = value

@@ -26,7 +26,15 @@ from rdm_fast.methods import Branches, Method, StepOutput
 from rdm_fast.methods.ema import ema_momentum
 from rdm_fast.models.backbone import memory_format
 from rdm_fast.models.batchnorm import frozen_running_statistics, join_buffers, synchronize
-from rdm_fast.optim import build_optimizer, learning_rate, set_learning_rate, undone_where
+from rdm_fast.optim import (
+    build_optimizer,
+    clip_gradients,
+    learning_rate,
+    set_learning_rate,
+    set_weight_decay,
+    undone_where,
+    weight_decay,
+)
 from rdm_fast.runtime.distributed import rank, world_size
 from rdm_fast.runtime.host_copy import HostCopy
 from rdm_fast.runtime.precision import autocast, float32_products
@@ -146,8 +154,10 @@ class TrainStep:
         if stop:
             self._notes[1] = 1
         lr = learning_rate(step, self.steps_per_epoch, self.config.optim)
+        decay = weight_decay(step, self.steps_per_epoch, self.config.optim)
         momentum = self.ema_momentum(step)
         set_learning_rate(self.optimizer, lr)
+        set_weight_decay(self.optimizer, decay)
         self._momentum.fill_(momentum)
         self.method.schedule(step, self.steps_per_epoch)
         done = self._run(*batch.views)
@@ -168,12 +178,14 @@ class TrainStep:
         with float32_products(self.config.precision, self.device):
             loss, branches = self._backward(views)
         self.scaler.unscale_(self.optimizer)
-        norm = torch.nn.utils.get_total_norm([p.grad for p in self._parameters])
+        gradients = [p.grad for p in self._parameters]
+        norm = torch.nn.utils.get_total_norm(gradients)
         not_finite = 1 - torch.stack([norm.isfinite(), loss.isfinite()]).float()
         flags = torch.cat([not_finite, self._notes])
         if world_size() > 1:  # the gradient is averaged already, the loss is this rank's
             dist.all_reduce(flags, op=dist.ReduceOp.MAX)
         self._skip.copy_(flags[:3].amax().clamp_max(1))
+        clip_gradients(gradients, norm, self.config.optim)
         frozen = self.method.frozen()
         with undone_where(frozen, self.optimizer) if frozen else contextlib.nullcontext():
             self.optimizer.step()

@@ -33,7 +33,9 @@ LIMITS: dict[str, tuple[float, float]] = {
     "model.patch_size": (0, 0),  # of the ResNet here
     **{f"optim.{name}": (1, math.inf) for name in ("epochs", "global_batch", "accumulate")},
     **{f"optim.{name}": (0.0, math.inf) for name in (
-        "base_lr", "warmup_epochs", "warmup_lr", "final_lr", "weight_decay")},
+        "base_lr", "warmup_epochs", "warmup_lr", "final_lr", "weight_decay", "clip_norm",
+        "clip_each")},
+    "optim.weight_decay_end": (-1.0, math.inf),
     **{f"optim.{name}": (0.0, 1.0) for name in ("momentum", "ema_start", "ema_end")},
     **{f"log.{name}": (1, math.inf) for name in (
         "every", "save_every", "knn_bank", "max_nonfinite")},
@@ -118,6 +120,7 @@ def test_a_number_is_accepted_up_to_its_limits_and_named_beyond_them(name: str) 
         {"optim.optimizer": "lamb"},
         {"optim.backend": "apex", "optim.optimizer": "lars"},
         {"optim.warmup_epochs": 61.0, "optim.epochs": 60},
+        {"optim.clip_norm": 1.0, "optim.clip_each": 3.0},
         {"parallel.bucket_mb": 0.0},
         {"parallel.bucket_mb": math.inf},
         {"parallel.static_graph": True, "optim.accumulate": 2},

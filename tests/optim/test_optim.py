@@ -3,21 +3,17 @@
 import copy
 import math
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import pytest
 import timm.optim
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from rdm_fast.config import OptimConfig
-from rdm_fast.config.recipes import RECIPES
 from rdm_fast.methods.ema import update_ema
-from rdm_fast.optim import Lars, build_optimizer, learning_rate, parameter_groups, set_learning_rate
+from rdm_fast.optim import Lars, build_optimizer, parameter_groups, set_learning_rate
 from tests.spies import Operators, waits
 
 CPU = torch.device("cpu")
@@ -385,79 +381,3 @@ def test_lars_returns_the_closures_loss() -> None:
 
     assert optim.step(closure) == 4.0
     assert not torch.equal(weight, torch.ones(2, 2))
-
-
-# ---- learning rate -----------------------------------------------------------------------------
-
-SCHEDULE = OptimConfig(
-    epochs=10, warmup_epochs=2, warmup_lr=0.1, base_lr=1.0, final_lr=0.2, global_batch=128
-)  # peak 0.5; 100 steps, the first 20 rise
-
-
-@pytest.mark.parametrize(
-    ("step", "batch", "expected"),
-    [
-        (0, 128, 0.1),
-        (5, 128, 0.2),  # 0.1 + (0.5 - 0.1) 5/20
-        (19, 128, 0.48),
-        (20, 128, 0.5),
-        (60, 128, 0.35),  # halfway down
-        (20 + 80 / 3, 128, 0.2 + 0.3 * 0.75),  # a third of the way down, cos(pi / 3) = 1/2
-        (99, 128, 0.2 + 0.15 * (1 + math.cos(math.pi * 79 / 80))),
-        (0, 1280, 0.1),  # the start is not scaled with the batch, the peak is
-        (20, 1280, 5.0),
-        (60, 1280, 2.6),
-    ],
-)
-def test_the_learning_rate_by_hand(step: Any, batch: int, expected: float) -> None:
-    optim = replace(SCHEDULE, global_batch=batch)
-    assert math.isclose(learning_rate(step, 10, optim), expected, rel_tol=1e-12)
-
-
-def test_the_schedule_is_byols_own_and_but_for_the_warm_up_solo_learns() -> None:
-    """learning_schedule of deepmind-research, byol/utils/schedules.py, and _get_closed_form_lr of
-    solo/utils/lr_scheduler.py, which is Lightning Bolts'."""
-    optim = RECIPES["cifar10_byol"]().optim
-    n = 50_000 // 256
-    warmup, total, lr, start = 10 * n, 400 * n, 1.0, 3e-5
-    steps = [0, 1, n, 5 * n + 7, warmup - 1, warmup, warmup + 1, 200 * n + 3, total - 1]
-    for step in steps:
-        byols = solo_learns = lr * (1 + math.cos(math.pi * (step - warmup) / (total - warmup))) / 2
-        behind = 0.0
-        if step < warmup:
-            byols = step / warmup * lr
-            solo_learns = start + step * (lr - start) / (warmup - 1)
-            behind = step * (lr - start) / (warmup * (warmup - 1))
-        ours = learning_rate(step, n, replace(optim, warmup_lr=0.0))
-        assert math.isclose(ours, byols, rel_tol=1e-12), step
-        ours = learning_rate(step, n, optim)
-        assert math.isclose(solo_learns - ours, behind, abs_tol=1e-13), step
-    assert learning_rate(warmup - 1, n, optim) < learning_rate(warmup, n, optim) == lr
-
-
-def test_simsiams_schedule_agrees_at_the_start_of_every_epoch() -> None:
-    """adjust_learning_rate of main_simsiam.py moves once an epoch."""
-    optim = RECIPES["imagenet_simsiam"]().optim
-    for epoch in (0, 1, 33, 50, 99):
-        theirs = 0.05 * 512 / 256 * 0.5 * (1.0 + math.cos(math.pi * epoch / 100))
-        assert math.isclose(learning_rate(2502 * epoch, 2502, optim), theirs, rel_tol=1e-12)
-
-
-@settings(max_examples=40)
-@given(
-    epochs=st.integers(1, 50),
-    steps_per_epoch=st.integers(1, 40),
-    warmup=st.floats(0, 1),
-    base_lr=st.floats(0.01, 10),
-)
-def test_learning_rate_rises_then_falls_between_its_bounds(
-    epochs: int, steps_per_epoch: int, warmup: float, base_lr: float
-) -> None:
-    optim = OptimConfig(
-        epochs=epochs, warmup_epochs=warmup * epochs, base_lr=base_lr, warmup_lr=0.0, final_lr=0.0
-    )
-    rates = [learning_rate(s, steps_per_epoch, optim) for s in range(epochs * steps_per_epoch)]
-    peak = rates.index(max(rates))
-    assert rates[: peak + 1] == sorted(rates[: peak + 1])
-    assert rates[peak:] == sorted(rates[peak:], reverse=True)
-    assert min(rates) >= 0 and max(rates) <= optim.lr

@@ -33,9 +33,11 @@ def assert_close(one: dict[str, Tensor], other: dict[str, Tensor], tolerance: fl
 
 
 def settings(name: str, accumulate: int = 1) -> Config:
-    """Of a method, or of one with small views."""
-    build = with_small_views if name.endswith(SMALL) else tiny
-    return build(name.removesuffix(SMALL), global_batch=ROWS, accumulate=accumulate)
+    """Of a method, or of one with small views, or with clipping and a weight decay that changes."""
+    name, space, changed = name.partition(" ")
+    build = with_small_views if space + changed == SMALL else tiny
+    clipped = CLIPPED.get(space + changed, {})
+    return build(name, global_batch=ROWS, accumulate=accumulate, **clipped)
 
 
 def seen(name: str, seed: int) -> Batch:

@@ -53,13 +53,14 @@ def torch_loader(config: Config) -> Config:
     return replace(config, data=replace(config.data, loader="torch", workers=2))
 
 
-LARS = tiny("digits_byol", optimizer="lars", decay_norm_and_bias=False)
+LARS = tiny("digits_byol", optimizer="lars", decay_norm_and_bias=False, clip_each=0.1)
+DECAYING = {"optimizer": "adamw", "base_lr": 1e-3, "weight_decay_end": 0.4, "clip_norm": 0.1}
 CONFIGS: dict[str, Config] = {
     "rdm_simsiam": tiny("digits_rdm_simsiam"),
     "byol": tiny("digits_byol"),
     "byol with lars in parts": replace(LARS, optim=replace(LARS.optim, accumulate=2)),
     "rdm_byol with small views": with_small_views("digits_rdm_byol"),
-    "simsiam with adamw": tiny("digits_simsiam", optimizer="adamw", base_lr=1e-3),
+    "simsiam with adamw": tiny("digits_simsiam", **DECAYING),
     "rdm_simsiam in fp16": fp16(tiny("digits_rdm_simsiam")),
 }
 Undisturbed = Callable[[str], Path]
