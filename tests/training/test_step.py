@@ -17,7 +17,14 @@ from tests.tiny import METHODS, batch, own_rows, rows_of, tiny, with_small_views
 
 ROWS = 32
 SMALL = " with small views"
+CLIPPED = {
+    " clipped": {"clip_norm": 0.05, "weight_decay": 0.1, "weight_decay_end": 5.0},
+    " clipped with lars": {
+        "clip_each": 0.01, "optimizer": "lars", "weight_decay": 0.1, "weight_decay_end": 5.0
+    },
+}  # fmt: skip
 NAMES = [*METHODS, *(f"{name}{SMALL}" for name in METHODS if name != "digits_symsimsiam")]
+NAMES += [f"digits_rdm_simsiam{clipped}" for clipped in CLIPPED]
 
 
 def state(step: TrainStep) -> dict[str, Tensor]:

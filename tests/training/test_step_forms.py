@@ -188,6 +188,26 @@ def test_a_recorded_step_is_the_eager_step_bitwise(name: str, precision: str, sm
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("optimizer", ["sgd", "lars", "adamw"])
+@pytest.mark.parametrize("clip", ["clip_norm", "clip_each"])
+def test_a_recorded_step_clips_and_sees_every_new_weight_decay(optimizer: str, clip: str) -> None:
+    """Bit for bit as the eager one, and without a wait."""
+    changing: dict[str, Any] = {"weight_decay": 0.1, "weight_decay_end": 5.0, clip: 0.01}
+    config = tiny(global_batch=ROWS, optimizer=optimizer, base_lr=0.01, **changing)
+    choose_algorithms(deterministic=True)
+    eager, recorded = (new_step(with_step(config, graph=form), GPU) for form in ("off", "on"))
+    run(eager, range(5 + WARM_UP + 4))
+    run(recorded, range(5 + WARM_UP))
+    batches = [on_gpu(batch(ROWS, seed=i)) for i in range(5 + WARM_UP, 5 + WARM_UP + 4)]
+    with nothing_waits():
+        for i, views in enumerate(batches):
+            recorded(views, 5 + WARM_UP + i)
+    assert recorded.graph is not None and recorded.graph.is_recorded and eager.graph is None
+    for key, tensor in weights(recorded.method).items():
+        assert torch.equal(tensor, weights(eager.method)[key]), key
+
+
+@pytest.mark.gpu
 @NAMES
 @AS_GRAPH
 @pytest.mark.parametrize("graph", ["on", "off"])
