@@ -41,7 +41,10 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 # Every field of OptimConfig, so that a new one needs an entry, and a source, here.
-EVERYWHERE = {"backend": "torch", "accumulate": 1, "momentum": 0.9, "final_lr": 0.0}
+EVERYWHERE = {
+    "backend": "torch", "accumulate": 1, "momentum": 0.9, "final_lr": 0.0,
+    "weight_decay_end": -1.0, "clip_norm": 0.0, "clip_each": 0.0,
+}  # fmt: skip
 # exclude_bias_n_norm of solo-learn's LARS; its SGD decays all parameters, as SimSiam's does
 SGD = EVERYWHERE | {
     "optimizer": "sgd", "decay_norm_and_bias": True,
