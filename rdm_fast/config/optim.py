@@ -38,14 +38,14 @@ class OptimConfig:
     weight_decay: Annotated[Rate, Alias("--wd")] = 1e-5
     """Weight decay of the first step."""
     weight_decay_end: Annotated[float, Between(-1, 1e6)] = -1.0
-    """Weight decay at the end of a cosine over the whole run; negative: as weight_decay."""
+    """Weight decay at the last step, on a cosine from weight_decay; negative: as weight_decay."""
     decay_norm_and_bias: bool = True
     """Decay all parameters. Otherwise norms, biases, positional embeddings and class tokens are not
     decayed, nor scaled by LARS."""
     clip_norm: Rate = 0.0
-    """Largest norm of the whole gradient; a longer one is scaled down. 0 is off."""
+    """Largest norm of a step's whole gradient; a longer one is scaled down. 0 is off."""
     clip_each: Rate = 0.0
-    """Largest norm of each parameter's gradient, as in DINO. 0 is off."""
+    """Largest norm of each parameter's gradient in a step, as in DINO. 0 is off."""
     lars_eta: Annotated[float, Between(0, 1e6, above=True)] = 0.02
     """Trust coefficient of LARS."""
     lars_clip: bool = True
