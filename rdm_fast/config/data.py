@@ -7,7 +7,15 @@ from rdm_fast.config.checks import Between, Share, require, require_fields
 from rdm_fast.config.flags import Alias
 
 DataName = Literal[
-    "digits", "cifar10", "cifar100", "stl10", "fashion_mnist", "folder", "webdataset", "arrays"
+    "digits",
+    "cifar10",
+    "cifar100",
+    "stl10",
+    "fashion_mnist",
+    "folder",
+    "webdataset",
+    "arrays",
+    "hf",
 ]
 Interpolation = Literal["bilinear", "bicubic"]
 CropScale = Annotated[tuple[float, float], Between(0, 1, above=True, rising=True)]
@@ -20,10 +28,18 @@ class DataConfig:
 
     name: DataName = "digits"
     """Data set: digits is embedded, folder reads image files, webdataset image files packed in tar
-    files, arrays one packed .npz file."""
+    files, arrays one packed .npz file, hf a data set of Hugging Face."""
     root: str = "data"
     """Folder of the data set, in torchvision's layout; for arrays, the .npz file; for webdataset, a
-    folder or pattern such as 'shards/train-{0000..0146}.tar'."""
+    folder or pattern such as 'shards/train-{0000..0146}.tar'; for hf, a folder that
+    save_to_disk made or that holds parquet files, or OWNER/NAME."""
+    fraction: Annotated[float, Between(0, 1, above=True)] = 1.0
+    """Share of the training images that the run sees, the same in every run; of labeled images, the
+    same share of each class."""
+    image_column: str = ""
+    """Column of a Hugging Face data set that holds the images; empty to find it."""
+    label_column: str = ""
+    """Column of a Hugging Face data set that holds the labels; empty to find it."""
     download: bool = False
     """Download the data set into root if it is not there (torchvision sets only)."""
     loader: Literal["auto", "dali", "torch", "resident"] = "auto"
@@ -53,13 +69,19 @@ class DataConfig:
             f"data.classes is for image folders: with data.name={self.name}, leave it out",
         )
         require(
-            self.verify == "header" or self.name in ("folder", "webdataset"),
+            self.verify == "header" or self.name in ("folder", "webdataset", "hf"),
             f"data.verify is for image files: with data.name={self.name}, leave it out",
         )
         require(
-            self.white_level == 65535 or self.name in ("folder", "webdataset", "arrays"),
+            self.white_level == 65535 or self.name in ("folder", "webdataset", "arrays", "hf"),
             f"data.white_level is for image files: with data.name={self.name}, leave it out",
         )
+        for flag in ("image_column", "label_column"):
+            require(
+                not getattr(self, flag) or self.name == "hf",
+                f"data.{flag} is for Hugging Face data sets: with data.name={self.name}, leave it "
+                "out, or give data.name=hf",
+            )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -102,7 +102,8 @@ RULES: dict[str, Rule] = {
     "augment.": "identity", "seed": "identity", "precision": "identity", "sync_bn": "identity",
     "data.name": "identity", "data.root": "free", "data.download": "free", "data.loader": "free",
     "data.workers": "free", "data.timeout": "free",
-    "data.classes": "identity", "data.verify": "identity",
+    "data.classes": "identity", "data.verify": "identity", "data.fraction": "identity",
+    "data.image_column": "identity", "data.label_column": "identity",
     "data.on_bad_image": "free", "data.max_bad": "free", "data.white_level": "identity",
     "optim.": "schedule", "optim.optimizer": "identity", "optim.backend": "identity",
     "optim.accumulate": "identity",
@@ -114,7 +115,8 @@ always change.
 
 A name that ends in a point stands for the whole table; the longest match decides."""
 LATER = {
-    "augment.small_blur", "data.timeout", "data.white_level", "model.frozen_patch",
+    "augment.small_blur", "data.fraction", "data.image_column", "data.label_column",
+    "data.timeout", "data.white_level", "model.frozen_patch",
     "model.init_prefix", "model.patch_size", "model.projector_activation",
     "model.projector_hidden_bn", "optim.clip_each", "optim.clip_norm", "optim.weight_decay_end",
     "parallel.timeout", *(f"prototypes.{name}" for name in _hints(PrototypesConfig)),

@@ -144,5 +144,10 @@ PROTOCOLS: dict[str, Protocol] = {
 FINETUNE = Protocol(name="finetune", solver="sgd", epochs=50, lr=0.02)
 """Trains all weights on random views, from the checkpoint; not a published setting."""
 
-AUTO = {"digits": "logistic", "folder": "closed-form", "webdataset": "closed-form"}
+AUTO = {
+    "digits": "logistic",
+    "folder": "closed-form",
+    "webdataset": "closed-form",
+    "hf": "closed-form",
+}
 """Default protocol by data set: few images, or no setting to tune; else reference-cifar."""

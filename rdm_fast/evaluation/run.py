@@ -2,7 +2,7 @@
 
 import json
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -51,7 +51,8 @@ def evaluate(
     data = loaded.config.data
     protocol = command.protocol_for(data.name)
     _require_outputs(loaded.folder, command)
-    sets = [labeled(load(data, split), WHICH[split]) for split in SPLITS]
+    whole = replace(data, fraction=1.0)  # backbones that saw different shares are compared
+    sets = [labeled(load(whole, split), WHICH[split]) for split in SPLITS]
     require_two_classes(torch.from_numpy(sets[0].labels))
     classes = len(sets[0].classes)
     loaded.backbone.to(device)

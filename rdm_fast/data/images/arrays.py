@@ -27,7 +27,7 @@ from numpy.typing import NDArray
 from rdm_fast.data.images.decode import WHITE, reason
 from rdm_fast.data.images.deep_images import warn_of_range
 from rdm_fast.data.images.folder import listing
-from rdm_fast.data.images.sets import EncodedImages, ImageSet, PixelImages
+from rdm_fast.data.images.sets import EncodedImages, ImageSet, PixelImages, decoded_once
 from rdm_fast.errors import DataError, InputMissing
 from rdm_fast.runtime import atomic_files
 from rdm_fast.runtime.untrusted import require_array, require_zip
@@ -115,7 +115,7 @@ def _read(arrays: _Arrays, split: str, white_level: int) -> ImageSet:
     packed = EncodedImages(encoded, offsets, labels, classes, f"{arrays.path}:{jpeg}")
     packed.white_level = white_level
     warn_of_range(packed, f"{arrays.path}:{jpeg}")
-    return packed.decoded()
+    return decoded_once(packed)
 
 
 def _labels(arrays: _Arrays, key: str, n: int) -> tuple[NDArray[np.int64] | None, list[str]]:

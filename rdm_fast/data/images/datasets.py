@@ -11,7 +11,8 @@ from rdm_fast.config import DataConfig, DataName
 from rdm_fast.data.images.arrays import load_arrays
 from rdm_fast.data.images.decode import reason
 from rdm_fast.data.images.folder import listing, load_folder, require_folder
-from rdm_fast.data.images.sets import ImageSet, PixelImages, Pixels
+from rdm_fast.data.images.huggingface import load_hf
+from rdm_fast.data.images.sets import ImageSet, PixelImages, Pixels, Subset
 from rdm_fast.data.images.shards import load_shards
 from rdm_fast.errors import DataError, InputMissing, Unavailable
 from rdm_fast.runtime.distributed import all_reduce_max, rank, world_size
@@ -24,7 +25,7 @@ DIGITS_MAX = 16  # scikit-learn's digits count pixels of a 4 x 4 block
 
 
 def load(config: DataConfig, split: Split, bad_files: Path | None = None) -> ImageSet:
-    """The train or test images of a data set.
+    """The train or test images of a data set; of train, the share data.fraction.
 
     Args:
         config: which data set, and what to do about image files that cannot be used.
@@ -34,8 +35,13 @@ def load(config: DataConfig, split: Split, bad_files: Path | None = None) -> Ima
     Raises:
         InputMissing: they are not in --data.root; the message shows what is there.
         DataError: they cannot be used; the message names the first bad file.
-        Unavailable: --data.download could not fetch them.
+        Unavailable: they could not be fetched, or a library that reads them is missing.
     """
+    images = _load(config, split, bad_files)
+    return images if config.fraction == 1 or split == "test" else share_of(images, config.fraction)
+
+
+def _load(config: DataConfig, split: Split, bad_files: Path | None) -> ImageSet:
     root = Path(config.root).expanduser()
     if config.name == "digits":
         return load_digits(split)
@@ -45,7 +51,24 @@ def load(config: DataConfig, split: Split, bad_files: Path | None = None) -> Ima
         return load_shards(root, split, config, bad_files)
     if config.name == "arrays":
         return load_arrays(root, split, config.white_level)
+    if config.name == "hf":
+        return load_hf(config, split, bad_files)
     return load_torchvision(config.name, root, split, config.download)
+
+
+def share_of(images: ImageSet, fraction: float) -> Subset:
+    """A fixed random share of the images, in their order, and as nearly as can be of each class.
+
+    A smaller share is part of a larger one. Images without a label are a class of their own.
+    """
+    n = len(images)
+    classes = np.zeros(n, np.int64) if images.labels is None else images.labels
+    shuffled = np.random.default_rng(0).permutation(n)
+    by_class = shuffled[np.argsort(classes[shuffled], kind="stable")]
+    _, start, size = np.unique(classes[by_class], return_index=True, return_counts=True)
+    place = (np.arange(n) - np.repeat(start, size) + 0.5) / np.repeat(size, size)  # in its class
+    chosen = by_class[np.argsort(place, kind="stable")[: max(1, round(fraction * n))]]
+    return Subset(images, np.sort(chosen))
 
 
 def load_digits(split: Split) -> PixelImages:

@@ -7,13 +7,18 @@ import os
 import unicodedata
 from collections import Counter
 
+import numpy as np
+from numpy.typing import NDArray
+
 from rdm_fast.data.images.decode import SUFFIXES, one_line
 from rdm_fast.data.images.index import BadFile
 from rdm_fast.data.images.tables import NAME
+from rdm_fast.errors import DataError
 from rdm_fast.runtime.distributed import print0
 
 TRAIN_NAMES = ("train", "training")
-TEST_NAMES = ("val", "test", "valid", "validation", "testing")
+TEST_NAMES = ("val", "valid", "validation", "test", "testing")
+"""Best first: people keep test images for the end, and may not publish their labels."""
 SPLIT_NAMES = (*TRAIN_NAMES, *TEST_NAMES)
 NOT_READ = (
     *(".arw", ".cr2", ".cr3", ".dng", ".eps", ".exr", ".heic", ".heif", ".hif", ".jxl", ".nef"),
@@ -40,6 +45,25 @@ def is_litter(name: str) -> bool:
 def class_name(name: str) -> str:
     """The name of a class: é is one character, as on Linux, or two, as on a Mac."""
     return unicodedata.normalize("NFC", name)
+
+
+def numbered_as(
+    train: list[str], labels: NDArray[np.int64], classes: list[str], where: str
+) -> NDArray[np.int64]:
+    """Labels of test images of `classes`, numbered as the training images' classes are.
+
+    Raises:
+        DataError: no training image has one of these classes; `where` names the test images.
+    """
+    number = {name: k for k, name in enumerate(train)}
+    used = np.unique(labels[labels >= 0]).tolist()
+    if unknown := sorted(classes[k] for k in used if classes[k] not in number):
+        raise DataError(
+            f"the test images in {where} have the label {one_line(unknown[0])}, which no training "
+            "image has: pack both with the same classes"
+        )
+    numbers = np.array([*(number.get(name, -1) for name in classes), -1], np.int64)
+    return numbers[labels]  # the label -1, for none, takes the last
 
 
 class Ignored:

@@ -5,6 +5,7 @@ All give the same pixels, those of `rdm_fast.data.images.decode`.
 
 import hashlib
 import io
+import math
 import os
 from abc import ABC, abstractmethod
 from concurrent.futures import ThreadPoolExecutor
@@ -173,15 +174,6 @@ class EncodedImages(ImageSet):
         digest.update(np.ascontiguousarray(self._offsets, dtype="<i8").data)
         digest.update(np.ascontiguousarray(self._encoded).data)
 
-    def decoded(self) -> ImageSet:
-        """The same images, decoded once if they are small and of one size."""
-        side = int(self.sizes.max(initial=0))
-        if not len(self) or side > SMALL or (self.sizes != self.sizes[0]).any():
-            return self
-        with ThreadPoolExecutor(min(DECODE_THREADS, os.cpu_count() or 1)) as pool:
-            pixels = np.stack(list(pool.map(self.read, range(len(self)), chunksize=256)))
-        return PixelImages(pixels, self.labels, self.classes)
-
 
 class StoredImages(ImageSet):
     """Image files of an index, read and decoded one by one."""
@@ -266,6 +258,22 @@ class FileImages(StoredImages):
         return read_file(self.path(i), self.name(i))
 
 
+def decoded_once(images: ImageSet, most: float = math.inf) -> ImageSet:
+    """The same images, decoded now if they are small, of one size, and at most `most` bytes.
+
+    Raises:
+        DataError: one of them cannot be decoded.
+    """
+    n, side = len(images), int(images.sizes.max(initial=0))
+    if not n or side > SMALL or (images.sizes != images.sizes[0]).any():
+        return images
+    if n * images.channels * int(images.sizes[0].prod()) > most:
+        return images
+    with ThreadPoolExecutor(min(DECODE_THREADS, os.cpu_count() or 1)) as pool:
+        pixels = np.stack(list(pool.map(images.read, range(n), chunksize=256)))
+    return PixelImages(pixels, images.labels, images.classes)
+
+
 class Subset(ImageSet):
     """Some images of another set: image i is its image `indices[i]`."""
 
@@ -302,7 +310,8 @@ def labeled(images: ImageSet, which: str) -> ImageSet:
     if images.labels is None or not (images.labels >= 0).any():
         raise DataError(
             f"the {which} images have no labels, which an accuracy needs: arrange image files as "
-            "ROOT/train/<class>/ and ROOT/val/<class>/"
+            "ROOT/train/<class>/ and ROOT/val/<class>/, give an .npz file train_label, test_label "
+            "and classes, or name a Hugging Face column with --data.label-column"
         )
     with_label = np.flatnonzero(images.labels >= 0)
     return images if len(with_label) == len(images) else Subset(images, with_label)

@@ -20,9 +20,9 @@ from rdm_fast.data.images.decode import SUFFIXES, one_line, read_file
 from rdm_fast.data.images.deep_images import warn_of_range
 from rdm_fast.data.images.folder import listing, require_folder
 from rdm_fast.data.images.index import FileEntry, Index
-from rdm_fast.data.images.names import TEST_NAMES, TRAIN_NAMES, Ignored
+from rdm_fast.data.images.names import TEST_NAMES, TRAIN_NAMES, Ignored, numbered_as
 from rdm_fast.data.images.sets import Labels, StoredImages
-from rdm_fast.data.images.tar_members import HIDDEN, NO_LABEL, Member, MemberFile, list_members
+from rdm_fast.data.images.tar_members import HIDDEN, Member, MemberFile, list_members
 from rdm_fast.errors import DataError, InputMissing
 
 RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*,[^{}]*)\}")
@@ -41,7 +41,7 @@ class ShardImages(StoredImages):
     ) -> None:
         """The usable ones of `members`, which the index `found` lists in their order.
 
-        `labels` are those of all members, NO_LABEL for none.
+        `labels` are those of all members, -1 for none.
         """
         super().__init__(found, labels if classes else None, classes)
         self._shards = list(shards)
@@ -131,17 +131,7 @@ def _as_in_training(
     except InputMissing:
         return labels, classes
     train = list_members(shards, _part(shards)).classes
-    if not train:
-        return labels, classes
-    number = {name: k for k, name in enumerate(train)}
-    used = sorted({classes[k] for k in labels.tolist() if k != NO_LABEL})
-    if unknown := [name for name in used if name not in number]:
-        raise DataError(
-            f"the test images in {folder} have the label {one_line(unknown[0])}, which no training "
-            "image has: pack both with the same classes"
-        )
-    numbers = [number.get(name, NO_LABEL) for name in classes]
-    return np.array([k if k == NO_LABEL else numbers[k] for k in labels.tolist()], np.int64), train
+    return (numbered_as(train, labels, classes, str(folder)), train) if train else (labels, classes)
 
 
 # ---- which shards ----------------------------------------------------------------------------

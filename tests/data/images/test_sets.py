@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from rdm_fast.data.images.sets import ImageSet, PixelImages
+from rdm_fast.data.images.sets import ImageSet, PixelImages, decoded_once
 from tests.data.files import encode, natural, packed, put, read_folder
 
 
@@ -15,7 +15,7 @@ def test_three_ways_of_keeping_images_read_alike(tmp_path: Path) -> None:
     for i, data in enumerate(files):
         put(tmp_path / f"{i}.jpg", data)
     in_files, encoded = read_folder(tmp_path), packed(files)
-    decoded = encoded.decoded()
+    decoded = decoded_once(encoded)
     assert decoded.pixels is not None and decoded.pixels.shape == (5, 8, 12, 3)
     for images in (in_files, encoded, decoded):
         assert len(images) == 5 and images.sizes.tolist() == [[8, 12]] * 5
@@ -24,9 +24,9 @@ def test_three_ways_of_keeping_images_read_alike(tmp_path: Path) -> None:
 
 
 def test_large_images_and_those_of_several_sizes_stay_encoded(jpeg_files: list[bytes]) -> None:
-    assert packed(jpeg_files).decoded().pixels is None
+    assert decoded_once(packed(jpeg_files)).pixels is None
     large = encode(Image.new("RGB", (97, 8)), "JPEG")
-    assert packed([large, large]).decoded().pixels is None
+    assert decoded_once(packed([large, large])).pixels is None
 
 
 def test_the_digest_tells_sets_apart_and_survives_pickling(photographs: np.ndarray) -> None:
