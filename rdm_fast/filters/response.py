@@ -154,6 +154,23 @@ def few_rows(batch: int, width: int) -> str | None:
     )
 
 
+def normalized_apart(batch: int, parts: int, rows: int) -> str | None:
+    """A warning that batch norm and the filter see different batches; None if they see the same.
+
+    Args:
+        batch: rows of the global batch, which the filter sees together.
+        parts: optim.accumulate.
+        rows: over which batch norm computes its statistics.
+    """
+    if parts == 1:
+        return None
+    return (
+        f"--optim.accumulate {parts}: batch norm normalizes {rows} images at a time, and the "
+        f"filter sees all {batch}, with the differences between the parts as directions of their "
+        "own: lower it if the memory allows, or take a model without batch norm"
+    )
+
+
 def advice(config: FilterConfig) -> str | None:
     """RDM's prediction for a filter on the wrong branch; None for any other filter."""
     g = f"sigma={config.sigma:g}" if config.kind == "poly" else f"kind={config.kind}"

@@ -1,10 +1,11 @@
 """The first lines of a run: what `auto` stands for, and what RDM predicts for the filter."""
 
-import torch
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from rdm_fast.config import Config
 from rdm_fast.data import ImageSet
-from rdm_fast.filters.response import advice, few_rows
+from rdm_fast.filters.response import advice, few_rows, normalized_apart
+from rdm_fast.training.train_step import TrainStep
 
 
 def summary(
@@ -12,25 +13,27 @@ def summary(
     images: ImageSet,
     loader: str,
     engine: str,
+    train_step: TrainStep,
     *,
     ranks: int,
-    device: torch.device,
-    graph: bool,
     step: int,
 ) -> list[str]:
     """The lines; `step` is that of the checkpoint the run continues from, or 0."""
-    optim, filtered = config.optim, engine != "none"
+    optim, filtered, batch = config.optim, engine != "none", config.optim.global_batch
     lines = [
         f"{config.method}, predictor {config.predictor}, on {len(images)} images of "
-        f"{config.data.name}: {ranks} rank(s) on {device.type}, global batch "
-        f"{optim.global_batch}, {optim.local_batch(ranks)} a rank"
+        f"{config.data.name}: {ranks} rank(s) on {train_step.device.type}, global batch "
+        f"{batch}, {optim.local_batch(ranks)} a rank"
         + (f" in {optim.accumulate} parts" if optim.accumulate > 1 else "")
         + f", loader {loader}"
         + (f", filter engine {engine}" if filtered else "")
-        + (", steps as a CUDA graph" if graph else "")
+        + (", steps as a CUDA graph" if train_step.graph else "")
     ]
     if filtered:
-        found = advice(config.filter), few_rows(optim.global_batch, config.model.projector_dim)
+        found = [advice(config.filter), few_rows(batch, config.model.projector_dim)]
+        if any(isinstance(module, _BatchNorm) for module in train_step.method.modules()):
+            rows = batch // optim.accumulate // (1 if config.sync_bn else ranks)
+            found.append(normalized_apart(batch, optim.accumulate, rows))
         lines += [f"warning: {text}" for text in found if text]
     if config.method == "dino" and (text := config.prototypes.warning):
         lines.append(f"warning: {text}")

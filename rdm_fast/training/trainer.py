@@ -110,8 +110,8 @@ class Trainer:
             self.folder.write_status("running", step=self.step, checkpoint=path)
         with StopOnSignal(self.ask_to_stop), self._telemetry() as telemetry, self._saving():
             lines = summary(
-                self.config, self.images, self.loader.name, self._engine(), ranks=world_size(),
-                device=self.device, graph=bool(self.train_step.graph), step=self.step,
+                self.config, self.images, self.loader.name, self._engine(), self.train_step,
+                ranks=world_size(), step=self.step,
             )  # fmt: skip
             print0(*lines)
             if self.step == 0 and self.config.log.knn_every:

@@ -150,6 +150,7 @@ def test_a_tilde_is_the_home_folder_in_every_flag(
     monkeypatch.setenv("HOME", "/h")
     needed = {"eval": "~/x", "export": "~/x --to timm", "report": "~/x"}.get(name, "")
     special = {"--recipe": "", "--features-out": "/f.npz", "--data.classes": "", "--prefix": ""}
+    special |= {"--data.image-column": "", "--data.label-column": ""}
     special |= {"--out": "/o.html"} if name == "report" else {}
     flags = [flag for flag in texts(COMMANDS[name].options) if special.get(flag) != ""]
     for line in (" ".join(f"{f}={{}}" for f in flags), " ".join(f"{f} {{}}" for f in flags)):

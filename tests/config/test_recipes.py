@@ -14,13 +14,11 @@ from unittest.mock import ANY
 import pytest
 import torch
 
-from rdm_fast.config import DataConfig, FilterConfig, OptimConfig, ViewConfig
+from rdm_fast.config import FilterConfig, OptimConfig, ViewConfig
 from rdm_fast.config.recipes import DEFAULT, RECIPES, recipe
-from rdm_fast.data import load
 from rdm_fast.filters.response import advice, few_rows
 from rdm_fast.methods import build_method
 from rdm_fast.optim import build_optimizer
-from rdm_fast.training.summary import summary
 
 FAMILIES = ["cifar10", "cifar100", "imagenet100", "imagenet"]
 METHODS = ["rdm_simsiam", "rdm_byol", "simsiam", "byol", "symsimsiam"]
@@ -221,28 +219,7 @@ def test_filters_are_on_the_side_where_rdm_raises_the_rank(name: str) -> None:
     config = RECIPES[name]()
     assert advice(config.filter) is None
     assert few_rows(config.optim.global_batch, config.model.projector_dim) is None
-
-
-@pytest.mark.parametrize(("batch", "warned"), [(255, True), (256, False)])
-def test_a_run_says_that_its_batch_shows_under_an_eighth_of_the_directions(
-    batch: int, warned: bool
-) -> None:
-    config = RECIPES["cifar10_rdm_simsiam"]()
-    optim, model = replace(config.optim, global_batch=batch), config.model
-    config = replace(config, optim=optim, model=replace(model, projector_dim=2048))
-    images, cpu = load(DataConfig(), "train"), torch.device("cpu")
-    lines = summary(config, images, "x", "eigh", ranks=1, device=cpu, graph=False, step=0)
-    assert any("warning" in line and f"{batch} " in line for line in lines) == warned
-
-
-@pytest.mark.parametrize(("temperature", "warned"), [(0.1, True), (0.09, False)])
-def test_a_run_says_that_dino_s_targets_are_not_sharper(temperature: float, warned: bool) -> None:
-    config = RECIPES["digits_dino"]()
-    changed = replace(config.prototypes, teacher_temp=temperature)
-    config = replace(config, prototypes=changed)
-    images, cpu = load(DataConfig(), "train"), torch.device("cpu")
-    lines = summary(config, images, "x", "none", ranks=1, device=cpu, graph=False, step=0)
-    assert any("warning" in line and "teacher_temp" in line for line in lines) == warned
+    assert config.optim.accumulate == 1  # what batch norm sees, the filter sees
 
 
 @pytest.mark.parametrize("name", [name for name in RECIPES if "rdm" in name])

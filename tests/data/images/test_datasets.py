@@ -13,7 +13,8 @@ import torchvision.datasets
 from PIL import Image
 
 from rdm_fast.config import DataConfig
-from rdm_fast.data.images.datasets import load, load_digits
+from rdm_fast.data.images.datasets import load, load_digits, share_of
+from rdm_fast.data.images.sets import PixelImages
 from rdm_fast.errors import DataError, InputMissing, Unavailable
 from tests.data.files import put
 
@@ -123,3 +124,33 @@ def test_a_failed_download_says_what_to_do(tmp_path: Path, monkeypatch: pytest.M
     config = DataConfig(name="cifar10", root=str(tmp_path), download=True)
     with pytest.raises(Unavailable, match=r"--data\.download .*no route to host"):
         load(config, "train")
+
+
+# ---- data.fraction ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fraction", [1e-9, 0.1, 0.5, 0.99])
+def test_a_share_has_its_part_of_every_class_and_of_the_unlabeled(fraction: float) -> None:
+    labels = np.random.default_rng(0).permutation(np.repeat([-1, 0, 1, 2], [500, 300, 150, 50]))
+    images = PixelImages(np.zeros((1000, 8, 8, 1), np.uint8), labels, ["a", "b", "c"])
+    part = share_of(images, fraction)
+    assert len(part) == max(1, round(1000 * fraction)) and part.labels is not None
+    assert (np.diff(part.indices) > 0).all()
+    for label in (-1, 0, 1, 2):
+        assert abs((part.labels == label).sum() - fraction * (labels == label).sum()) <= 1
+
+
+def test_a_share_is_random_the_same_every_time_and_in_a_larger_one() -> None:
+    images = PixelImages(np.zeros((1000, 8, 8, 1), np.uint8), None, [])
+    quarter, half, again = (set(share_of(images, f).indices) for f in (0.25, 0.5, 0.25))
+    assert quarter == again and quarter < half
+    first = sum(i < 500 for i in half)
+    assert 200 < first < 300  # mean 250, standard deviation 8
+
+
+def test_only_training_images_are_shared_and_only_for_training() -> None:
+    config = DataConfig(fraction=0.25)
+    whole, part = load(DataConfig(), "train"), load(config, "train")
+    assert len(part) == 350 and part.digest != whole.digest
+    assert load(DataConfig(fraction=1.0), "train").digest == whole.digest
+    assert load(config, "test").digest == load(DataConfig(), "test").digest

@@ -324,13 +324,16 @@ def test_a_data_set_that_the_hub_does_not_have_is_missing(monkeypatch: pytest.Mo
 def test_a_data_set_trains_and_evaluates(side: int, tmp_path: Path) -> None:
     root = saved(tmp_path / "set", train=animals(side), validation=animals(side, 6))
     flags = f"--data.name hf --data.root {root} --optim.global-batch 6 --log.knn-every 1 "
+    flags += "--data.fraction 0.5 "
     flags += "--augment.mean 0.5 0.5 0.5 --augment.std 0.2 0.2 0.2 --data.workers 0 "
     flags += "--data.loader auto"
     assert rdm("train", *command(flags), "--out", tmp_path / "run") == 0
     found = [line["knn_top1"] for line in metrics(tmp_path / "run") if "knn_top1" in line]
     assert len(found) == 3
-    assert rdm("eval", tmp_path / "run", "--workers", 0) == 0
-    assert list((tmp_path / "run/evaluation").glob("*.json"))
+    table = tmp_path / "embeddings.npz"
+    assert rdm("eval", tmp_path / "run", "--workers", 0, "--features-out", table) == 0
+    with np.load(table) as arrays:  # the probe is trained on all images, whatever data.fraction is
+        assert (len(arrays["train_labels"]), len(arrays["test_labels"])) == (N, 6)
 
 
 def test_the_hub_without_a_network(
