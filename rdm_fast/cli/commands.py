@@ -178,7 +178,10 @@ def _export(command: ExportCommand, _: list[str]) -> None:
 
     path = find_checkpoint(Path(command.checkpoint))
     out = Path(command.out) if command.out else None
-    print_line(*export_checkpoint(path, command.to, out=out, overwrite=command.overwrite))
+    lines = export_checkpoint(
+        path, command.to, branch=command.branch, out=out, overwrite=command.overwrite
+    )
+    print_line(*lines)
 
 
 def _report(command: ReportCommand, _: list[str]) -> None:

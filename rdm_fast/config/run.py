@@ -17,6 +17,9 @@ from rdm_fast.config.step import StepConfig
 MethodName = Literal["simsiam", "byol", "dino", "swav", "symsimsiam"]
 PredictorName = Literal["mlp", "spectral", "none"]
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
+Branch = Literal["online", "target"]
+EMA: dict[MethodName, Branch] = {"byol": "online", "dino": "target"}
+"""Methods with target weights of their own, and the branch that evaluation and export take."""
 NEEDS_LESS = (
     "--optim.global-batch, --augment.size, --model.width, --model.projector-hidden or "
     "--model.projector-dim"
@@ -74,3 +77,21 @@ class Config:
             "parallel.static_graph needs every backward pass to be alike, which optim.accumulate="
             f"{self.optim.accumulate} prevents: leave one of them out",
         )
+
+    @property
+    def has_target(self) -> bool:
+        """Whether the method keeps target weights, a moving average of the online ones."""
+        return self.method in EMA
+
+    def branch(self, asked: Branch | Literal["auto"] = "auto") -> Branch:
+        """The branch that evaluation and export take; auto is the method's.
+
+        Raises:
+            UsageError: it is the target of a method without target weights.
+        """
+        require(
+            asked != "target" or self.has_target,
+            f"--branch target: a run with method={self.method} has no target weights: leave out "
+            "--branch",
+        )
+        return EMA.get(self.method, "online") if asked == "auto" else asked

@@ -21,6 +21,7 @@ from rdm_fast.data import ImageSet, evaluation_batches
 from rdm_fast.data.images.bad_files import UnreadableImages
 from rdm_fast.data.loaders.workers import no_more_images
 from rdm_fast.errors import DataError, WorkersFailed, message_of
+from rdm_fast.models.batchnorm import recomputed_statistics
 from rdm_fast.runtime import atomic_files
 from rdm_fast.runtime.distributed import all_reduce_max, print0, rank, world_size
 from rdm_fast.runtime.precision import autocast, float32_products
@@ -57,11 +58,7 @@ def embed(
         DataError: too many images cannot be read, or any while data.on_bad_image is stop.
     """
     unreadable = UnreadableImages(images, config.data, "evaluation leaves it out")
-    batches = evaluation_batches(
-        images, config.augment, batch=batch, device=device, rank=rank(), world_size=world_size(),
-        workers=config.data.workers if images.pixels is None else 0, limit=config.data.timeout,
-        unreadable=unreadable,
-    )  # fmt: skip
+    batches = _batches(images, config, device, batch, unreadable)
     n = len(images)
     features = extract(
         backbone, batches, n, precision=config.precision, left_out=unreadable.indices
@@ -72,6 +69,59 @@ def embed(
     if not len(kept):
         raise DataError(f"none of {n} images can be read, such as {images.name(0)}")
     return features if len(kept) == n else features[kept], kept
+
+
+def _batches(
+    images: ImageSet,
+    config: Config,
+    device: torch.device,
+    batch: int,
+    unreadable: UnreadableImages,
+    whole: bool = False,
+) -> Iterator[tuple[Tensor, Tensor]]:
+    return evaluation_batches(
+        images, config.augment, batch=batch, device=device, rank=rank(), world_size=world_size(),
+        workers=config.data.workers if images.pixels is None else 0, limit=config.data.timeout,
+        unreadable=unreadable, whole=whole,
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def recompute_statistics(
+    network: nn.Module, images: ImageSet, config: Config, device: torch.device, *, batch: int
+) -> bool:
+    """Give the batch norms of a network the statistics of these images, in one pass over them.
+
+    In the pass a batch norm normalizes by its batch (`recomputed_statistics`). Batches are the same
+    on any number of ranks, and so is the result, but for rounding.
+
+    Args:
+        network: on the device, in evaluation mode; its running statistics change.
+        images, config, device: as for `embed`.
+        batch: images that are normalized together, at least two.
+
+    Returns:
+        Whether every image took part. One that cannot be read does not, nor one that has no other
+        in its batch.
+
+    Raises:
+        DataError: too many images cannot be read.
+    """
+    unreadable = UnreadableImages(images, config.data, "the batch-norm statistics leave it out")
+    seen = torch.zeros(1, dtype=torch.int64)
+    with recomputed_statistics(network), _failing_together():
+        for shown, _ in _batches(images, config, device, batch, unreadable, whole=True):
+            if len(shown) > 1:
+                with (
+                    float32_products(config.precision, device),
+                    autocast(config.precision, device),
+                ):
+                    network(shown)
+                seen += len(shown)
+    n = int(_sum_over_ranks(seen, _collective_device()))
+    if not n:
+        raise DataError(f"--bn recompute: no two of {len(images)} training images can be read")
+    return n == len(images)
 
 
 @torch.no_grad()

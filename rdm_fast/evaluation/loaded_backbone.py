@@ -8,10 +8,12 @@ from torch import nn
 
 from rdm_fast.config import Config
 from rdm_fast.config.recipes import RECIPES
+from rdm_fast.config.run import Branch
 from rdm_fast.errors import InputMissing, UsageError
 from rdm_fast.evaluation.options import EvaluateCommand
 from rdm_fast.methods import Method, build_method
 from rdm_fast.models.backbone import build_backbone
+from rdm_fast.models.batchnorm import copy_statistics, norms_of
 from rdm_fast.models.pretrained import load_strict, read_backbone
 from rdm_fast.run import checkpoint
 from rdm_fast.run.folder import read_config
@@ -32,6 +34,7 @@ class LoadedBackbone:
         key: identifies the weights: it changes with any of them.
         name: prefix of the files that an evaluation writes.
         folder: where those files go.
+        branch: of the run; None for files.
     """
 
     backbone: nn.Module
@@ -40,6 +43,12 @@ class LoadedBackbone:
     key: str
     name: str
     folder: Path
+    branch: Branch | None = None
+
+    @property
+    def whole(self) -> nn.Sequential:
+        """From images to projections; to embeddings for files."""
+        return nn.Sequential(self.backbone, *([self.projector] if self.projector else []))
 
 
 def load_for_evaluation(command: EvaluateCommand) -> LoadedBackbone:
@@ -48,11 +57,19 @@ def load_for_evaluation(command: EvaluateCommand) -> LoadedBackbone:
     Raises:
         InputMissing: the path does not exist, or has no sound checkpoint.
         DataError: the weights cannot be used.
-        UsageError: a flag for files is given with a run, or one that a file needs is missing.
+        UsageError: a flag for files is given with a run, one that a file needs is missing, or the
+            run has no such branch or batch norms.
     """
     path = Path(command.checkpoint)
-    if path.is_file():
-        return _load_file(path, command)
+    loaded = _load_file(path, command) if path.is_file() else _load_run(path, command)
+    if command.bn != "own" and not norms_of(loaded.whole):
+        raise UsageError(
+            f"--bn {command.bn}: {path} has no batch norm with running statistics: leave out --bn"
+        )
+    return loaded
+
+
+def _load_run(path: Path, command: EvaluateCommand) -> LoadedBackbone:
     for_files = {
         "--recipe": command.recipe, "--arch": command.arch != "auto",
         "--stem": command.stem != "auto", "--prefix": command.prefix,
@@ -62,10 +79,22 @@ def load_for_evaluation(command: EvaluateCommand) -> LoadedBackbone:
     path = find_checkpoint(path)
     run = path.parent.parent
     config = _override(read_config(run), command)
-    method, _ = load_method(path, config)
+    branch = config.branch(command.branch)
+    if command.bn == "online" and branch == "online":
+        raise UsageError("--bn online is for --branch target: leave it out for the online branch")
+    encoders = load_method(path, config)[0].encoders
+    encoder = encoders[branch]
+    if command.bn == "online":
+        for ours, theirs in zip(encoder, encoders["online"], strict=True):
+            copy_statistics(theirs, ours)
     folder = Path(command.out) if command.out else run / FOLDER
     key = (path / checkpoint.MANIFEST).read_text(encoding="utf-8")
-    return LoadedBackbone(method.backbone, method.projector, config, key, path.name, folder)
+    name = _with_bn(f"{path.name}-target" if branch == "target" else path.name, command)
+    return LoadedBackbone(*encoder, config, key, name, folder, branch)
+
+
+def _with_bn(name: str, command: EvaluateCommand) -> str:
+    return name if command.bn == "own" else f"{name}-bn-{command.bn}"
 
 
 def _override(config: Config, command: EvaluateCommand) -> Config:
@@ -79,6 +108,9 @@ def _override(config: Config, command: EvaluateCommand) -> Config:
 
 
 def _load_file(path: Path, command: EvaluateCommand) -> LoadedBackbone:
+    for flag, given in (("--branch", command.branch), ("--bn", command.bn)):
+        if given in ("online", "target"):
+            raise UsageError(f"{flag} {given} is for a run, and {path} is a file of weights")
     if not command.recipe:
         raise UsageError(
             f"{path} has weights but no data set: name a recipe whose data set and views to use, "
@@ -107,7 +139,8 @@ def _load_file(path: Path, command: EvaluateCommand) -> LoadedBackbone:
     folder = Path(command.out) if command.out else path.with_name(f"{path.name}-{FOLDER}")
     return LoadedBackbone(
         backbone.eval(), None, replace(config, model=model),
-        f"{digest} {model.backbone} {model.stem} {command.prefix}", path.stem, folder,
+        f"{digest} {model.backbone} {model.stem} {command.prefix}", _with_bn(path.stem, command),
+        folder,
     )  # fmt: skip
 
 

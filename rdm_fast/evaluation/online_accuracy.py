@@ -3,6 +3,7 @@
 They are a report and never end a run: without usable test images, one line says why there are none.
 """
 
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 
 from rdm_fast.config import Config
+from rdm_fast.config.run import Branch
 from rdm_fast.data import ImageSet, load, require_same_images
 from rdm_fast.data.images.sets import Subset, labeled, require_channels
 from rdm_fast.errors import DataError, Interrupted, UserError, message_of
@@ -20,6 +22,7 @@ from rdm_fast.evaluation.features import embed
 from rdm_fast.evaluation.knn import knn_accuracy
 from rdm_fast.evaluation.probe import LinearClassifier
 from rdm_fast.evaluation.score import require_two_classes
+from rdm_fast.methods import Encoder
 from rdm_fast.runtime.distributed import all_reduce_max, print0, rank
 
 BATCH = 256
@@ -38,27 +41,34 @@ class OnlineAccuracy:
         self._silent: set[str] = set()
 
     def measure(
-        self, backbone: nn.Module, probe: LinearClassifier | None = None
+        self, encoders: Mapping[Branch, Encoder], probe: LinearClassifier | None = None
     ) -> dict[str, float]:
         """Top-1 accuracies in percent on the test images; every rank embeds its share.
 
         Args:
-            backbone: on the device, as for `embed`.
+            encoders: of a method; their backbones are on the device, as for `embed`.
             probe: the online classifier, if there is one.
 
         Returns:
             `knn_top1`, of weighted kNN with a bank of at most log.knn_bank labeled training
-            images, evenly spread, of which NEIGHBORS vote, or all if there are fewer; and
-            `probe_top1`, of the probe. Unreadable images are skipped. Empty if there are no usable
-            images, which is said once.
+            images, evenly spread, of which NEIGHBORS vote, or all if there are fewer;
+            `knn_top1_target`, the same of the target weights, if there are any; and `probe_top1`,
+            of the probe. Unreadable images are skipped. Empty if there are no usable images, which
+            is said once.
         """
+        found: dict[str, float] = {}
         if self._test is None:
-            return {}
+            return found
         try:
-            return self._measure(self._test, backbone, probe)
+            for branch, encoder in encoders.items():
+                is_online = branch == "online"
+                suffix, own_probe = ("", probe) if is_online else (f"_{branch}", None)
+                measured = self._measure(self._test, encoder.backbone, own_probe)
+                found |= {f"{key}{suffix}": value for key, value in measured.items()}
         except DataError as error:  # every rank has it
             self._say(str(error))
             return {}
+        return found
 
     def _measure(
         self, test: ImageSet, backbone: nn.Module, probe: LinearClassifier | None

@@ -10,10 +10,12 @@ from rdm_fast.config.checks import Between, Seed, require, require_fields
 from rdm_fast.config.flags import Alias, Shape
 from rdm_fast.config.model import check_backbone
 from rdm_fast.config.recipes import RECIPES
+from rdm_fast.config.run import Branch
 from rdm_fast.errors import UsageError
 from rdm_fast.evaluation.protocols import AUTO, FINETUNE, ITERATED, PROTOCOLS, Protocol
 from rdm_fast.runtime.launcher import check_nproc
 
+Statistics = Literal["own", "online", "recompute"]
 FEATURE_SUFFIXES = (".npz", ".safetensors")
 
 
@@ -24,6 +26,13 @@ class EvaluateCommand:
     checkpoint: Annotated[str, Shape.POSITIONAL]
     """A run folder (its newest checkpoint), one step folder inside its checkpoints, or a file of
     weights from this or another trainer."""
+    branch: Literal[Branch, "auto"] = "auto"
+    """For a run whose method keeps target weights (EMA): the branch to evaluate; auto takes the
+    method's."""
+    bn: Statistics = "own"
+    """Statistics of the batch norms: own as the branch kept them in training, online those of the
+    online branch, recompute those of the training images as evaluation shows them, in batches of
+    --batch."""
     protocol: str = "auto"
     """Linear probe on frozen features, by name; auto chooses by data set."""
     epochs: Annotated[int, Between(0, 10**6)] = 0
@@ -81,6 +90,10 @@ class EvaluateCommand:
         require(
             not self.recipe or self.recipe in RECIPES,
             f"recipe={self.recipe} is unknown: use {_or(RECIPES)}",
+        )
+        require(
+            self.bn != "recompute" or self.batch > 1,
+            "--bn recompute with --batch 1: a batch norm needs two images, give a larger --batch",
         )
         require(
             not self.finetune or (self.protocol == "auto" and not self.augment),

@@ -1,6 +1,7 @@
 """The whole evaluation of a backbone, from images to the saved result."""
 
 import json
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -9,12 +10,18 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from safetensors import SafetensorError
-from torch import Tensor, nn
+from torch import Tensor
 
 from rdm_fast.data import ImageSet, load
 from rdm_fast.data.images.sets import labeled
 from rdm_fast.errors import CannotCreate, OutputFailed, message_of
-from rdm_fast.evaluation.features import Labeled, cached_features, embed, write_tensors
+from rdm_fast.evaluation.features import (
+    Labeled,
+    cached_features,
+    embed,
+    recompute_statistics,
+    write_tensors,
+)
 from rdm_fast.evaluation.loaded_backbone import FOLDER, LoadedBackbone
 from rdm_fast.evaluation.options import EvaluateCommand
 from rdm_fast.evaluation.score import Result, require_two_classes, score
@@ -55,7 +62,7 @@ def evaluate(
     sets = [labeled(load(whole, split), WHICH[split]) for split in SPLITS]
     require_two_classes(torch.from_numpy(sets[0].labels))
     classes = len(sets[0].classes)
-    loaded.backbone.to(device)
+    own_key = _prepare(loaded, sets[0], command, device)
     classifier = None
     if command.augment or command.finetune:
         classifier = train_on_views(
@@ -63,7 +70,7 @@ def evaluate(
             seed=command.seed, device=device, finetune=command.finetune,
         )  # fmt: skip
     embedded = [
-        _embed(loaded, split, images, command, device)
+        _embed(loaded, split, images, command, device, own_key)
         for split, images in zip(SPLITS, sets, strict=True)
     ]
     spectrum = _spectrum(loaded, sets[1], command, device)
@@ -77,7 +84,7 @@ def evaluate(
         classifier = classifier.to(place)
 
     def save(result: Result) -> Path:
-        return _save(result, spectrum, loaded)
+        return _save(result, spectrum, loaded, command)
 
     def keep(result: Result) -> None:
         with suppress(OutputFailed):  # tried again at the end, after the result is printed
@@ -87,7 +94,7 @@ def evaluate(
         train, test, protocol,
         classes=classes, seed=command.seed, classifier=classifier, keep=keep,
     )  # fmt: skip
-    _report(result, spectrum)
+    _report(result, spectrum, _which(loaded, command))
     print0(f"saved in {save(result)}")
     return result
 
@@ -108,14 +115,41 @@ def _require_outputs(folder: Path, command: EvaluateCommand) -> None:
         ) from error
 
 
+def _prepare(
+    loaded: LoadedBackbone, train: ImageSet, command: EvaluateCommand, device: torch.device
+) -> dict[str, object] | None:
+    """Put the networks on the device, with the batch-norm statistics that were asked for.
+
+    Returns:
+        What embeddings depend on besides the checkpoint and their images, empty for those of
+        the online branch as it is; None if they must not be cached.
+    """
+    loaded.whole.to(device)
+    key = _which(loaded, command)
+    if command.bn == "recompute":
+        key |= {"bn_images": train.digest, "bn_batch": command.batch}
+        if not recompute_statistics(
+            loaded.whole, train, loaded.config, device, batch=command.batch
+        ):
+            return None
+    return None if command.finetune else key
+
+
+def _which(loaded: LoadedBackbone, command: EvaluateCommand) -> dict[str, object]:
+    """Branch and statistics where they are not the online branch's own."""
+    branch = {"branch": loaded.branch} if loaded.branch == "target" else {}
+    return branch | ({} if command.bn == "own" else {"bn": command.bn})
+
+
 def _embed(
     loaded: LoadedBackbone,
     split: str,
     images: ImageSet,
     command: EvaluateCommand,
     device: torch.device,
+    own_key: dict[str, object] | None,
 ) -> Labeled:
-    """Embeddings and labels of a set; cached, unless the backbone has just been fine-tuned."""
+    """Embeddings and labels of a set; cached, unless `_prepare` says otherwise."""
 
     def compute() -> Labeled:
         assert images.labels is not None
@@ -134,8 +168,9 @@ def _embed(
         "precision": config.precision,
         "device": device.type,
     }
-    if command.finetune:
+    if own_key is None:
         return compute()
+    key |= own_key
     file = loaded.folder / f"{loaded.name}-{split}.safetensors"
     return cached_features(file, key, compute, whole=len(images))
 
@@ -161,8 +196,7 @@ def _spectrum(
     """Eigenvalues of the test images' projections; None without a projector."""
     if loaded.projector is None or command.finetune:
         return None
-    whole = nn.Sequential(loaded.backbone, loaded.projector.to(device))
-    projections, _ = embed(whole, test, loaded.config, device, batch=command.batch)
+    projections, _ = embed(loaded.whole, test, loaded.config, device, batch=command.batch)
     return eigenvalues(projections)
 
 
@@ -187,10 +221,12 @@ def _write_features(file: Path, embedded: list[Labeled]) -> None:
     print0(f"embeddings and labels of both sets are in {file}")
 
 
-def _save(result: Result, spectrum: Tensor | None, loaded: LoadedBackbone) -> Path:
+def _save(
+    result: Result, spectrum: Tensor | None, loaded: LoadedBackbone, command: EvaluateCommand
+) -> Path:
     """Write the result, with the eigenvalues of the test images' projections."""
     file = loaded.folder / f"{loaded.name}-{result.label}.json"
-    plain: dict[str, object] = asdict(result)
+    plain = asdict(result) | {"branch": loaded.branch, "bn": command.bn}
     if spectrum is not None:
         directions = float(effective_rank(spectrum))
         plain |= {"effective_rank": directions, "eigenvalues": spectrum.flip(0).tolist()}
@@ -204,9 +240,10 @@ def _save(result: Result, spectrum: Tensor | None, loaded: LoadedBackbone) -> Pa
     return file
 
 
-def _report(result: Result, spectrum: Tensor | None) -> None:
+def _report(result: Result, spectrum: Tensor | None, which: Mapping[str, object]) -> None:
+    title = f"{result.test_images} test images of {result.classes} classes, protocol "
     lines = [
-        f"{result.test_images} test images of {result.classes} classes, protocol {result.protocol}",
+        ", ".join([title + result.protocol, *(f"{name} {value}" for name, value in which.items())]),
         f"  linear probe    top-1 {result.top1:6.2f} %   top-5 {result.top5:6.2f} %{result.chosen}",
         f"  kNN             top-1 {result.knn_top1:6.2f} %   top-5 {result.knn_top5:6.2f} %",
     ]

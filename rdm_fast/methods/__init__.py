@@ -4,7 +4,7 @@ from torch import nn
 
 from rdm_fast.config import Config
 from rdm_fast.filters.loss import Criterion, NegativeCosine, SpectralCosine
-from rdm_fast.methods.base import Branches, Method, StepOutput
+from rdm_fast.methods.base import Branches, Encoder, Method, StepOutput
 from rdm_fast.methods.byol import Byol
 from rdm_fast.methods.dino import Dino
 from rdm_fast.methods.prototypes import PrototypeMethod, Prototypes
@@ -16,8 +16,8 @@ from rdm_fast.models.heads import draw_like_dino, mlp_predictor, projector
 from rdm_fast.runtime.precision import HALVES
 
 __all__ = [
-    "Branches", "Byol", "Dino", "Method", "PrototypeMethod", "SimSiam", "StepOutput", "Swav",
-    "SymSimSiam", "build_method",
+    "Branches", "Byol", "Dino", "Encoder", "Method", "PrototypeMethod", "SimSiam", "StepOutput",
+    "Swav", "SymSimSiam", "build_method",
 ]  # fmt: skip
 
 

@@ -6,9 +6,11 @@ be the step of the whole batch: the criterion sees all rows at once.
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
+from rdm_fast.config.run import Branch
 from rdm_fast.filters.loss import Criterion
 from rdm_fast.spectrum import BranchSpectra, branch_spectra
 
@@ -37,6 +39,13 @@ class StepOutput:
     branches: Branches
 
 
+class Encoder(NamedTuple):
+    """A branch's networks: from views to embeddings, and from these to projections."""
+
+    backbone: nn.Module
+    projector: nn.Module
+
+
 class Method(nn.Module, ABC):
     """From two or more views of the same images to the loss.
 
@@ -53,6 +62,14 @@ class Method(nn.Module, ABC):
         super().__init__()
         self.backbone, self.projector = backbone, projector
         self.predictor, self.criterion = predictor, criterion
+
+    @property
+    def encoders(self) -> dict[Branch, Encoder]:
+        """The networks of each branch that has weights of its own."""
+        found: dict[Branch, Encoder] = {"online": Encoder(self.backbone, self.projector)}
+        if hasattr(self, "target_backbone"):
+            found["target"] = Encoder(self.target_backbone, self.target_projector)
+        return found
 
     @abstractmethod
     def branches(self, *views: Tensor) -> Branches:

@@ -48,18 +48,68 @@ def synchronize(module: nn.Module, device: torch.device) -> nn.Module:
     return module
 
 
+def norms_of(module: nn.Module) -> list[_BatchNorm]:
+    """Every batch norm in a module that keeps running statistics, in the order of its modules."""
+    norms = [each for each in module.modules() if isinstance(each, _BatchNorm)]
+    return [norm for norm in norms if norm.running_mean is not None]
+
+
+@torch.no_grad()
+def copy_statistics(source: nn.Module, to: nn.Module) -> None:
+    """Give the batch norms of a module the running statistics of another of its architecture."""
+    for ours, theirs in zip(norms_of(to), norms_of(source), strict=True):
+        for name, buffer in ours.named_buffers(recurse=False):
+            buffer.copy_(theirs.get_buffer(name))
+
+
+@contextmanager
+def recomputed_statistics(module: nn.Module) -> Iterator[None]:
+    """Within, batch norms normalize by the batch, as in training; on exit, each holds the mean and
+    the variance of all values that it was given on any rank.
+
+    The averages are cumulative and in float64, weighted by the number of values, so they do not
+    depend on which rank saw which batch. Every rank must enter; all ranks together must show the
+    module at least two values for each channel.
+    """
+    norms = norms_of(module)
+    kept = [(norm.training, norm.momentum) for norm in norms]
+    moments: dict[nn.Module, Tensor] = {}
+
+    @torch.no_grad()
+    def add(norm: nn.Module, inputs: tuple[Tensor], _: Tensor) -> None:
+        assert isinstance(norm, _BatchNorm)
+        assert norm.running_mean is not None and norm.running_var is not None
+        n = inputs[0].numel() // norm.num_features
+        mean, var = norm.running_mean.double(), norm.running_var.double() * ((n - 1) / n)
+        batch = torch.cat([mean, var, mean.new_tensor([n])])
+        moments[norm] = _merged(torch.stack([moments[norm], batch]))
+
+    for norm in norms:
+        assert norm.running_mean is not None
+        moments[norm] = norm.running_mean.new_zeros(2 * norm.num_features + 1).double()
+        norm.train().momentum = 1.0  # the running statistics are those of the last batch
+    hooks = [norm.register_forward_hook(add) for norm in norms]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for norm, (training, momentum) in zip(norms, kept, strict=True):
+            norm.train(training).momentum = momentum
+    for norm in norms:
+        mean, var, n = _split(_merged(gather_rows(moments[norm].view(1, 1, -1))[0]))
+        assert norm.running_mean is not None and norm.running_var is not None
+        norm.running_mean.copy_(mean)
+        norm.running_var.copy_(var * (n / (n - 1)))
+
+
 @contextmanager
 def frozen_running_statistics(module: nn.Module) -> Iterator[None]:
     """Restore every batch norm's running mean, variance and count of batches on exit.
 
     Backward may run inside the context or after it.
     """
-    buffers = [
-        buffer
-        for norm in module.modules()
-        if isinstance(norm, _BatchNorm)
-        for buffer in norm.buffers(recurse=False)
-    ]
+    buffers = [buffer for norm in norms_of(module) for buffer in norm.buffers(recurse=False)]
     kept = [buffer.clone() for buffer in buffers]
     try:
         yield
@@ -152,16 +202,26 @@ def _global_statistics(x: Tensor) -> tuple[Tensor, Tensor, float]:
     Golub & LeVeque 1979): sums of squares would cancel where the mean is large.
     """
     x, axes, shape = _accurate(x), _axes(x), _shape(x)
-    C = x.shape[1]
     mean = x.mean(axes)
     var = (x - mean.view(shape)).square().mean(axes)
-    own = torch.cat([mean, var, mean.new_tensor([x.numel() / C])])
-    of_ranks = gather_rows(own.view(1, 1, -1))[0]  # [R, 2 C + 1]
-    means, variances, counts = of_ranks.split([C, C, 1], dim=1)
+    own = torch.cat([mean, var, mean.new_tensor([x.numel() / x.shape[1]])])
+    mean, var, total = _split(_merged(gather_rows(own.view(1, 1, -1))[0]))
+    return mean, var, float(total)
+
+
+def _merged(moments: Tensor) -> Tensor:
+    """Of the union of k sets: from their means, biased variances and counts, [k, 2 C + 1]."""
+    means, variances, counts = _split(moments)
     total = counts.sum()
     mean = (counts * means).sum(0) / total
     var = (counts * (variances + (means - mean).square())).sum(0) / total
-    return mean, var, float(total)
+    return torch.cat([mean, var, total[None]])
+
+
+def _split(moments: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    C = moments.shape[-1] // 2
+    mean, var, count = moments.split([C, C, 1], dim=-1)
+    return mean, var, count
 
 
 class _Normalize(torch.autograd.Function):

@@ -18,6 +18,7 @@ KEYS = {
     "std": "of the normalized projections times sqrt(D): 1 is spread out, 0 is collapse",
     "alignment": "of the two branches' eigenvectors, 0 to 1, at steps of --log.spectrum-every",
     "knn_top1": "accuracy of a kNN classifier on embeddings, in percent",
+    "knn_top1_target": "the same on embeddings of the target weights, if the method has any",
     "probe_top1": "accuracy of a linear probe on embeddings, in percent",
     "grad_norm": "Euclidean norm of the whole gradient",
     "skipped_steps": "steps skipped so far because something was not finite",

@@ -241,17 +241,17 @@ class Trainer:
         }
         if self.selector:
             metrics["filter_failures"] = self.selector.failures
-        if self.config.method in ("byol", "dino"):
+        if self.config.has_target:
             metrics["ema_momentum"] = report.ema_momentum
         if self.device.type == "cuda":
             metrics["gpu_mem_gib"] = torch.cuda.max_memory_allocated(self.device) / 2**30
         return metrics
 
     def _evaluate(self, telemetry: Telemetry) -> None:
-        """Log kNN on the backbone's embeddings, if there are labeled test images."""
-        backbone = self.train_step.method.backbone
+        """Log kNN on each branch's embeddings, if there are labeled test images."""
+        encoders = self.train_step.method.encoders
         with self.train_step.uncompiled():
-            found = self.accuracy.measure(backbone, self.probe.classifier)
+            found = self.accuracy.measure(encoders, self.probe.classifier)
         if found:
             telemetry.log(self.step, found)
 

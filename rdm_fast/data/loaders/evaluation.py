@@ -32,10 +32,13 @@ def evaluation_batches(
     workers: int = 0,
     limit: float = 600.0,
     unreadable: UnreadableImages | None = None,
+    whole: bool = False,
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Every image once over all ranks, without augmentation.
 
     Rank r has images r, r + world_size, ...; the last batch of a rank may be smaller.
+    With `whole`, batches do not depend on the ranks: rank r has batches r, r + world_size, ... of
+    the images in their order, and the last one has at least two images.
 
     Args:
         images: the data set.
@@ -56,8 +59,12 @@ def evaluation_batches(
         WorkersFailed: a worker was lost or hangs.
     """
     require_channels(images, augment, "the data set")
-    own = np.arange(rank, len(images), world_size)
-    parts = [own[start : start + batch] for start in range(0, len(own), batch)]
+    every = np.arange(len(images))
+    if whole:
+        parts = np.split(every, range(batch, len(every) - 1, batch))[rank::world_size]
+    else:
+        own = every[rank::world_size]
+        parts = [own[start : start + batch] for start in range(0, len(own), batch)]
     make = _CenterViews(images, augment, skip=unreadable is not None)
     row = augment.size**2 * images.channels
     made = in_workers(make, parts, workers, device, row_bytes=row, limit=limit)

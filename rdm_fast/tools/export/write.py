@@ -10,17 +10,18 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import safetensors.torch
 import torch
 from torch import Tensor
 
 from rdm_fast.config import Config
+from rdm_fast.config.run import Branch
 from rdm_fast.data.loaders.evaluation import shorter_side
 from rdm_fast.errors import CannotCreate, UsageError
 from rdm_fast.evaluation.loaded_backbone import load_method
-from rdm_fast.methods import Method
+from rdm_fast.methods import Encoder
 from rdm_fast.models.layouts import LAYOUTS
 from rdm_fast.models.weight_files import METADATA
 from rdm_fast.run.folder import read_config, refuse_links, version
@@ -45,13 +46,19 @@ PREFIXES: dict[Target, str] = {
 
 
 def export_checkpoint(
-    path: Path, target: Target, *, out: Path | None = None, overwrite: bool = False
+    path: Path,
+    target: Target,
+    *,
+    branch: Branch | Literal["auto"] = "auto",
+    out: Path | None = None,
+    overwrite: bool = False,
 ) -> list[str]:
     """Write the backbone of a checkpoint for another program, and instructions to load it.
 
     Args:
         path: a step folder inside a run folder.
         target: the program.
+        branch: of a method with target weights.
         out: the file, for hf the folder; by default in the run folder's export/.
         overwrite: replace an earlier export.
 
@@ -59,21 +66,25 @@ def export_checkpoint(
         The lines of a summary: the files, and what their user must know.
 
     Raises:
-        UsageError: the target has no such backbone, or `out` has the wrong suffix.
+        UsageError: the target has no such backbone, the run no such branch, or `out` the wrong
+            suffix.
         CannotCreate: `out` exists, or cannot be written.
         InputMissing, DataError: the checkpoint cannot be used.
     """
     run = path.parent.parent
     config = read_config(run)
+    branch = config.branch(branch)
     _require_target(target, config)
     suffix = SUFFIXES[target][0]
     if out is None:
         refuse_links(run)
-    out = out if out is not None else run / FOLDER / f"{path.name}-{target}{suffix}"
+        name = f"{path.name}-target" if branch == "target" else path.name
+        out = run / FOLDER / f"{name}-{target}{suffix}"
     if suffix and out.suffix not in SUFFIXES[target]:
         raise UsageError(f"--out {out}: --to {target} writes a file *{suffix}")
-    export = _Export(out, target, config)
-    files = export.contents(*load_method(path, config))
+    export = _Export(out, target, config, branch)
+    method, step = load_method(path, config)
+    files = export.contents(method.encoders[branch], step)
     _write(files, overwrite)
     model = config.model
     plain = "" if not export.preparation else f"; a plain {model.backbone} needs first:"
@@ -115,11 +126,12 @@ def _write(files: dict[Path, bytes], overwrite: bool) -> None:
 
 @dataclass(frozen=True, slots=True)
 class _Export:
-    """The file `out` for `target`, from a run with `config`."""
+    """The file `out` for `target`, from a branch of a run with `config`."""
 
     out: Path
     target: Target
     config: Config
+    branch: Branch
 
     @property
     def preparation(self) -> list[str]:
@@ -154,9 +166,9 @@ class _Export:
             ]
         return []
 
-    def contents(self, method: Method, step: int) -> dict[Path, bytes]:
+    def contents(self, encoder: Encoder, step: int) -> dict[Path, bytes]:
         """All files with their bytes, weights first."""
-        backbone = _plain(method.backbone.state_dict())
+        backbone = _plain(encoder.backbone.state_dict())
         metadata = self._metadata(step)
         text = self._instructions(metadata).encode()
         beside = self.out.with_name(self.out.name + ".md")
@@ -174,7 +186,7 @@ class _Export:
             torch.save({"state_dict": state, METADATA: json.dumps(metadata)}, buffer)
             return {self.out: buffer.getvalue(), beside: text}
         if self.target == "safetensors":
-            projector = _plain(method.projector.state_dict())
+            projector = _plain(encoder.projector.state_dict())
             backbone = {f"backbone.{n}": t for n, t in backbone.items()} | {
                 f"projector.{n}": t for n, t in projector.items()
             }
@@ -186,6 +198,7 @@ class _Export:
         return {
             "backbone": model.backbone, "stem": model.stem, **self._preprocessing(),
             "method": self.config.method, "predictor": self.config.predictor,
+            "branch": self.branch,
             "data": self.config.data.name, "step": step, "version": version(),
         }  # fmt: skip
 

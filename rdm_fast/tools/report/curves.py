@@ -66,12 +66,15 @@ def loss(runs: Sequence[Run]) -> Picture:
 def accuracy(runs: Sequence[Run]) -> Picture:
     """kNN and the online probe during training, the linear probe afterwards."""
     name, title = "accuracy", "Accuracy"
-    logged = {"knn_top1": "kNN", "probe_top1": "online probe"}
+    logged = {
+        "knn_top1": "kNN", "knn_top1_target": "kNN, target weights", "probe_top1": "online probe",
+    }  # fmt: skip
     keys = [key for key in logged if with_values(runs, key)]
     probed = [(i, run, top1) for i, run in enumerate(runs) if (top1 := _top1(run)) is not None]
     if not keys and not probed:
         absent = "No accuracy was logged (log.knn_every 0, or no labels), and no run was evaluated."
         return Picture(name, title, absent)
+    of_target = _final(runs, "knn_top1_target", ".1f")
     figure, all_axes = canvas(1, len(keys) + bool(probed), 3.4)
     for axes, key in zip(all_axes, keys, strict=False):
         _curves(axes, runs, key, f"{logged[key]} top-1 accuracy (%)")
@@ -83,7 +86,9 @@ def accuracy(runs: Sequence[Run]) -> Picture:
         title,
         "Top-1 accuracy on the test images from the backbone's frozen embeddings: of weighted kNN "
         "during training, and of a linear probe afterwards for runs that were evaluated.",
-        f"kNN, last values in percent: {_final(runs, 'knn_top1', '.1f') or 'none'}. Linear probe: "
+        f"kNN, last values in percent: {_final(runs, 'knn_top1', '.1f') or 'none'}"
+        + (f", of target weights: {of_target}" if of_target else "")
+        + ". Linear probe: "
         + (", ".join(f"{run.label} {top1:.1f}" for _, run, top1 in probed) or "none"),
         png(figure),
     )

@@ -135,6 +135,7 @@ def _embeddings(method: Method, config: Config, device: torch.device, most: int)
         every = load(config.data, "train")
     chosen = np.linspace(0, len(every) - 1, min(most, len(every))).round().astype(np.int64)
     images = Subset(every, chosen)
-    rows, kept = embed(method.backbone, images, config, device, batch=ROWS)
+    backbone = method.encoders[config.branch()].backbone
+    rows, kept = embed(backbone, images, config, device, batch=ROWS)
     labels = None if images.labels is None else images.labels[kept.numpy()]
     return Embeddings(rows.numpy(), labels, list(images.classes))

@@ -227,7 +227,12 @@ def _json(text: bytes) -> Any:
 
 
 def _read_evaluation(run: Run) -> None:
-    """The newest step's result; of several protocols the one saved last."""
+    """The newest step's result; of several protocols the one saved last.
+
+    Results of another branch than the method's, or with other statistics than its own, are left
+    out: they do not compare with those of other runs.
+    """
+    branch = run.config.branch() if run.config else None
     files = [*(run.path / "evaluation").glob("step-*.json")]
     newest = max((file.name.split("-")[1] for file in files), default="")
     same = [file for file in files if file.name.split("-")[1] == newest]
@@ -238,8 +243,10 @@ def _read_evaluation(run: Run) -> None:
         except (DataError, OSError) as error:
             run.notes.append(sentence(f"{message_of(error)}; skipped"))
         else:
-            run.evaluation = result
-            return
+            of_branch = branch in (None, result.get("branch", branch))
+            if of_branch and result.get("bn", "own") == "own":
+                run.evaluation = result
+                return
 
 
 # ---- several runs ------------------------------------------------------------------------------
