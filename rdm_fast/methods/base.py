@@ -68,7 +68,8 @@ class Method(nn.Module, ABC):
         """The networks of each branch that has weights of its own."""
         found: dict[Branch, Encoder] = {"online": Encoder(self.backbone, self.projector)}
         if hasattr(self, "target_backbone"):
-            found["target"] = Encoder(self.target_backbone, self.target_projector)
+            target = (self.get_submodule(f"target_{part}") for part in Encoder._fields)
+            found["target"] = Encoder(*target)
         return found
 
     @abstractmethod

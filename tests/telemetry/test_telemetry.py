@@ -405,6 +405,7 @@ def test_every_metric_key_says_its_unit() -> None:
     fixed = (
         "step epoch loss lr ema_momentum images_per_s data_wait_s effective_rank/online "
         "effective_rank/target effective_rank/projection effective_rank/share rank_difference std "
-        "alignment knn_top1 probe_top1 grad_norm skipped_steps filter_failures warning gpu_mem_gib"
+        "alignment knn_top1 knn_top1_target probe_top1 grad_norm skipped_steps filter_failures "
+        "warning gpu_mem_gib"
     )
     assert list(KEYS) == fixed.split() and all(KEYS.values())
