@@ -1,6 +1,7 @@
 """A run never dies of its own output, and no text that it shows can forge a line or a color."""
 
 import ast
+import errno
 import io
 import json
 import os
@@ -20,6 +21,7 @@ from rdm_fast.errors import DataError, UserError, explained
 from rdm_fast.run.folder import RunFolder
 from rdm_fast.runtime import printing
 from rdm_fast.runtime.printing import print_error, print_line, traceback_of, warn
+from rdm_fast.training.session import record_failure
 from tests.data.files import encode, put
 from tests.forks import ROOT, Forked, call, environment
 from tests.tiny import command, tiny
@@ -135,7 +137,19 @@ def test_a_setting_of_a_foreign_run_cannot_forge_a_line(tmp_path: Path) -> None:
     done = call("train.py", "--resume", tmp_path, cwd=tmp_path)
     assert done.returncode == 66
     assert done.stderr.count("\n") == 1 and done.stderr.strip("\n").isprintable(), done.stderr
-    kept = (tmp_path / "logs" / "rank0.err").read_text().splitlines()
+    assert_nothing_forged(tmp_path / "logs" / "rank0.err")
+
+
+def test_an_error_of_a_library_cannot_forge_a_line_of_the_log(tmp_path: Path) -> None:
+    folder = RunFolder.open(str(tmp_path), tiny(), overwrite=False, rank=0)
+    with pytest.raises(UserError), record_failure(folder):
+        raise OSError(errno.EIO, EVIL, "file")
+    folder.close()
+    assert_nothing_forged(tmp_path / "logs" / "rank0.err")
+
+
+def assert_nothing_forged(log: Path) -> None:
+    kept = log.read_text().splitlines()
     assert all(line.isprintable() for line in kept)
     assert not any(line.startswith("error:") for line in kept)
 

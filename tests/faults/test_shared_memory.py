@@ -20,7 +20,8 @@ from torch import Tensor
 
 from rdm_fast import __main__ as entries
 from rdm_fast.config import AugmentConfig, DataConfig
-from rdm_fast.data.loaders import workers
+from rdm_fast.data import build_loader, load
+from rdm_fast.data.loaders import evaluation, torch_loader, workers
 from rdm_fast.data.loaders.batch import Indices
 from rdm_fast.data.loaders.evaluation import _CenterViews
 from rdm_fast.data.loaders.workers import in_workers, require_shared_memory
@@ -28,11 +29,12 @@ from rdm_fast.errors import Unavailable, WorkersFailed
 from rdm_fast.evaluation import features
 from rdm_fast.runtime.distributed import rank
 from rdm_fast.training.trainer import Trainer
+from tests.data.files import good_images
 from tests.forks import ROOT, Forked, environment
 from tests.random_run import save_random
 from tests.ranks import run_ranks
 from tests.runs import CPU, final_state, newest, run, with_log
-from tests.tiny import command, tiny
+from tests.tiny import command, tiny, with_small_views
 
 PARTS = [np.arange(start, start + 4) for start in range(0, 24, 4)]
 
@@ -215,6 +217,37 @@ def test_the_batches_that_are_looked_for_are_those_that_exist(
     list(in_workers(make, PARTS[:1], 1, CPU, row_bytes=100))
     list(in_workers(make, PARTS, 0, CPU, row_bytes=100))
     assert asked == [(400, 3), (400, 1)]
+
+
+def test_training_and_evaluation_say_how_large_their_batches_are_and_how_long_they_wait(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    asked: list[tuple[int, int, float]] = []
+
+    def note(
+        make: Callable[[Indices], tuple[Tensor, ...]], parts: list[Indices], *_: object,
+        row_bytes: int, limit: float,
+    ) -> Iterator[tuple[Tensor, ...]]:  # fmt: skip
+        for part in parts:
+            made = make(part)
+            size = sum(tensor.nbytes for tensor in made if tensor.dtype == torch.uint8)
+            asked.append((size, row_bytes * len(part), limit))
+            yield made
+
+    for loader in (torch_loader, evaluation):
+        monkeypatch.setattr(loader, "in_workers", note)
+    data = DataConfig(
+        name="folder", root=str(good_images(tmp_path)), loader="torch", workers=0, timeout=7.0
+    )
+    config = replace(with_small_views("digits_byol", global_batch=4), data=data)
+    config = replace(config, augment=replace(config.augment, mean=(0.5,) * 3, std=(0.5,) * 3))
+    read = load(data, "train")
+    list(build_loader(config, read, rank=0, world_size=1, device=CPU).epoch(0))
+    trained = len(asked)
+    features.embed(torch.nn.Flatten(), read, config, CPU, batch=3)
+    assert trained == 2 and len(asked) == 5
+    assert [needed for _, needed, _ in asked] == [size for size, _, _ in asked]
+    assert {limit for _, _, limit in asked} == {7.0}
 
 
 def test_a_batch_that_finds_no_room_is_an_error_and_not_lost(

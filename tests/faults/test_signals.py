@@ -267,10 +267,14 @@ def test_nohup_is_respected(undisturbed: dict[str, bytes], tmp_path: Path) -> No
     assert final_bytes(tmp_path / "run") == undisturbed
 
 
-def with_two_signals(pause: float, first: int, second: int, words: Sequence[str]) -> None:
+def with_two_signals(
+    pause: float, orphaned: bool, first: int, second: int, words: Sequence[str]
+) -> None:
     signals.REPEAT = SECONDS
 
     def twice(_: Trainer) -> None:
+        if orphaned:  # its launcher, of another number, has ended
+            signals._State.parent = -1
         os.kill(os.getpid(), first)
         time.sleep(pause)
         os.kill(os.getpid(), second)
@@ -283,12 +287,17 @@ def with_two_signals(pause: float, first: int, second: int, words: Sequence[str]
 
 
 @pytest.mark.parametrize(
-    ("pause", "step"), [(0.0, "step-00000003"), (4 * SECONDS, "step-00000002")]
+    ("pause", "orphaned", "step"),
+    [
+        (0.0, False, "step-00000003"),
+        (4 * SECONDS, False, "step-00000002"),
+        (4 * SECONDS, True, "step-00000003"),  # the kernel says again that the launcher has ended
+    ],
 )
 def test_only_a_later_second_signal_stops_at_once(
-    pause: float, step: str, undisturbed: dict[str, bytes], tmp_path: Path
+    pause: float, orphaned: bool, step: str, undisturbed: dict[str, bytes], tmp_path: Path
 ) -> None:
-    process = Forked(with_two_signals, pause, signal.SIGINT, signal.SIGTERM,
+    process = Forked(with_two_signals, pause, orphaned, signal.SIGINT, signal.SIGTERM,
                      [*WORDS, "--out", "run"], out=tmp_path / "out", err=tmp_path / "err",
                      cwd=tmp_path)  # fmt: skip
     assert_stopped(tmp_path, process.wait(), signal.SIGTERM)
