@@ -153,6 +153,17 @@ def test_every_command_answers_with_one_line_on_any_rank(
     assert name in done.stderr
 
 
+def test_a_process_that_does_not_know_its_rank_speaks_for_itself(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Also where another program calls the command."""
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["train", "--epoch", "1"])
+    err = capsys.readouterr().err
+    assert ended.value.code == 2 and err.count("\n") == 1 and "WORLD_SIZE" in err
+
+
 def test_a_port_in_use_is_named(tmp_path: Path) -> None:
     import socket
 

@@ -148,14 +148,18 @@ def test_second_names_of_a_file_keep_their_content(hostile: Path, home: Path) ->
 
 
 def test_nothing_is_created_through_a_link(tmp_path: Path) -> None:
-    (tmp_path / "link").symlink_to(tmp_path / "made")
-    for write in (atomic_files.create, atomic_files.overwrite):
+    (tmp_path / "kept").write_text("kept")
+    for target in ("kept", "made"):
+        (tmp_path / "link").symlink_to(tmp_path / target)
+        for write in (atomic_files.create, atomic_files.overwrite):
+            with pytest.raises(OSError):
+                write(tmp_path / "link", "text")
         with pytest.raises(OSError):
-            write(tmp_path / "link", "text")
-    with pytest.raises(OSError):
-        atomic_files.appending(tmp_path / "link")
-    atomic_files.replace(tmp_path / "link", "text")
-    assert not (tmp_path / "made").exists() and not (tmp_path / "link").is_symlink()
+            atomic_files.appending(tmp_path / "link")
+        atomic_files.replace(tmp_path / "link", "text")
+        assert not (tmp_path / "link").is_symlink()
+        (tmp_path / "link").unlink()
+    assert (tmp_path / "kept").read_text() == "kept" and not (tmp_path / "made").exists()
 
 
 def test_a_link_is_removed_and_its_target_stays(tmp_path: Path) -> None:
