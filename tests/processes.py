@@ -30,6 +30,7 @@ class Run:
         out: the run folder.
         epochs: of four steps each.
         world: number of ranks.
+        flags: more of them, which differ from those of the tiny run.
         launcher: "" forks the ranks (tests.forks); torchrun and nproc start a fresh launcher, which
             starts fresh ranks.
 
@@ -43,10 +44,11 @@ class Run:
         epochs: int,
         world: int = 1,
         launcher: Literal["", "torchrun", "nproc"] = "",
+        flags: str = "",
     ) -> None:
         self.out, self.steps, self.world = out, STEPS_PER_EPOCH * epochs, world
         self.log = out.with_name(f"{out.name}.log")
-        words = command(f"--optim.epochs {epochs} --out {out} {FLAGS}")
+        words = command(f"--optim.epochs {epochs} --out {out} {FLAGS} {flags}")
         self.processes: Sequence[Forked | subprocess.Popen[bytes]]
         self._ranks: list[int] = []
         if launcher:

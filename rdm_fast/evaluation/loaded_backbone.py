@@ -14,7 +14,8 @@ from rdm_fast.evaluation.options import EvaluateCommand
 from rdm_fast.methods import Method, build_method
 from rdm_fast.models.backbone import build_backbone
 from rdm_fast.models.batchnorm import copy_statistics, norms_of
-from rdm_fast.models.pretrained import load_strict, read_backbone
+from rdm_fast.models.pretrained import read_backbone
+from rdm_fast.models.weight_files import load_strict
 from rdm_fast.run import checkpoint
 from rdm_fast.run.folder import read_config
 from rdm_fast.runtime.distributed import print0
@@ -72,7 +73,8 @@ def load_for_evaluation(command: EvaluateCommand) -> LoadedBackbone:
 def _load_run(path: Path, command: EvaluateCommand) -> LoadedBackbone:
     for_files = {
         "--recipe": command.recipe, "--arch": command.arch != "auto",
-        "--stem": command.stem != "auto", "--prefix": command.prefix,
+        "--stem": command.stem != "auto", "--patch-size": command.patch_size,
+        "--prefix": command.prefix,
     }  # fmt: skip
     if flag := next((flag for flag, value in for_files.items() if value), None):
         raise UsageError(f"{flag} is for a file of weights, and {path} has its own configuration")
@@ -117,20 +119,25 @@ def _load_file(path: Path, command: EvaluateCommand) -> LoadedBackbone:
             f"such as --recipe {next(reversed(RECIPES))}"
         )
     config = _override(RECIPES[command.recipe](), command)
-    found = read_backbone(path, command.prefix)
+    arch = "" if command.arch == "auto" else command.arch
+    found = read_backbone(path, command.prefix, arch)
+    given = {"backbone": arch, "patch_size": command.patch_size}
+    given |= {"stem": "" if command.stem == "auto" else command.stem}
     try:
         model = replace(
-            config.model,
-            backbone=found.backbone if command.arch == "auto" else command.arch,
-            stem=found.stem if command.stem == "auto" else command.stem,
-            width=found.width,
+            config.model, **found.settings | {name: v for name, v in given.items() if v}
         )
     except ValueError as error:
-        raise UsageError(f"--arch and --stem: {error}; {path} is a {found.backbone}") from error
-    channels = config.augment.channels
-    found.require(model, channels, stem_flag="--stem")
-    backbone, _ = build_backbone(model, channels)
-    print0(f"{found.load_into(backbone)}; {model.backbone}, stem {model.stem}")
+        raise UsageError(
+            f"--arch, --stem and --patch-size: {error}; {path} is a {found.backbone}"
+        ) from error
+    images = config.augment.channels, config.augment.sizes
+    found.require(model, *images, stem_flag="--stem")
+    backbone, _ = build_backbone(model, *images)
+    layers = (
+        f"patches of {model.patch_size or 'its own'}" if model.timm_name else f"stem {model.stem}"
+    )
+    print0(f"{found.load_into(backbone)}; {model.backbone}, {layers}")
     note = found.stem_note(model.stem, "--stem")
     if note and (command.stem == "auto" or not found.stem_source):
         print0(f"warning: {note}")
@@ -139,8 +146,8 @@ def _load_file(path: Path, command: EvaluateCommand) -> LoadedBackbone:
     folder = Path(command.out) if command.out else path.with_name(f"{path.name}-{FOLDER}")
     return LoadedBackbone(
         backbone.eval(), None, replace(config, model=model),
-        f"{digest} {model.backbone} {model.stem} {command.prefix}", _with_bn(path.stem, command),
-        folder,
+        f"{digest} {model.backbone} {model.stem} {model.patch_size} {command.prefix}",
+        _with_bn(path.stem, command), folder,
     )  # fmt: skip
 
 

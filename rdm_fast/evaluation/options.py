@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from rdm_fast.config import Precision, Stem
 from rdm_fast.config.checks import Between, Seed, require, require_fields
 from rdm_fast.config.flags import Alias, Shape
-from rdm_fast.config.model import check_backbone
+from rdm_fast.config.model import PatchSize, check_backbone
 from rdm_fast.config.recipes import RECIPES
 from rdm_fast.config.run import Branch
 from rdm_fast.errors import UsageError
@@ -51,6 +51,8 @@ class EvaluateCommand:
     stem: Literal[Stem, "auto"] = "auto"
     """For a file of weights: its first layers. Tensors do not distinguish the 3x3 ones: auto takes
     what files of rdm-fast note, else cifar_pad2 for solo-learn and cifar for others."""
+    patch_size: PatchSize = 0
+    """For a file of weights of a timm model: the side of its patches; 0 reads it from the file."""
     prefix: str | None = None
     """For a file of weights in an unknown layout: the prefix of the backbone's tensor names."""
     features_out: str = ""

@@ -139,6 +139,45 @@ def find_layout(path: Path, tables: dict[str, dict[str, Tensor]], prefix: str | 
     return Found(layout, plain[place], _said(place, layout, tables, [*found][1:]))
 
 
+def find_by_names(
+    path: Path, tables: dict[str, dict[str, Tensor]], prefix: str | None, own: dict[str, Tensor]
+) -> Found:
+    """The place in a file with most of a model's tensors, by name and shape; the first of several.
+
+    Args:
+        path, tables, prefix: as for `find_layout`.
+        own: the model's tensors.
+
+    Raises:
+        DataError: none is there.
+    """
+    plain = {place: _without_transparent(tensors) for place, tensors in tables.items()}
+    shared: dict[tuple[str, str], int] = {}
+    for place, tensors in plain.items():
+        shapes = {name: tensor.shape for name, tensor in tensors.items()}
+        prefixes = _chains(tensors) if prefix is None else _asked(place, prefix)
+        for each in prefixes:
+            count = sum(shapes.get(each + name) == t.shape for name, t in own.items())
+            if count:
+                shared[place, each] = count
+    if not shared:
+        where = "under a known prefix" if prefix is None else f"under --prefix {prefix}"
+        raise DataError(
+            f"{path} has no tensor of this model {where}: check --arch, or name the prefix of its "
+            "tensors with --prefix"
+        )
+    most = max(shared.values())
+    (place, found), *others = (key for key, count in shared.items() if count == most)
+    layout = Layout("timm", found)
+    return Found(layout, plain[place], _said(place, layout, tables, others))
+
+
+def _asked(place: str, prefix: str) -> list[str]:
+    """A given prefix, which may begin with the keys that lead to a table."""
+    asked = TRANSPARENT.sub("", prefix)
+    return list(dict.fromkeys((asked, asked.removeprefix(f"{place}."))))
+
+
 def _without_transparent(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {TRANSPARENT.sub("", name): tensor for name, tensor in tensors.items()}
 
@@ -151,8 +190,7 @@ def _candidates(place: str, tensors: dict[str, Tensor], prefix: str | None) -> I
                 heads = tuple(chain + head for head in layout.heads)
                 yield replace(layout, prefix=chain + layout.prefix, heads=heads)
         return
-    asked = TRANSPARENT.sub("", prefix)
-    for inner in dict.fromkeys((asked, asked.removeprefix(f"{place}."))):
+    for inner in _asked(place, prefix):
         yield from (layout for layout in LAYOUTS.values() if layout.prefix == inner)
         name = f"--prefix {prefix}"
         yield Layout(name, inner)
@@ -212,7 +250,8 @@ def _no_layout(path: Path, tensors: dict[str, Tensor], prefix: str | None) -> st
             "ResNet is among them"
         )
     known = ", ".join(f"{layout.name} {layout.prefix!r}" for layout in LAYOUTS.values())
-    return f"{found}{_elsewhere(tensors)}; known prefixes: {known}"
+    of_timm = "; a model of timm needs --arch timm/NAME"
+    return f"{found}{_elsewhere(tensors)}; known prefixes: {known}{of_timm}"
 
 
 def _elsewhere(tensors: dict[str, Tensor]) -> str:

@@ -8,6 +8,7 @@ from which torch reads tensors only.
 import json
 import re
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast, get_args
@@ -16,11 +17,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from rdm_fast.config import RESNETS, Config, ModelConfig, Stem
+from rdm_fast.config import RESNETS, TIMM, Config, ModelConfig, Stem
 from rdm_fast.errors import DataError
 from rdm_fast.models.backbone import build_backbone
 from rdm_fast.models.layouts import Layout, find_layout
-from rdm_fast.models.weight_files import METADATA, read_tables
+from rdm_fast.models.pretrained_timm import PretrainedTimm
+from rdm_fast.models.weight_files import METADATA, load_strict, read_tables
 from rdm_fast.runtime.distributed import print0, world_size
 from rdm_fast.runtime.printing import warn
 
@@ -42,6 +44,7 @@ class PretrainedBackbone:
         layout: how it names tensors.
         tensors: by torchvision's names.
         backbone, width, channels: its architecture; `width` is the channels of the first stage.
+        sizes: of its images; a ResNet takes any.
         stem: of three 3 x 3 stems with weights of one shape, the one that the file notes, that its
             trainer has, or cifar.
         stem_source: which of these it is; empty if the file notes it, or there is no choice.
@@ -59,13 +62,23 @@ class PretrainedBackbone:
     channels: int
     ignored: dict[str, int]
     said: str
+    sizes: tuple[int, ...] = (224,)
 
-    def require(self, model: ModelConfig, channels: int, stem_flag: str = "--model.stem") -> None:
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Those of ModelConfig that build it."""
+        layers = {"stem": self.stem, "width": self.width, "patch_size": 0, "frozen_patch": False}
+        return {"backbone": self.backbone, **layers}
+
+    def require(
+        self, model: ModelConfig, channels: int, sizes: Sequence[int] = (224,),
+        stem_flag: str = "--model.stem",
+    ) -> None:  # fmt: skip
         """Refuse a model whose backbone has other layers than the file's.
 
         Args:
             model: the one that would take the weights.
-            channels: of its images.
+            channels, sizes: of its images, as in `build_backbone`.
             stem_flag: the flag that set its stem.
 
         Raises:
@@ -127,18 +140,24 @@ class PretrainedBackbone:
         return text
 
 
-def read_backbone(path: Path, prefix: str | None = None) -> PretrainedBackbone:
-    """Find the backbone in a checkpoint of any trainer in LAYOUTS.
+def read_backbone(
+    path: Path, prefix: str | None = None, arch: str = ""
+) -> PretrainedBackbone | PretrainedTimm:
+    """Find the backbone in a checkpoint of any trainer in LAYOUTS, or a model of timm.
 
     Args:
         path: as `read_tables` takes it.
         prefix: of the names of the backbone's tensors; found if None.
+        arch: the backbone that is expected. One of timm's needs it, unless the file notes it.
 
     Raises:
         InputMissing: there is no such file.
         DataError: it cannot be read as data alone, or holds no ResNet under a known prefix.
     """
     tables, notes = read_tables(path)
+    name = arch if arch.startswith(TIMM) else str(notes.get("backbone", ""))
+    if name.startswith(TIMM):
+        return PretrainedTimm(path, tables, prefix, name, notes)
     found = find_layout(path, tables, prefix)
     layout, tensors = found.layout, found.tensors
     body = {new: t for name, t in tensors.items() if (new := layout.rename(name)) is not None}
@@ -172,11 +191,11 @@ def load_backbone(
         InputMissing, DataError: as `read_backbone`.
     """
     found = read_backbone(Path(path), prefix)
-    if stem is None and (note := found.stem_note(found.stem, "stem")):
+    if stem is None and (note := found.stem_note(found.settings["stem"], "stem")):
         warn(note, stacklevel=2)
-    model = ModelConfig(backbone=found.backbone, stem=stem or found.stem, width=found.width)
-    found.require(model, found.channels, "stem")
-    module, _ = build_backbone(model, found.channels)
+    model = ModelConfig(**found.settings | ({"stem": stem} if stem else {}))
+    found.require(model, found.channels, found.sizes, "stem")
+    module, _ = build_backbone(model, found.channels, found.sizes)
     found.load_into(module)
     return module.eval()
 
@@ -196,8 +215,8 @@ def warm_start(method: nn.Module, config: Config) -> None:
     model = config.model
     if not model.init:
         return
-    found = read_backbone(Path(model.init), model.init_prefix or None)
-    found.require(model, config.augment.channels)
+    found = read_backbone(Path(model.init), model.init_prefix or None, model.backbone)
+    found.require(model, config.augment.channels, config.augment.sizes)
     if note := found.stem_note(model.stem, "--model.stem"):
         print0(f"warning: {note}")
     for name in ("backbone", "target_backbone"):
@@ -220,49 +239,6 @@ def backbone_note(config: Config) -> dict[str, Any]:
     layers = {"patch_size": model.patch_size} if model.timm_name else {"stem": model.stem}
     size = (augment.channels, augment.size, augment.size)
     return {"backbone": model.backbone, **layers, "input_size": size}
-
-
-def load_strict(module: nn.Module, state: dict[str, Tensor], what: str) -> int:
-    """Load weights only if every name and shape fits; returns how many tensors were loaded.
-
-    Args:
-        module: keeps its weights untouched on failure.
-        state: tensors by the module's own names.
-        what: origin of the weights, such as `checkpoint runs/a/checkpoints/step-00000070`.
-
-    Raises:
-        DataError: with the numbers of matching, missing, unknown and misshapen tensors; or one is
-            of another kind, or not finite.
-    """
-    own = module.state_dict()
-    wrong = {
-        "missing": [name for name in own if name not in state],
-        "unknown": [name for name in state if name not in own],
-        "of another shape": [
-            f"{name} {list(state[name].shape)} instead of {list(tensor.shape)}"
-            for name, tensor in own.items()
-            if name in state and state[name].shape != tensor.shape
-        ],
-    }
-    if any(wrong.values()):
-        matching = len(own) - len(wrong["missing"]) - len(wrong["of another shape"])
-        each = ", ".join(
-            f"{len(names)} {kind} ({', '.join(names[:2])}{', ...' if len(names) > 2 else ''})"
-            for kind, names in wrong.items()
-            if names
-        )
-        raise DataError(
-            f"{what} is of another architecture: {matching} of this model's {len(own)} tensors "
-            f"match, {each}; use the configuration it was trained with"
-        )
-    for name, tensor in own.items():
-        given = state[name]
-        if given.is_floating_point() != tensor.is_floating_point():
-            raise DataError(f"{what} has {name} in {given.dtype}, and it must be {tensor.dtype}")
-        if not bool(given.isfinite().all()):
-            raise DataError(f"{what} has numbers in {name} that are not finite: use another one")
-    module.load_state_dict(state)
-    return len(own)
 
 
 # ---- architecture --------------------------------------------------------------------------

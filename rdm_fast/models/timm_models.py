@@ -37,13 +37,7 @@ def build_timm(model: ModelConfig, channels: int, sizes: Sequence[int]) -> tuple
         Unavailable: timm is not installed.
         UsageError: timm has no such model, or it takes no such patches or images.
     """
-    timm = import_timm()
-    if not timm.is_model(model.timm_name):
-        fix = did_you_mean(model.timm_name, timm.list_models(), "timm.list_models() has all names")
-        raise UsageError(
-            f"model.backbone={model.backbone}: timm {timm.__version__} has no such model: {fix}"
-        )
-    module = _create(model, timm_arguments(model, channels, sizes))
+    module = create_timm(model, channels, sizes)
     for part in module.modules():
         if isinstance(part, nn.Dropout):  # some models have one whatever their arguments
             part.p = 0.0
@@ -57,6 +51,40 @@ def build_timm(model: ModelConfig, channels: int, sizes: Sequence[int]) -> tuple
             "view: leave out augment.small_views"
         )
     return module, widths[0]
+
+
+def create_timm(model: ModelConfig, channels: int, sizes: Sequence[int]) -> nn.Module:
+    """The model as timm makes it; arguments and errors as of `build_timm`."""
+    timm = import_timm()
+    if not timm.is_model(model.timm_name):
+        fix = did_you_mean(model.timm_name, timm.list_models(), "timm.list_models() has all names")
+        raise UsageError(
+            f"model.backbone={model.backbone}: timm {timm.__version__} has no such model: {fix}"
+        )
+    return _create(model, _arguments(model, channels, sizes))[0]
+
+
+def describe_timm(
+    model: ModelConfig, channels: int, size: int
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """How others build the model.
+
+    Args:
+        model, channels: as for `build_timm`.
+        size: of the images.
+
+    Returns:
+        Arguments of timm.create_model besides the name and `num_classes`; and the names of the
+        first convolution and the classifier, as in timm's `pretrained_cfg`.
+    """
+    with torch.device("meta"):
+        module, arguments = _create(model, _arguments(model, channels, [size]))
+    cfg: Any = module.pretrained_cfg
+    shown = ("in_chans", "img_size", "patch_size")
+    return (
+        {key: arguments[key] for key in shown if key in arguments},
+        {key: cfg.get(key) for key in ("first_conv", "classifier")},
+    )
 
 
 def import_timm() -> Any:
@@ -75,7 +103,7 @@ def import_timm() -> Any:
     return timm
 
 
-def timm_arguments(model: ModelConfig, channels: int, sizes: Sequence[int]) -> dict[str, Any]:
+def _arguments(model: ModelConfig, channels: int, sizes: Sequence[int]) -> dict[str, Any]:
     """The arguments of timm.create_model besides the name, for a model that takes them all."""
     arguments: dict[str, Any] = {"num_classes": 0, "in_chans": channels, "img_size": sizes[0]}
     if model.patch_size:
@@ -85,12 +113,11 @@ def timm_arguments(model: ModelConfig, channels: int, sizes: Sequence[int]) -> d
     return arguments | {"drop_rate": 0.0, "drop_path_rate": 0.0}
 
 
-def _create(model: ModelConfig, arguments: dict[str, Any]) -> nn.Module:
-    """The model, without the arguments that it does not take."""
+def _create(model: ModelConfig, arguments: dict[str, Any]) -> tuple[nn.Module, dict[str, Any]]:
+    """The model, and those of the arguments that it takes."""
     generator = torch.get_rng_state()
     try:
-        module: nn.Module = import_timm().create_model(model.timm_name, **arguments)
-        return module
+        return import_timm().create_model(model.timm_name, **arguments), arguments
     except Exception as error:
         found = UNKNOWN.search(str(error))
         unknown = {key for key in arguments if found and f"'{key}'" in found[1]}

@@ -1,4 +1,4 @@
-"""Files of weights from any trainer: read as data alone, with sizes checked before they are loaded.
+"""Files of weights from any trainer: read as data alone, checked for size, and loaded strictly.
 
 The tensors may lie at the top of a file or in tables inside it, such as `state_dict`, `student` or
 `ema`. Nothing in a file runs, and none may claim much more than its bytes.
@@ -15,7 +15,7 @@ from typing import Any, BinaryIO, get_args
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from rdm_fast.config import RESNETS, TIMM, Stem
 from rdm_fast.errors import DataError, InputMissing, is_out_of_memory, message_of
@@ -146,6 +146,62 @@ def _note(path: Path, text: Any) -> dict[str, Any]:
     of_timm = str(note.get("backbone")).startswith(TIMM)
     schema.require(note, TIMM_NOTE if of_timm else NOTE, f"{path}: {METADATA} in its header")
     return note
+
+
+def load_strict(module: nn.Module, state: dict[str, Tensor], what: str) -> int:
+    """Load weights only if every name and shape fits; returns how many tensors were loaded.
+
+    Args:
+        module: keeps its weights untouched on failure.
+        state: tensors by the module's own names.
+        what: origin of the weights, such as `checkpoint runs/a/checkpoints/step-00000070`.
+
+    Raises:
+        DataError: with the numbers of matching, missing, unknown and misshapen tensors; or one is
+            of another kind, or not finite.
+    """
+    own = module.state_dict()
+    require_fit(own, state, what)
+    module.load_state_dict(state)
+    return len(own)
+
+
+def require_fit(own: dict[str, Tensor], state: dict[str, Tensor], what: str) -> None:
+    """Refuse weights unless every name and shape fits, and every number is finite.
+
+    Args:
+        own: the tensors that they would replace.
+        state, what: as for `load_strict`.
+
+    Raises:
+        DataError: as `load_strict`.
+    """
+    wrong = {
+        "missing": [name for name in own if name not in state],
+        "unknown": [name for name in state if name not in own],
+        "of another shape": [
+            f"{name} {list(state[name].shape)} instead of {list(tensor.shape)}"
+            for name, tensor in own.items()
+            if name in state and state[name].shape != tensor.shape
+        ],
+    }
+    if any(wrong.values()):
+        matching = len(own) - len(wrong["missing"]) - len(wrong["of another shape"])
+        each = ", ".join(
+            f"{len(names)} {kind} ({', '.join(names[:2])}{', ...' if len(names) > 2 else ''})"
+            for kind, names in wrong.items()
+            if names
+        )
+        raise DataError(
+            f"{what} is of another architecture: {matching} of this model's {len(own)} tensors "
+            f"match, {each}; use the configuration it was trained with"
+        )
+    for name, tensor in own.items():
+        given = state[name]
+        if given.is_floating_point() != tensor.is_floating_point():
+            raise DataError(f"{what} has {name} in {given.dtype}, and it must be {tensor.dtype}")
+        if not bool(given.isfinite().all()):
+            raise DataError(f"{what} has numbers in {name} that are not finite: use another one")
 
 
 # ---- what a refused file would use -----------------------------------------------------------

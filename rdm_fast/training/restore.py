@@ -10,7 +10,7 @@ from rdm_fast.config import Config
 from rdm_fast.config.filter import Engine
 from rdm_fast.data import ImageSet
 from rdm_fast.errors import DataError, InputMissing
-from rdm_fast.models.pretrained import load_strict
+from rdm_fast.models.weight_files import load_strict
 from rdm_fast.optim import state_keys
 from rdm_fast.run import checkpoint, schema
 from rdm_fast.run.folder import RunFolder, read_status

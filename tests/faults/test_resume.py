@@ -37,8 +37,8 @@ def start() -> Iterator[Start]:
     """Starts the run; whatever a failed test leaves running is killed."""
     started: list[Run] = []
 
-    def start(out: Path, world: int, launcher: str = "") -> Run:
-        started.append(Run(out, EPOCHS[world], world, launcher))  # type: ignore[arg-type]
+    def start(out: Path, world: int, launcher: str = "", flags: str = "") -> Run:
+        started.append(Run(out, EPOCHS[world], world, launcher, flags))  # type: ignore[arg-type]
         return started[-1]
 
     yield start
@@ -102,6 +102,32 @@ def test_a_killed_run_ends_with_the_bytes_of_an_undisturbed_one(
         start(out, world).finish()
         assert_same_end(out, undisturbed(world))
         assert not half_done(out)
+
+
+@pytest.mark.parametrize("world", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--model.backbone timm/test_vit --model.patch-size 4",
+        pytest.param(
+            "--model.backbone timm/vit_tiny_patch16_224 --model.patch-size 4 --augment.size 16 "
+            "--optim.global-batch 336 --model.frozen-patch",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            "--model.backbone timm/test_efficientnet --augment.size 32", marks=pytest.mark.slow
+        ),
+    ],
+)
+def test_a_killed_run_of_a_timm_model_ends_with_the_same_bytes(
+    flags: str, world: int, start: Start, tmp_path: Path
+) -> None:
+    start(tmp_path / "whole", world, flags=flags).finish()
+    run = start(tmp_path / "killed", world, flags=flags)
+    run.wait_for_step(5)
+    run.kill()
+    start(tmp_path / "killed", world, flags=flags).finish()
+    assert_same_end(tmp_path / "killed", tmp_path / "whole")
 
 
 def test_a_lost_rank_a_lost_launcher_and_a_signal_one_after_the_other_change_nothing(

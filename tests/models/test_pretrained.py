@@ -459,7 +459,8 @@ def test_a_resumed_run_needs_the_initial_file_no_more(file: Path, tmp_path: Path
     assert read_config(tmp_path / "whole").model.init == str(file)
     (weights,) = sorted(tmp_path.glob("whole/checkpoints/step-*/model.safetensors"))[-1:]
     with safe_open(weights, framework="pt") as opened:
-        assert json.loads(opened.metadata()[METADATA]) == {"backbone": "resnet8", "stem": "cifar"}
+        note = {"backbone": "resnet8", "stem": "cifar", "input_size": [1, 8, 8]}
+        assert json.loads(opened.metadata()[METADATA]) == note
     run_with_stops(tmp_path / "stopped", config, [3, 4])
     assert final_state(tmp_path / "stopped") == final_state(tmp_path / "whole")
 

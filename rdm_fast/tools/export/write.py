@@ -22,7 +22,10 @@ from rdm_fast.data.loaders.evaluation import shorter_side
 from rdm_fast.errors import CannotCreate, UsageError
 from rdm_fast.evaluation.loaded_backbone import load_method
 from rdm_fast.methods import Encoder
+from rdm_fast.models.backbone import TORCHVISION
 from rdm_fast.models.layouts import LAYOUTS
+from rdm_fast.models.pretrained import backbone_note
+from rdm_fast.models.timm_models import describe_timm
 from rdm_fast.models.weight_files import METADATA
 from rdm_fast.run.folder import read_config, refuse_links, version
 from rdm_fast.runtime import atomic_files
@@ -43,6 +46,8 @@ PREFIXES: dict[Target, str] = {
     "solo": LAYOUTS["solo-learn"].prefix,
 }
 """Targets that take torch.save's format, and the prefix of their backbone's tensors."""
+OF_TIMM = ("timm", "hf", "safetensors")
+"""Targets that take any model of timm."""
 
 
 def export_checkpoint(
@@ -88,8 +93,9 @@ def export_checkpoint(
     _write(files, overwrite)
     model = config.model
     plain = "" if not export.preparation else f"; a plain {model.backbone} needs first:"
+    layers = "" if model.timm_name else f" with stem {model.stem}"
     return [
-        f"wrote {out}: {model.backbone} with stem {model.stem}{plain}",
+        f"wrote {out}: {model.backbone}{layers}{plain}",
         *(f"    {line}" for line in export.preparation),
         *(f"note: {note}" for note in export.notes),
         f"how to load it: {next(name for name in files if name.suffix == '.md')}",
@@ -103,7 +109,13 @@ def _require_target(target: Target, config: Config) -> None:
             f"--to {target} has no resnet8, which only rdm-fast has: use --to safetensors and "
             "rdm_fast.load_backbone"
         )
-    if target == "hf" and model.stem != "imagenet":
+    if model.timm_name:
+        if target not in OF_TIMM and model.timm_name not in TORCHVISION:
+            raise UsageError(
+                f"--to {target} has torchvision's ResNets only, and this is a {model.backbone}: "
+                f"use --to {' or '.join(OF_TIMM)}"
+            )
+    elif target == "hf" and model.stem != "imagenet":
         raise UsageError(
             f"--to hf: timm builds the model and has no {model.backbone} with stem {model.stem}: "
             "use --to timm, and the lines it prints"
@@ -134,21 +146,36 @@ class _Export:
     branch: Branch
 
     @property
+    def _stem(self) -> str:
+        """The first layers of a ResNet, timm's too."""
+        return "imagenet" if self.config.model.timm_name else self.config.model.stem
+
+    @property
+    def _architecture(self) -> str:
+        """The model's name in torchvision or timm."""
+        return self.config.model.timm_name or self.config.model.backbone
+
+    @property
     def preparation(self) -> list[str]:
         """Changes to a plain ResNet before it can load the weights."""
-        model, channels = self.config.model, self.config.augment.channels
-        if self.target in ("safetensors", "hf") or (model.stem == "imagenet" and channels == 3):
+        stem, channels = self._stem, self.config.augment.channels
+        of_timm = self.target == "timm" and self.config.model.timm_name
+        if (
+            self.target in ("safetensors", "hf")
+            or of_timm
+            or (stem == "imagenet" and channels == 3)
+        ):
             return []
-        if model.stem == "imagenet":
+        if stem == "imagenet":
             return [
                 f"model.conv1 = torch.nn.Conv2d({channels}, 64, 7, stride=2, padding=3, bias=False)"
             ]
-        padding = 2 if model.stem == "cifar_pad2" else 1
+        padding = 2 if stem == "cifar_pad2" else 1
         lines = [
             f"model.conv1 = torch.nn.Conv2d({channels}, 64, 3, padding={padding}, bias=False)",
             "model.maxpool = torch.nn.Identity()",
         ]
-        if model.stem == "cifar_no_relu":
+        if stem == "cifar_no_relu":
             relu = "act1" if self.target == "timm" else "relu"
             lines.append(f"model.{relu} = torch.nn.Identity()")
         return lines
@@ -156,7 +183,7 @@ class _Export:
     @property
     def notes(self) -> list[str]:
         """What may surprise a user of the program."""
-        stem = self.config.model.stem
+        stem = self._stem
         if self.target == "simsiam" and stem != "imagenet":
             return ["main_lincls.py builds the 7x7 stem; change its model as above"]
         if self.target == "solo" and stem not in ("imagenet", "cifar_pad2"):
@@ -194,9 +221,8 @@ class _Export:
 
     def _metadata(self, step: int) -> dict[str, Any]:
         """Facts that weights do not contain."""
-        model = self.config.model
         return {
-            "backbone": model.backbone, "stem": model.stem, **self._preprocessing(),
+            **backbone_note(self.config), **self._preprocessing(),
             "method": self.config.method, "predictor": self.config.predictor,
             "branch": self.branch,
             "data": self.config.data.name, "step": step, "version": version(),
@@ -218,25 +244,27 @@ class _Export:
 
     def _timm_config(self) -> dict[str, Any]:
         """config.json in the format of timm's models on the hub."""
-        augment = self.config.augment
+        model_args, ends = self._timm_arguments()
         return {
-            "architecture": self.config.model.backbone,
+            "architecture": self._architecture,
             "num_classes": 0,
-            "model_args": {"in_chans": augment.channels},
-            "pretrained_cfg": {
-                **self._preprocessing(),
-                "num_classes": 0,
-                "first_conv": "conv1",
-                "classifier": "fc",
-            },
+            "model_args": model_args,
+            "pretrained_cfg": {**self._preprocessing(), "num_classes": 0, **ends},
         }
+
+    def _timm_arguments(self) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What timm builds the model with, and the names of its first and last layers."""
+        model, augment = self.config.model, self.config.augment
+        if model.timm_name:
+            return describe_timm(model, augment.channels, augment.size)
+        return {"in_chans": augment.channels}, {"first_conv": "conv1", "classifier": "fc"}
 
     def _instructions(self, metadata: dict[str, Any]) -> str:
         code = "\n".join(self._code())
         notes = "".join(f"\nNote: {note}.\n" for note in self.notes)
         rows = "\n".join(f"| {name} | {value} |" for name, value in metadata.items())
         return (
-            f"# {self.config.model.backbone}, for {self.target}\n\n"
+            f"# {self._architecture}, for {self.target}\n\n"
             "Backbone of a run of rdm-fast, without a classifier: it returns embeddings. Give it "
             "images of the size, mean and standard deviation below.\n\n"
             f"```python\n{code}\n```\n{notes}\n| | |\n|---|---|\n{rows}\n"
@@ -244,8 +272,7 @@ class _Export:
 
     def _code(self) -> list[str]:
         """Python that loads the file as `model`, run in the file's folder."""
-        name, arch = self.out.name, self.config.model.backbone
-        channels = self.config.augment.channels
+        name, arch = self.out.name, self._architecture
         load_file = "from safetensors.torch import load_file"
         load = f'model.load_state_dict(load_file("{name}"), strict=True)'
         torchvision = [
@@ -257,9 +284,13 @@ class _Export:
             case "torchvision":
                 return ["import torch, torchvision", load_file, "", *torchvision, load]
             case "timm":
-                grey = "" if channels == 3 else f", in_chans={channels}"
-                cfg = f"pretrained_cfg_overlay={self._preprocessing()}"
-                create = f'model = timm.create_model("{arch}", num_classes=0{grey}, {cfg})'
+                arguments = {
+                    "num_classes": 0,
+                    **self._timm_arguments()[0],
+                    "pretrained_cfg_overlay": self._preprocessing(),
+                }
+                given = ", ".join(f"{key}={value}" for key, value in arguments.items())
+                create = f'model = timm.create_model("{arch}", {given})'
                 return ["import timm, torch", load_file, "", create, *self.preparation, load]
             case "safetensors":
                 return [

@@ -122,6 +122,28 @@ def test_every_target_loads_its_file_and_embeds_the_same(
     assert ("note: solo-learn" in said["solo"]) == (stem in ("cifar", "cifar_no_relu"))
 
 
+@pytest.mark.parametrize(
+    ("name", "patch_size"), [("test_vit", 8), ("test_convnext", 0), ("resnet18", 0)]
+)
+def test_a_model_of_timm_loads_strictly_in_timm_and_embeds_the_same(
+    name: str, patch_size: int, run_of: RunOf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = config("digits_byol", backbone=f"timm/{name}", patch_size=patch_size)
+    made = replace(made, augment=replace(made.augment, size=40))
+    step, method = run_of(made)
+    for target in TARGETS:
+        out = tmp_path / f"{target}{SUFFIXES[target][0]}"
+        if name != "resnet18" and target in ("torchvision", "simsiam", "solo"):
+            with refused(UsageError, f"--to {target}", "--to timm"):
+                export_checkpoint(step, target, out=out)
+            continue
+        require_same_embeddings(made, method, export_checkpoint(step, target, out=out), monkeypatch)
+        found = read_backbone(out / "model.safetensors" if target == "hf" else out)
+        assert found.settings["backbone"] == f"timm/{name}"
+        assert found.settings["patch_size"] == patch_size
+        assert (found.channels, found.sizes) == (1, (40,))
+
+
 def require_tensors_alone(file: Path, prefix: str) -> None:
     """A pickle for main_lincls.py or main_linear.py: whatever is left must be the classifier."""
     content = torch.load(file, weights_only=True)
