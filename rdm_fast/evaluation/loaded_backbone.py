@@ -121,12 +121,13 @@ def _load_file(path: Path, command: EvaluateCommand) -> LoadedBackbone:
     config = _override(RECIPES[command.recipe](), command)
     arch = "" if command.arch == "auto" else command.arch
     found = read_backbone(path, command.prefix, arch)
-    given = {"backbone": arch, "patch_size": command.patch_size}
-    given |= {"stem": "" if command.stem == "auto" else command.stem}
+    changes = {
+        "backbone": arch, "patch_size": command.patch_size,
+        "stem": "" if command.stem == "auto" else command.stem,
+    }  # fmt: skip
+    settings = found.settings | {name: value for name, value in changes.items() if value}
     try:
-        model = replace(
-            config.model, **found.settings | {name: v for name, v in given.items() if v}
-        )
+        model = replace(config.model, **settings)
     except ValueError as error:
         raise UsageError(
             f"--arch, --stem and --patch-size: {error}; {path} is a {found.backbone}"
@@ -134,10 +135,8 @@ def _load_file(path: Path, command: EvaluateCommand) -> LoadedBackbone:
     images = config.augment.channels, config.augment.sizes
     found.require(model, *images, stem_flag="--stem")
     backbone, _ = build_backbone(model, *images)
-    layers = (
-        f"patches of {model.patch_size or 'its own'}" if model.timm_name else f"stem {model.stem}"
-    )
-    print0(f"{found.load_into(backbone)}; {model.backbone}, {layers}")
+    stem = "" if model.timm_name else f", stem {model.stem}"
+    print0(f"{found.load_into(backbone)}; {model.backbone}{stem}")
     note = found.stem_note(model.stem, "--stem")
     if note and (command.stem == "auto" or not found.stem_source):
         print0(f"warning: {note}")

@@ -21,6 +21,7 @@ from rdm_fast.models.backbone import build_backbone
 from rdm_fast.models.pretrained import file_note
 from rdm_fast.tools.export.write import export_checkpoint
 from tests.random_run import save_random
+from tests.spies import refused
 from tests.tiny import tiny
 
 CPU = torch.device("cpu")
@@ -206,3 +207,41 @@ def test_the_protocol_depends_on_the_data_set_and_the_flags() -> None:
     options: dict[str, Any] = {"protocol": "reference-imagenet", "epochs": 3, "lr": 0.5}
     changed = EvaluateCommand(checkpoint="x", **options).protocol_for("folder")
     assert (changed.epochs, changed.lr) == (3, 0.5)
+
+
+# ---- models of timm --------------------------------------------------------------------------
+
+VIT = {"backbone": "timm/test_vit", "patch_size": 4}
+
+
+@pytest.fixture(scope="module")
+def vit(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run folder of a ViT of random weights."""
+    config = tiny("digits_byol", size=16)
+    path = tmp_path_factory.mktemp("vit") / "run"
+    save_random(path, replace(config, model=replace(config.model, **VIT)))
+    return path
+
+
+def test_a_vit_gives_the_same_result_from_its_run_and_any_file(vit: Path, tmp_path: Path) -> None:
+    of_run = evaluate(vit)
+    assert of_run.top1 > 50
+    checkpoint = vit / "checkpoints" / STEP / "model.safetensors"
+    exported, bare = tmp_path / "x.safetensors", tmp_path / "bare.safetensors"
+    export_checkpoint(vit / "checkpoints" / STEP, "timm", out=exported)
+    save_file(load_file(exported), bare)  # without the note
+    kept = {"recipe": "digits_byol", "out": str(tmp_path / "out")}
+    for file, arch in ((checkpoint, "auto"), (exported, "auto"), (bare, VIT["backbone"])):
+        assert evaluate(file, **kept, arch=arch) == of_run
+    for wrong, named in (
+        ({"patch_size": 8}, "--patch-size 4"),
+        ({"arch": "timm/test_vit2"}, "timm/test_vit2"),
+        ({"recipe": "cifar10_byol"}, "1 channel(s)"),
+    ):
+        with refused(DataError, named):
+            evaluate(bare, **{**kept, "arch": VIT["backbone"], **wrong})  # type: ignore[arg-type]
+    with refused(UsageError, "--stem"):
+        evaluate(bare, **kept, arch=VIT["backbone"], stem="cifar_pad2")
+    for flag in ({"patch_size": 4}, {"arch": VIT["backbone"]}):
+        with refused(UsageError, "--patch-size" if "patch_size" in flag else "--arch"):
+            evaluate(vit, **flag)
