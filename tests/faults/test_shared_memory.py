@@ -30,7 +30,7 @@ from rdm_fast.evaluation import features
 from rdm_fast.runtime.distributed import rank
 from rdm_fast.training.trainer import Trainer
 from tests.data.files import good_images
-from tests.forks import ROOT, Forked, environment
+from tests.forks import PATIENCE, ROOT, Forked, environment
 from tests.random_run import save_random
 from tests.ranks import run_ranks
 from tests.runs import CPU, final_state, newest, run, with_log
@@ -72,6 +72,9 @@ def test_a_lost_or_stopped_worker_ends_the_wait_by_name(
         seen += taken(function, limit=2.0 if function is stopped else 60.0)
     assert failed.value.code == 74 and "--data.workers" in str(failed.value)
     assert ("--data.timeout" in str(failed.value)) == (function is stopped)
+    for worker in multiprocessing.active_children():  # Python would wait for them at its end
+        worker.join(PATIENCE)
+        assert worker.exitcode is not None
 
 
 def test_torch_does_not_raise_in_the_middle_of_a_step() -> None:

@@ -91,7 +91,13 @@ def test_too_many_stop_the_run(spoil: Callable[[Path], None], loader: str, root:
         epoch_of(images, loader, max_bad=0.0)
     with pytest.raises(DataError, match=r"5\.jpg"):
         epoch_of(images, loader, on_bad_image="stop")
-    for i in (0, 1, 2, 3, 4, 6, 7):
+    for i in (0, 1):
+        spoil(images.path(i))
+    epoch_of(images, loader, max_bad=0.001)  # three are few
+    spoil(images.path(2))
+    with pytest.raises(DataError, match=r"--data\.max-bad"):
+        epoch_of(images, loader, max_bad=0.001)
+    for i in (3, 4, 6, 7):
         spoil(images.path(i))
     with pytest.raises(DataError):
         epoch_of(images, loader, max_bad=1.0)
