@@ -8,6 +8,7 @@ import os
 import shutil
 import tempfile
 import unicodedata
+import zlib
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -24,7 +25,7 @@ from rdm_fast.data.images.decode import SUFFIXES
 from rdm_fast.data.images.sets import FileImages, ImageSet
 from rdm_fast.data.images.shards import ShardImages
 from rdm_fast.errors import ConfigMismatch, DataError, InputMissing, UserError
-from tests.data.files import PICTURE, H, W, encode, epoch_of, natural, put, rows
+from tests.data.files import PICTURE, H, W, encode, epoch_of, natural, png, put, rows
 from tests.data.images.test_arrays import write
 from tests.data.images.test_bad_images import as_somebody_else
 from tests.data.images.test_shards import pack
@@ -378,6 +379,18 @@ def test_images_of_12_bits_are_warned_of_and_scaled(
     assert scaled.digest != dark.digest
     assert read(root, name=name, white_level=1000).read(0).max() == 255  # clipped
     assert "warning: " in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(("shift", "warned"), [(0, 1), (4, 0)])
+def test_color_of_12_bits_in_16_is_warned_of(
+    shift: int, warned: int, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    pixels = np.repeat((DEEP << shift).astype(">u2")[:, :, None], 3, axis=2)
+    scanlines = b"".join(b"\0" + row.tobytes() for row in pixels)
+    put(tmp_path / "1.png", png(W, H, 16, 2, zlib.compress(scanlines)))
+    read(tmp_path)
+    out = capfd.readouterr().out
+    assert out.count("warning: ") == warned and ("4095" in out) == bool(warned)
 
 
 def test_images_that_use_their_16_bits_are_not_warned_of(
