@@ -3,7 +3,8 @@
 The tables are written out here as they stand in that code (PKU-ML/Rank-Differential-Mechanism,
 commit 92d7e8d: bash_files/pretrain and imagenet/), and in solo-learn for the learned predictors.
 ImageNet BYOL has no counterpart there: its numbers are those of BYOL's own 100-epoch runs. The
-digits recipes have no source but this project.
+ViT recipes have MoCo v3's, DINO's and stable-pretraining's. The digits recipes have no source but
+this project.
 """
 
 import re
@@ -21,6 +22,7 @@ from rdm_fast.methods import build_method
 from rdm_fast.optim import build_optimizer
 
 FAMILIES = ["cifar10", "cifar100", "imagenet100", "imagenet"]
+VIT_FAMILIES = ["digits_vit", "cifar10_vit", "imagenet100_vit"]
 METHODS = ["rdm_simsiam", "rdm_byol", "simsiam", "byol", "symsimsiam"]
 
 # heads as layers, hidden, dim, last norm
@@ -36,6 +38,12 @@ MODELS: dict[str, dict[str, Any]] = {
     "imagenet100 byol": IMAGENET100 | BYOL | {"predictor_hidden": 8192},
     "imagenet simsiam": IMAGENET | SIMSIAM,
     "imagenet byol": IMAGENET | BYOL,
+}
+# patch, whether it is frozen; --stop-grad-conv1 of moco-v3's CONFIG.md
+VITS = {
+    "digits_vit": ("timm/test_vit", 4, False),
+    "cifar10_vit": ("timm/vit_tiny_patch16_224", 4, False),
+    "imagenet100_vit": ("timm/vit_small_patch16_224", 16, True),
 }
 
 # Every field of OptimConfig, so that a new one needs an entry, and a source, here.
@@ -62,7 +70,25 @@ OURS = EVERYWHERE | {  # the digits': no outside source
     "epochs": 60, "global_batch": 200, "base_lr": 0.256, "weight_decay": 1e-4,
     "warmup_epochs": 2, "warmup_lr": 0.0,
 }  # fmt: skip
+# moco-v3, CONFIG.md, "ViT-Small, 1-node (8-GPU), 1024-batch": --optimizer=adamw --weight-decay=.1
+# --warmup-epochs=40, from 0 in adjust_learning_rate, the predictor as the rest; the EMA of BYOL is
+# stable-pretraining's (methods/byol.py); no decay of vectors: get_params_groups of dino's utils.py
+ADAMW = EVERYWHERE | {
+    "optimizer": "adamw", "decay_norm_and_bias": False, "fixed_predictor_lr": False,
+    "weight_decay": 0.1, "warmup_epochs": 40, "warmup_lr": 0.0,
+    "ema_start": 0.99, "ema_end": 1.0, "momentum": ANY, "lars_eta": ANY, "lars_clip": ANY,
+}  # fmt: skip
+DIGITS_VIT = ADAMW | {"epochs": 60, "global_batch": 200, "base_lr": 1e-3, "warmup_epochs": 6}
+# 5e-4 at a batch of 256: stable-pretraining, benchmarks/imagenet10/RESULTS.md; else solo-learn's
+CIFAR_VIT = ADAMW | {"epochs": 400, "global_batch": 256, "base_lr": 5e-4}
+IMAGENET100_VIT = ADAMW | {  # --lr=1.5e-4 -b 1024 --epochs=300; decay: dino's main_dino.py
+    "epochs": 300, "global_batch": 1024, "base_lr": 1.5e-4,
+    "weight_decay": 0.04, "weight_decay_end": 0.4,
+}  # fmt: skip
 OPTIMIZERS: dict[str, dict[str, Any]] = {
+    "digits_vit simsiam": DIGITS_VIT, "digits_vit byol": DIGITS_VIT,
+    "cifar_vit simsiam": CIFAR_VIT, "cifar_vit byol": CIFAR_VIT,
+    "imagenet100_vit simsiam": IMAGENET100_VIT, "imagenet100_vit byol": IMAGENET100_VIT,
     "digits simsiam": SGD | OURS,
     "digits byol": SGD | OURS | {"fixed_predictor_lr": False, "ema_start": 0.99, "ema_end": 1.0},
     "cifar simsiam": SGD | SOLO | {"base_lr": 0.5},
@@ -86,6 +112,7 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
 PEAK = {  # learning rate after scaling by global batch / 256
     "digits": 0.2, "cifar simsiam": 0.5, "cifar byol": 1.0, "imagenet100": 0.5,
     "imagenet simsiam": 0.1, "imagenet byol": 0.9,
+    "digits_vit": 1e-3 * 200 / 256, "cifar_vit": 5e-4, "imagenet100_vit": 6e-4,
 }  # fmt: skip
 
 # size, least area of a crop, interpolation; saturation; blur and solarize of either view
@@ -117,12 +144,24 @@ FILTERS = {
     "imagenet_rdm_simsiam": ("poly", "target", -1.0),
     "imagenet_rdm_byol": ("poly", "online", 1.0),
 }
+FILTERS |= {
+    name.replace("_rdm", "_vit_rdm"): FILTERS[name]
+    for name in FILTERS
+    if name.startswith(("cifar10_", "imagenet100_"))
+}
+
+
+def split(name: str) -> tuple[str, str]:
+    """The family of a recipe, such as cifar10 or cifar10_vit, and its method."""
+    found = re.fullmatch(r"([a-z]+\d*(?:_vit)?)_(\w+)", name)
+    assert found
+    return found[1], found[2]
 
 
 def row(name: str) -> str:
     """The line of a table that a recipe stands on: CIFAR-100's is CIFAR-10's, and so on."""
-    family, _, method = name.partition("_")
-    family = "cifar" if family.startswith("cifar") else family
+    family, method = split(name)
+    family = re.sub(r"cifar\d+", "cifar", family)
     return f"{family} {'byol' if method.endswith('byol') else 'simsiam'}"
 
 
@@ -130,7 +169,7 @@ REFERENCE = [f"{family}_{method}" for family in FAMILIES for method in METHODS]
 
 
 def test_every_data_set_has_every_method() -> None:
-    expected = {f"{family}_{m}" for family in ["digits", *FAMILIES] for m in METHODS}
+    expected = {f"{family}_{m}" for family in ["digits", *FAMILIES, *VIT_FAMILIES] for m in METHODS}
     assert set(RECIPES) == expected | {"digits_dino", "digits_swav"}
     assert DEFAULT == "digits_rdm_simsiam"
 
@@ -185,6 +224,19 @@ def test_models_are_the_reference_s(name: str) -> None:
     assert config.seed == 5  # of solo-learn; main_simsiam.py has none
 
 
+@pytest.mark.parametrize("family", VIT_FAMILIES)
+@pytest.mark.parametrize("method", METHODS)
+def test_a_vit_recipe_is_that_of_the_resnet_with_another_backbone_and_optimizer(
+    family: str, method: str
+) -> None:
+    vit, resnet = RECIPES[f"{family}_{method}"](), RECIPES[f"{family[:-4]}_{method}"]()
+    model = vit.model
+    assert VITS[family] == (model.backbone, model.patch_size, model.frozen_patch)
+    own = {"backbone", "patch_size", "frozen_patch", "stem", "zero_init_residual"}
+    restored = {name: getattr(resnet.model, name) for name in own}
+    assert replace(vit, model=replace(model, **restored), optim=resnet.optim) == resnet
+
+
 @pytest.mark.parametrize("name", REFERENCE)
 def test_augmentations_are_the_reference_s(name: str) -> None:
     augment = RECIPES[name]().augment
@@ -201,7 +253,7 @@ def test_augmentations_are_the_reference_s(name: str) -> None:
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_predictor_and_method_are_those_of_the_name(name: str) -> None:
-    config, method = RECIPES[name](), name.partition("_")[2]
+    config, method = RECIPES[name](), split(name)[1]
     without = ("symsimsiam", "dino", "swav")
     expected = "spectral" if "rdm" in method else "none" if method in without else "mlp"
     assert (config.method, config.predictor) == (method.removeprefix("rdm_"), expected)
@@ -230,7 +282,7 @@ def test_an_rdm_recipe_differs_from_its_learned_twin_in_nothing_but_the_predicto
     assert replace(rdm, predictor="mlp", filter=twin.filter, out=twin.out) == twin
 
 
-@pytest.mark.parametrize("family", ["digits", *FAMILIES])
+@pytest.mark.parametrize("family", ["digits", *FAMILIES, *VIT_FAMILIES])
 def test_the_symmetric_control_differs_from_simsiam_in_nothing_but_its_symmetry(
     family: str,
 ) -> None:

@@ -11,11 +11,11 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from rdm_fast.config import Config
-from rdm_fast.config.recipes import cifar, digits, imagenet
+from rdm_fast.config.recipes import cifar, digits, imagenet, vit
 
 DEFAULT = digits.digits_rdm_simsiam.__name__
 
-FAMILIES = (digits, cifar, imagenet)
+FAMILIES = (digits, cifar, imagenet, vit)
 NAME = re.compile("(digits|cifar|imagenet)[0-9]*_")
 
 RECIPES: dict[str, Callable[[], Config]] = {
