@@ -12,6 +12,8 @@ from rdm_fast.config import DataConfig
 from rdm_fast.data.images.arrays import load_arrays
 from rdm_fast.data.images.datasets import load
 from rdm_fast.errors import DataError, InputMissing, UserError
+from tests.runs import metrics, rdm
+from tests.tiny import command
 
 DECODED = {
     "train_images": np.random.default_rng(0).integers(0, 256, (4, 8, 8, 3), dtype=np.uint8),
@@ -118,6 +120,23 @@ def test_a_missing_file_is_named_with_what_is_there(tmp_path: Path) -> None:
     for path in (tmp_path / "a.npz", tmp_path):
         message = refused(path, InputMissing)
         assert f"--data.root {path}" in message and "other.npz" in message
+
+
+@pytest.mark.parametrize("left_out", [["train_label"], ["train_label", "test_label", "classes"]])
+def test_images_without_labels_train_and_cannot_be_scored(
+    left_out: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    arrays = {key: value for key, value in DECODED.items() if key not in left_out}
+    path = write(tmp_path / "a.npz", {**arrays, "test_images": DECODED["train_images"]})
+    flags = f"--data.name arrays --data.root {path} --optim.global-batch 4 --log.knn-every 1 "
+    flags += "--log.probe --augment.mean 0.5 0.5 0.5 --augment.std 0.2 0.2 0.2"
+    assert rdm("train", *command(flags), "--out", tmp_path / "run") == 0
+    logged = {key for line in metrics(tmp_path / "run") for key in line}
+    assert "loss" in logged and not logged & {"knn_top1", "probe_top1"}
+    assert capfd.readouterr().out.count("no kNN while training: ") == 1
+    assert rdm("eval", tmp_path / "run") == 65
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith("error: the training images have no labels, ") and "train_label" in line
 
 
 def test_cifar10_as_jpeg_is_read(cifar10_npz: Path) -> None:

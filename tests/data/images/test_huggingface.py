@@ -181,9 +181,9 @@ def test_bad_rows_are_left_out_and_listed(side: int, tmp_path: Path, table: Path
     good = pictures(side, 4)
     middle = patched(good[0], good[0].index(b"IDAT") + len(good[0]) // 2, b"\xaa" * 64)
     data = [*good[:2], None, b"", b"text", good[0][:99], middle, *good[2:]]
-    root = saved(tmp_path / "set", train=made(raw=data, number=list(range(len(data)))))
-    verify = "full" if side == 100 else "header"
-    settings = {"image_column": "raw", "label_column": "number", "verify": verify}
+    column, verify = ("picture", "full") if side == 100 else ("raw", "header")
+    root = saved(tmp_path / "set", train=made(**{column: data}, number=list(range(len(data)))))
+    settings = {"image_column": column, "label_column": "number", "verify": verify}
     images = read(root, table=table, **settings)
     kept = [0, 1, len(data) - 2, len(data) - 1]
     assert images.labels is not None and images.labels.tolist() == kept
