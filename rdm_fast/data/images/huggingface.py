@@ -104,14 +104,13 @@ class _Rows:
 
     def embedded(self, row: int) -> memoryview | None:
         """The image in the Arrow file, not copied; None if it is not there."""
-        cell = self._cell(row)
-        data = cell["bytes"].as_buffer() if cell.is_valid else None
+        data = self._cell(row)["bytes"].as_buffer()
         return None if data is None else memoryview(data)
 
     def file(self, row: int) -> Path:
         """The file that holds the image; of Arrow files, the newest."""
         cell = self._cell(row)
-        named = cell["path"].as_py() if cell.is_valid and not cell["bytes"].is_valid else None
+        named = None if cell["bytes"].is_valid else cell["path"].as_py()
         return Path(named) if named else self._newest
 
     def opened(self, row: int) -> Path | BinaryIO:

@@ -18,6 +18,7 @@ from rdm_fast.errors import Unavailable
 from rdm_fast.run.environment import cpu_property
 
 EXTRAS = {  # extra of this distribution: the library that it brings
+    "hf": "datasets",
     "plot": "matplotlib",
     "tensorboard": "tensorboard",
     "timm": "timm",
