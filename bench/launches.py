@@ -1,4 +1,4 @@
-"""How many kernels does a filtered loss launch on a GPU, and how long must that take?
+"""How many kernels does a loss launch on a GPU, and how long must that take?
 
     python -m bench.launches [--filters online target] [--shape 512 2048] [--dtype bfloat16]
                              [--engine auto gemm eigh] [--given] [--operations]
@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 import triton
-from torch import Tensor
+from torch import Tensor, nn
 from torch._C import DispatchKey, _dispatch_has_kernel_for_dispatch_key
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -40,7 +40,10 @@ from bench.fake_device import backward, fake_device, triton_calls
 from bench.machine import H100, floor
 from bench.markdown import Columns, between, replace_between, table_of
 from rdm_fast import FilterConfig
+from rdm_fast.config import PrototypesConfig
 from rdm_fast.filters.loss import SpectralCosine
+from rdm_fast.methods import Swav
+from rdm_fast.methods.prototypes import Prototypes
 
 OURS = "rdm"
 DTYPES = ["bfloat16", "float16", "float32"]
@@ -243,6 +246,31 @@ def count(
     return launches.count
 
 
+# ---- prototypes --------------------------------------------------------------------------------
+
+PROTOTYPES = {
+    "dino, K 4096": ("mean", 4096, 256),
+    "dino, K 65536": ("mean", 65_536, 256),
+    "swav, K 3000": ("sinkhorn", 3000, 128),
+}
+"""Of DINO and SwAV: the target map, K and D."""
+
+
+def count_prototypes(name: str, B: int, dtype: torch.dtype) -> Count:
+    """Launches from two views of B rows of unit length to the loss, and back to their gradient and
+    the prototypes'; needs `fake_device`."""
+    centring, K, D = PROTOTYPES[name]
+    settings = PrototypesConfig(centring=centring)  # type: ignore[arg-type]
+    with torch.device("cuda"):
+        prototypes = Prototypes(K, D, None if dtype == torch.float32 else dtype)
+        method = Swav(nn.Identity(), nn.Identity(), prototypes, settings)
+        z = torch.empty(2, B, D, requires_grad=True)
+    with counting() as launches:
+        grads = backward(method.loss(method.prototypes(z), z.detach()))
+    assert len(grads) == 2  # of z and of the prototypes
+    return launches.count
+
+
 # ---- the report --------------------------------------------------------------------------------
 
 
@@ -314,13 +342,27 @@ def main(argv: Sequence[str] | None = None) -> int:
             totals = {"launches": found.launches, "eager": found.eager}
             own = {"filter": name, "measured": known.get(name, "")}
             rows.append(own | totals | asdict(found))
+        of_filters = len(rows)
+        for name in PROTOTYPES:
+            if any(part in name for part in args.filters):
+                found = count_prototypes(name, args.shape[0], getattr(torch, args.dtype))
+                totals = {"launches": found.launches, "eager": found.eager}
+                own = {"filter": name, "measured": known.get(name, "")}
+                rows.append(own | totals | asdict(found))
     B, D = args.shape
     versions = f"torch {torch.__version__}, triton {triton.__version__}"
     targets = "given targets" if args.given else "each other's targets"
     text = (
         f"Two views ({B}, {D}), {args.dtype}, {targets}, engine={args.engine}, {versions}.\n"
-        f"Counted; times predicted.\n\n{table_of(rows, COLUMNS)}"
+        f"Counted; times predicted.\n\n{table_of(rows[:of_filters], COLUMNS)}"
     )
+    columns: Columns = {"loss": COLUMNS["filter"]} | COLUMNS
+    del columns["filter"]
+    if of_prototypes := rows[of_filters:]:
+        text += (
+            f"\n\nDINO and SwAV from two views of {B} rows of unit length to the loss, and back; D "
+            f"is 256 and 128.\n\n{table_of(of_prototypes, columns)}"
+        )
     print(text)
     if args.operations:
         for row in rows:

@@ -18,6 +18,7 @@ from bench.launches import (
     HOST_OP,
     LATENCY,
     PER_COLUMN,
+    PROTOTYPES,
     Count,
     counting,
     filters,
@@ -61,6 +62,12 @@ def test_a_filter_launches_no_more_than_it_may(name: str, rows: dict[str, Any]) 
     assert 0 < row["launches"] <= most
     if most <= FEW:
         assert not row["factorizations"] and not row["waits"]
+
+
+@pytest.mark.parametrize("name", PROTOTYPES)
+def test_prototypes_launch_no_more_than_they_may(name: str, rows: dict[str, Any]) -> None:
+    assert 0 < rows[name]["launches"] <= 50
+    assert not rows[name]["factorizations"] and not rows[name]["waits"]
 
 
 # ---- the table -----------------------------------------------------------------------------------

@@ -13,13 +13,16 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._pytree import tree_map_only
 
 from rdm_kernels import (
+    centered_softmax,
     filter_factors,
     filtered_cosine,
     gram,
     matrix_power,
     neg_cosine,
     product,
+    prototype_loss,
     safe_eigh,
+    sinkhorn,
     sym_matmul,
 )
 from rdm_kernels.aot import listed
@@ -48,7 +51,19 @@ from rdm_kernels.neg_cosine import (
     neg_cosine_triton,
 )
 from rdm_kernels.product import define_product, product_op, product_triton
+from rdm_kernels.prototype_loss import (
+    centered_softmax_op,
+    centered_softmax_triton,
+    define_centered_softmax,
+    define_prototype_loss,
+    define_prototype_loss_backward,
+    prototype_loss_backward,
+    prototype_loss_backward_triton,
+    prototype_loss_op,
+    prototype_loss_triton,
+)
 from rdm_kernels.safe_eigh import define_eigh, eigh_op
+from rdm_kernels.sinkhorn import define_sinkhorn, sinkhorn_op, sinkhorn_triton
 from rdm_kernels.sym_matmul import define_sym_matmul, sym_matmul_op, sym_matmul_triton
 from rdm_kernels.variant import OPTIONS, POINTERS, Variant
 from tests.kernels.common import DEVICE, INTERPRETED, Body, Launches, choose_device, randn
@@ -80,6 +95,12 @@ BACKWARD = Op(neg_cosine_backward, define_neg_cosine_backward, neg_cosine_backwa
 FILTERED = Op(filtered_cosine_op, define_filtered_cosine, filtered_cosine_triton)
 START = Op(start, define_start, start_triton)
 COMBINE = Op(combine, define_combine, combine_triton)
+PROTOTYPES = Op(prototype_loss_op, define_prototype_loss, prototype_loss_triton)
+OF_PROTOTYPES = Op(
+    prototype_loss_backward, define_prototype_loss_backward, prototype_loss_backward_triton
+)
+SOFTMAX = Op(centered_softmax_op, define_centered_softmax, centered_softmax_triton)
+SINKHORN = Op(sinkhorn_op, define_sinkhorn, sinkhorn_triton)
 EIGH = Op(eigh_op, define_eigh, define_eigh)
 FUNCTION = Op(eigh_function, define_eigh_function, define_eigh_function)
 
@@ -110,6 +131,11 @@ def calls() -> Iterator[tuple[Op, tuple[Any, ...]]]:
         yield FILTERED, (p, norm, *forms, randn(2, 9, 6), X, scale)
         yield FILTERED, (p, norm, *forms, None, None, None)
         yield FILTERED, (p, norm, *forms, None, None, scale)
+    logits, q, tau = randn(3, 4, 9), randn(2, 4, 9).softmax(dim=-1), scale[0].exp()
+    yield PROTOTYPES, (logits, q, 0.1)
+    yield OF_PROTOTYPES, (randn(3), logits, q, *randn(3, 3, 4).unbind(), 0.1)
+    yield from ((SOFTMAX, (logits, center, tau)) for center in (None, randn(9)))
+    yield from ((SINKHORN, (logits.tanh(), tau, iterations)) for iterations in (1, 3))
     for narrow in (False, True):
         yield EIGH, (A, narrow)
         yield FUNCTION, (A @ A, "power", -0.5, 1e-6, narrow)
@@ -148,7 +174,7 @@ def tensors(found: Any) -> tuple[Tensor, ...]:
 
 @each(FIRST)
 def test_the_op_is_registered_correctly(op: Op, args: tuple[Any, ...]) -> None:
-    if op in (COSINE, FILTERED, EIGH, FUNCTION):
+    if op in (COSINE, FILTERED, PROTOTYPES, EIGH, FUNCTION):
         args = (args[0].clone().requires_grad_(), *args[1:])
     torch.library.opcheck(op.op, args)
 
@@ -237,6 +263,16 @@ REFUSED: list[tuple[Any, tuple[Any, ...], dict[str, Any], str]] = [
     (filter_factors, (Z(2, 3, 4), 0.5), {"cutoff": 0.2}, "[1e-3, 0.1], got 0.2"),
     (filter_factors, (Z(2, 3, 4), 7.0), {}, "7.0"),
     (filter_factors, (Z(2, 3), 0.5), {}, "X torch.float32 (2, 3)"),
+    (prototype_loss, (Z(1, 3, 4), Z(2, 3, 4), 0.1), {}, "q torch.float32 (2, 3, 4)"),
+    (prototype_loss, (Z(2, 3, 4), Z(2, 3, 5), 0.1), {}, "q torch.float32 (2, 3, 5)"),
+    (prototype_loss, (Z(2, 3, 4), Z(2, 3, 4).double(), 0.1), {}, "q torch.float64"),
+    (prototype_loss, (Z(2, 3, 4).half(), Z(2, 3, 4).half(), 0.1), {}, "logits torch.float16"),
+    (centered_softmax, (Z(2, 3, 4), Z(3), Z(())), {}, "center torch.float32 (3,)"),
+    (centered_softmax, (Z(2, 3, 4), None, Z(2)), {}, "temperature torch.float32 (2,)"),
+    (centered_softmax, (Z(3, 4), None, Z(())), {}, "scores torch.float32 (3, 4)"),
+    (sinkhorn, (Z(3, 4), Z(()), 3), {}, "scores torch.float32 (3, 4)"),
+    (sinkhorn, (Z(2, 3, 4).half(), Z(()), 3), {}, "scores torch.float16"),
+    (sinkhorn, (Z(2, 3, 4), Z(()), 0), {}, ", 0"),
     (safe_eigh, (Z(3),), {}, "A torch.float32 (3,)"),
     (safe_eigh, (Z(2, 3),), {}, "A torch.float32 (2, 3)"),
     (safe_eigh, (Z(3, 3).int(),), {}, "A torch.int32"),
