@@ -141,6 +141,39 @@ def draw_digits(runs: Runs) -> None:
     runs.call("docs/digits_figure.py", *folders, "docs/digits.png")
 
 
+# ---- branches ----------------------------------------------------------------------------------
+
+FEW = range(2)
+NETWORKS: dict[str, list[str]] = {
+    "online (the default)": ["--branch", "online"],
+    "online, `--bn recompute`": ["--branch", "online", "--bn", "recompute"],
+    "target (`--bn own`)": ["--branch", "target"],
+    "target, `--bn online`": ["--branch", "target", "--bn", "online"],
+    "target, `--bn recompute`": ["--branch", "target", "--bn", "recompute"],
+}
+
+
+def measure_branches(runs: Runs, quick: bool) -> Values:
+    """Accuracies of each branch of BYOL runs, by the statistics of its batch norms."""
+    trained = with_seeds(["digits_byol"], FEW)
+    runs.evaluated(trained)
+
+    def result(row: Sequence[str], flags: Sequence[str]) -> dict[str, float]:
+        out = runs.path([*row, *flags])
+        if not list(out.glob("*.json")):
+            runs.call("eval_linear.py", str(runs.path(row)), *flags, "--out", str(out))
+        (file,) = out.glob("*.json")
+        found: dict[str, float] = json.loads(file.read_text("utf-8"))
+        return found
+
+    keys = {LINEAR: "top1", KNN: "knn_top1", RANK: "effective_rank"}
+    values: Values = {}
+    for title, flags in NETWORKS.items():
+        found = [result(row, flags) for row in trained]
+        values[title] = {column: [each[key] for each in found] for column, key in keys.items()}
+    return values
+
+
 # ---- the sweep ---------------------------------------------------------------------------------
 
 CONTROL = "no filter"

@@ -121,6 +121,11 @@ ENTRIES = {
         command="rdm train digits_... --epochs 30, six runs",
         measure=m.measure_guard, columns=m.GUARD,
     ),
+    "branches": Entry(
+        blocks={"docs/evaluation.md": shown("`digits_byol`, branch", m.DIGITS)},
+        command="rdm train digits_byol --seed 0 to 2, and rdm eval --branch ... --bn ...",
+        measure=m.measure_branches, seeds=m.FEW, columns=m.DIGITS,
+    ),
     "solvers": Entry(
         blocks={"docs/evaluation.md": shown("solver", m.TOP1)},
         command="python -m bench.numbers solvers --check",
