@@ -69,7 +69,7 @@ class ModelConfig:
             require(
                 meant or getattr(self, name) == default,
                 f"model.{name}={getattr(self, name)} means nothing for model.backbone="
-                f"{self.backbone}: give model.{name}={default}",
+                f"{self.backbone}: give model.{name}={default}, the default",
             )
         require(
             self.backbone != "resnet8" or self.stem == "cifar",
