@@ -52,7 +52,7 @@ class EvaluateCommand:
     """For a file of weights: its first layers. Tensors do not distinguish the 3x3 ones: auto takes
     what files of rdm-fast note, else cifar_pad2 for solo-learn and cifar for others."""
     patch_size: PatchSize = 0
-    """For a file of weights of a timm model: the side of its patches; 0 reads it from the file."""
+    """For a file of a timm model: the side of its patches in pixels; 0 reads it from the file."""
     prefix: str | None = None
     """For a file of weights in an unknown layout: the prefix of the backbone's tensor names."""
     features_out: str = ""
