@@ -15,14 +15,16 @@ from unittest.mock import ANY
 import pytest
 import torch
 
-from rdm_fast.config import FilterConfig, OptimConfig, ViewConfig
+from rdm_fast.config import Config, FilterConfig, OptimConfig, ViewConfig
 from rdm_fast.config.recipes import DEFAULT, RECIPES, recipe
+from rdm_fast.config.saved import config_to_dict, flat
 from rdm_fast.filters.response import advice, few_rows
 from rdm_fast.methods import build_method
 from rdm_fast.optim import build_optimizer
 
 FAMILIES = ["cifar10", "cifar100", "imagenet100", "imagenet"]
 VIT_FAMILIES = ["digits_vit", "cifar10_vit", "imagenet100_vit"]
+NEW = ["dino", "swav"]
 METHODS = ["rdm_simsiam", "rdm_byol", "simsiam", "byol", "symsimsiam"]
 
 # heads as layers, hidden, dim, last norm
@@ -170,11 +172,88 @@ REFERENCE = [f"{family}_{method}" for family in FAMILIES for method in METHODS]
 
 def test_every_data_set_has_every_method() -> None:
     expected = {f"{family}_{m}" for family in ["digits", *FAMILIES, *VIT_FAMILIES] for m in METHODS}
-    assert set(RECIPES) == expected | {"digits_dino", "digits_swav"}
+    assert set(RECIPES) == expected | {f"{f}_{m}" for f in ["digits", *FAMILIES] for m in NEW}
     assert DEFAULT == "digits_rdm_simsiam"
 
 
-@pytest.mark.parametrize("name", RECIPES)
+# Every setting of DINO's and SwAV's recipes that is not the default of its field. CIFAR and
+# ImageNet-100: RDM's bash_files/pretrain/*/dino.sh and swav.sh (92d7e8d) and the defaults of
+# solo/methods/dino.py and swav.py; ImageNet: dino's README and main_dino.py (7c446df), swav's
+# scripts/swav_200ep_bs256_pretrain.sh (06b1b7c).
+VIEW = {"jitter": 0.8, "grey": 0.2, "flip": 0.5}
+PALE = VIEW | {"saturation": 0.2}
+STRONG = VIEW | {"brightness": 0.8, "contrast": 0.8, "saturation": 0.8, "hue": 0.2}
+EITHER = {"predictor": "none", "precision": "bf16", "model.projector_bn": False,
+          "optim.fixed_predictor_lr": False}  # fmt: skip
+DINO = EITHER | {
+    "method": "dino", "model.projector_dim": 256, "model.projector_activation": "gelu",
+    "model.projector_hidden_bn": False, "optim.decay_norm_and_bias": False,
+}  # fmt: skip
+SWAV = EITHER | {
+    "method": "swav", "model.projector_layers": 2, "model.projector_dim": 128,
+    "prototypes.centring": "sinkhorn", "prototypes.count": 3000, "prototypes.queue": 3840,
+    "optim.optimizer": "lars", "optim.base_lr": 0.6, "optim.final_lr": 6e-4,
+    "optim.weight_decay": 1e-6,
+}  # fmt: skip
+SOLO_DINO = DINO | {
+    "optim.optimizer": "lars", "optim.base_lr": 0.3, "optim.weight_decay": 1e-6,
+    "optim.epochs": 400, "optim.ema_start": 0.9995,
+    "prototypes.teacher_temp": 0.07, "prototypes.teacher_temp_epochs": 50.0,
+}  # fmt: skip
+SOLO_SWAV = SWAV | {
+    "optim.epochs": 400, "prototypes.frozen_epochs": 2.0, "prototypes.queue_epoch": 50.0,
+}  # fmt: skip
+CIFAR_DATA = {"model.stem": "cifar_pad2", "augment.interpolation": "bicubic"}
+FOLDER = {"data.name": "folder", "data.workers": 8, "model.stem": "imagenet", "augment.size": 224}
+OF_100 = FOLDER | {
+    "data.root": "data/imagenet100", "augment.interpolation": "bicubic",
+    "augment.std": [0.228, 0.224, 0.225],
+}  # fmt: skip
+RN50 = FOLDER | {"data.root": "data/imagenet", "log.every": 50, "model.backbone": "resnet50"}
+
+
+def of_views(first: dict[str, Any], second: dict[str, Any], area: float) -> dict[str, Any]:
+    views = {"view1": first, "view2": second}
+    found = {f"augment.{v}.{k}": x for v, each in views.items() for k, x in each.items()}
+    return found | {f"augment.{v}.crop_scale": [area, 1.0] for v in views}
+
+
+DINO_224 = PALE | {"blur": 1.0}, PALE | {"blur": 0.1, "solarize": 0.2}
+SWAV_224 = STRONG | {"blur": 0.5}, STRONG | {"blur": 0.5}
+PROTOTYPES: dict[str, dict[str, Any]] = {
+    "cifar_dino": SOLO_DINO | CIFAR_DATA | of_views(PALE, PALE | {"solarize": 0.2}, 0.08),
+    "cifar_swav": SOLO_SWAV | CIFAR_DATA | of_views(STRONG, STRONG, 0.08),
+    "imagenet100_dino": SOLO_DINO | OF_100 | of_views(*DINO_224, 0.08),
+    "imagenet100_swav": SOLO_SWAV | OF_100 | of_views(*SWAV_224, 0.08),
+    "imagenet_dino": DINO | RN50 | of_views(*DINO_224, 0.14) | {
+        "augment.interpolation": "bicubic", "augment.small_views": 8, "augment.small_blur": 0.5,
+        "prototypes.count": 65536, "optim.global_batch": 512, "optim.base_lr": 0.03,
+        "optim.final_lr": 1e-6, "optim.warmup_lr": 0.0, "optim.weight_decay": 1e-4,
+        "optim.clip_each": 3.0, "optim.ema_start": 0.996,
+    },
+    "imagenet_swav": SWAV | RN50 | of_views(*SWAV_224, 0.14) | {
+        "augment.std": [0.228, 0.224, 0.225], "augment.small_views": 6,
+        "prototypes.queue_epoch": 15.0, "optim.epochs": 200, "optim.warmup_epochs": 0,
+        "optim.lars_eta": 1e-3, "optim.lars_clip": False,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [f"{family}_{m}" for family in FAMILIES for m in NEW])
+def test_every_setting_of_dino_and_swav_is_its_source_s(name: str) -> None:
+    plain, default = (flat(config_to_dict(c)) for c in (RECIPES[name](), Config()))
+    found = {key: value for key, value in plain.items() if value != default[key]}
+    expected = PROTOTYPES[re.sub(r"cifar\d+", "cifar", name)]
+    if name.startswith("cifar"):
+        family = name.partition("_")[0]
+        mean, std = NORMALIZATION[family]
+        expected = expected | {
+            "data.name": family, "augment.mean": [*mean], "augment.std": [*std]
+        }  # fmt: skip
+    assert found == expected
+
+
+@pytest.mark.parametrize("name", [n for n in RECIPES if split(n)[1] not in NEW])
 def test_every_field_of_the_optimizer_is_its_source_s(name: str) -> None:
     optim, line = RECIPES[name]().optim, row(name)
     assert {field.name: getattr(optim, field.name) for field in fields(OptimConfig)} == (

@@ -11,11 +11,11 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from rdm_fast.config import Config
-from rdm_fast.config.recipes import cifar, digits, imagenet, vit
+from rdm_fast.config.recipes import cifar, digits, imagenet, prototypes, vit
 
 DEFAULT = digits.digits_rdm_simsiam.__name__
 
-FAMILIES = (digits, cifar, imagenet, vit)
+FAMILIES = (digits, cifar, imagenet, vit, prototypes)
 NAME = re.compile("(digits|cifar|imagenet)[0-9]*_")
 
 RECIPES: dict[str, Callable[[], Config]] = {
