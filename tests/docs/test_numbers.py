@@ -15,8 +15,10 @@ import pytest
 import bench.numbers as numbers
 from bench.measured import (
     DEFAULT,
+    FEW,
     KNN,
     LINEAR,
+    NETWORKS,
     RANK,
     SWEEP,
     VARIANTS,
@@ -24,6 +26,7 @@ from bench.measured import (
     Runs,
     Values,
     lowest_rank,
+    measure_branches,
     measure_digits,
     measure_sweep,
     response,
@@ -245,6 +248,28 @@ def test_digits_have_every_seed_with_and_without_the_filter(runs: Runs) -> None:
     assert measure_digits(runs, quick=True) == {
         DEFAULT: {LINEAR: [90], KNN: [80], RANK: [50]}, "raw pixels, same probe": pixels
     }  # fmt: skip
+
+
+def test_each_branch_of_each_seed_is_evaluated_once(
+    runs: Runs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[str, ...]] = []
+
+    def call(_: Runs, program: str, run: str, *arguments: str) -> None:
+        *flags, _, out = arguments
+        asked.append((program, *flags))
+        Path(out).mkdir()
+        found = {"top1": 90.0 + int(run[-1]), "knn_top1": 80.0, "effective_rank": len(flags)}
+        (Path(out) / "x.json").write_text(json.dumps(found))
+
+    monkeypatch.setattr(Runs, "call", call)
+    values = measure_branches(runs, quick=False)
+    assert measure_branches(runs, quick=False) == values
+    assert asked == [("eval_linear.py", *flags) for flags in NETWORKS.values() for _ in FEW]
+    for title, flags in NETWORKS.items():
+        tops = [90.0 + seed for seed in FEW]
+        alike = {KNN: [80.0] * len(FEW), RANK: [len(flags)] * len(FEW)}
+        assert values[title] == {LINEAR: tops} | alike
 
 
 def test_the_lowest_rank_is_that_after_the_guards_warm_up(runs: Runs) -> None:
