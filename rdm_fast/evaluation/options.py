@@ -44,6 +44,9 @@ class EvaluateCommand:
     protocols do, instead of on cached features."""
     finetune: bool = False
     """Train the backbone too, from the checkpoint, on random crops and flips."""
+    layer_decay: Annotated[float, Between(0, 1, above=True)] = 1.0
+    """Factor of the learning rate from one layer of the backbone to the one below, for --finetune:
+    a ViT's blocks, a ResNet's stages. 1 trains all layers at one rate."""
     recipe: str = ""
     """For a file of weights: the recipe whose data set and views to use."""
     arch: str = "auto"
@@ -102,6 +105,10 @@ class EvaluateCommand:
             "finetune has its own protocol: leave out protocol and augment",
         )
         require(
+            self.finetune or self.layer_decay == 1,
+            f"--layer-decay {self.layer_decay} is for fine-tuning: add --finetune, or leave it out",
+        )
+        require(
             not self.finetune or self.precision != "fp16",
             "finetune with precision=fp16 has no loss scaling: use bf16 or fp32",
         )
@@ -135,7 +142,12 @@ class EvaluateCommand:
                     f"{flag} is for protocols that train in epochs, and {protocol.name} does not: "
                     f"use --protocol {_or(iterated)}"
                 )
-        return replace(protocol, epochs=self.epochs or protocol.epochs, lr=self.lr or protocol.lr)
+        return replace(
+            protocol,
+            epochs=self.epochs or protocol.epochs,
+            lr=self.lr or protocol.lr,
+            layer_decay=self.layer_decay,
+        )
 
 
 def _or(names: Iterable[str]) -> str:

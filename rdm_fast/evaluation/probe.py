@@ -7,7 +7,7 @@ bias. Every function depends on its arguments only and leaves the global random 
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -80,7 +80,9 @@ def fit_iterated(
     return fold(weight.detach(), bias.detach(), mean, scale)
 
 
-def build_optimizer(parameters: list[Tensor], protocol: Protocol) -> torch.optim.Optimizer:
+def build_optimizer(
+    parameters: list[Tensor] | list[dict[str, Any]], protocol: Protocol
+) -> torch.optim.Optimizer:
     """SGD, or LARS as in SimSiam's ImageNet evaluation (apex's LARC with clip=False).
 
     LARS multiplies the gradient of each tensor by trust |w| / (|g| + weight_decay |w| + 1e-8)

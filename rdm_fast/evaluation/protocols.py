@@ -51,6 +51,8 @@ class Protocol:
     """Candidates for weight_decay in solver=sgd-sweep."""
     momentum: float = 0.9
     """Momentum of SGD and LARS."""
+    layer_decay: float = 1.0
+    """Fine-tuning: factor of the learning rate from one layer to the one below."""
     init: Init = "default"
     """default is torch.nn.Linear's uniform; normal is N(0, 0.01^2) with zero bias."""
     standardize: bool = False

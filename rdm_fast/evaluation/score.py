@@ -52,6 +52,8 @@ class Result:
     seed: int
     lowered: list[str] = field(default_factory=list)
     """What the protocol asks for and too few images cannot give."""
+    layer_decay: float = 1.0
+    """Factor of the learning rate from one layer to the one below, of fine-tuning."""
 
     @property
     def label(self) -> str:
@@ -141,6 +143,7 @@ def score(
         trained_on="views" if on_views else "features",
         seed=seed,
         lowered=lowered,
+        layer_decay=protocol.layer_decay,
     )
     keep(result)
     top1, top5 = knn_accuracy(

@@ -7,6 +7,7 @@ several ranks, each trains on its share of a batch and gradients are averaged.
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ from rdm_fast.evaluation.probe import LinearClassifier, build_optimizer, initial
 from rdm_fast.evaluation.protocols import Protocol
 from rdm_fast.models.backbone import memory_format
 from rdm_fast.models.batchnorm import synchronize
+from rdm_fast.optim import layer_decay_groups
 from rdm_fast.runtime.distributed import print0, rank, world_size
 from rdm_fast.runtime.precision import autocast
 
@@ -65,7 +67,7 @@ def train_on_views(
         in evaluation mode again).
 
     Raises:
-        UsageError: there are more ranks than images.
+        UsageError: there are more ranks than images, or --layer-decay without layers.
     """
     if len(images) < world_size():
         raise UsageError(f"--nproc {world_size()} is more than the {len(images)} training images")
@@ -87,14 +89,17 @@ def train_on_views(
     if world_size() > 1:
         devices = [device] if device.type == "cuda" else None
         parallel = DistributedDataParallel(model, device_ids=devices)
-    optimizer = build_optimizer([p for p in model.parameters() if p.requires_grad], protocol)
+    groups: list[dict[str, Any]] = [{"params": list(head.parameters()), "lr_scale": 1.0}]
+    if finetune:
+        groups = layer_decay_groups(backbone, head, protocol.layer_decay)
+    optimizer = build_optimizer(groups, protocol)
     batch = protocol.batch_for(len(images))
     batch = max(batch - batch % world_size(), world_size())  # the same share for every rank
     if finetune:
         model.train()
     for epoch in range(protocol.epochs):
         for group in optimizer.param_groups:
-            group["lr"] = protocol.lr_at(epoch)
+            group["lr"] = protocol.lr_at(epoch) * group["lr_scale"]
         total, steps = torch.zeros((), device=device), 0
         for views, labels in view_batches(
             images, config, view, seed, epoch, batch, device, drop_last=protocol.drop_last

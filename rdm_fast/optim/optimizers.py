@@ -47,7 +47,9 @@ def parameter_groups(method: nn.Module, optim: OptimConfig) -> list[dict[str, An
         if parameter.requires_grad:
             fixed_lr = optim.fixed_predictor_lr and name.startswith(PREDICTOR)
             excluded = not optim.decay_norm_and_bias and (
-                parameter.dim() <= 1 or any(fnmatchcase(name, pattern) for pattern in named)
+                parameter.dim() <= 1
+                or name.endswith(".bias")
+                or any(fnmatchcase(name, pattern) for pattern in named)
             )
             groups[fixed_lr, excluded].append(parameter)
     return [

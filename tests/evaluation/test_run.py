@@ -176,6 +176,7 @@ def command(**options: Any) -> Callable[[], object]:
     [
         (command(finetune=True, protocol="closed-form"), "finetune"),
         (command(finetune=True, precision="fp16"), "fp16"),
+        (command(layer_decay=0.5), "--layer-decay"),
         (command(features_out="x.pth"), "x.pth"),
         (command(epochs=-1), "epochs=-1"),
         (command(recipe="x"), "recipe=x"),
