@@ -47,7 +47,7 @@ def _vit(
 
 
 def _digits(config: Config) -> Config:
-    optim = replace(ADAMW, epochs=60, global_batch=200, base_lr=1e-3, warmup_epochs=6)
+    optim = replace(ADAMW, epochs=60, global_batch=200, base_lr=2.5e-3, warmup_epochs=6)
     return _vit(config, "test_vit", 4, optim)
 
 
