@@ -143,7 +143,7 @@ def draw_digits(runs: Runs) -> None:
 
 # ---- branches ----------------------------------------------------------------------------------
 
-FEW = range(2)
+FEW = range(3)
 NETWORKS: dict[str, list[str]] = {
     "online (the default)": ["--branch", "online"],
     "online, `--bn recompute`": ["--branch", "online", "--bn", "recompute"],
