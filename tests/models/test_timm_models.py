@@ -52,17 +52,22 @@ def test_a_model_is_timms_own_with_equal_weights_for_equal_seeds(
     assert embeddings.shape == (2, d_emb) == (2, theirs.num_features)
 
 
-def test_the_next_random_number_depends_on_the_weights_alone() -> None:
-    """Heads are drawn after the backbone: arguments that a model refuses must not move them."""
-    after = []
-    for make in (
-        lambda: build("timm/test_convnext"),
-        lambda: timm.create_model("test_convnext", num_classes=0),
-    ):
-        torch.manual_seed(5)
-        make()
-        after.append(torch.rand(1))
-    assert torch.equal(*after)
+def test_arguments_that_a_model_refuses_leave_its_weights_as_they_are(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Even where it draws numbers first."""
+    expected, real = build("timm/test_convnext").state_dict(), timm.create_model
+
+    def late(name: str, **arguments: Any) -> nn.Module:
+        torch.rand(1)
+        return real(name, **arguments)
+
+    monkeypatch.setattr(timm, "create_model", late)
+    torch.manual_seed(5)
+    once = late("test_convnext", num_classes=0).state_dict()
+    found = build("timm/test_convnext").state_dict()
+    assert all(torch.equal(t, once[n]) for n, t in found.items())
+    assert not all(torch.equal(t, expected[n]) for n, t in found.items())
 
 
 def test_small_views_get_interpolated_positions_and_the_same_weights() -> None:
