@@ -6,6 +6,7 @@ from rdm_fast.config import (
     AugmentConfig,
     Config,
     DataConfig,
+    GuardConfig,
     LogConfig,
     ModelConfig,
     OptimConfig,
@@ -100,4 +101,5 @@ def digits_swav() -> Config:
         predictor="none",
         model=model,
         prototypes=PrototypesConfig(count=512, frozen_epochs=1, centring="sinkhorn"),
+        guard=GuardConfig(warmup=0.3),  # ranks fall at first, and rise from then on
     )
