@@ -338,6 +338,12 @@ def check_accuracy(runs: Runs, quick: bool) -> Values:
     return {}
 
 
+def check_prototypes(runs: Runs, quick: bool) -> Values:
+    """No values: `bench.accuracy` fails where a bound is broken."""
+    runs.call("-m", "bench.accuracy", "--prototypes", "--device", "cpu")
+    return {}
+
+
 def check_launches(runs: Runs, quick: bool) -> Values:
     """No values: `bench.launches` fails where the page has another table."""
     runs.call("-m", "bench.launches", "--check", "kernels/README.md")

@@ -140,6 +140,11 @@ ENTRIES = {
         blocks={"kernels/README.md": None}, command="make accuracy",
         measure=m.check_accuracy,
     ),
+    "prototypes": Entry(
+        blocks={"kernels/README.md": None},
+        command="python -m bench.accuracy --prototypes --write kernels/README.md",
+        measure=m.check_prototypes,
+    ),
     "launches": Entry(
         blocks={"kernels/README.md": None},
         command="python -m bench.launches --write kernels/README.md",
