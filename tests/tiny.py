@@ -26,12 +26,13 @@ def tiny(name: str = "digits_rdm_simsiam", size: int = 8, **optim: object) -> Co
     """The recipe with a model of a few thousand weights, small views, two epochs of four steps."""
     config = RECIPES[name]()
     sizes = {"width": 4, "projector_hidden": 16, "projector_dim": 24, "predictor_hidden": 8}
+    prototypes = config.method in ("dino", "swav")
     settings: dict[str, object] = {"epochs": 2, "global_batch": 336, "warmup_epochs": 1.0}
     return replace(
         config,
         augment=replace(config.augment, size=size),
-        model=replace(config.model, projector_layers=3, **sizes),
-        prototypes=replace(config.prototypes, count=20),
+        model=replace(config.model, backbone="resnet8", stem="cifar", projector_layers=3, **sizes),
+        prototypes=replace(config.prototypes, count=20) if prototypes else config.prototypes,
         optim=replace(config.optim, **(settings | optim)),
         log=LogConfig(every=2, spectrum_every=3, knn_every=0, save_every=2),
     )

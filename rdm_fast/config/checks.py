@@ -92,6 +92,11 @@ def shown(value: object) -> str:
 
 
 def did_you_mean(word: str, known: Iterable[str], otherwise: str) -> str:
-    """The nearest known word as a question, or `otherwise` if none is near."""
-    near = difflib.get_close_matches(word.lower(), list(known), n=1, cutoff=0.5)
+    """The nearest known word as a question, or `otherwise` if none is near.
+
+    A word with something added, such as --batch-size for --batch, is nearest.
+    """
+    words = list(known)
+    near = [each for each in words if word.lower().startswith(f"{each}-")]
+    near = near or difflib.get_close_matches(word.lower(), words, n=1, cutoff=0.5)
     return f"did you mean {near[0]}?" if near else otherwise

@@ -69,7 +69,7 @@ def test_a_number_is_accepted_up_to_its_limits_and_named_beyond_them(name: str) 
     if isinstance(low, int):
         beyond = [low - 1] + [high + 1] * (high < math.inf)
     else:
-        beyond = [math.nextafter(low, -1), math.nextafter(high, math.inf), math.nan]
+        beyond = [math.nextafter(low, -math.inf), math.nextafter(high, math.inf), math.nan]
     for value in (low, high):
         if value < math.inf:
             changed(CONFIG, {name: value})

@@ -2,7 +2,6 @@
 
 from dataclasses import fields, replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,7 +11,7 @@ from rdm_fast.config import AugmentConfig, DataConfig, FilterConfig
 from rdm_fast.data import load
 from rdm_fast.errors import DataError, UserError
 from rdm_fast.filters.loss import SpectralCosine
-from rdm_fast.methods import Branches, build_method
+from rdm_fast.methods import Branches, Method, build_method
 from rdm_fast.spectrum import effective_rank
 from rdm_fast.telemetry import SPECTRUM_KEYS
 from rdm_fast.tools.report.measure import (
@@ -40,14 +39,19 @@ def rows(seed: int) -> torch.Tensor:
     return torch.from_numpy(8 * U * 0.5 ** np.arange(D) @ V.T)
 
 
+def filtered_by(config: FilterConfig) -> Method:
+    method = build_method(tiny())
+    method.criterion = SpectralCosine(config)
+    return method
+
+
 @pytest.mark.parametrize("location", ["online", "target"])
 def test_spectra_are_those_of_the_outputs_strongest_first(location: str) -> None:
     """Views with known singular values s: an output filtered by s^sigma has s^(2 + 2 sigma) / B."""
     sigma = 1.0 if location == "online" else -0.5
     config = FilterConfig(location=location, sigma=sigma)  # type: ignore[arg-type]
     z = torch.stack([rows(0), rows(1)])
-    method = SimpleNamespace(criterion=SpectralCosine(config))
-    found = _spectra(method, iter([Branches(z, z.flip(0), z)]), 5)  # type: ignore[arg-type]
+    found = _spectra(filtered_by(config), iter([Branches(z, z.flip(0), z)]), 5)
 
     s = 8 * 0.5 ** np.arange(D)
     plain, filtered = s**2 / B, (s * (s / s.max()) ** sigma) ** 2 / B
@@ -63,10 +67,10 @@ def test_spectra_are_those_of_the_outputs_strongest_first(location: str) -> None
 def test_spectra_are_means_over_batches() -> None:
     """The second batch is three times as large in every row: eigenvalues 1 and 9, mean 5."""
     z = torch.stack([rows(0), rows(1)])
-    method = SimpleNamespace(criterion=SpectralCosine(FilterConfig()))
+    method = filtered_by(FilterConfig())
     batches = [Branches(z, z.flip(0), z), Branches(3 * z, 3 * z.flip(0), 3 * z)]
-    found = _spectra(method, iter(batches), 5)  # type: ignore[arg-type]
-    one = _spectra(method, iter(batches[:1]), 5)  # type: ignore[arg-type]
+    found = _spectra(method, iter(batches), 5)
+    one = _spectra(method, iter(batches[:1]), 5)
     np.testing.assert_allclose(found.projection, 5 * one.projection, rtol=1e-9)
 
 

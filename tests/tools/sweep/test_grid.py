@@ -37,7 +37,7 @@ def test_the_default_is_the_papers_grid_and_a_control() -> None:
     assert (runs["control"].filter.kind, runs["control"].filter.sigma) == ("poly", 0.0)
 
 
-@pytest.mark.parametrize("name", [name for name in RECIPES if "symsimsiam" not in name])
+@pytest.mark.parametrize("name", [name for name in RECIPES if recipe(name).predictor != "none"])
 def test_runs_differ_in_filter_and_folder_and_in_nothing_else(name: str) -> None:
     runs = swept(name, "--optim.epochs", "50")
     assert len(runs) == len(GRID)
@@ -80,6 +80,7 @@ def test_a_prediction_is_negative_exactly_where_the_trainer_warns(name: str) -> 
         ("--filter", "--filter"),
         ("--jobs -1", "--jobs=-1"),
         ("digits_symsimsiam", "method=symsimsiam"),
+        ("digits_dino", "method=dino"),
     ],
 )
 def test_a_sweep_that_cannot_run_is_named(line: str, named: str) -> None:
