@@ -303,13 +303,13 @@ def report(
 
 # ---- prototypes --------------------------------------------------------------------------------
 
-KINDS: dict[str, tuple[Centring, int, int]] = {
+PROTOTYPES: dict[str, tuple[Centring, int, int]] = {
     "dino, K 4096": ("mean", 4096, 256),
     "dino, K 65536": ("mean", 65_536, 256),
-    "dino, sinkhorn, K 4096": ("sinkhorn", 4096, 256),
     "swav, K 3000": ("sinkhorn", 3000, 128),
 }
-"""Losses of DINO and SwAV: the target map, K and D."""
+"""Losses of the recipes of DINO and SwAV: the target map, K and D."""
+KINDS = PROTOTYPES | {"dino, sinkhorn, K 4096": ("sinkhorn", 4096, 256)}
 NARROW = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 MOST = {"float32": (1e-4, 1e-7), "bfloat16": (1e-2, 1e-4), "float16": (2e-3, 1e-6)}
 """Bounds of the columns q and gradient."""

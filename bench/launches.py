@@ -35,7 +35,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from bench.accuracy import LOGS, ONLINE
+from bench.accuracy import LOGS, ONLINE, PROTOTYPES
 from bench.fake_device import backward, fake_device, triton_calls
 from bench.machine import H100, floor
 from bench.markdown import Columns, between, replace_between, table_of
@@ -248,19 +248,12 @@ def count(
 
 # ---- prototypes --------------------------------------------------------------------------------
 
-PROTOTYPES = {
-    "dino, K 4096": ("mean", 4096, 256),
-    "dino, K 65536": ("mean", 65_536, 256),
-    "swav, K 3000": ("sinkhorn", 3000, 128),
-}
-"""Of DINO and SwAV: the target map, K and D."""
-
 
 def count_prototypes(name: str, B: int, dtype: torch.dtype) -> Count:
     """Launches from two views of B rows of unit length to the loss, and back to their gradient and
     the prototypes'; needs `fake_device`."""
     centring, K, D = PROTOTYPES[name]
-    settings = PrototypesConfig(centring=centring)  # type: ignore[arg-type]
+    settings = PrototypesConfig(centring=centring)
     with torch.device("cuda"):
         prototypes = Prototypes(K, D, None if dtype == torch.float32 else dtype)
         method = Swav(nn.Identity(), nn.Identity(), prototypes, settings)

@@ -24,6 +24,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rdm_kernels.ops import cuda_launcher, define_op, describe
+from rdm_kernels.tiles import aligned
 from rdm_kernels.variant import FP32, Variant
 
 DTYPES = (torch.float32, torch.float64)
@@ -216,6 +217,18 @@ def _centered_softmax_kernel(l_ptr, c_ptr, tau_ptr, q_ptr, K, BLOCK: tl.constexp
 
 
 @triton.jit
+def _row_and_targets(b, targets):
+    """This program's row, which is row i of view s, and its targets, first to last - 1.
+
+    View s has target s, or all targets if there is none of that number.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    s, i = (row // b).to(tl.int32), row % b
+    first, last = tl.where(s < targets, s, 0), tl.where(s < targets, s + 1, targets)
+    return row, s, i, first, last
+
+
+@triton.jit
 def _summed_targets(q_ptr, first, last, i, b, K, at):
     """Columns `at` of row i, summed over targets first to last - 1."""
     Q = tl.zeros_like(at).to(tl.float32)
@@ -231,10 +244,8 @@ def _prototype_loss_fwd_kernel(
     l_ptr, q_ptr, rows_ptr, lse_ptr, mass_ptr,
     b, targets, K, scale, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Row i of view s, which has target s, or all targets if there is none of that number."""
-    row = tl.program_id(0).to(tl.int64)
-    s, i = (row // b).to(tl.int32), row % b
-    first, last = tl.where(s < targets, s, 0), tl.where(s < targets, s + 1, targets)
+    """Loss, log-sum-exp and |Q|_1 of one row."""
+    row, _s, i, first, last = _row_and_targets(b, targets)
     lanes = tl.arange(0, BLOCK)
     m = tl.full((BLOCK,), LOW, tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
@@ -259,10 +270,8 @@ def _prototype_loss_bwd_kernel(
     grad_ptr, l_ptr, q_ptr, rows_ptr, lse_ptr, mass_ptr, d_ptr,
     b, targets, K, scale, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The same rows."""
-    row = tl.program_id(0).to(tl.int64)
-    s, i = (row // b).to(tl.int32), row % b
-    first, last = tl.where(s < targets, s, 0), tl.where(s < targets, s + 1, targets)
+    """The gradient of one row."""
+    row, s, i, first, last = _row_and_targets(b, targets)
     lanes = tl.arange(0, BLOCK)
     share = tl.load(grad_ptr + s) * scale / b.to(tl.float32)
     lse, mass = tl.load(lse_ptr + row), tl.load(mass_ptr + row)
@@ -277,12 +286,6 @@ def _prototype_loss_bwd_kernel(
 
 ROWS = {"BLOCK": 1024, "num_warps": 4}
 GRADIENT = {"BLOCK": 512, "num_warps": 4}  # 1024 spills on sm_100
-
-
-def aligned(X: Tensor) -> Tensor:
-    """X, or a contiguous copy that begins at a multiple of 16 bytes."""
-    X = X.contiguous()
-    return X.clone() if X.data_ptr() % 16 else X
 
 
 @cuda_launcher(centered_softmax_op)

@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rdm_kernels.ops import cuda_launcher, define_op, describe
-from rdm_kernels.prototype_loss import aligned
+from rdm_kernels.tiles import aligned
 from rdm_kernels.variant import FP32, Variant
 
 DTYPES = (torch.float32, torch.float64)

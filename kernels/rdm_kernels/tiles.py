@@ -70,6 +70,11 @@ def pad_rows(X: Tensor) -> Tensor:
     """X, or a copy that is contiguous, 16-byte aligned and zero-padded to a multiple of WIDTH."""
     if missing := -X.shape[-1] % WIDTH:  # padding by nothing copies too
         return torch.nn.functional.pad(X, (0, missing)).contiguous()
+    return aligned(X)
+
+
+def aligned(X: Tensor) -> Tensor:
+    """X, or a contiguous copy that begins at a multiple of 16 bytes."""
     X = X.contiguous()
     return X.clone() if X.data_ptr() % 16 else X
 

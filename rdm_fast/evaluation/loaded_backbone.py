@@ -91,8 +91,13 @@ def _load_run(path: Path, command: EvaluateCommand) -> LoadedBackbone:
             copy_statistics(theirs, ours)
     folder = Path(command.out) if command.out else run / FOLDER
     key = (path / checkpoint.MANIFEST).read_text(encoding="utf-8")
-    name = _with_bn(f"{path.name}-target" if branch == "target" else path.name, command)
+    name = _with_bn(step_and_branch(path, branch), command)
     return LoadedBackbone(*encoder, config, key, name, folder, branch)
+
+
+def step_and_branch(path: Path, branch: Branch) -> str:
+    """What names of files made of a step folder begin with."""
+    return f"{path.name}-target" if branch == "target" else path.name
 
 
 def _with_bn(name: str, command: EvaluateCommand) -> str:

@@ -11,7 +11,7 @@ from rdm_fast.config import (
     OptimConfig,
     ViewConfig,
 )
-from rdm_fast.config.recipes.parts import WHITEN, byol_heads, lars, rdm, symmetric
+from rdm_fast.config.recipes.parts import WHITEN, byol_heads, byol_views, lars, rdm, symmetric
 
 CIFAR_STATISTICS: dict[DataName, tuple[tuple[float, ...], tuple[float, ...]]] = {
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
@@ -36,11 +36,10 @@ def _cifar_simsiam(name: DataName) -> Config:
 
 def _cifar_byol(name: DataName) -> Config:
     config = _cifar_simsiam(name)
-    view1 = replace(config.augment.view1, saturation=0.2)
     return replace(
         config,
         method="byol",
-        augment=replace(config.augment, view1=view1, view2=replace(view1, solarize=0.2)),
+        augment=byol_views(config.augment, 0.0, 0.0),
         model=byol_heads(config.model),
         optim=replace(lars(config.optim), base_lr=1.0),
     )

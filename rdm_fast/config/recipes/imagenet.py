@@ -11,7 +11,15 @@ from rdm_fast.config import (
     OptimConfig,
     ViewConfig,
 )
-from rdm_fast.config.recipes.parts import LOW_PASS, WHITEN, byol_heads, lars, rdm, symmetric
+from rdm_fast.config.recipes.parts import (
+    LOW_PASS,
+    WHITEN,
+    byol_heads,
+    byol_views,
+    lars,
+    rdm,
+    symmetric,
+)
 
 
 def imagenet100_simsiam() -> Config:
@@ -36,12 +44,10 @@ def imagenet100_simsiam() -> Config:
 def imagenet100_byol() -> Config:
     """BYOL with its learned predictor on ImageNet-100, ResNet-18."""
     config = imagenet100_simsiam()
-    view1 = replace(config.augment.view1, saturation=0.2, blur=1.0)
-    view2 = replace(view1, blur=0.1, solarize=0.2)
     return replace(
         config,
         method="byol",
-        augment=replace(config.augment, view1=view1, view2=view2),
+        augment=byol_views(config.augment, 1.0, 0.1),
         model=byol_heads(config.model, predictor_hidden=8192),
         optim=lars(config.optim),
     )
@@ -85,8 +91,8 @@ def imagenet_byol() -> Config:
     of solo-learn's scripts/pretrain/imagenet/byol.yaml, at SimSiam's batch of 512.
     """
     config = imagenet_simsiam()
-    view1 = replace(config.augment.view1, crop_scale=(0.08, 1.0), saturation=0.2, blur=1.0)
-    view2 = replace(view1, blur=0.1, solarize=0.2)
+    view1 = replace(config.augment.view1, crop_scale=(0.08, 1.0))
+    augment = byol_views(replace(config.augment, view1=view1), 1.0, 0.1)
     optim = replace(
         lars(config.optim),
         base_lr=0.45,
@@ -98,7 +104,7 @@ def imagenet_byol() -> Config:
     return replace(
         config,
         method="byol",
-        augment=replace(config.augment, interpolation="bicubic", view1=view1, view2=view2),
+        augment=replace(augment, interpolation="bicubic"),
         model=byol_heads(config.model),
         optim=optim,
     )

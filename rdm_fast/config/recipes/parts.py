@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from rdm_fast.config import Config, FilterConfig, ModelConfig, OptimConfig
+from rdm_fast.config import AugmentConfig, Config, FilterConfig, ModelConfig, OptimConfig
 
 WHITEN = FilterConfig(location="target", sigma=-1.0)
 """The target filter of the released scripts: weights every direction of the target equally."""
@@ -28,6 +28,12 @@ def byol_heads(model: ModelConfig, predictor_hidden: int = 4096) -> ModelConfig:
         projector_bn=False,
         predictor_hidden=predictor_hidden,
     )
+
+
+def byol_views(augment: AugmentConfig, blur1: float, blur2: float) -> AugmentConfig:
+    """BYOL's two views, which DINO took over: a blur of each, and solarization of the second."""
+    view1 = replace(augment.view1, saturation=0.2, blur=blur1)
+    return replace(augment, view1=view1, view2=replace(view1, blur=blur2, solarize=0.2))
 
 
 def lars(optim: OptimConfig) -> OptimConfig:

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from rdm_fast.config import Config, ModelConfig, PrototypesConfig
 from rdm_fast.config.recipes import cifar, imagenet
-from rdm_fast.config.recipes.parts import lars
+from rdm_fast.config.recipes.parts import byol_views, lars
 
 
 def _head(model: ModelConfig, *, dino: bool) -> ModelConfig:
@@ -25,8 +25,8 @@ def _head(model: ModelConfig, *, dino: bool) -> ModelConfig:
     return replace(head, projector_activation="gelu", projector_hidden_bn=False) if dino else head
 
 
-def _dino(config: Config) -> Config:
-    """From SimSiam's data and views, with LARS."""
+def _dino(config: Config, blur1: float, blur2: float) -> Config:
+    """From SimSiam's data, with LARS, and the blur of each view."""
     optim = replace(
         lars(config.optim), base_lr=0.3, weight_decay=1e-6, ema_start=0.9995, ema_end=1.0
     )
@@ -34,6 +34,7 @@ def _dino(config: Config) -> Config:
         config,
         method="dino",
         predictor="none",
+        augment=byol_views(config.augment, blur1, blur2),
         model=_head(config.model, dino=True),
         optim=optim,
         prototypes=PrototypesConfig(count=4096, teacher_temp=0.07, teacher_temp_epochs=50),
@@ -63,17 +64,9 @@ def _swav(config: Config) -> Config:
     )
 
 
-def _dino_views(config: Config, blur1: float, blur2: float, solarize: float) -> Config:
-    """With DINO's jitter, the blur of each view, and solarization of the second."""
-    augment = config.augment
-    view1 = replace(augment.view1, saturation=0.2, blur=blur1)
-    view2 = replace(view1, blur=blur2, solarize=solarize)
-    return replace(config, augment=replace(augment, view1=view1, view2=view2))
-
-
 def cifar10_dino() -> Config:
     """DINO on CIFAR-10."""
-    return _dino_views(_dino(cifar.cifar10_simsiam()), 0.0, 0.0, 0.2)
+    return _dino(cifar.cifar10_simsiam(), 0.0, 0.0)
 
 
 def cifar10_swav() -> Config:
@@ -83,7 +76,7 @@ def cifar10_swav() -> Config:
 
 def cifar100_dino() -> Config:
     """DINO on CIFAR-100."""
-    return _dino_views(_dino(cifar.cifar100_simsiam()), 0.0, 0.0, 0.2)
+    return _dino(cifar.cifar100_simsiam(), 0.0, 0.0)
 
 
 def cifar100_swav() -> Config:
@@ -93,7 +86,7 @@ def cifar100_swav() -> Config:
 
 def imagenet100_dino() -> Config:
     """DINO on ImageNet-100, ResNet-18."""
-    return _dino_views(_dino(imagenet.imagenet100_simsiam()), 1.0, 0.1, 0.2)
+    return _dino(imagenet.imagenet100_simsiam(), 1.0, 0.1)
 
 
 def imagenet100_swav() -> Config:
@@ -103,11 +96,11 @@ def imagenet100_swav() -> Config:
 
 def imagenet_dino() -> Config:
     """DINO on ImageNet, ResNet-50, 100 epochs, with eight small views."""
-    config = _dino_views(imagenet.imagenet_simsiam(), 1.0, 0.1, 0.2)
-    views = (replace(v, crop_scale=(0.14, 1.0)) for v in config.augment.views[:2])
-    view1, view2 = views
+    config = imagenet.imagenet_simsiam()
+    dino = _dino(config, 1.0, 0.1)
+    view1, view2 = (replace(v, crop_scale=(0.14, 1.0)) for v in dino.augment.views[:2])
     augment = replace(
-        config.augment, view1=view1, view2=view2, interpolation="bicubic", small_views=8,
+        dino.augment, view1=view1, view2=view2, interpolation="bicubic", small_views=8,
         small_blur=0.5,
     )  # fmt: skip
     optim = replace(
@@ -122,7 +115,7 @@ def imagenet_dino() -> Config:
         ema_start=0.996,
     )
     return replace(
-        _dino(config),
+        dino,
         augment=augment,
         optim=optim,
         prototypes=PrototypesConfig(count=65_536),

@@ -20,7 +20,7 @@ from rdm_fast.config import Config
 from rdm_fast.config.run import Branch
 from rdm_fast.data.loaders.evaluation import shorter_side
 from rdm_fast.errors import CannotCreate, UsageError
-from rdm_fast.evaluation.loaded_backbone import load_method
+from rdm_fast.evaluation.loaded_backbone import load_method, step_and_branch
 from rdm_fast.methods import Encoder
 from rdm_fast.models.backbone import TORCHVISION
 from rdm_fast.models.layouts import LAYOUTS
@@ -83,8 +83,7 @@ def export_checkpoint(
     suffix = SUFFIXES[target][0]
     if out is None:
         refuse_links(run)
-        name = f"{path.name}-target" if branch == "target" else path.name
-        out = run / FOLDER / f"{name}-{target}{suffix}"
+        out = run / FOLDER / f"{step_and_branch(path, branch)}-{target}{suffix}"
     if suffix and out.suffix not in SUFFIXES[target]:
         raise UsageError(f"--out {out}: --to {target} writes a file *{suffix}")
     export = _Export(out, target, config, branch)
