@@ -2,7 +2,7 @@
 
     python -m bench.accuracy [--engine gemm eigh auto] [--dtype float32 bfloat16]
                              [--shape 128 384] [--device cpu] [--arithmetic tf32x3]
-                             [--write FILE] [--rows FILE] [--prototypes]
+                             [--write FILE] [--rows FILE]
 
 Prints a Markdown table for each engine and dtype. A cell is 1 - cos(dP, exact dP), the larger of
 two views. Exact is the float64 gradient of the engine's own definition on the same inputs and
@@ -16,9 +16,6 @@ device: the paper's, without directions below the cutoff, or the damped one (gem
 
 With --arithmetic tf32x3, a CPU forms the gemm engine's float32 products as tensor cores do: three
 products of operands that are truncated to 10 bits. A filter that an engine refuses has no row.
-
-A last table has the losses of DINO and SwAV: the error of assignments q relative to them (root mean
-square), 1 - cos of the gradient for z, and the error of the loss.
 
 Exits with 1 if a cell exceeds the limit in `fault`, or finite inputs give NaN.
 
@@ -35,25 +32,21 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
-from itertools import product
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from bench.machine import describe
 from bench.markdown import replace_between, table
 from bench.rows import SMALL, append
 from bench.tensor_cores import tf32x3
 from rdm_fast import FilterConfig
-from rdm_fast.config import Kind, PrototypesConfig
-from rdm_fast.config.prototypes import Centring
+from rdm_fast.config import Kind
 from rdm_fast.errors import Unavailable
 from rdm_fast.filters.engines.gemm import LEAST_CUTOFF
 from rdm_fast.filters.loss import SpectralCosine
-from rdm_fast.methods import Swav
-from rdm_fast.methods.prototypes import Prototypes
 from tests.spectra import damped_filter, g, gradients, paper_filter, paper_loss, two_views
 from tests.spectra import with_spectrum as matrix
 
@@ -301,61 +294,6 @@ def report(
     return Report(engine, dtype, shape, cells, unflagged)
 
 
-# ---- prototypes --------------------------------------------------------------------------------
-
-PROTOTYPES: dict[str, tuple[Centring, int, int]] = {
-    "dino, K 4096": ("mean", 4096, 256),
-    "dino, K 65536": ("mean", 65_536, 256),
-    "swav, K 3000": ("sinkhorn", 3000, 128),
-}
-"""Losses of the recipes of DINO and SwAV: the target map, K and D."""
-KINDS = PROTOTYPES | {"dino, sinkhorn, K 4096": ("sinkhorn", 4096, 256)}
-NARROW = {"float32": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
-MOST = {"float32": (1e-4, 1e-7), "bfloat16": (1e-2, 1e-4), "float16": (2e-3, 1e-6)}
-"""Bounds of the columns q and gradient."""
-
-
-def of_prototypes(name: str, dtype: str, device: str) -> tuple[float, float, float]:
-    """Errors of one loss against float64: of q relative to it (root mean square), 1 - cos of dL/dz,
-    and of the loss. Rows lie near a prototype each.
-    """
-    centring, K, D = KINDS[name]
-    K = min(K, 64) if SMALL else K
-    settings = PrototypesConfig(centring=centring, epsilon=0.05 if "swav" in name else 0.04)
-    generator = torch.Generator().manual_seed(0)
-    C = torch.randn(K, D, generator=generator)
-    noise = torch.randn(2, 64, D, generator=generator)
-    z = F.normalize(C[torch.arange(64) % K] + 2 * noise, dim=-1).to(device)
-    found = []
-    for wide in (False, True):
-        prototypes = Prototypes(K, D, None if wide else NARROW[dtype])
-        prototypes.weight = nn.Parameter(C)
-        method = Swav(nn.Identity(), nn.Identity(), prototypes, settings).to(device)
-        if wide:
-            method = method.double()
-            method.target_temperature.fill_(float(torch.tensor(settings.epsilon)))
-        rows = z.to(torch.float64 if wide else torch.float32).requires_grad_()
-        loss = method.loss(method.prototypes(rows), rows.detach().flip(0))
-        (gradient,) = torch.autograd.grad(loss, rows)
-        found.append([x.detach().double() for x in (method.assign(rows.flip(0)), gradient, loss)])
-    (q, gradient, loss), (exact_q, exact_gradient, exact_loss) = found
-    used = exact_q > 1e-6
-    cosine = F.cosine_similarity(gradient.flatten(), exact_gradient.flatten(), dim=0)
-    error = ((q - exact_q) / exact_q)[used].square().mean().sqrt()
-    return float(error), max(1 - float(cosine), 1e-16), abs(float(loss - exact_loss))
-
-
-def prototype_table(device: str) -> tuple[str, list[str]]:
-    """A row for each loss and dtype of the factors, and what exceeds its bound."""
-    rows, faults = [], []
-    for name, dtype in product(KINDS, NARROW):
-        q, gradient, loss = of_prototypes(name, dtype, device)
-        rows.append([name, dtype, *(f"{x:.0e}" for x in (q, gradient, loss))])
-        if q > MOST[dtype][0] or gradient > MOST[dtype][1]:
-            faults.append(f"{name} {dtype}: q {q:.1e}, gradient {gradient:.1e}")
-    return table(["loss", "factors", "q", "gradient", "loss"], rows), faults
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(prog="bench.accuracy", description=__doc__.split("\n")[0])
     parser.add_argument("--engine", nargs="+", choices=["auto", "gemm", "eigh"], default=["auto"])
@@ -367,19 +305,10 @@ def main() -> int:
         "--write", type=Path, help="Markdown file with an accuracy table to replace"
     )
     parser.add_argument("--rows", type=Path, help="file to append each cell to, as JSON")
-    parser.add_argument(
-        "--prototypes", action="store_true", help="the losses of DINO and SwAV only"
-    )
     args = parser.parse_args()
     warnings.filterwarnings("ignore", message="filter.")
     if args.device == "cpu":
         torch.set_num_threads(1)
-    of_losses, faults = prototype_table(args.device)
-    if args.write and args.write.is_file():
-        replace_between(args.write, "prototypes", of_losses)
-    if args.prototypes:
-        print(of_losses)
-        return report_faults(faults)
     B, D = SMALLEST if SMALL else args.shape
 
     with tf32x3() if args.arithmetic == "tf32x3" else nullcontext():
@@ -393,8 +322,8 @@ def main() -> int:
     arithmetic = f"{args.arithmetic} arithmetic"
     where = f"{versions}, {args.device} ({machine['device']}), {arithmetic}, {machine['date']}."
     markdown = "\n\n".join([where, *(r.markdown for r in reports)])
-    faults += [text for r in reports for text in r.faults]
-    print(markdown, of_losses, sep="\n\n")
+    faults = [text for r in reports for text in r.faults]
+    print(markdown)
     if args.write:
         replace_between(args.write, "accuracy", markdown)
     return report_faults(faults)

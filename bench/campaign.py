@@ -115,9 +115,10 @@ COMMANDS: dict[str, dict[str, Stage]] = {
     "accuracy": {
         "large": Stage(
             script("accuracy", "--engine", "gemm", "--dtype", "bfloat16", "--shape", "512", "2048"),
-            130,
+            120,
         ),
-        "wide": Stage(script("accuracy", "--engine", "gemm", "eigh", "--shape", "128", "384"), 80),
+        "wide": Stage(script("accuracy", "--engine", "gemm", "eigh", "--shape", "128", "384"), 70),
+        "prototypes": Stage(script("prototypes"), 20),
     },
     "learning": {
         "learning": Stage(

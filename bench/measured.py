@@ -339,8 +339,8 @@ def check_accuracy(runs: Runs, quick: bool) -> Values:
 
 
 def check_prototypes(runs: Runs, quick: bool) -> Values:
-    """No values: `bench.accuracy` fails where a bound is broken."""
-    runs.call("-m", "bench.accuracy", "--prototypes", "--device", "cpu")
+    """No values: `bench.prototypes` fails where a bound is broken."""
+    runs.call("-m", "bench.prototypes", "--device", "cpu")
     return {}
 
 

@@ -142,7 +142,7 @@ ENTRIES = {
     ),
     "prototypes": Entry(
         blocks={"kernels/README.md": None},
-        command="python -m bench.accuracy --prototypes --write kernels/README.md",
+        command="python -m bench.prototypes --write kernels/README.md",
         measure=m.check_prototypes,
     ),
     "launches": Entry(

@@ -94,6 +94,14 @@ def accuracy(measured: list[Json]) -> list[str]:
     return texts + ["Not accurate enough:" + "".join(f"\n- {f}" for f in faults)] * bool(faults)
 
 
+def prototypes(measured: list[Json]) -> list[str]:
+    """A row for each loss of DINO and SwAV and dtype of the logits' factors."""
+    columns: Columns = {"loss": lambda row: row["case"], "factors": lambda row: row["dtype"]}
+    errors = {"q": "q", "gradient": "gradient", "error of the loss": "loss"}
+    columns |= {title: lambda row, key=key: f"{row[key]:.0e}" for title, key in errors.items()}
+    return [table_of(measured, columns)]
+
+
 def profiles(measured: list[Json]) -> list[str]:
     """A row for each filter: launches, and the three slowest kernels."""
     columns: Columns = {
@@ -278,5 +286,6 @@ SECTIONS: dict[str, Callable[[list[Json]], list[str]]] = {
     "peers": peers,
     "views": views,
     **dict.fromkeys(("large", "wide"), accuracy),
+    "prototypes": prototypes,
     "learning": learning,
 }

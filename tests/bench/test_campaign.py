@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from torch.autograd import DeviceType
 
-import bench.learning as learning
+import bench.learning as learning, bench.prototypes
 import bench.rows
 from bench.campaign import COMMANDS, ROOT, Stage, environment, limit_of, plan, run_command, tests
 from bench.machine import H100, floor, peak
@@ -265,7 +265,7 @@ class Missing:
 sys.meta_path.insert(0, Missing())
 import bench.accuracy, bench.bench_augment, bench.bench_data_wait, bench.bench_parts
 import bench.bench_step, bench.campaign, bench.compare_peers as peers, bench.profile
-import bench.learning as learning
+import bench.learning as learning, bench.prototypes
 import tests.runs
 assert peers.lightly_version() is None
 if len(sys.argv) == 1:

@@ -12,21 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.testing import assert_close
 
+from bench.counting import HOST_LAUNCH, HOST_OP, LATENCY, PER_COLUMN, Count, counting, flops
 from bench.fake_device import backward, fake_device
-from bench.launches import (
-    HOST_LAUNCH,
-    HOST_OP,
-    LATENCY,
-    PER_COLUMN,
-    PROTOTYPES,
-    Count,
-    counting,
-    filters,
-    flops,
-    main,
-    measured,
-)
+from bench.launches import filters, main, measured
 from bench.markdown import between
+from bench.prototypes import RECIPES
 from rdm_fast import FilterConfig
 from rdm_fast.filters.gram import gram_and_swapped, gram_matrix
 from rdm_fast.filters.loss import SpectralCosine
@@ -64,7 +54,7 @@ def test_a_filter_launches_no_more_than_it_may(name: str, rows: dict[str, Any]) 
         assert not row["factorizations"] and not row["waits"]
 
 
-@pytest.mark.parametrize("name", PROTOTYPES)
+@pytest.mark.parametrize("name", RECIPES)
 def test_prototypes_launch_no_more_than_they_may(name: str, rows: dict[str, Any]) -> None:
     assert 0 < rows[name]["launches"] <= 50
     assert not rows[name]["factorizations"] and not rows[name]["waits"]
