@@ -9,6 +9,7 @@ from typing import Any
 import bench.measured as m
 from bench.cutoff import CUTOFF, measure_cutoff
 from bench.measured import Column, Runs, Values
+from bench.vit import measure_vit
 
 Record = dict[str, Any]
 """Values with machine and seeds, as in bench/results/NAME.json."""
@@ -125,6 +126,11 @@ ENTRIES = {
         blocks={"docs/evaluation.md": shown("`digits_byol`, branch", m.DIGITS)},
         command="rdm train digits_byol --seed 0 to 2, and rdm eval --branch ... --bn ...",
         measure=m.measure_branches, seeds=m.FEW, columns=m.DIGITS,
+    ),
+    "vit": Entry(
+        blocks={"docs/reproducing.md": shown("digits, ViT, 60 epochs", m.DIGITS, after=TEST_IMAGES)},
+        command="rdm train digits_vit_... --seed 0 to 4, and rdm eval",
+        measure=measure_vit, seeds=m.SEEDS, columns=m.DIGITS,
     ),
     "solvers": Entry(
         blocks={"docs/evaluation.md": shown("solver", m.TOP1)},

@@ -80,7 +80,7 @@ ADAMW = EVERYWHERE | {
     "weight_decay": 0.1, "warmup_epochs": 40, "warmup_lr": 0.0,
     "ema_start": 0.99, "ema_end": 1.0, "momentum": ANY, "lars_eta": ANY, "lars_clip": ANY,
 }  # fmt: skip
-DIGITS_VIT = ADAMW | {"epochs": 60, "global_batch": 200, "base_lr": 2.5e-3, "warmup_epochs": 6}
+DIGITS_VIT = ADAMW | {"epochs": 60, "global_batch": 200, "warmup_epochs": 6}
 # 5e-4 at a batch of 256: stable-pretraining, benchmarks/imagenet10/RESULTS.md; else solo-learn's
 CIFAR_VIT = ADAMW | {"epochs": 400, "global_batch": 256, "base_lr": 5e-4}
 IMAGENET100_VIT = ADAMW | {  # --lr=1.5e-4 -b 1024 --epochs=300; decay: dino's main_dino.py
@@ -88,7 +88,8 @@ IMAGENET100_VIT = ADAMW | {  # --lr=1.5e-4 -b 1024 --epochs=300; decay: dino's m
     "weight_decay": 0.04, "weight_decay_end": 0.4,
 }  # fmt: skip
 OPTIMIZERS: dict[str, dict[str, Any]] = {
-    "digits_vit simsiam": DIGITS_VIT, "digits_vit byol": DIGITS_VIT,
+    "digits_vit simsiam": DIGITS_VIT | {"base_lr": 1e-3},
+    "digits_vit byol": DIGITS_VIT | {"base_lr": 2.5e-3},
     "cifar_vit simsiam": CIFAR_VIT, "cifar_vit byol": CIFAR_VIT,
     "imagenet100_vit simsiam": IMAGENET100_VIT, "imagenet100_vit byol": IMAGENET100_VIT,
     "digits simsiam": SGD | OURS,
@@ -114,7 +115,8 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
 PEAK = {  # learning rate after scaling by global batch / 256
     "digits": 0.2, "cifar simsiam": 0.5, "cifar byol": 1.0, "imagenet100": 0.5,
     "imagenet simsiam": 0.1, "imagenet byol": 0.9,
-    "digits_vit": 2.5e-3 * 200 / 256, "cifar_vit": 5e-4, "imagenet100_vit": 6e-4,
+    "digits_vit simsiam": 1e-3 * 200 / 256, "digits_vit byol": 2.5e-3 * 200 / 256,
+    "cifar_vit": 5e-4, "imagenet100_vit": 6e-4,
 }  # fmt: skip
 
 # size, least area of a crop, interpolation; saturation; blur and solarize of either view
