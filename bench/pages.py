@@ -128,7 +128,7 @@ ENTRIES = {
         measure=m.measure_branches, seeds=m.FEW, columns=m.DIGITS,
     ),
     "vit": Entry(
-        blocks={"docs/reproducing.md": shown("digits, ViT, 60 epochs", m.DIGITS, after=TEST_IMAGES)},
+        blocks={"docs/reproducing.md": shown("ViT on digits", m.DIGITS, after=TEST_IMAGES)},
         command="rdm train digits_vit_... --seed 0 to 4, and rdm eval",
         measure=measure_vit, seeds=m.SEEDS, columns=m.DIGITS,
     ),
