@@ -10,7 +10,6 @@ QUICKLY := --quiet --no-compile
 # The oldest Triton that pyproject.toml allows, for `make aot`, beside the installed one.
 OLDEST := $(shell sed -n 's/.*"triton>=\([0-9.]*\).*/\1/p' pyproject.toml)
 OLDEST_TRITON := $(VENV)/triton-$(OLDEST)
-DEVICES := 80 90 100
 AUDIT := $(VENV)/audit
 PYTHONS := $(or $(PYTHON),python3 python3.14 python3.13 python3.12 python3.11)
 
@@ -28,7 +27,7 @@ unexport PYTHONDONTWRITEBYTECODE
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help train test test-all faults audit lint format types bench bench-check accuracy numbers numbers-quick aot docs package check clean
+.PHONY: help train test test-all faults audit lint format types bench bench-check accuracy numbers numbers-quick aot aot-quick docs package check clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -77,9 +76,13 @@ numbers: $(VENV)/.dev ## measure the numbers on the pages again, about an hour; 
 numbers-quick: $(VENV)/.dev ## the same in two minutes, as in CI: one seed of digits, and probes
 	$(BIN)/python -m bench.numbers --check --quick
 
-aot: $(VENV)/.dev $(OLDEST_TRITON)/.installed ## compile every kernel for three GPUs, or DEVICES=90 for one, without one
-	$(BIN)/python -m rdm_kernels.aot --cc $(DEVICES)
-	PYTHONPATH=$(OLDEST_TRITON) $(BIN)/python -m rdm_kernels.aot --cc $(DEVICES)
+aot: $(VENV)/.dev $(OLDEST_TRITON)/.installed ## compile every kernel for three GPUs, without one, with two Tritons
+	$(BIN)/python -m rdm_kernels.aot
+	PYTHONPATH=$(OLDEST_TRITON) $(BIN)/python -m rdm_kernels.aot
+
+aot-quick: $(VENV)/.dev $(OLDEST_TRITON)/.installed ## the same for one GPU, as in CI; with the oldest Triton one kind of size
+	$(BIN)/python -m rdm_kernels.aot --cc 90
+	PYTHONPATH=$(OLDEST_TRITON) $(BIN)/python -m rdm_kernels.aot --cc 90 --common
 
 # Not in CI: its database is on the network.
 audit: $(VENV)/.dev $(AUDIT)/.installed ## look for known vulnerabilities, list licenses, refuse some

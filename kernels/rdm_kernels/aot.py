@@ -1,6 +1,6 @@
 """Compile every kernel, in every variant that may be launched, without a GPU.
 
-    python -m rdm_kernels.aot [--cc 80 90 100] [--kernel NAME ...] [--jobs N]
+    python -m rdm_kernels.aot [--cc 80 90 100] [--kernel NAME ...] [--jobs N] [--common]
 
 Prints a row per compilation: registers per thread and bytes spilled, as ptxas reports them, shared
 memory, blocks per multiprocessor, and the tensor-core instruction in the PTX. The machine code of
@@ -10,7 +10,7 @@ instructions that it was written for, is worse than its LIMITS, or is missing fr
 `variants()`.
 
 Each variant is compiled as Triton's launcher would, once for each kind of size that Triton
-specializes on (rdm_kernels/variant.py, SIZES). `make aot` runs this with the installed Triton and
+specializes on (rdm_kernels/variant.py, SIZES), or with --common for the most common. `make aot` runs this with the installed Triton and
 with the oldest that pyproject.toml allows.
 """
 
@@ -283,6 +283,7 @@ def main() -> int:
     parser.add_argument("--cc", type=int, nargs="+", choices=list(SHARED), default=list(SHARED))
     parser.add_argument("--kernel", nargs="+", help="only kernels whose name contains one of these")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes")
+    parser.add_argument("--common", action="store_true", help="one kind of size a variant")
     args = parser.parse_args()
     if args.kernel and not any(part in v.name for v in listed() for part in args.kernel):
         sys.exit(f"error: no kernel's name contains {' or '.join(args.kernel)}")
@@ -290,11 +291,15 @@ def main() -> int:
         sys.exit("error: TRITON_INTERPRET is set, and interpreted kernels do not compile: unset it")
 
     variants = every_variant()
+    first: dict[tuple[str, str], int] = {}
+    for number, variant in enumerate(variants):
+        first.setdefault((variant.name, variant.label), number)
     tasks = [
         (number, cc)
         for number, variant in enumerate(variants)
         for cc in args.cc
         if not args.kernel or any(part in variant.name for part in args.kernel)
+        if not args.common or first[variant.name, variant.label] == number
     ]
     faults = [f"{name}: missing from every variants(), so not checked" for name in unlisted()]
     unused = (

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -42,6 +43,27 @@ def compiled() -> subprocess.CompletedProcess[str]:
     arguments = ["tests/kernels/at_fault.py", "--cc", "90", "100", "--jobs", "1"]
     command = [sys.executable, "-W", "ignore", *arguments]
     return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
+
+
+@pytest.mark.parametrize("flags, numbers", [([], [0, 1, 2, 3]), (["--common"], [0, 2, 3])])
+def test_common_is_one_kind_of_size_a_variant(
+    flags: list[str], numbers: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = [("a", "BLOCK=1"), ("a", "BLOCK=1"), ("a", "BLOCK=2"), ("b", "BLOCK=1")]
+    variants = [SimpleNamespace(name=n, label=label, tensor_cores=False) for n, label in names]
+    found: list[int] = []
+
+    def rows(tasks: list[tuple[int, int]], jobs: int) -> list[aot.Row]:
+        found.extend(number for number, _ in tasks)
+        return [aot.Row(*names[number], cc) for number, cc in tasks]
+
+    patches = {"every_variant": lambda: variants, "unlisted": list, "LIMITS": {}, "rows": rows}
+    for name, value in patches.items():
+        monkeypatch.setattr(aot, name, value)
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
+    monkeypatch.setattr(sys, "argv", ["aot", "--cc", "90", *flags])
+    assert aot.main() == 0
+    assert found == numbers
 
 
 @pytest.mark.parametrize("fault", FAULTS)

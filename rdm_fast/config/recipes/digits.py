@@ -13,7 +13,7 @@ from rdm_fast.config import (
     PrototypesConfig,
     ViewConfig,
 )
-from rdm_fast.config.recipes.parts import LOW_PASS, WHITEN, rdm, symmetric
+from rdm_fast.config.recipes.parts import ADAMW, LOW_PASS, WHITEN, rdm, symmetric
 
 
 def _digits() -> Config:
@@ -78,8 +78,12 @@ def digits_symsimsiam() -> Config:
     return symmetric(_digits())
 
 
+RANKS_FALL_FIRST = GuardConfig(warmup=0.3)
+"""With prototypes, ranks fall for some epochs, and rise from then on."""
+
+
 def digits_dino() -> Config:
-    """DINO on the embedded digits; so small a network needs batch norm in its head."""
+    """DINO on the embedded digits, with AdamW; so small a network needs batch norm in its head."""
     config = _digits()
     model = replace(config.model, projector_dim=64, projector_bn=False, projector_activation="gelu")
     return replace(
@@ -87,7 +91,11 @@ def digits_dino() -> Config:
         method="dino",
         predictor="none",
         model=model,
+        optim=replace(
+            ADAMW, epochs=60, global_batch=200, base_lr=2.5e-3, warmup_epochs=6, ema_start=0.95
+        ),
         prototypes=PrototypesConfig(count=512, frozen_epochs=1),
+        guard=RANKS_FALL_FIRST,
     )
 
 
@@ -101,5 +109,5 @@ def digits_swav() -> Config:
         predictor="none",
         model=model,
         prototypes=PrototypesConfig(count=512, frozen_epochs=1, centring="sinkhorn"),
-        guard=GuardConfig(warmup=0.3),  # ranks fall at first, and rise from then on
+        guard=RANKS_FALL_FIRST,
     )

@@ -9,6 +9,15 @@ WHITEN = FilterConfig(location="target", sigma=-1.0)
 LOW_PASS = FilterConfig(location="online", sigma=1.0)
 """The online filter of the released scripts: amplifies strong directions."""
 
+ADAMW = OptimConfig(
+    optimizer="adamw",
+    decay_norm_and_bias=False,
+    fixed_predictor_lr=False,
+    warmup_lr=0.0,
+    weight_decay=0.1,
+)
+"""MoCo v3's, but for rate, batch and epochs."""
+
 
 def rdm(config: Config, spectral: FilterConfig) -> Config:
     return replace(config, predictor="spectral", filter=spectral)

@@ -19,14 +19,7 @@ from dataclasses import replace
 
 from rdm_fast.config import Config, OptimConfig
 from rdm_fast.config.recipes import cifar, digits, imagenet
-
-ADAMW = OptimConfig(
-    optimizer="adamw",
-    decay_norm_and_bias=False,
-    fixed_predictor_lr=False,
-    warmup_lr=0.0,
-    weight_decay=0.1,
-)
+from rdm_fast.config.recipes.parts import ADAMW
 
 
 def _vit(
