@@ -10,8 +10,8 @@ instructions that it was written for, is worse than its LIMITS, or is missing fr
 `variants()`.
 
 Each variant is compiled as Triton's launcher would, once for each kind of size that Triton
-specializes on (rdm_kernels/variant.py, SIZES), or with --common for the most common. `make aot` runs this with the installed Triton and
-with the oldest that pyproject.toml allows.
+specializes on (rdm_kernels/variant.py, SIZES), or with --common for the first alone. `make aot`
+runs this with the installed Triton and with the oldest that pyproject.toml allows.
 """
 
 import argparse

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from torch.autograd import DeviceType
 
-import bench.learning as learning, bench.prototypes
+import bench.learning as learning
 import bench.rows
 from bench.campaign import COMMANDS, ROOT, Stage, environment, limit_of, plan, run_command, tests
 from bench.machine import H100, floor, peak
