@@ -191,10 +191,16 @@ SWEEP = {
 
 def measure_sweep(runs: Runs, quick: bool) -> Values:
     """The results of `rdm sweep`."""
-    folder = runs.folder / "sweep"
-    command = ["-m", "rdm_fast", "sweep", "digits_rdm_simsiam"]
-    runs.call(*command, "--jobs", str(runs.jobs), "--out", str(folder))
-    return sweep_values(json.loads((folder / "sweep.json").read_text("utf-8"))["rows"])
+    return sweep_values(swept(runs, "digits_rdm_simsiam", 0))
+
+
+def swept(runs: Runs, name: str, seed: int) -> list[dict[str, Any]]:
+    """The rows of a sweep."""
+    folder = runs.folder / f"sweep_{name}-{seed}"
+    options = ["--seed", str(seed), "--jobs", str(runs.jobs), "--out", str(folder)]
+    runs.call("-m", "rdm_fast", "sweep", name, *options)
+    rows: list[dict[str, Any]] = json.loads((folder / "sweep.json").read_text("utf-8"))["rows"]
+    return rows
 
 
 def sweep_values(rows: Iterable[dict[str, Any]]) -> Values:
@@ -203,12 +209,16 @@ def sweep_values(rows: Iterable[dict[str, Any]]) -> Values:
         ranks = [row["effective_rank"][key] for key in ("online", "target", "projection")]
         differences = [row["rank_difference"], row["rank_difference_lowest"]]
         found = [row["knn_top1"], row["probe_top1"], *ranks, *differences]
-        values[row["filter"]] = {key: [x] for key, x in zip(SWEEP, found, strict=True)}
+        columns = values.setdefault(row["filter"], {key: [] for key in SWEEP})
+        for key, value in zip(SWEEP, found, strict=True):
+            columns[key].append(value)
     return values
 
 
 def draw_sweep(runs: Runs) -> None:
-    shutil.copy(runs.folder / "sweep" / "sweep.png", ROOT / "docs" / "sweep.png")
+    shutil.copy(
+        runs.folder / "sweep_digits_rdm_simsiam-0" / "sweep.png", ROOT / "docs" / "sweep.png"
+    )
 
 
 # ---- learned predictors and the collapse guard -------------------------------------------------

@@ -9,6 +9,7 @@ from typing import Any
 import bench.measured as m
 from bench.cutoff import CUTOFF, measure_cutoff
 from bench.measured import Column, Runs, Values
+from bench.methods import METHODS, draw_methods, measure_methods
 from bench.vit import measure_vit
 
 Record = dict[str, Any]
@@ -101,6 +102,9 @@ def shown(
 TIMING = "times need an idle machine"
 TEST_IMAGES = "There are 397 test images, so one image is 0.25 points."
 PICTURE = "![Effective rank and rank difference of every filter](sweep.png)"
+METHODS_PICTURE = (
+    "![Effective ranks of both branches, and the response, of every method](methods.png)"
+)
 ENTRIES = {
     "digits": Entry(
         blocks={"README.md": shown("digits, 60 epochs", m.DIGITS, after=TEST_IMAGES)},
@@ -111,6 +115,11 @@ ENTRIES = {
         blocks={"README.md": claim, "docs/sweep.md": shown("filter", m.SWEEP, PICTURE)},
         command="rdm sweep digits_rdm_simsiam",
         measure=m.measure_sweep, columns=m.SWEEP, draw=m.draw_sweep,
+    ),
+    "methods": Entry(
+        blocks={"docs/sweep.md": shown("method", METHODS, METHODS_PICTURE)},
+        command="rdm sweep digits_methods --seed 0 to 4",
+        measure=measure_methods, seeds=m.SEEDS, columns=METHODS, draw=draw_methods,
     ),
     "response": Entry(
         blocks={"docs/telemetry.md": shown("recipe", m.RESPONSE)},

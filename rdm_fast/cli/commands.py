@@ -27,7 +27,8 @@ from rdm_fast.tools.export.options import ExportCommand
 from rdm_fast.tools.export.targets import TARGETS
 from rdm_fast.tools.report.options import ReportCommand
 from rdm_fast.tools.sweep.grid import GRID
-from rdm_fast.tools.sweep.options import SweepCommand, check_filter_is_free
+from rdm_fast.tools.sweep.methods import METHODS
+from rdm_fast.tools.sweep.options import SweepCommand, check_varied_is_free
 
 LOWER = {"eval": "--batch", "report": "--images", "export": ""}
 """Flags that lower how much memory a command needs, where they are not those of a training."""
@@ -193,7 +194,7 @@ def _report(command: ReportCommand, _: list[str]) -> None:
 def _sweep(command: SweepCommand, args: list[str]) -> None:
     from rdm_fast.tools.sweep.make import make_sweep
 
-    check_filter_is_free(args)
+    check_varied_is_free(command, args)
     make_sweep(command)
 
 
@@ -229,8 +230,9 @@ COMMANDS = {
     ),
     "sweep": Command(
         SweepCommand,
-        "Run RECIPE with each of several filters; --out is the folder of all runs.\n\n"
-        f"The paper's filters: {', '.join(GRID)}",
+        "Run RECIPE with each of several filters, or every method of a data set (digits_methods); "
+        "--out is the folder of all runs.\n\n"
+        f"The paper's filters: {', '.join(GRID)}\n\nMethods: {', '.join(METHODS)}",
         _sweep,
     ),
 }

@@ -62,8 +62,9 @@ def parse(options: type[Options], args: Sequence[str], prog: str = "", about: st
     args, default = [_at_home(arg) for arg in args], tyro.MISSING_NONPROP
     if "config" in options.__annotations__:
         name = args.pop(0) if args and not args[0].startswith("-") else DEFAULT
-        if name not in RECIPES:
-            raise UsageError(f"unknown recipe {name}: {did_you_mean(name, RECIPES, HELP)}")
+        known = getattr(options, "recipes", RECIPES)
+        if name not in known:
+            raise UsageError(f"unknown recipe {name}: {did_you_mean(name, known, HELP)}")
         start: Any = getattr(options, "from_recipe", lambda name: options(config=recipe(name)))  # type: ignore[call-arg]
         default = start(name)
         prog += " [RECIPE]"

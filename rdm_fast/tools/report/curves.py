@@ -112,6 +112,19 @@ def _probe_dots(axes: Any, probed: Sequence[tuple[int, Run, float]]) -> None:
     axes.set_xlim(max(0, low - 0.35 * (101 - low)), 101)
 
 
+def draw_ranks(axes: Any, run: Run) -> None:
+    """Effective rank of both branches and of the projections; their difference is shaded."""
+    for branch, label, style in BRANCHES:
+        _curve(axes, run, f"effective_rank/{branch}", label=label, **style)
+    online, target = (run.series(f"effective_rank/{each}") for each in ("online", "target"))
+    if online.epochs == target.epochs:
+        low, high = np.array(online.values), np.array(target.values)
+        shade = {"linewidth": 0, "alpha": 0.18}
+        axes.fill_between(online.epochs, low, high, where=low < high, color=TARGET, **shade)
+        axes.fill_between(online.epochs, low, high, where=low > high, color="black", **shade)
+    axes.set(xlabel="epoch")
+
+
 def effective_ranks(runs: Sequence[Run]) -> Picture:
     """Effective rank of both branches' outputs, one panel for each run."""
     name, title = "effective-rank", "Effective rank"
@@ -120,15 +133,7 @@ def effective_ranks(runs: Sequence[Run]) -> Picture:
         return Picture(name, title, "No effective rank was logged.")
     figure, all_axes = panels([run.label for run in shown], (3.4, 2.7), sharey=True)
     for axes, run in zip(all_axes, shown, strict=True):
-        for branch, label, style in BRANCHES:
-            _curve(axes, run, f"effective_rank/{branch}", label=label, **style)
-        online, target = (run.series(f"effective_rank/{each}") for each in ("online", "target"))
-        if online.epochs == target.epochs:
-            low, high = np.array(online.values), np.array(target.values)
-            shade = {"linewidth": 0, "alpha": 0.18}
-            axes.fill_between(online.epochs, low, high, where=low < high, color=TARGET, **shade)
-            axes.fill_between(online.epochs, low, high, where=low > high, color="black", **shade)
-        axes.set(xlabel="epoch")
+        draw_ranks(axes, run)
     all_axes[0].set_ylim(bottom=0)  # the axis is shared, so this comes after all curves
     label_left(all_axes, "effective rank")
     legend_above(figure, all_axes[:1])

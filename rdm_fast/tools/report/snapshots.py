@@ -77,16 +77,11 @@ def responses(runs: Sequence[Run], pairs: Sequence[tuple[Run, Sequence[Spectra]]
     figure, (axes,) = canvas(1, 1, 3.6)
     labels = [run.label for run in runs]
     for run, records in pairs:
-        s, g = records[-1].s, np.abs(records[-1].response)
-        drawn = np.isfinite(g) & (g > 0) & (s > 0)
-        if not drawn.any():
-            continue
-        first = np.argmax(drawn)
         style = line_style(labels.index(run.label))
         if run.config is not None and run.config.predictor == "mlp":
             style |= {"marker": "o", "markersize": 3, "linestyle": "none"}
-        axes.plot(s[drawn] / s[first], g[drawn] / g[first], label=run.label, **style)
-    axes.set(xscale="log", yscale="log", xlabel="strength of a direction, s / s_max")
+        draw_response(axes, records[-1], label=run.label, **style)
+    axes.set(xlabel="strength of a direction, s / s_max")
     axes.set_ylabel("|g(s)| / |g(s_max)|")
     legend_above(figure, [axes])
     return Picture(
@@ -100,6 +95,16 @@ def responses(runs: Sequence[Run], pairs: Sequence[tuple[Run, Sequence[Spectra]]
         "Lines of g over s on logarithmic axes",
         png(figure),
     )
+
+
+def draw_response(axes: Any, record: Spectra, **style: Any) -> None:
+    """|g(s)| relative to that of the strongest direction that has a response."""
+    s, g = record.s, np.abs(record.response)
+    drawn = np.isfinite(g) & (g > 0) & (s > 0)
+    if drawn.any():
+        first = np.argmax(drawn)
+        axes.plot(s[drawn] / s[first], g[drawn] / g[first], **style)
+    axes.set(xscale="log", yscale="log")
 
 
 def embedding_map(maps: Sequence[tuple[Run, Array, Embeddings]], method: str) -> Picture:

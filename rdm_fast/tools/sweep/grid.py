@@ -70,6 +70,8 @@ def configure(config: Config, name: str) -> Config:
 def prediction(config: Config) -> str:
     """The sign of the rank difference that RDM predicts: positive, negative or zero."""
     spectral = config.filter
+    if config.predictor == "mlp" or config.method in ("dino", "swav"):
+        return "positive"
     if config.predictor != "spectral" or (spectral.kind == "poly" and spectral.sigma == 0):
         return "zero"
     wanted = spectral.is_falling == (spectral.location == "target")

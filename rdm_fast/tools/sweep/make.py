@@ -3,7 +3,7 @@
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -18,6 +18,8 @@ from rdm_fast.runtime.untrusted import read_table
 from rdm_fast.tools.report import style
 from rdm_fast.tools.report.read import Run, read_run
 from rdm_fast.tools.sweep import results
+from rdm_fast.tools.sweep.comparison import compare
+from rdm_fast.tools.sweep.methods import TITLES
 from rdm_fast.tools.sweep.options import SweepCommand
 from rdm_fast.tools.sweep.queue import Failure, run_all
 
@@ -28,7 +30,7 @@ GRACE = 60.0
 
 
 def make_sweep(command: SweepCommand) -> None:
-    """Complete all runs of a sweep, then write sweep.json, sweep.md and sweep.png to its folder.
+    """Complete all runs of a sweep, then write sweep.json, sweep.md, sweep.png and branches.png.
 
     Raises:
         UserError: the folder cannot be used, a run in it has other settings, a signal asked the
@@ -49,10 +51,15 @@ def make_sweep(command: SweepCommand) -> None:
     started = time.monotonic()
     ready = {name: path for name, path in paths.items() if name not in failed}
     failed |= run_all(ready, jobs=jobs, device=command.config.device, gpus=gpus, threads=threads)
-    runs = {name: read_run(path, name) for name, path in paths.items()}
-    table = _write(folder, runs, failed, threads=threads, jobs=jobs)
+    titles = TITLES if command.over_methods else dict.fromkeys(paths, "")
+    runs = {name: read_run(path, titles[name] or name) for name, path in paths.items()}
+    rows = [results.row(run, name, failed.get(name), titles[name]) for name, run in runs.items()]
+    kind = "method" if command.over_methods else "filter"
+    where = results.conditions(runs, threads, jobs)
+    table = results.markdown(rows, where, kind)
+    _write(folder, rows, runs, table, where)
     print_line("", *table.splitlines())
-    print_line(f"sweep: {folder / 'sweep.md'} and sweep.png, {time.monotonic() - started:.0f} s")
+    print_line(f"sweep: {folder / 'sweep.md'} and figures, {time.monotonic() - started:.0f} s")
     if failed:
         _raise(failed)
 
@@ -130,23 +137,19 @@ def _prepare(config: Config, *, overwrite: bool) -> None:
 
 
 def _write(
-    folder: Path, runs: Mapping[str, Run], failed: Mapping[str, Failure], *, threads: int, jobs: int
-) -> str:
-    """Write table, figure and results; returns the table."""
-    rows = [results.row(run, name, failed.get(name)) for name, run in runs.items()]
-    conditions = results.conditions(runs, threads, jobs)
-    table = results.markdown(rows, conditions)
-    plain = {"project": PROJECT, "conditions": conditions, "rows": [asdict(row) for row in rows]}
+    folder: Path, rows: Sequence[results.Row], runs: Mapping[str, Run], table: str, where: str
+) -> None:
+    """Write table, figures and results."""
+    plain = {"project": PROJECT, "conditions": where, "rows": [asdict(row) for row in rows]}
     with style.applied():
-        picture = results.figure(rows, runs)
+        pictures = [results.figure(rows, runs), compare(list(runs.values()))]
     try:
-        if picture:
-            atomic_files.replace(folder / "sweep.png", picture.png)
+        for picture in filter(None, pictures):
+            atomic_files.replace(folder / f"{picture.name}.png", picture.png)
         atomic_files.replace(folder / "sweep.md", table)
         atomic_files.replace(folder / MARK, json.dumps(plain, indent=1) + "\n")
     except OSError as error:
         raise OutputFailed(f"{folder} cannot be written ({error.strerror})") from error
-    return table
 
 
 def _raise(failed: Mapping[str, Failure]) -> None:

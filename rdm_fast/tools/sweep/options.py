@@ -1,16 +1,18 @@
 """Options of `rdm sweep`. Nothing here imports torch."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Annotated, Self
+from typing import Annotated, ClassVar, Self
 
 import tyro
 
 from rdm_fast.config import Config
 from rdm_fast.config.checks import Between, require, require_fields
-from rdm_fast.config.recipes import recipe
+from rdm_fast.config.flags import Shape
+from rdm_fast.config.recipes import RECIPES
 from rdm_fast.runtime.launcher import require_one_process
 from rdm_fast.tools.sweep.grid import GRID, configure, require_name
+from rdm_fast.tools.sweep.methods import METHODS, SWEEPS, configure_method, require_method
 
 VARIED = (
     *("--predictor", "--filter.kind", "--filter.location", "--filter.sigma"),
@@ -23,7 +25,12 @@ VARIED = (
 class SweepCommand:
     """Options of `rdm sweep`."""
 
+    recipes: ClassVar[Mapping[str, Callable[[], Config]]] = RECIPES | SWEEPS
     config: Annotated[Config, tyro.conf.arg(name="")]
+    of: Annotated[str, Shape.HIDDEN] = ""
+    """The recipe, or the sweep over methods."""
+    methods: tuple[str, ...] = ()
+    """Methods of a sweep such as digits_methods, one run each; they include ablations."""
     filter: tuple[str, ...] = GRID
     """Filters, one run each: branch and g, such as online_s1, online_log_1 or target_s-0.5; control
     filters nothing, symsimsiam is the paper's symmetric control."""
@@ -36,11 +43,21 @@ class SweepCommand:
 
     def __post_init__(self) -> None:
         require_fields("--", self)
-        require(bool(self.filter), "--filter needs the name of one filter or more")
-        for name in self.filter:
-            require_name(name)
-        twice = sorted({name for name in self.filter if self.filter.count(name) > 1})
-        require(not twice, f"--filter lists {', '.join(twice)} twice: list each filter once")
+        over = self.over_methods
+        kind, given = ("methods", self.methods) if over else ("filter", self.filter)
+        require(bool(given), f"--{kind} needs a name or more")
+        for name in given:
+            require_method(name) if over else require_name(name)
+        twice = sorted({name for name in given if given.count(name) > 1})
+        require(not twice, f"--{kind} lists {', '.join(twice)} twice: list each once")
+        require(
+            over or not self.methods,
+            "--methods is for sweeps over methods, such as digits_methods: name filters instead",
+        )
+        require(
+            not over or self.filter == GRID,
+            f"--filter is for sweeps over filters: with {self.of}, give --methods",
+        )
         require(
             self.config.method != "symsimsiam",
             "method=symsimsiam has no filter to sweep over: sweep a simsiam or byol recipe "
@@ -50,24 +67,30 @@ class SweepCommand:
 
     @classmethod
     def from_recipe(cls, name: str) -> Self:
-        """A sweep over the paper's filters, in runs/sweep_<name>."""
-        return cls(config=replace(recipe(name), out=f"runs/sweep_{name}"))
+        """A sweep over the paper's filters, or over methods, in runs/sweep_<name>."""
+        config = replace(cls.recipes[name](), out=f"runs/sweep_{name}")
+        return cls(config=config, of=name, methods=METHODS if name in SWEEPS else ())
+
+    @property
+    def over_methods(self) -> bool:
+        return self.of in SWEEPS
 
     @property
     def runs(self) -> dict[str, Config]:
         """Every run's configuration, by name."""
+        if self.over_methods:
+            return {name: configure_method(self.of, self.config, name) for name in self.methods}
         return {name: configure(self.config, name) for name in self.filter}
 
 
-def check_filter_is_free(args: Sequence[str]) -> None:
-    """Reject flags for what the names of the filters decide.
+def check_varied_is_free(command: SweepCommand, args: Sequence[str]) -> None:
+    """Reject flags for what the names of filters or methods decide.
 
     Raises:
         UsageError: there are such flags.
     """
-    given = {arg.partition("=")[0].replace("_", "-") for arg in args} & {*VARIED}
-    require(
-        not given,
-        f"rdm sweep sets {', '.join(sorted(given))} itself: name filters instead, as in "
-        "--filter online_s1 target_s-0.5 control",
-    )
+    varied, instead = {*VARIED}, "filters instead, as in --filter online_s1 target_s-0.5 control"
+    if command.over_methods:
+        varied, instead = varied | {"--method"}, "methods instead, as in --methods simsiam dino"
+    given = {arg.partition("=")[0].replace("_", "-") for arg in args} & varied
+    require(not given, f"rdm sweep sets {', '.join(sorted(given))} itself: name {instead}")

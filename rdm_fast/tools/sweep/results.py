@@ -23,6 +23,7 @@ class Row:
 
     name: str
     filter: str
+    """What distinguishes the run: its filter, or method."""
     predicted: str
     """Sign of the rank difference that RDM predicts: positive, negative or zero."""
     state: str
@@ -41,15 +42,16 @@ class Row:
     failure: str | None
 
 
-def row(run: Run, name: str, failure: Failure | None) -> Row:
-    """The results of one run."""
+def row(run: Run, name: str, failure: Failure | None, title: str = "") -> Row:
+    """The results of one run, whose title may be other than its filter."""
     difference = run.series("rank_difference")
     finite = [value for value in difference.values if math.isfinite(value)]
     config = run.config
     spectral = config is not None and config.predictor == "spectral"
+    described = describe_filter(config.filter) if config and spectral else "no filter, symmetric"
     return Row(
         name=name,
-        filter=describe_filter(config.filter) if config and spectral else "no filter, symmetric",
+        filter=title or described,
         predicted=prediction(config) if config else "unknown",
         state=run.state,
         knn_top1=run.evaluation.get("knn_top1", run.series("knn_top1").last),
@@ -66,15 +68,16 @@ def row(run: Run, name: str, failure: Failure | None) -> Row:
 # ---- table -----------------------------------------------------------------------------------
 
 
-def markdown(rows: Sequence[Row], conditions: str) -> str:
+def markdown(rows: Sequence[Row], conditions: str, kind: str = "filter") -> str:
     """The table, followed by its conditions.
 
     Args:
         rows: in the order of the sweep.
         conditions: from `conditions`.
+        kind: what distinguishes the runs, filter or method.
     """
     lines = [
-        "| filter | RDM predicts | kNN top-1 (%) | linear top-1 (%) | effective rank, online "
+        f"| {kind} | RDM predicts | kNN top-1 (%) | linear top-1 (%) | effective rank, online "
         "| target | projections | rank difference, last | lowest | seconds |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
@@ -108,7 +111,7 @@ def conditions(runs: Mapping[str, Run], threads: int, jobs: int) -> str:
     epochs = "1 epoch" if config.optim.epochs == 1 else f"{config.optim.epochs} epochs"
     return (
         f"{config.data.name}, {epochs}, batch {config.optim.global_batch}, seed {config.seed}, one "
-        f"run per filter; {jobs} at a time with {threads} thread(s) each. Device: "
+        f"run each; {jobs} at a time with {threads} thread(s) each. Device: "
         f"{environment.get('device', 'unknown')}; torch {environment.get('torch', 'unknown')}. "
         "Effective ranks and rank difference (target minus online) are of the last logged batch, "
         "lowest of all logged batches; kNN and linear probe "
