@@ -340,21 +340,3 @@ def measure_memory(runs: Runs, quick: bool) -> Values:
         keys = ("imports_mib", "embeddings_mib", "peak_mib")
         values[f"`{protocol}`"] = {c: [found[k]] for c, k in zip(MEMORY, keys, strict=True)}
     return values
-
-
-def check_accuracy(runs: Runs, quick: bool) -> Values:
-    """No values: `bench.accuracy` fails where a bound is broken."""
-    runs.call("-m", "bench.accuracy", "--engine", "gemm", "--device", "cpu")
-    return {}
-
-
-def check_prototypes(runs: Runs, quick: bool) -> Values:
-    """No values: `bench.prototypes` fails where a bound is broken."""
-    runs.call("-m", "bench.prototypes", "--device", "cpu")
-    return {}
-
-
-def check_launches(runs: Runs, quick: bool) -> Values:
-    """No values: `bench.launches` fails where the page has another table."""
-    runs.call("-m", "bench.launches", "--check", "kernels/README.md")
-    return {}

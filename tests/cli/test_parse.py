@@ -133,7 +133,7 @@ def settings(kind: type, prefix: str = "--") -> Iterator[tuple[str, str, Any]]:
             yield flag, name, hint
 
 
-NO_PATHS = ("arch", "backbone", "checkpoint", "nproc", "protocol")
+NO_PATHS = ("arch", "backbone", "checkpoint", "nproc", "of", "protocol")
 
 
 def texts(kind: type) -> Iterator[str]:
@@ -239,12 +239,20 @@ def test_resume_takes_no_other_configuration(line: str, capsys: pytest.CaptureFi
     assert ended.value.code == 2 and f"leave out {culprit}," in error and error.count("\n") == 1
 
 
-@pytest.mark.parametrize("flag", ["--predictor", "--filter.sigma", "--pred_location"])
-def test_a_sweep_sets_the_filter_itself(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
-    value = {"--predictor": "mlp", "--filter.sigma": "2"}.get(flag, "online")
+@pytest.mark.parametrize(
+    "line",
+    [
+        "--predictor=mlp",
+        "--filter.sigma=2",
+        "--pred_location=online",
+        "digits_methods --method=byol",
+    ],
+)
+def test_a_sweep_sets_what_it_varies(line: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
-        cli.main(["sweep", f"{flag}={value}"])
-    assert ended.value.code == 2 and flag.replace("_", "-") in capsys.readouterr().err
+        cli.main(["sweep", *line.split()])
+    flag = line.split()[-1].partition("=")[0].replace("_", "-")
+    assert ended.value.code == 2 and f"sets {flag} itself" in capsys.readouterr().err
 
 
 # ---- ranks -----------------------------------------------------------------------------------

@@ -126,6 +126,15 @@ def png(figure: Any) -> bytes:
     return file.getvalue()
 
 
+def plain_numbers(axis: Any) -> None:
+    """Label a logarithmic axis with plain numbers, also where it spans less than a decade."""
+    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
+
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
 def line_style(number: int) -> dict[str, Any]:
     """Color and dashes of a run, by its number from 0."""
     dashes = DASHES[number // len(RUNS) % len(DASHES)]

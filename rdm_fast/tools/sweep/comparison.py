@@ -5,7 +5,14 @@ from collections.abc import Sequence
 
 from rdm_fast.tools.report.curves import draw_ranks, with_values
 from rdm_fast.tools.report.read import Run
-from rdm_fast.tools.report.style import Picture, canvas, label_left, legend_above, png
+from rdm_fast.tools.report.style import (
+    Picture,
+    canvas,
+    label_left,
+    legend_above,
+    plain_numbers,
+    png,
+)
 
 COLUMNS = 5
 HEIGHT = 2.1
@@ -38,6 +45,9 @@ def compare(runs: Sequence[Run]) -> Picture | None:
         each.axhline(1, color="#333333", linewidth=0.8)
         draw_response(each, record, color="#009E73", marker="o", markersize=2.5, linestyle="none")
         each.set(title=run.label, xlabel="s / s_max")
+        low, high = each.get_ylim()
+        if high < 30 * low:  # less than a decade and a half
+            plain_numbers(each.yaxis)
     label_left(ranks[: len(shown)], "effective rank")
     label_left(responses[: len(spectra)], "|g(s)| / |g(s_max)|")
     legend_above(figure, ranks[:1])

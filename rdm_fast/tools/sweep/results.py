@@ -7,7 +7,15 @@ from typing import Any
 
 from rdm_fast.tools.report.page import number
 from rdm_fast.tools.report.read import Run, describe_filter
-from rdm_fast.tools.report.style import ONLINE, TARGET, Picture, canvas, legend_above, png
+from rdm_fast.tools.report.style import (
+    ONLINE,
+    TARGET,
+    Picture,
+    canvas,
+    legend_above,
+    plain_numbers,
+    png,
+)
 from rdm_fast.tools.sweep.grid import CONTROL, prediction
 from rdm_fast.tools.sweep.queue import Failure
 
@@ -165,8 +173,6 @@ def _colors(rows: Sequence[Row]) -> dict[str, str]:
 
 
 def _ranks(axes: Any, rows: Sequence[Row]) -> None:
-    from matplotlib.ticker import LogLocator, NullFormatter, StrMethodFormatter
-
     for y, each in enumerate(rows):
         online, target = each.effective_rank["online"], each.effective_rank["target"]
         if online is None or target is None:
@@ -182,9 +188,7 @@ def _ranks(axes: Any, rows: Sequence[Row]) -> None:
         axes.axvline(level, color="#333333", linewidth=1, linestyle=(0, (5, 3)), zorder=1)
     axes.set_yticks(range(len(rows)), [each.filter for each in rows])
     axes.set(xscale="log", xlabel="effective rank", ylim=(len(rows) - 0.4, -0.6))
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    axes.xaxis.set_minor_formatter(NullFormatter())
+    plain_numbers(axes.xaxis)
 
 
 def _accuracy(axes: Any, rows: Sequence[Row]) -> None:

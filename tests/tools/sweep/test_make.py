@@ -76,12 +76,25 @@ def test_files_of_a_sweep(sweep: Sweep, tmp_path: Path, capsys: pytest.CaptureFi
     out = tmp_path / "sweep"
     sweep(out)
     names = {path.name for path in out.iterdir()}
-    assert names == {"online_s1", "control", "sweep.json", "sweep.md", "sweep.png"}
+    figures = {"sweep.png", "branches.png"}
+    assert names == {"online_s1", "control", "sweep.json", "sweep.md", *figures}
     assert read_config(out / "control").filter.sigma == 0
     rows = json.loads((out / "sweep.json").read_text())["rows"]
     assert [row["name"] for row in rows] == ["online_s1", "control"]
     table = (out / "sweep.md").read_text()
     assert table in capsys.readouterr().out and "| online s^1 | positive |" in table
+
+
+def test_a_sweep_over_methods_names_them(sweep: Sweep, tmp_path: Path) -> None:
+    words = ["digits_methods", "--methods", "dino", "control", "--out", str(tmp_path)]
+    make_sweep(cli.COMMANDS["sweep"].parse([*words, "--device", "cpu"]))
+    table = (tmp_path / "sweep.md").read_text().splitlines()
+    assert table[0].startswith("| method |")
+    assert [line.split(" | ")[:2] for line in table[2:4]] == [
+        ["| DINO", "positive"],
+        ["| no predictor", "zero"],
+    ]
+    assert read_config(tmp_path / "dino").method == "dino"
 
 
 def test_the_same_command_continues_and_overwrite_restarts(sweep: Sweep, tmp_path: Path) -> None:
