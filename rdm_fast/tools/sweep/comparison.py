@@ -4,7 +4,9 @@ import math
 from collections.abc import Sequence
 
 from rdm_fast.tools.report.curves import draw_ranks, with_values
+from rdm_fast.tools.report.measure import recorded
 from rdm_fast.tools.report.read import Run
+from rdm_fast.tools.report.snapshots import draw_response
 from rdm_fast.tools.report.style import (
     Picture,
     canvas,
@@ -24,9 +26,6 @@ def compare(runs: Sequence[Run]) -> Picture | None:
 
     Call it inside `style.applied()`. None if no run has ranks.
     """
-    from rdm_fast.tools.report.measure import recorded
-    from rdm_fast.tools.report.snapshots import draw_response
-
     shown = [run for _, run in with_values(runs, "effective_rank/online")]
     if not shown:
         return None
@@ -46,7 +45,9 @@ def compare(runs: Sequence[Run]) -> Picture | None:
         draw_response(each, record, color="#009E73", marker="o", markersize=2.5, linestyle="none")
         each.set(title=run.label, xlabel="s / s_max")
         low, high = each.get_ylim()
-        if high < 30 * low:  # less than a decade and a half
+        low, high = min(low, 0.2), max(high, 5)  # close to 1, all look alike
+        each.set_ylim(low, high)
+        if high < 100 * low:
             plain_numbers(each.yaxis)
     label_left(ranks[: len(shown)], "effective rank")
     label_left(responses[: len(spectra)], "|g(s)| / |g(s_max)|")

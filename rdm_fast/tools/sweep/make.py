@@ -18,7 +18,6 @@ from rdm_fast.runtime.untrusted import read_table
 from rdm_fast.tools.report import style
 from rdm_fast.tools.report.read import Run, read_run
 from rdm_fast.tools.sweep import results
-from rdm_fast.tools.sweep.comparison import compare
 from rdm_fast.tools.sweep.methods import TITLES
 from rdm_fast.tools.sweep.options import SweepCommand
 from rdm_fast.tools.sweep.queue import Failure, run_all
@@ -140,6 +139,8 @@ def _write(
     folder: Path, rows: Sequence[results.Row], runs: Mapping[str, Run], table: str, where: str
 ) -> None:
     """Write table, figures and results."""
+    from rdm_fast.tools.sweep.comparison import compare
+
     plain = {"project": PROJECT, "conditions": where, "rows": [asdict(row) for row in rows]}
     with style.applied():
         pictures = [results.figure(rows, runs), compare(list(runs.values()))]
