@@ -21,7 +21,7 @@ from rdm_fast.config import PrototypesConfig
 from rdm_fast.filters.loss import Criterion
 from rdm_fast.methods.base import Branches, Method, StepOutput
 from rdm_fast.runtime.distributed import gather_rows, local_rows, world_size
-from rdm_fast.spectrum import BranchSpectra, branch_spectra
+from rdm_fast.spectrum import BranchSpectra, Outputs, assignment_spectra
 from rdm_kernels import centered_softmax, prototype_logits, prototype_loss, sinkhorn
 
 
@@ -202,11 +202,18 @@ class PrototypeMethod(Method):
     def spectra(self, branches: Branches, *, profile: bool = False) -> BranchSpectra:
         """Of the outputs after the softmax; the response is that of the target map."""
         how, codes = self.settings, branches.codes
-        rows = branches.projection
-        online = (branches.online[: len(rows)] / how.temperature).softmax(dim=-1)
-        target = self.assign(branches.target) if codes is None else codes
-        taken = None
-        if profile:
-            plain = self.assigning(branches.target)
-            taken = (plain / how.temperature).softmax(dim=-1)
-        return branch_spectra(online, target, rows, None, profile=profile, taken=taken)
+        outputs = Outputs(
+            online=branches.online[: len(branches.projection)],
+            target=self.assign(branches.target) if codes is None else codes,
+            temperature=how.temperature,
+            target_temperature=self.target_temperature,
+            averaged="target" in self.encoders,
+            map="equipartition" if how.centring == "sinkhorn" else "centring",
+            center=self.center,
+        )
+        target_logits = self.target_logits(branches) if profile else None
+        return assignment_spectra(outputs, branches.projection, target_logits)
+
+    def target_logits(self, branches: Branches) -> Tensor:
+        """What the targets were made from, [2, b, K]."""
+        return self.assigning(branches.target)

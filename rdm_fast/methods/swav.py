@@ -14,3 +14,6 @@ class Swav(PrototypeMethod):
     def branches(self, *views: Tensor) -> Branches:
         logits, projection = self.online(views)
         return Branches(logits, projection.flip(0), projection)
+
+    def target_logits(self, branches: Branches) -> Tensor:
+        return branches.online[: len(branches.target)].flip(0)

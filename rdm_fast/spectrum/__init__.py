@@ -1,5 +1,6 @@
 """Spectra of projections: eigenvalues, effective rank, rank difference, measured responses."""
 
+from rdm_fast.spectrum.assignments import Outputs, assignment_spectra
 from rdm_fast.spectrum.branches import BranchSpectra, Profile, branch_spectra
 from rdm_fast.spectrum.directions import Directions, alignment, directions, measured_response
 from rdm_fast.spectrum.measures import (
@@ -16,10 +17,12 @@ from rdm_fast.spectrum.watching import Watch, WatchedBatch, watch
 __all__ = [
     "BranchSpectra",
     "Directions",
+    "Outputs",
     "Profile",
     "Watch",
     "WatchedBatch",
     "alignment",
+    "assignment_spectra",
     "attainable_rank",
     "branch_spectra",
     "channel_std",

@@ -1,7 +1,7 @@
 """The spectra of both branches of a training step, from the rows that the step has."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 import numpy as np
@@ -42,6 +42,8 @@ class BranchSpectra:
     std: Tensor  # scalar, of the projections
     attainable: Tensor  # scalar, the largest effective rank that the projections could have
     profile: Profile | None = None
+    more: Mapping[str, Tensor] = field(default_factory=dict)
+    """Further scalars, by the names under which they are logged."""
 
     def metrics(self) -> dict[str, float]:
         """The numbers that are logged; waits for the device."""
@@ -58,7 +60,7 @@ class BranchSpectra:
         }
         if self.profile is not None:
             metrics["alignment"] = float(self.profile.alignment)
-        return metrics
+        return metrics | {key: float(value) for key, value in self.more.items()}
 
     def record(self) -> dict[str, np.ndarray | float]:
         """A record of `spectrum.jsonl`; needs a profile, and waits for the device."""
@@ -77,7 +79,6 @@ def branch_spectra(
     config: FilterConfig | None,
     *,
     profile: bool = False,
-    taken: Tensor | None = None,
 ) -> BranchSpectra:
     """Spectra of the outputs of both branches; every rank must call it at the same step.
 
@@ -88,17 +89,12 @@ def branch_spectra(
         online: [v, b, K] of this rank, before any spectral filter; small views, which have no
             projections here, are left out.
         target: [v, b, K], likewise before a filter.
-        projection: [v, b, D], the online encoder's projections; D = K but for prototypes.
+        projection: [v, b, D], the online encoder's projections.
         config: the spectral filter that one of them still goes through, or None.
         profile: also measure what takes eigenvectors.
-        taken: [v, b, K], what the target's output is made from, for methods whose target branch
-            has a map in place of a predictor or filter; with a profile only.
     """
     online = online[: len(projection)]
-    if online.shape == projection.shape:
-        P, Z, projection = gather_rows(torch.cat([online, target, projection])).chunk(3)
-    else:
-        P, Z, projection = map(gather_rows, (online, target, projection))
+    P, Z, projection = gather_rows(torch.cat([online, target, projection])).chunk(3)
     axes = OncePerBatch(directions)
 
     def own(z: Tensor) -> Tensor:
@@ -122,7 +118,7 @@ def branch_spectra(
         projection=output(projection, "neither"),
         std=channel_std(projection.flatten(0, 1)),
         attainable=attainable_rank(projection[0]),
-        profile=_profile(P, Z, projection, config, axes, taken) if profile else None,
+        profile=_profile(P, Z, projection, config, axes) if profile else None,
     )
 
 
@@ -132,12 +128,10 @@ def _profile(
     projection: Tensor,
     config: FilterConfig | None,
     axes: "OncePerBatch[Directions]",
-    mapped: Tensor | None,
 ) -> Profile:
     s, responses, alignments = [], [], []
-    inputs = projection if mapped is None else gather_rows(mapped)
-    for p, z, taken in zip(P, Z, inputs, strict=True):
-        made = p if mapped is None else z  # by the learned predictor, or by the target's map
+    for p, z, taken in zip(P, Z, projection, strict=True):
+        made = p  # by the learned predictor
         if config is not None and config.location == "online":
             p = made = filtered_rows(p, config)
         elif config is not None:

@@ -31,10 +31,14 @@ def eigenvalues(z: Tensor) -> Tensor:
         [min(B, d)] float64, ascending, non-negative; the others are zero. NaN if z holds a value
         that is not finite.
     """
-    G = smaller_gram(z[None])[0]
+    return eigenvalues_of_gram(smaller_gram(z[None])[0], z.shape[0])
+
+
+def eigenvalues_of_gram(G: Tensor, B: int) -> Tensor:
+    """The same of the Gram matrix G of B rows, on either side."""
     if not G.isfinite().all():
         return torch.full_like(G[0], torch.nan)
-    return torch.linalg.eigvalsh(G).clamp_min(0) / z.shape[0]
+    return torch.linalg.eigvalsh(G).clamp_min(0) / B
 
 
 def effective_rank(eigenvalues: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ with watch(model, every=100) as spectra:
 print(spectra.records[-1].effective_rank)
 """
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Self
@@ -16,6 +17,8 @@ from rdm_fast.runtime.distributed import gather_rows
 from rdm_fast.spectrum.directions import directions, measured_response
 from rdm_fast.spectrum.measures import attainable_rank, channel_std, effective_rank, eigenvalues
 
+PROTOTYPES = ("prototypes", "last_layer", "target_prototypes")
+"""Names of the modules that give logits in SwAV's and DINO's code, lightly and this project."""
 HEADS = ("projector", "projection_head", "predictor", "prediction_head")
 """Names of the modules to watch in solo-learn, lightly, SimSiam's code and this project."""
 
@@ -59,6 +62,7 @@ def watch(
     every: int = 100,
     on_record: Callable[[WatchedBatch], object] | None = None,
     all_ranks: bool = False,
+    temperature: float | None = None,
 ) -> Watch:
     """Record the spectrum of module outputs, every so many forward passes while training.
 
@@ -74,23 +78,36 @@ def watch(
             one is recorded. A SimSiam has two in a step.
         on_record: called with each record, for example to log it.
         all_ranks: measure the rows of all ranks; every rank must then watch, with the same `every`.
+        temperature: measure softmax(output / temperature), the output of DINO and SwAV. A warning
+            says so if a module named prototypes or last_layer is watched without: ranks of logits
+            can differ the other way round.
 
     Returns:
         A handle with `records` and `remove()`, which is also a context manager.
 
     Raises:
-        ValueError: a name is not a module of the model, or `every` is less than 1. The forward
-            pass raises it if an output is not [B, d].
+        ValueError: a name is not a module of the model, `every` is less than 1, or `temperature`
+            is not positive. The forward pass raises it if an output is not [B, d].
     """
     if every < 1:
         raise ValueError(f"watch(every={every}): use 1 or more")
+    if temperature is not None and not temperature > 0:
+        raise ValueError(f"watch(temperature={temperature}): use a positive one, such as 0.1")
     modules = dict(model.named_modules())
     if unknown := [name for name in names if name not in modules]:
         raise ValueError(f"{type(model).__name__} has no module {unknown[0]} to watch")
     found = names or [name for name in modules if name.rpartition(".")[2] in HEADS]
+    logits = [name for name in found if name.rpartition(".")[2] in PROTOTYPES]
+    if logits and temperature is None:
+        warnings.warn(
+            f"watch measures the logits of {logits[0]}, before the softmax, where rank "
+            "differences can have the other sign: give the softmax's temperature, as in "
+            "watch(model, 'prototypes', temperature=0.1)",
+            stacklevel=2,
+        )
     handle = Watch()
     for name in found or [""]:
-        hook = _Hook(name, every, handle.records, on_record, all_ranks)
+        hook = _Hook(name, every, handle.records, on_record, all_ranks, temperature)
         handle.handles.append(modules[name].register_forward_hook(hook))
     return handle
 
@@ -102,6 +119,7 @@ class _Hook:
     records: list[WatchedBatch]
     on_record: Callable[[WatchedBatch], object] | None
     all_ranks: bool
+    temperature: float | None
     calls: int = 0
 
     @torch.no_grad()
@@ -118,7 +136,11 @@ class _Hook:
                 "name its projector or predictor, as in watch(model, 'projector')"
             )
         with torch.autocast(output.device.type, enabled=False):
-            record = self._measure(inputs[0] if inputs else None, output)
+            if self.temperature is not None:
+                wide = output.to(torch.promote_types(output.dtype, torch.float32))
+                record = self._measure(None, (wide / self.temperature).softmax(dim=1))
+            else:
+                record = self._measure(inputs[0] if inputs else None, output)
         self.records.append(record)
         if self.on_record is not None:
             self.on_record(record)

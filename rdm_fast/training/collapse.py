@@ -3,17 +3,25 @@
     complete collapse      all rows alike: their standard deviation falls to 0
     dimensional collapse   rows in few directions: their effective rank falls, std need not
 
-The bounds apply to the projections, from which both branches are computed. Healthy runs of every
-digits recipe stay above 5 directions; collapsing ones end under 2 (docs/telemetry.md).
+    one prototype          DINO and SwAV: the targets use few prototypes
+    uniform targets        and theirs say nothing: every row is spread over all prototypes
+
+The first two bounds apply to the projections, from which both branches are computed. Healthy runs
+of every digits recipe stay above 5 directions; collapsing ones end under 2 (docs/telemetry.md).
 """
 
 from collections.abc import Mapping
+from math import log
 
 from rdm_fast.config import Config
 from rdm_fast.filters.response import advice, trend
 
 SHARE = 0.1
 """Largest bound on the effective rank, as a share of the most that a batch can show."""
+UNIFORM = 0.98
+"""Entropy of the targets' rows over ln K from which they say nothing."""
+STUCK = 0.01
+"""Distance of the loss from ln K within which the online output is uniform too."""
 
 
 class CollapseGuard:
@@ -40,11 +48,12 @@ class CollapseGuard:
         """
         if self.config.guard.mode == "off" or step <= self._first_step:
             return None
-        reason = self._reason(metrics)
-        self.low = self.low + 1 if reason else 0
+        found = self._of_projections(metrics) or self._of_targets(metrics)
+        self.low = self.low + 1 if found else 0
         patience = self.config.guard.patience
-        if self.low == patience or (self.stops and self.low > patience):
-            return f"the projections have collapsed at step {step}, {reason}: {remedy(self.config)}"
+        if found and (self.low == patience or (self.stops and self.low > patience)):
+            what, reason, fix = found
+            return f"{what} at step {step}, {reason}: {fix}"
         return None
 
     def state_dict(self) -> dict[str, int]:
@@ -55,20 +64,32 @@ class CollapseGuard:
         """Continue from `state_dict`."""
         self.low = state["low"]
 
-    def _reason(self, metrics: Mapping[str, float]) -> str | None:
-        bounds = self.config.guard
+    def _of_projections(self, metrics: Mapping[str, float]) -> tuple[str, str, str] | None:
+        """What has collapsed, how that shows, and the remedy."""
+        bounds, what, fix = self.config.guard, "the projections have collapsed", remedy(self.config)
         std, rank = metrics["std"], metrics["effective_rank/projection"]
         if std < bounds.min_std:
-            return (
-                f"all rows are nearly alike (std {std:.2g}, under guard.min_std={bounds.min_std:g})"
-            )
+            bound = f"(std {std:.2g}, under guard.min_std={bounds.min_std:g})"
+            return what, f"all rows are nearly alike {bound}", fix
         share = metrics["effective_rank/share"]
         attainable = rank / share if share > 0 else 0.0
         if rank < min(bounds.min_rank, SHARE * attainable) or rank == 0:
-            return (
-                f"effective rank {rank:.2g} of at most {attainable:.0f} "
-                f"(guard.min_rank={bounds.min_rank:g})"
-            )
+            bound = f"(guard.min_rank={bounds.min_rank:g})"
+            return what, f"effective rank {rank:.2g} of at most {attainable:.0f} {bound}", fix
+        return None
+
+    def _of_targets(self, metrics: Mapping[str, float]) -> tuple[str, str, str] | None:
+        """The same of DINO's and SwAV's assignments."""
+        if "perplexity/target" not in metrics:
+            return None
+        used, most = metrics["perplexity/target"], self.config.prototypes.count
+        if used < (bound := min(self.config.guard.min_rank, SHARE * most)):
+            reason = f"all images have one prototype ({used:.2g} in use, under {bound:g} of {most})"
+            return "the targets have collapsed", reason, of_prototypes(self.config)
+        soft = metrics["entropy/target"]
+        if soft > UNIFORM or abs(metrics["loss"] - log(most)) < STUCK:
+            reason = f"they are uniform (entropy {soft:.3f}, loss close to ln K = {log(most):.3f})"
+            return "the targets have collapsed", reason, of_prototypes(self.config)
         return None
 
 

@@ -50,6 +50,21 @@ def test_heads_are_found_by_name_and_measured() -> None:
     assert spectra.records[0].response is None  # 12 channels in, 8 out
 
 
+def test_logits_are_measured_after_their_softmax_or_with_a_warning() -> None:
+    model, x = nn.Sequential(nn.Flatten()), images()
+    model.prototypes = nn.Linear(16, 16, bias=False)
+    with watch(model, "prototypes", every=1, temperature=0.1) as spectra:
+        logits = model(x)
+    (record,) = spectra.records
+    expected = eigenvalues((logits / 0.1).softmax(dim=1).detach())
+    torch.testing.assert_close(record.eigenvalues, expected.flip(0), rtol=1e-5, atol=1e-9)
+    assert record.response is None
+    with pytest.warns(UserWarning, match="temperature=0.1"), watch(model, "prototypes"):
+        pass
+    with refused(ValueError, "temperature"):
+        watch(model, temperature=0.0)
+
+
 def test_a_predictor_is_measured_as_a_filter() -> None:
     model = SomebodysSimSiam(SpectralPredictor(FilterConfig(kind="log_1"))).double()
     x = images().double()

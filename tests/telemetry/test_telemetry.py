@@ -404,8 +404,12 @@ def test_the_commit_is_of_this_checkout(tmp_path: Path, monkeypatch: pytest.Monk
 def test_every_metric_key_says_its_unit() -> None:
     fixed = (
         "step epoch loss lr ema_momentum images_per_s data_wait_s effective_rank/online "
-        "effective_rank/target effective_rank/projection effective_rank/share rank_difference std "
-        "alignment knn_top1 knn_top1_target probe_top1 grad_norm skipped_steps filter_failures "
+        "effective_rank/target effective_rank/projection effective_rank/share rank_difference "
+        "rank_difference/ema rank_difference/sharpening rank_difference/centring "
+        "rank_difference/equipartition effective_rank/logits_online effective_rank/logits_target "
+        "effective_rank/online_centred effective_rank/target_centred perplexity/online "
+        "perplexity/target entropy/online entropy/target kl teacher_temp center_norm std alignment "
+        " knn_top1 knn_top1_target probe_top1 grad_norm skipped_steps filter_failures "
         "warning gpu_mem_gib"
     )
     assert list(KEYS) == fixed.split() and all(KEYS.values())

@@ -103,6 +103,31 @@ def test_off_never_warns_and_stop_warns_of_every_later_line() -> None:
     assert [text is not None for text in spoken] == [False, True, True, True]
 
 
+@pytest.mark.parametrize(
+    ("changed", "expected"),
+    [
+        ({}, False),
+        ({"perplexity/target": 2.9}, True),
+        ({"entropy/target": 0.985}, True),
+        ({"loss": 6.245}, True),  # ln 512 = 6.238
+        ({"loss": 6.20}, False),
+    ],
+)
+@pytest.mark.parametrize("name", ["digits_dino", "digits_swav"])
+def test_targets_of_one_prototype_and_uniform_ones_are_found(
+    name: str, changed: dict[str, float], expected: bool
+) -> None:
+    config = RECIPES[name]()
+    assert config.prototypes.count == 512
+    config = replace(config, guard=GuardConfig(warmup=0.0, patience=2))
+    healthy = line(20.0) | {"perplexity/target": 40.0, "entropy/target": 0.3, "loss": 3.0}
+    spoken = said(CollapseGuard(config, total_steps=100), healthy, *[healthy | changed] * 2)
+    assert spoken[:2] == [None, None] and (spoken[2] is not None) == expected
+    if expected:
+        flag = "teacher-temp" if name == "digits_dino" else "epsilon"
+        assert str(spoken[2]).startswith("the targets") and flag in str(spoken[2])
+
+
 # ---- remedies --------------------------------------------------------------------------------
 
 
@@ -163,6 +188,18 @@ def test_a_collapsing_run_warns_or_stops_and_continues_where_it_was_saved(
         step += 7
     run(tmp_path / "stopped", collapsing("warn"))
     assert final_state(tmp_path / "stopped") == final_state(tmp_path / "warned")
+
+
+@pytest.mark.parametrize(
+    "changed", [{"centring": "none", "teacher_temp": 0.1}, {"teacher_temp": 1.0}]
+)
+def test_dino_without_its_parts_is_found_collapsed(changed: dict[str, Any], tmp_path: Path) -> None:
+    """Neither center nor sharper targets; and a center alone, which makes the targets uniform."""
+    config = with_log(tiny("digits_dino", epochs=6, global_batch=200), every=7, save_every=1000)
+    settings = {"teacher_temp_start": changed["teacher_temp"], **changed}
+    how = replace(config.prototypes, **settings)
+    run(tmp_path, replace(config, prototypes=how, guard=GuardConfig(warmup=0.0)))
+    assert [text for _, text in warnings(tmp_path) if "prototypes." in text]
 
 
 def test_a_healthy_run_ends_without_a_warning(tmp_path: Path) -> None:

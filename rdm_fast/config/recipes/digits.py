@@ -94,6 +94,7 @@ def digits_dino() -> Config:
         optim=replace(
             ADAMW, epochs=60, global_batch=200, base_lr=2.5e-3, warmup_epochs=6, ema_start=0.95
         ),
+        log=replace(config.log, spectrum_every=35),
         prototypes=PrototypesConfig(count=512, frozen_epochs=1),
         guard=RANKS_FALL_FIRST,
     )
@@ -108,6 +109,7 @@ def digits_swav() -> Config:
         method="swav",
         predictor="none",
         model=model,
+        log=replace(config.log, spectrum_every=35),
         prototypes=PrototypesConfig(count=512, frozen_epochs=1, centring="sinkhorn"),
         guard=RANKS_FALL_FIRST,
     )

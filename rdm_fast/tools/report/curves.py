@@ -9,6 +9,8 @@ import numpy as np
 from rdm_fast.tools.report.read import Run
 from rdm_fast.tools.report.style import (
     BRANCHES,
+    DASHES,
+    RUNS,
     TARGET,
     Picture,
     canvas,
@@ -174,6 +176,40 @@ def rank_difference(runs: Sequence[Run]) -> Picture:
     )
 
 
+PARTS = {"ema": "older weights", "sharpening": "lower temperature", "centring": "center",
+         "equipartition": "Sinkhorn"}  # fmt: skip
+"""Of the rank difference of DINO and SwAV, and what makes them."""
+
+
+def attribution(runs: Sequence[Run]) -> Picture | None:
+    """What moves the ranks of DINO's and SwAV's branches apart; None without such a run."""
+    shown = [run for _, run in with_values(runs, "rank_difference/sharpening")]
+    if not shown:
+        return None
+    figure, all_axes = panels([run.label for run in shown], (3.4, 2.7))
+    lasts = []
+    for axes, run in zip(all_axes, shown, strict=True):
+        axes.axhline(0, color="#333333", linewidth=1)
+        for i, (part, label) in enumerate(PARTS.items()):
+            key = f"rank_difference/{part}"
+            if (last := run.series(key).last) is not None:
+                style = {"color": RUNS[i], "linestyle": DASHES[i % len(DASHES)]}
+                _curve(axes, run, key, label=label, **style)
+                lasts.append(f"{run.label} {label} {last:.2f}")
+        axes.set(xlabel="epoch")
+    label_left(all_axes, "part of the rank difference")
+    legend_above(figure, all_axes)
+    return Picture(
+        "attribution",
+        "What moves the ranks apart",
+        "The rank difference of DINO and SwAV as a sum: what the older target weights add to it, "
+        "the lower temperature of the targets, and the center or Sinkhorn. Ranks are those of the "
+        "outputs after the softmax. Before it, the difference can have the other sign.",
+        f"Lines over epochs; last values: {'; '.join(lasts)}",
+        png(figure),
+    )
+
+
 def throughput(runs: Sequence[Run]) -> Picture:
     """Images per second, and the share of a step that waits for data."""
     name, title = "throughput", "Throughput"
@@ -203,6 +239,6 @@ def throughput(runs: Sequence[Run]) -> Picture:
     )
 
 
-OVER_TIME: tuple[Callable[[Sequence[Run]], Picture], ...] = (
-    *(rank_difference, effective_ranks, loss, accuracy, throughput),
+OVER_TIME: tuple[Callable[[Sequence[Run]], Picture | None], ...] = (
+    *(rank_difference, attribution, effective_ranks, loss, accuracy, throughput),
 )

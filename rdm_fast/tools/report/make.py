@@ -43,7 +43,7 @@ def make_report(command: ReportCommand) -> Path:
     spectra, embeddings = _measure(runs, command)
     with style.applied():
         pictures = [
-            *(draw(runs) for draw in curves.OVER_TIME),
+            *filter(None, (draw(runs) for draw in curves.OVER_TIME)),
             snapshots.spectra(spectra),
             snapshots.responses(runs, spectra),
             _map(embeddings, command),

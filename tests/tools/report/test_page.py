@@ -245,6 +245,16 @@ def test_spectra_that_training_recorded_are_shown_without_a_checkpoint(tmp_path:
     assert "No map: " in page.text
 
 
+def test_the_parts_of_dino_s_and_swav_s_rank_difference_are_drawn(tmp_path: Path) -> None:
+    parts = {"sharpening": 2.0, "equipartition": 1.25}
+    found = {f"rank_difference/{key}": value for key, value in parts.items()}
+    path = make_run(tmp_path / "run", lines=[line(step, **found) for step in (2, 4, 6, 8)])
+    page = report(tmp_path, path, measure=False)
+    texts = " ".join(image["alt"] for image in page.all("img"))
+    assert len(page.all("img")) == SECTIONS - 3 + 1 and "Sinkhorn 1.25" in texts
+    assert "older weights" not in texts
+
+
 # ---- mistakes ----------------------------------------------------------------------------------
 
 
