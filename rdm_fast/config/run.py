@@ -18,6 +18,13 @@ MethodName = Literal["simsiam", "byol", "dino", "swav", "symsimsiam"]
 PredictorName = Literal["mlp", "spectral", "none"]
 Precision = Literal["fp32", "tf32", "bf16", "fp16"]
 Branch = Literal["online", "target"]
+PREDICTORS: dict[MethodName, tuple[PredictorName, ...]] = {
+    "simsiam": ("mlp", "spectral"),
+    "byol": ("mlp", "spectral"),
+    "dino": ("none", "spectral"),
+    "swav": ("none", "spectral"),
+    "symsimsiam": ("none",),
+}
 EMA: dict[MethodName, Branch] = {"byol": "online", "dino": "target"}
 """Methods with target weights of their own, and the branch that evaluation and export take."""
 NEEDS_LESS = (
@@ -60,10 +67,10 @@ class Config:
     def __post_init__(self) -> None:
         require_fields("", self)
         require(
-            (self.method not in ("simsiam", "byol")) == (self.predictor == "none"),
-            f"method={self.method} with predictor={self.predictor}: dino, swav and symsimsiam have "
-            "predictor=none, simsiam and byol have predictor=mlp or predictor=spectral "
-            "(spectral with filter.sigma=0 filters nothing)",
+            self.predictor in PREDICTORS[self.method],
+            f"method={self.method} with predictor={self.predictor}: symsimsiam has predictor=none, "
+            "dino and swav none or spectral, simsiam and byol mlp or spectral (spectral with "
+            "filter.sigma=0 filters nothing)",
         )
         require(
             self.augment.small_views == 0 or self.method != "symsimsiam",
@@ -72,10 +79,23 @@ class Config:
         )
         if self.method in ("dino", "swav"):
             self.prototypes.check(self.method, self.optim.global_batch)
+            self._check_filtered_prototypes()
         require(
             not (self.parallel.static_graph and self.optim.accumulate > 1),
             "parallel.static_graph needs every backward pass to be alike, which optim.accumulate="
             f"{self.optim.accumulate} prevents: leave one of them out",
+        )
+
+    def _check_filtered_prototypes(self) -> None:
+        spectral, filtered = self.filter, self.predictor == "spectral"
+        require(
+            not filtered or spectral.basis == "own",
+            f"filter.basis={spectral.basis} with method={self.method}: use --filter.basis own",
+        )
+        require(
+            not filtered or spectral.location == "target" or self.optim.accumulate == 1,
+            f"filter.location=online with method={self.method} and optim.accumulate="
+            f"{self.optim.accumulate}: each part would be filtered by itself; accumulate 1",
         )
 
     @property

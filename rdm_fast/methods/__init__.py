@@ -34,7 +34,8 @@ def build_method(config: Config) -> Method:
         width, narrow = model.projector_dim, HALVES.get(config.precision)
         prototypes = Prototypes(config.prototypes.count, width, narrow)
         kind = Dino if config.method == "dino" else Swav
-        return kind(backbone, head, prototypes, config.prototypes)
+        spectral = config.filter if config.predictor == "spectral" else None
+        return kind(backbone, head, prototypes, config.prototypes, spectral)
     predictor: nn.Module = nn.Identity()
     criterion: Criterion = SpectralCosine(config.filter)
     if config.predictor == "mlp":

@@ -12,7 +12,7 @@ from copy import deepcopy
 import torch
 from torch import Tensor, nn
 
-from rdm_fast.config import PrototypesConfig
+from rdm_fast.config import FilterConfig, PrototypesConfig
 from rdm_fast.methods.base import Branches
 from rdm_fast.methods.ema import update_ema
 from rdm_fast.methods.prototypes import PrototypeMethod, Prototypes, unit_rows
@@ -25,8 +25,9 @@ class Dino(PrototypeMethod):
         projector: nn.Module,
         prototypes: Prototypes,
         settings: PrototypesConfig,
+        filter: FilterConfig | None = None,
     ) -> None:
-        super().__init__(backbone, projector, prototypes, settings)
+        super().__init__(backbone, projector, prototypes, settings, filter)
         self.target_backbone = deepcopy(backbone).requires_grad_(False)
         self.target_projector = deepcopy(projector).requires_grad_(False)
         self.target_prototypes = deepcopy(prototypes).requires_grad_(False)

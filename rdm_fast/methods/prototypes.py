@@ -5,8 +5,8 @@
 
 The online output is softmax(l / temperature). The target output q is made from the target branch's
 z, which no gradient reaches, by `prototypes.centring`: a softmax, with or without a center, or
-Sinkhorn over the global batch. `Branches.target` holds z, not the logits, so all that ranks
-exchange is D wide.
+Sinkhorn over the global batch. A spectral filter may come before the prototypes of either branch.
+`Branches.target` holds z, not the logits, so all that ranks exchange is D wide.
 """
 
 from collections.abc import Iterable
@@ -17,12 +17,16 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rdm_fast.config import PrototypesConfig
-from rdm_fast.filters.loss import Criterion
+from rdm_fast.config import FilterConfig, PrototypesConfig
+from rdm_fast.config.run import Branch
+from rdm_fast.filters.loss import Criterion, SpectralPredictor
 from rdm_fast.methods.base import Branches, Method, StepOutput
 from rdm_fast.runtime.distributed import gather_rows, local_rows, world_size
 from rdm_fast.spectrum import BranchSpectra, Outputs, assignment_spectra
 from rdm_kernels import centered_softmax, prototype_logits, prototype_loss, sinkhorn
+
+PART = {"mean": "centring", "none": "centring", "sinkhorn": "equipartition"}
+"""Of the rank difference, by what keeps the prototypes in equal use."""
 
 
 def unit_rows(x: Tensor) -> Tensor:
@@ -100,6 +104,7 @@ class PrototypeMethod(Method):
     Attributes:
         projector: the head, without the normalization that follows.
         prototypes: of the online branch.
+        predictor: a spectral filter of the rows of `location`, before the prototypes, or nothing.
         target_temperature: of the target map, a scalar on the device; set before each step.
         center: [K], or None.
         queue: earlier targets, or None.
@@ -115,9 +120,16 @@ class PrototypeMethod(Method):
         projector: nn.Module,
         prototypes: Prototypes,
         settings: PrototypesConfig,
+        filter: FilterConfig | None = None,
     ) -> None:
-        criterion = CrossEntropy(settings.temperature, row_wise=settings.centring != "sinkhorn")
-        super().__init__(backbone, projector, nn.Identity(), criterion)
+        row_wise = filter is None and settings.centring != "sinkhorn"
+        criterion = CrossEntropy(settings.temperature, row_wise=row_wise)
+        predictor: nn.Module = nn.Identity()
+        if filter is not None:
+            predictor = SpectralPredictor(filter)
+            criterion.selector = predictor.selector
+        super().__init__(backbone, projector, predictor, criterion)
+        self.location = filter.location if filter else None
         self.prototypes, self.settings = prototypes, settings
         count, D = prototypes.weight.shape
         self.register_buffer("target_temperature", torch.tensor(1.0), persistent=False)
@@ -154,12 +166,19 @@ class PrototypeMethod(Method):
     def online(self, views: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
         """Logits of all views with gradient, and the rows of the first two without."""
         z = unit_rows(torch.stack([self.projector(self.backbone(view)) for view in views]))
-        return self.prototypes(z), z[:2].detach()
+        return self.prototypes(self.filtered(z, "online")), z[:2].detach()
+
+    def filtered(self, z: Tensor, branch: Branch) -> Tensor:
+        """Unit rows [v, b, D] after the spectral filter, if this branch has one."""
+        if branch != self.location:
+            return z
+        return unit_rows(torch.stack([self.predictor(rows) for rows in z]))
 
     @torch.no_grad()
     def assign(self, target: Tensor) -> Tensor:
         """Assignments q [2, b, K] of this rank's target rows [2, b, D]."""
         prototypes, how = self.assigning, self.settings
+        target = self.filtered(target, "target")
         if how.centring != "sinkhorn":
             return centered_softmax(prototypes(target), self.center, self.target_temperature)
         rows = self._gathered = gather_rows(target)
@@ -208,7 +227,7 @@ class PrototypeMethod(Method):
             temperature=how.temperature,
             target_temperature=self.target_temperature,
             averaged="target" in self.encoders,
-            map="equipartition" if how.centring == "sinkhorn" else "centring",
+            map="" if self.location else PART[how.centring],
             center=self.center,
         )
         target_logits = self.target_logits(branches) if profile else None

@@ -16,4 +16,6 @@ class Swav(PrototypeMethod):
         return Branches(logits, projection.flip(0), projection)
 
     def target_logits(self, branches: Branches) -> Tensor:
+        if self.location == "online":
+            return super().target_logits(branches)
         return branches.online[: len(branches.target)].flip(0)

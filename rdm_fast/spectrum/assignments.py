@@ -43,7 +43,8 @@ class Outputs:
         temperature: t of the online output.
         target_temperature: that of the targets: DINO's teacher's, or Sinkhorn's epsilon. A scalar.
         averaged: whether the target has weights of its own, a moving average.
-        map: name of what else makes q of the logits: "centring" or "equipartition".
+        map: name of what else makes q of the logits: "centring" or "equipartition"; empty to leave
+            out the attribution, as with a spectral filter.
         center: DINO's, [K], or None.
     """
 
@@ -92,12 +93,13 @@ def assignment_spectra(
     if target_logits is not None:
         ranks = {name[0]: effective_rank(each) for name, each in values.items()}
         more |= {
-            **({"rank_difference/ema": ranks["t"] - ranks["p"]} if own.averaged else {}),
-            "rank_difference/sharpening": ranks["s"] - ranks["t"],
-            f"rank_difference/{own.map}": ranks["q"] - ranks["s"],
             "effective_rank/logits_online": ranks["l"],
             "effective_rank/logits_target": ranks["m"],
         }
+        if own.map:
+            parts = {"ema": ranks["t"] - ranks["p"]} if own.averaged else {}
+            parts |= {"sharpening": ranks["s"] - ranks["t"], own.map: ranks["q"] - ranks["s"]}
+            more |= {f"rank_difference/{part}": value for part, value in parts.items()}
         for name, key in (("pp", "online"), ("qq", "target")):
             centered = effective_rank(_mean_eigenvalues(center_samples(G[name]), K))
             more[f"effective_rank/{key}_centred"] = centered

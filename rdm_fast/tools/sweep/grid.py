@@ -15,6 +15,7 @@ from typing import Any
 
 from rdm_fast.config import Config, FilterConfig
 from rdm_fast.config.checks import require
+from rdm_fast.config.prototypes import TEACHER
 
 GRID = (
     *("online_s1", "online_s2", "online_log", "online_log_1", "online_log_2"),
@@ -44,7 +45,8 @@ def configure(config: Config, name: str) -> Config:
     """The configuration with this filter, in a run folder of the same name under `out`.
 
     Args:
-        config: SimSiam or BYOL; kind, location and sigma of its filter are replaced.
+        config: kind, location and sigma of its filter are replaced. The filter also takes the place
+            of DINO's center and sharper targets, and of SwAV's Sinkhorn.
         name: a name that `require_name` accepts.
 
     Raises:
@@ -64,13 +66,19 @@ def configure(config: Config, name: str) -> Config:
         if location == "online":
             settings["basis"] = "own"
         spectral = replace(config.filter, **settings)
-    return replace(config, predictor="spectral", filter=spectral, out=out)
+    how = config.prototypes
+    if config.method in ("dino", "swav"):  # the filter is all that differs between the branches
+        keys = TEACHER[:2] if config.method == "dino" else ("epsilon",)
+        same: dict[str, Any] = dict.fromkeys(keys, how.temperature)
+        how = replace(how, centring="none", queue=0, queue_epoch=0.0, **same)
+    return replace(config, predictor="spectral", filter=spectral, prototypes=how, out=out)
 
 
 def prediction(config: Config) -> str:
     """The sign of the rank difference that RDM predicts: positive, negative or zero."""
     spectral = config.filter
-    if config.predictor == "mlp" or config.method in ("dino", "swav"):
+    heuristic = config.method in ("dino", "swav") and config.predictor == "none"
+    if config.predictor == "mlp" or heuristic:
         return "positive"
     if config.predictor != "spectral" or (spectral.kind == "poly" and spectral.sigma == 0):
         return "zero"
