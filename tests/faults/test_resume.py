@@ -130,6 +130,32 @@ def test_a_killed_run_of_a_timm_model_ends_with_the_same_bytes(
     assert_same_end(tmp_path / "killed", tmp_path / "whole")
 
 
+@pytest.mark.parametrize(
+    "world", [1, pytest.param(2, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)]
+)
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--method dino --prototypes.teacher-temp 0.07 --prototypes.teacher-temp-epochs 2.5",
+        "--method swav --prototypes.centring sinkhorn --prototypes.queue 1008 "
+        "--prototypes.queue-epoch 1",
+    ],
+    ids=["dino", "swav"],
+)
+def test_runs_of_dino_and_swav_killed_in_their_first_epochs_end_with_the_same_bytes(
+    flags: str, world: int, start: Start, tmp_path: Path
+) -> None:
+    """While prototypes are frozen and after, while the queue fills and after it is used."""
+    flags += " --predictor none --prototypes.count 20"
+    start(tmp_path / "whole", world, flags=flags).finish()
+    for step in (1, 4, 6) if world == 1 else (1, 3, 4, 6, 10):
+        run = start(tmp_path / "killed", world, flags=flags)
+        run.wait_for_step(step)
+        run.kill()
+    start(tmp_path / "killed", world, flags=flags).finish()
+    assert_same_end(tmp_path / "killed", tmp_path / "whole")
+
+
 def test_a_lost_rank_a_lost_launcher_and_a_signal_one_after_the_other_change_nothing(
     start: Start, undisturbed: Callable[[int], Path], tmp_path: Path
 ) -> None:

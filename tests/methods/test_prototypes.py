@@ -10,12 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from rdm_fast.config import Config, PrototypesConfig
+from rdm_fast.config import Config, FilterConfig, OptimConfig, PrototypesConfig
 from rdm_fast.config.recipes import recipe
 from rdm_fast.errors import UsageError
 from rdm_fast.methods import Dino, PrototypeMethod, Swav, build_method
 from rdm_fast.methods.prototypes import Prototypes, unit_rows
 from rdm_fast.runtime.distributed import gather_rows
+from rdm_fast.spectrum import effective_rank, eigenvalues, filtered_rows
+from rdm_fast.tools.sweep.grid import configure
 from rdm_fast.training.train_step import TrainStep
 from tests.ranks import run_ranks
 from tests.runs import final_state, new_step, run, run_with_stops
@@ -212,6 +214,85 @@ def test_swav_is_lightly_s_loss_with_its_queue(n_small: int, queue: int) -> None
         torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-5)
 
 
+# ---- with a spectral filter --------------------------------------------------------------------
+
+FILTERS = {
+    "target": FilterConfig(location="target", sigma=-1.0),
+    "online": FilterConfig(location="online", sigma=1.0),
+}
+UNHELPED = replace(SWAV, centring="none", epsilon=0.1)
+
+
+def filtered_by(location: str, kind: Any = Swav, settings: PrototypesConfig = UNHELPED) -> Any:
+    torch.manual_seed(0)
+    parts = (nn.Linear(WIDTH, 8), nn.Linear(8, D), Prototypes(K, D))
+    return kind(*parts, settings, FILTERS[location]).double()
+
+
+@pytest.mark.parametrize("location", FILTERS)
+def test_one_branch_is_filtered_before_its_prototypes(location: str) -> None:
+    method, shown = filtered_by(location), views(3)
+    z = unit_rows(torch.stack([method.projector(method.backbone(view)) for view in shown]))
+    fixed = z.detach()
+    filtered = torch.stack([filtered_rows(rows, FILTERS[location]) for rows in fixed])
+    W = torch.linalg.pinv(fixed) @ filtered  # what a filter does, without its gradient
+    C = F.normalize(method.prototypes.weight, dim=1)
+    p_rows = unit_rows(z @ W) if location == "online" else z
+    q_rows = unit_rows(filtered) if location == "target" else fixed
+    log_p = (p_rows @ C.mT / 0.1).log_softmax(dim=-1)
+    q = (q_rows @ C.detach().mT / 0.1).softmax(dim=-1)
+    pairs = [(0, 1), (1, 0), (2, 0), (2, 1)]
+    expected = torch.stack([-(q[t] * log_p[s]).sum(dim=1).mean() for s, t in pairs]).mean()
+    loss = method(*shown).loss
+    torch.testing.assert_close(loss, expected, atol=1e-6, rtol=0)
+    for ours, theirs in zip(gradients(loss, method), gradients(expected, method), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("location", FILTERS)
+def test_telemetry_of_a_filtered_branch_has_its_rank_and_no_attribution(location: str) -> None:
+    method, shown = filtered_by(location), views()
+    branches = method(*shown).branches
+    metrics = method.spectra(branches, profile=True).metrics()
+    p = (branches.online.detach() / 0.1).softmax(dim=-1)
+    ranks = [effective_rank(torch.stack([eigenvalues(x) for x in y]).mean(dim=0))
+             for y in (p, branches.codes)]  # fmt: skip
+    found = [metrics["effective_rank/online"], metrics["effective_rank/target"]]
+    assert found == pytest.approx([float(each) for each in ranks])
+    assert not [key for key in metrics if key.startswith("rank_difference/")]
+
+
+def _filtered_losses() -> list[Tensor]:
+    losses = []
+    for location in FILTERS:
+        config = configure(tiny("digits_dino", global_batch=ROWS), f"{location}_s{SIGMA[location]}")
+        step = new_step(config)
+        step.method.eval()
+        losses.append(torch.stack([step(own_rows(batch(ROWS, i)), i).loss for i in range(4, 7)]))
+    return losses
+
+
+SIGMA = {"target": -1, "online": 1}
+
+
+def test_a_filter_is_that_of_the_global_batch(tmp_path: Path) -> None:
+    alone = _filtered_losses()
+    ranks = run_ranks(2, _filtered_losses, tmp_path=tmp_path)
+    for location in range(len(FILTERS)):
+        mean = torch.stack([losses[location] for losses in ranks]).mean(dim=0)
+        torch.testing.assert_close(mean, alone[location], atol=2e-5, rtol=0)
+
+
+def test_a_filtered_target_may_be_computed_in_parts() -> None:
+    losses = []
+    for accumulate in (1, 4):
+        config = tiny("digits_swav", global_batch=ROWS, accumulate=accumulate)
+        step = new_step(configure(config, "target_s-1"))
+        step.method.eval()
+        losses.append(torch.stack([step(batch(ROWS, i), i).loss for i in range(4, 7)]))
+    torch.testing.assert_close(*losses, atol=2e-5, rtol=0)
+
+
 # ---- state -------------------------------------------------------------------------------------
 
 
@@ -365,7 +446,24 @@ def test_dino_s_head_has_gelu_biases_and_no_batch_norm() -> None:
 
 
 REFUSED = [
-    ("digits_dino", {"predictor": "spectral"}, "predictor=spectral"),
+    ("digits_dino", {"predictor": "mlp"}, "predictor=mlp"),
+    (
+        "digits_dino",
+        {
+            "predictor": "spectral",
+            "filter": FilterConfig(location="target", sigma=-1.0, basis="online"),
+        },
+        "filter.basis",
+    ),
+    (
+        "digits_swav",
+        {
+            "predictor": "spectral",
+            "filter": FilterConfig(location="online", sigma=1.0),
+            "optim": OptimConfig(accumulate=2),
+        },
+        "optim.accumulate=2",
+    ),
     ("digits_swav", {"predictor": "mlp"}, "predictor=mlp"),
     ("digits_swav", {"teacher_temp": 0.07}, "prototypes.teacher_temp"),
     ("digits_swav", {"teacher_temp_start": 0.05}, "prototypes.teacher_temp_start"),

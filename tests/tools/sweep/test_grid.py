@@ -49,6 +49,19 @@ def test_runs_differ_in_filter_and_folder_and_in_nothing_else(name: str) -> None
         assert replace(config, filter=base.filter, out=base.out) == expected
 
 
+@pytest.mark.parametrize("name", ["digits_dino", "digits_swav", "cifar10_swav", "imagenet_dino"])
+def test_a_filter_takes_the_place_of_center_sharper_targets_and_sinkhorn(name: str) -> None:
+    base = recipe(name)
+    for filter_name, config in swept(name).items():
+        how = config.prototypes
+        assert config.predictor == "spectral" and how.centring == "none" and how.queue == 0
+        cold = how.epsilon if config.method == "swav" else how.teacher_temp
+        assert cold == how.teacher_temp_start or config.method == "swav"
+        assert cold == how.temperature == base.prototypes.temperature
+        assert prediction(config) == ("zero" if filter_name == "control" else "positive")
+    assert prediction(base) == "positive"
+
+
 def test_other_settings_of_the_filter_reach_the_runs_that_can_have_them() -> None:
     line = "--filter.cutoff 0.01 --filter.basis online --filter online_s1 target_s-1"
     runs = swept(*line.split())
@@ -80,7 +93,7 @@ def test_a_prediction_is_negative_exactly_where_the_trainer_warns(name: str) -> 
         ("--filter", "--filter"),
         ("--jobs -1", "--jobs=-1"),
         ("digits_symsimsiam", "method=symsimsiam"),
-        ("digits_dino", "method=dino"),
+        ("digits_dino --optim.accumulate 2", "optim.accumulate=2"),
     ],
 )
 def test_a_sweep_that_cannot_run_is_named(line: str, named: str) -> None:
