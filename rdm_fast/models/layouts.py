@@ -93,6 +93,7 @@ TRANSPARENT = re.compile(r"(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_m
 WRAPPERS = (
     *("module.", "model.", "net.", "network.", "student.", "online_encoder.", "online_network."),
     *("online.", "encoder_q.", "base_encoder.", "backbone.", "encoder.", "teacher.", "ema."),
+    *("teacher_backbone.", "student_backbone."),  # lightly's DINO, which evaluates its teacher
 )
 """Modules around a backbone that are peeled off, in any nesting; the first of several is taken."""
 USUAL = ("", "state_dict", "model")

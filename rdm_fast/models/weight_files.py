@@ -8,7 +8,7 @@ import json
 import pickletools
 import re
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO, get_args
@@ -101,7 +101,8 @@ def _pickled(path: Path) -> tuple[Tables, dict[str, Any]]:
     if not isinstance(content, dict):
         raise DataError(f"{path} holds a {type(content).__name__}: use a file of tensors by name")
     found = dict(_tables(content, (), {id(content)}))
-    places = sorted(found, key=lambda place: [_rank(key) for key in place])
+    keys = ("teacher", *KEYS) if "dino_loss" in content else KEYS  # DINO evaluates its teacher
+    places = sorted(found, key=lambda place: [_rank(key, keys) for key in place])
     return {".".join(place): found[place] for place in places[:MOST_TABLES]}, _note(
         path, content.get(METADATA)
     )
@@ -126,8 +127,8 @@ def _tables(
             yield from _tables(value, (*place, key), seen)
 
 
-def _rank(key: str) -> int:
-    return KEYS.index(key) if key in KEYS else len(KEYS)
+def _rank(key: str, keys: Sequence[str]) -> int:
+    return keys.index(key) if key in keys else len(keys)
 
 
 def _note(path: Path, text: Any) -> dict[str, Any]:

@@ -101,6 +101,32 @@ def test_weights_are_found_in_a_table_and_said(
     assert ".".join(keys) in require_equal(tmp_path / "x.pth", weights)
 
 
+def test_of_dino_s_files_the_teacher_is_taken_and_swav_s_prototypes_are_left_out(
+    weights: State, tmp_path: Path
+) -> None:
+    """As main_dino.py and main_swav.py save them, and lightly's example of DINO."""
+    other = {n: t + 1 if t.is_floating_point() else t for n, t in weights.items()}
+    head = {"head.last_layer.weight_v": torch.ones(5, 3)}
+    dino = {
+        "student": under("module.backbone.", other) | under("module.", head),
+        "teacher": under("backbone.", weights) | head,
+        "optimizer": {"state": {}},
+        "epoch": 100,
+        "dino_loss": {"center": torch.zeros(1, 5)},
+    }
+    torch.save(dino, tmp_path / "x.pth")
+    said = require_equal(tmp_path / "x.pth", weights)
+    assert "'teacher.backbone.'" in said and "'student.module.backbone.'" in said
+    require_equal(tmp_path / "x.pth", other, "student.module.backbone.")
+    heads = {"projection_head.0.weight": torch.ones(4, 4), "prototypes.weight": torch.ones(5, 4)}
+    torch.save({"state_dict": under("module.", weights | heads)}, tmp_path / "x.pth")
+    said = require_equal(tmp_path / "x.pth", weights)
+    assert "prototypes 1" in said and "projection_head 1" in said
+    flat = under("student_backbone.", other) | under("teacher_backbone.", weights)
+    torch.save({"state_dict": flat}, tmp_path / "x.pth")
+    assert "'student_backbone.'" in require_equal(tmp_path / "x.pth", weights)
+
+
 def test_of_several_backbones_one_is_taken_and_the_others_are_said(
     weights: State, tmp_path: Path
 ) -> None:
