@@ -3,13 +3,15 @@
     python -m bench.compare_peers [--case CASE ...] [--rounds N] [--rows FILE]
 
     simsiam, byol                 rdm-fast, with their learned predictors
+    dino, swav                    rdm-fast, with two views; only on a CPU
     rdm_simsiam, rdm_byol         rdm-fast, with the recipe's spectral filter
     rdm_simsiam_unfiltered        rdm-fast, without filter and predictor
     ... fastest                   the same with cuDNN's fastest algorithms; only on a GPU
     rdm_simsiam reference         the reference formulation in rdm-fast's step: SVD (filter.engine=
                                   reference), NCHW, in the precision of the released scripts: fp16
                                   autocast for CIFAR, fp32 for ImageNet and on a CPU
-    lightly simsiam, byol         heads, loss and momentum update of the package lightly in a plain
+    lightly simsiam, byol, dino, swav
+                                  heads, loss and momentum update of the package lightly in a plain
                                   loop, as in its documentation: fp32, NCHW
     ... bf16                      the same under bf16 autocast (on a GPU rdm-fast always uses it)
 
@@ -86,6 +88,10 @@ RATIOS = {  # title: (numerator, denominator)
     "lightly bf16 / rdm-fast, SimSiam": ("lightly simsiam bf16", "simsiam"),
     "lightly / rdm-fast, BYOL": ("lightly byol", "byol"),
     "lightly / rdm-fast with filter, BYOL": ("lightly byol", "rdm_byol"),
+    "DINO / SimSiam": ("dino", "simsiam"),
+    "SwAV / SimSiam": ("swav", "simsiam"),
+    "lightly / rdm-fast, DINO": ("lightly dino", "dino"),
+    "lightly / rdm-fast, SwAV": ("lightly swav", "swav"),
 }
 
 
@@ -112,7 +118,15 @@ def reference_config(case: Case) -> Config:
 
 def rivals_of(case: Case, *, lightly: bool) -> dict[str, Callable[[], Call]]:
     """Functions that build each rival's step, by name."""
-    methods = ["simsiam", "rdm_simsiam", f"rdm_simsiam{UNFILTERED}", "byol", "rdm_byol"]
+    prototypes = [] if GPU else ["dino", "swav"]
+    methods = [
+        "simsiam",
+        "rdm_simsiam",
+        f"rdm_simsiam{UNFILTERED}",
+        "byol",
+        "rdm_byol",
+        *prototypes,
+    ]
     precisions: dict[str, Precision] = {"": PRECISION} if GPU else {"": "fp32", " bf16": "bf16"}
     rivals: dict[str, Callable[[], Call]] = {}
     for (suffix, precision), cudnn in product(precisions.items(), CUDNN):
@@ -123,7 +137,7 @@ def rivals_of(case: Case, *, lightly: bool) -> dict[str, Callable[[], Call]]:
             rivals[name] = partial(our_step, config, filtered=filtered)
     nchw = torch.contiguous_format
     rivals[REFERENCE] = partial(our_step, reference_config(case), layout=nchw, dtype=torch.float32)
-    for method in ("simsiam", "byol") if lightly else ():
+    for method in ("simsiam", "byol", *prototypes) if lightly else ():
         rivals[f"lightly {method}"] = partial(lightly_step, case, method, "fp32")
         rivals[f"lightly {method} bf16"] = partial(lightly_step, case, method, "bf16")
     return rivals

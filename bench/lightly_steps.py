@@ -3,8 +3,10 @@
 import copy
 import importlib
 from importlib import metadata
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench.training import DEVICE, Call, Case, noise
@@ -80,10 +82,66 @@ class LightlyByol(LightlySimSiam):
         update_momentum(self.projection_head, self.projection_momentum, m=0.996)
 
 
+class LightlyDino(nn.Module):
+    """lightly's DINO; as in its documentation, but for the backbone and the number of outputs."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        from lightly.loss import DINOLoss
+        from lightly.models.modules import DINOProjectionHead
+
+        model, count = config.model, config.prototypes.count
+        self.backbone, width = build_backbone(model, config.augment.channels, config.augment.sizes)
+        sizes = (width, model.projector_hidden, model.projector_dim, count)
+        self.projection_head = DINOProjectionHead(*sizes)
+        self.backbone_momentum = copy.deepcopy(self.backbone).requires_grad_(False)
+        self.projection_momentum = copy.deepcopy(self.projection_head).requires_grad_(False)
+        self.criterion = DINOLoss(output_dim=count)
+
+    def loss(self, x0: Tensor, x1: Tensor) -> Tensor:
+        views = (x0, x1)
+        teacher = [self.projection_momentum(self.backbone_momentum(x).flatten(1)) for x in views]
+        student = [self.projection_head(self.backbone(x).flatten(1)) for x in views]
+        loss: Tensor = self.criterion(teacher, student, epoch=0)
+        return loss
+
+    def update(self) -> None:
+        LightlyByol.update(self)  # type: ignore[arg-type]
+
+
+class LightlySwav(nn.Module):
+    """lightly's SwAV without small views, likewise."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        from lightly.loss import SwaVLoss
+        from lightly.models.modules import SwaVProjectionHead, SwaVPrototypes
+
+        model = config.model
+        self.backbone, width = build_backbone(model, config.augment.channels, config.augment.sizes)
+        sizes = (width, model.projector_hidden, model.projector_dim)
+        self.projection_head = SwaVProjectionHead(*sizes)
+        self.prototypes = SwaVPrototypes(model.projector_dim, config.prototypes.count)
+        self.criterion = SwaVLoss()
+
+    def loss(self, x0: Tensor, x1: Tensor) -> Tensor:
+        z = (self.projection_head(self.backbone(x).flatten(1)) for x in (x0, x1))
+        loss: Tensor = self.criterion([self.prototypes(F.normalize(rows, dim=1)) for rows in z], [])
+        return loss
+
+    def update(self) -> None:
+        self.prototypes.normalize()
+
+
+MODELS = {
+    "simsiam": LightlySimSiam, "byol": LightlyByol, "dino": LightlyDino, "swav": LightlySwav,
+}  # fmt: skip
+
+
 def lightly_step(case: Case, method: str, precision: Precision) -> Call:
     torch.manual_seed(0)
     config = case.config(method, precision)
-    model = (LightlySimSiam if method == "simsiam" else LightlyByol)(config).to(DEVICE)
+    model: Any = MODELS[method](config).to(DEVICE)
     optimizer = torch.optim.SGD(
         [p for p in model.parameters() if p.requires_grad], lr=1e-5, momentum=0.9, weight_decay=1e-5
     )

@@ -57,8 +57,8 @@ class Case:
         return f"{self.recipes} {self.backbone} {self.side}px b{self.batch}"
 
     def config(self, method: str, precision: Precision = PRECISION) -> Config:
-        """Of a method as recipes name it: simsiam, rdm_simsiam, byol, rdm_byol or symsimsiam; the
-        suffix UNFILTERED changes nothing."""
+        """Of a method as recipes name it: simsiam, rdm_simsiam, byol, rdm_byol, symsimsiam, dino or
+        swav; the suffix UNFILTERED changes nothing."""
         config = recipe(f"{self.recipes}_{method.removesuffix(UNFILTERED)}")
         model = config.model
         if self.backbone == "resnet8":  # the digits' model, with heads in proportion

@@ -5,6 +5,7 @@ import sys
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ import torch
 from bench import compare_peers, training
 from bench.bench_step import percent
 from bench.compare_peers import NO_LIGHTLY, RATIOS, REFERENCE, check, ratios_of, rivals_of
-from bench.lightly_steps import LightlyByol
+from bench.lightly_steps import MODELS, LightlyByol
 from bench.report import peers, step
 from bench.training import (
     CASES,
@@ -150,6 +151,21 @@ def test_lightlys_simsiam_with_our_weights_has_our_loss(monkeypatch: pytest.Monk
     monkeypatch.setattr(compare_peers, "give_weights", without_the_predictor)
     with pytest.raises(AssertionError):
         check(SMALLEST, lightly=True)
+
+
+@pytest.mark.parametrize("method", ["dino", "swav"])
+def test_dino_and_swav_of_lightly_take_a_step(method: str) -> None:
+    """Their losses are compared in tests/methods/test_prototypes.py."""
+    pytest.importorskip("lightly", reason="the extra peers is not installed")
+    torch.manual_seed(0)
+    model: Any = MODELS[method](SMALLEST.config(method, "fp32"))
+    loss = model.loss(*torch.randn(2, 4, 3, 8, 8))
+    loss.backward()
+    assert 0 < loss.item() < 20 and all(p.grad is not None for p in model.backbone.parameters())
+    model.update()
+    if method == "swav":
+        lengths = model.prototypes.heads.weight.norm(dim=1)
+        torch.testing.assert_close(lengths, torch.ones_like(lengths))
 
 
 def test_lightlys_byol_has_the_loss_of_its_documentation_and_moves_its_target() -> None:
