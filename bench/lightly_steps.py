@@ -95,7 +95,7 @@ class LightlyDino(nn.Module):
         sizes = (width, model.projector_hidden, model.projector_dim, count)
         self.projection_head = DINOProjectionHead(*sizes)
         self.backbone_momentum = copy.deepcopy(self.backbone).requires_grad_(False)
-        self.projection_momentum = copy.deepcopy(self.projection_head).requires_grad_(False)
+        self.projection_momentum = DINOProjectionHead(*sizes).requires_grad_(False)
         self.criterion = DINOLoss(output_dim=count)
 
     def loss(self, x0: Tensor, x1: Tensor) -> Tensor:
