@@ -21,7 +21,7 @@ HEIGHT = 2.1
 """Inches of a row of panels."""
 
 
-def compare(runs: Sequence[Run]) -> Picture | None:
+def compare(runs: Sequence[Run], *, responses: bool = True) -> Picture | None:
     """A panel of ranks for each run, and below a panel of its newest measured response, if any.
 
     Call it inside `style.applied()`. None if no run has ranks.
@@ -29,18 +29,18 @@ def compare(runs: Sequence[Run]) -> Picture | None:
     shown = [run for _, run in with_values(runs, "effective_rank/online")]
     if not shown:
         return None
-    spectra = [(run, records[-1]) for run in shown if (records := recorded(run))]
+    spectra = [(run, found[-1]) for run in shown if responses and (found := recorded(run))]
     upper, lower = (math.ceil(len(each) / COLUMNS) for each in (shown, spectra))
     columns = min(COLUMNS, len(shown))
     figure, axes = canvas(upper + lower, columns, HEIGHT * (upper + lower) + 0.4)
-    ranks, responses = axes[: upper * columns], axes[upper * columns :]
-    for spare in (*ranks[len(shown) :], *responses[len(spectra) :]):
+    ranks, below = axes[: upper * columns], axes[upper * columns :]
+    for spare in (*ranks[len(shown) :], *below[len(spectra) :]):
         spare.remove()
     for each, run in zip(ranks, shown, strict=False):
         draw_ranks(each, run)
         each.set_title(run.label)
         each.set_ylim(bottom=0)
-    for each, (run, record) in zip(responses, spectra, strict=False):
+    for each, (run, record) in zip(below, spectra, strict=False):
         each.axhline(1, color="#333333", linewidth=0.8)
         draw_response(each, record, color="#009E73", marker="o", markersize=2.5, linestyle="none")
         each.set(title=run.label, xlabel="s / s_max")
@@ -50,7 +50,7 @@ def compare(runs: Sequence[Run]) -> Picture | None:
         if high < 100 * low:
             plain_numbers(each.yaxis)
     label_left(ranks[: len(shown)], "effective rank")
-    label_left(responses[: len(spectra)], "|g(s)| / |g(s_max)|")
+    label_left(below[: len(spectra)], "|g(s)| / |g(s_max)|")
     legend_above(figure, ranks[:1])
     return Picture(
         "branches",
