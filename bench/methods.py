@@ -24,6 +24,15 @@ def measure_methods(runs: Runs, quick: bool) -> Values:
     return sweep_values(row for seed in SEEDS for row in swept(runs, NAME, seed))
 
 
+def measure_filtered(runs: Runs, quick: bool) -> Values:
+    """DINO and SwAV with the paper's filters in place of their own parts."""
+    return sweep_values(
+        row | {"filter": f"{TITLES[method]}, {row['filter']}"}
+        for method in ("dino", "swav")
+        for row in swept(runs, f"digits_{method}", 0)
+    )
+
+
 def draw_methods(runs: Runs) -> None:
     folder, docs = runs.folder / f"sweep_{NAME}-0", ROOT / "docs"
     shutil.copy(folder / "branches.png", docs / "methods.png")

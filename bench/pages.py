@@ -9,7 +9,7 @@ from typing import Any
 import bench.measured as m
 from bench.cutoff import CUTOFF, measure_cutoff
 from bench.measured import Column, Runs, Values
-from bench.methods import BRIEF, METHODS, SHOWN, draw_methods, measure_methods
+from bench.methods import BRIEF, METHODS, SHOWN, draw_methods, measure_filtered, measure_methods
 from bench.vit import measure_vit
 
 Record = dict[str, Any]
@@ -152,6 +152,11 @@ ENTRIES = {
         },
         command="rdm sweep digits_methods --seed 0 to 4",
         measure=measure_methods, seeds=m.SEEDS, columns=METHODS, draw=draw_methods,
+    ),
+    "filtered": Entry(
+        blocks={"docs/sweep.md": shown("method, filter", METHODS)},
+        command="rdm sweep digits_dino, and digits_swav",
+        measure=measure_filtered, columns=METHODS,
     ),
     "response": Entry(
         blocks={"docs/telemetry.md": shown("recipe", m.RESPONSE)},
