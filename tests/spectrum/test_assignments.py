@@ -168,3 +168,17 @@ def test_several_ranks_measure_the_global_batch(world: int, tmp_path: Path) -> N
     expected = assignment_spectra(*step()).metrics()
     for found in run_ranks(world, _of_rank, tmp_path=tmp_path):
         assert found == pytest.approx(expected, rel=1e-9, abs=1e-12)
+
+
+def _target_of_rank(rows: int) -> Tensor:
+    assignments.ROWS = rows
+    outputs, z, _ = step()
+    own = local_rows(B // torch.distributed.get_world_size())
+    local = replace(outputs, online=outputs.online[:, own], target=outputs.target[:, own])
+    return assignment_spectra(local, z[:, own]).target
+
+
+def test_every_rank_gives_its_share_of_the_rows(tmp_path: Path) -> None:
+    taken = step()[0].target[:, [0, 1, 2, 3, 6, 7, 8, 9]]
+    for found in run_ranks(2, _target_of_rank, 8, tmp_path=tmp_path):
+        torch.testing.assert_close(found, mean_eigenvalues(taken), atol=1e-12, rtol=0)
