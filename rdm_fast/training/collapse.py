@@ -85,11 +85,11 @@ class CollapseGuard:
         used, most = metrics["perplexity/target"], self.config.prototypes.count
         if used < (bound := min(self.config.guard.min_rank, SHARE * most)):
             reason = f"all images have one prototype ({used:.2g} in use, under {bound:g} of {most})"
-            return "the targets have collapsed", reason, of_prototypes(self.config)
+            return "the targets have collapsed", reason, remedy(self.config)
         soft = metrics["entropy/target"]
         if soft > UNIFORM or abs(metrics["loss"] - log(most)) < STUCK:
             reason = f"they are uniform (entropy {soft:.3f}, loss close to ln K = {log(most):.3f})"
-            return "the targets have collapsed", reason, of_prototypes(self.config)
+            return "the targets have collapsed", reason, remedy(self.config)
         return None
 
 
@@ -98,7 +98,7 @@ def remedy(config: Config) -> str:
     filtered = config.predictor == "spectral"
     if config.method == "symsimsiam":
         return "symsimsiam is the control and should collapse; use simsiam or byol to train"
-    if config.method in ("dino", "swav"):
+    if config.method in ("dino", "swav") and not filtered:
         return of_prototypes(config)
     if filtered and trend(config.filter) == "flat":
         return "filter.sigma=0 filters nothing; use --filter.location target --filter.sigma -1"

@@ -35,6 +35,10 @@ def summary(
             rows = batch // optim.accumulate // (1 if config.sync_bn else ranks)
             found.append(normalized_apart(batch, optim.accumulate, rows))
         lines += [f"warning: {text}" for text in found if text]
-    if config.method == "dino" and (text := config.prototypes.warning):
+    if (
+        config.method == "dino"
+        and config.predictor == "none"
+        and (text := config.prototypes.warning)
+    ):
         lines.append(f"warning: {text}")
     return lines + [f"resumed from step {step}"] * bool(step)

@@ -10,6 +10,7 @@ from rdm_fast.config import Config, FilterConfig, GuardConfig
 from rdm_fast.config.recipes import RECIPES
 from rdm_fast.errors import Collapsed
 from rdm_fast.run import checkpoint
+from rdm_fast.tools.sweep.grid import configure
 from rdm_fast.training.collapse import CollapseGuard, remedy
 from rdm_fast.training.trainer import Trainer
 from tests.runs import final_state, metrics, newest, run, with_log
@@ -147,6 +148,8 @@ def test_the_advice_fits_the_configuration() -> None:
     for changed, named in (({"centring": "none"}, "sinkhorn"), ({"teacher_temp": 0.1}, "sharper")):
         text = remedy(replace(dino, prototypes=replace(dino.prototypes, **changed)))
         assert named in text
+    assert "sigma=0 filters nothing" in remedy(configure(dino, "control"))
+    assert "keep the ranks apart" in remedy(configure(dino, "online_log_1"))
     byol = RECIPES["digits_byol"]()
     assert "ema-start" in remedy(replace(byol, optim=replace(byol.optim, ema_start=0.0)))
 
