@@ -8,6 +8,7 @@ from torch import nn
 from rdm_fast.config import Config, DataConfig
 from rdm_fast.config.recipes import RECIPES
 from rdm_fast.data import load
+from rdm_fast.tools.sweep.grid import configure
 from rdm_fast.training.summary import summary
 from tests.runs import new_step
 from tests.tiny import tiny
@@ -58,3 +59,8 @@ def test_targets_of_dino_that_are_not_sharper(temperature: float, warned: bool) 
     config = replace(config, prototypes=replace(config.prototypes, teacher_temp=temperature))
     found = warnings(config)
     assert len(found) == warned and all("teacher_temp" in line for line in found)
+
+
+def test_a_filter_of_dino_needs_no_sharper_targets() -> None:
+    config = configure(RECIPES["digits_dino"](), "target_s-1")
+    assert config.prototypes.warning and not warnings(config)
