@@ -22,7 +22,7 @@ from rdm_fast.config.run import Branch
 from rdm_fast.filters.loss import Criterion, SpectralPredictor
 from rdm_fast.methods.base import Branches, Method, StepOutput
 from rdm_fast.runtime.distributed import gather_rows, local_rows, world_size
-from rdm_fast.spectrum import BranchSpectra, Outputs, assignment_spectra
+from rdm_fast.spectrum import BranchSpectra, PrototypeOutputs, assignment_spectra
 from rdm_kernels import centered_softmax, prototype_logits, prototype_loss, sinkhorn
 
 PART = {"mean": "centring", "none": "centring", "sinkhorn": "equipartition"}
@@ -221,7 +221,7 @@ class PrototypeMethod(Method):
     def spectra(self, branches: Branches, *, profile: bool = False) -> BranchSpectra:
         """Of the outputs after the softmax; the response is that of the target map."""
         how, codes = self.settings, branches.codes
-        outputs = Outputs(
+        outputs = PrototypeOutputs(
             online=branches.online[: len(branches.projection)],
             target=self.assign(branches.target) if codes is None else codes,
             temperature=how.temperature,

@@ -1,6 +1,6 @@
 """Spectra of projections: eigenvalues, effective rank, rank difference, measured responses."""
 
-from rdm_fast.spectrum.assignments import Outputs, assignment_spectra
+from rdm_fast.spectrum.assignments import PrototypeOutputs, assignment_spectra
 from rdm_fast.spectrum.branches import BranchSpectra, Profile, branch_spectra
 from rdm_fast.spectrum.directions import Directions, alignment, directions, measured_response
 from rdm_fast.spectrum.measures import (
@@ -17,8 +17,8 @@ from rdm_fast.spectrum.watching import Watch, WatchedBatch, watch
 __all__ = [
     "BranchSpectra",
     "Directions",
-    "Outputs",
     "Profile",
+    "PrototypeOutputs",
     "Watch",
     "WatchedBatch",
     "alignment",

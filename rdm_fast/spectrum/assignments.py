@@ -34,7 +34,7 @@ BLOCK = 4096
 
 
 @dataclass(frozen=True)
-class Outputs:
+class PrototypeOutputs:
     """What one step made of the two large views. Rows are this rank's; no gradient.
 
     Attributes:
@@ -59,7 +59,7 @@ class Outputs:
 
 @torch.no_grad()
 def assignment_spectra(
-    outputs: Outputs, projection: Tensor, target_logits: Tensor | None = None
+    outputs: PrototypeOutputs, projection: Tensor, target_logits: Tensor | None = None
 ) -> BranchSpectra:
     """Spectra of both outputs, and what moves their ranks apart; every rank must call it.
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rdm_fast.runtime.distributed import local_rows
 from rdm_fast.spectrum import (
-    Outputs,
+    PrototypeOutputs,
     alignment,
     assignment_spectra,
     assignments,
@@ -29,8 +29,8 @@ T, T_TARGET = 0.1, 0.05
 PARTS = ("ema", "sharpening", "centring")
 
 
-def step(k: int = K) -> tuple[Outputs, Tensor, Tensor]:
-    """Outputs, projections and the target's logits, as those of a batch of B rows."""
+def step(k: int = K) -> tuple[PrototypeOutputs, Tensor, Tensor]:
+    """PrototypeOutputs, projections and the target's logits, as those of a batch of B rows."""
     generator = torch.Generator().manual_seed(3)
     z, noise = torch.randn(2, 2, B, D, generator=generator, dtype=torch.float64)
     C = F.normalize(torch.randn(k, D, generator=generator, dtype=torch.float64), dim=1)
@@ -38,7 +38,7 @@ def step(k: int = K) -> tuple[Outputs, Tensor, Tensor]:
     center = torch.randn(k, generator=generator, dtype=torch.float64) * 0.1
     target_logits = older @ C.mT
     q = ((target_logits - center) / T_TARGET).softmax(dim=-1)
-    outputs = Outputs(
+    outputs = PrototypeOutputs(
         z @ C.mT, q, T, torch.tensor(T_TARGET, dtype=torch.float64), True, "centring", center
     )
     return outputs, z, target_logits
