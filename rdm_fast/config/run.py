@@ -69,8 +69,8 @@ class Config:
         require(
             self.predictor in PREDICTORS[self.method],
             f"method={self.method} with predictor={self.predictor}: symsimsiam has predictor=none, "
-            "dino and swav none or spectral, simsiam and byol mlp or spectral (spectral with "
-            "filter.sigma=0 filters nothing)",
+            "dino and swav predictor=none or predictor=spectral, simsiam and byol predictor=mlp or "
+            "predictor=spectral (spectral with filter.sigma=0 filters nothing)",
         )
         require(
             self.augment.small_views == 0 or self.method != "symsimsiam",

@@ -5,7 +5,6 @@ with watch(model, every=100) as spectra:
 print(spectra.records[-1].effective_rank)
 """
 
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Self
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from rdm_fast.runtime.distributed import gather_rows
+from rdm_fast.runtime.printing import warn
 from rdm_fast.spectrum.directions import directions, measured_response
 from rdm_fast.spectrum.measures import attainable_rank, channel_std, effective_rank, eigenvalues
 
@@ -99,7 +99,7 @@ def watch(
     found = names or [name for name in modules if name.rpartition(".")[2] in HEADS]
     logits = [name for name in found if name.rpartition(".")[2] in PROTOTYPES]
     if logits and temperature is None:
-        warnings.warn(
+        warn(
             f"watch measures the logits of {logits[0]}, before the softmax, where rank "
             "differences can have the other sign: give the softmax's temperature, as in "
             "watch(model, 'prototypes', temperature=0.1)",
