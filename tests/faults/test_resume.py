@@ -136,11 +136,17 @@ def test_a_killed_run_of_a_timm_model_ends_with_the_same_bytes(
 @pytest.mark.parametrize(
     "flags",
     [
-        "--method dino --prototypes.teacher-temp 0.07 --prototypes.teacher-temp-epochs 2.5",
-        "--method swav --prototypes.centring sinkhorn --prototypes.queue 1008 "
-        "--prototypes.queue-epoch 1",
+        pytest.param(
+            "--method dino --prototypes.teacher-temp 0.07 --prototypes.teacher-temp-epochs 2.5",
+            id="dino",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            "--method swav --prototypes.centring sinkhorn --prototypes.queue 1008 "
+            "--prototypes.queue-epoch 1",
+            id="swav",
+        ),
     ],
-    ids=["dino", "swav"],
 )
 def test_runs_of_dino_and_swav_killed_in_their_first_epochs_end_with_the_same_bytes(
     flags: str, world: int, start: Start, tmp_path: Path
