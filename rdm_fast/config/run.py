@@ -25,6 +25,7 @@ PREDICTORS: dict[MethodName, tuple[PredictorName, ...]] = {
     "swav": ("none", "spectral"),
     "symsimsiam": ("none",),
 }
+"""What each method's predictor can be."""
 EMA: dict[MethodName, Branch] = {"byol": "online", "dino": "target"}
 """Methods with target weights of their own, and the branch that evaluation and export take."""
 NEEDS_LESS = (

@@ -86,7 +86,7 @@ def assignment_spectra(
     projection = gather_rows(projection)
     K = own.online.shape[-1]
     values = {name: _mean_eigenvalues(G[name], K) for name in pairs if name[0] == name[1]}
-    more = _usage(log_p, own.target) | {"teacher_temp": own.target_temperature}
+    more = _usage(log_p, rows["p"], own.target) | {"teacher_temp": own.target_temperature}
     if own.center is not None:
         more["center_norm"] = own.center.norm()
     profile = None
@@ -141,7 +141,7 @@ def _mean_eigenvalues(G: Tensor, K: int) -> Tensor:
     return torch.stack(views).mean(dim=0)
 
 
-def _usage(log_p: Tensor, q: Tensor) -> dict[str, Tensor]:
+def _usage(log_p: Tensor, p: Tensor, q: Tensor) -> dict[str, Tensor]:
     """Prototypes in use, softness of the rows, and the part of the loss that can be trained."""
 
     def over_batch(x: Tensor) -> Tensor:
@@ -151,15 +151,14 @@ def _usage(log_p: Tensor, q: Tensor) -> dict[str, Tensor]:
     def entropy(x: Tensor) -> Tensor:
         return -torch.special.xlogy(x, x).sum(dim=-1)
 
-    p, scale = log_p.exp(), log(log_p.shape[-1])
     softness = {"online": entropy(p), "target": entropy(q)}
     cross = -(q * log_p).sum(dim=-1)  # log_p is finite where p is 0
     rows = over_batch(torch.stack([*softness.values(), cross], dim=-1)).mean(dim=0)
     return {
         "perplexity/online": entropy(over_batch(p)).exp().mean(),
         "perplexity/target": entropy(over_batch(q)).exp().mean(),
-        "entropy/online": rows[0] / scale,
-        "entropy/target": rows[1] / scale,
+        "entropy/online": rows[0] / log(p.shape[-1]),
+        "entropy/target": rows[1] / log(p.shape[-1]),
         "kl": rows[2] - rows[1],
     }
 

@@ -2,7 +2,6 @@
 
     complete collapse      all rows alike: their standard deviation falls to 0
     dimensional collapse   rows in few directions: their effective rank falls, std need not
-
     one prototype          DINO and SwAV: the targets use few prototypes
     uniform targets        and theirs say nothing: every row is spread over all prototypes
 
@@ -52,8 +51,8 @@ class CollapseGuard:
         self.low = self.low + 1 if found else 0
         patience = self.config.guard.patience
         if found and (self.low == patience or (self.stops and self.low > patience)):
-            what, reason, fix = found
-            return f"{what} at step {step}, {reason}: {fix}"
+            what, reason = found
+            return f"{what} at step {step}, {reason}: {remedy(self.config)}"
         return None
 
     def state_dict(self) -> dict[str, int]:
@@ -64,32 +63,32 @@ class CollapseGuard:
         """Continue from `state_dict`."""
         self.low = state["low"]
 
-    def _of_projections(self, metrics: Mapping[str, float]) -> tuple[str, str, str] | None:
-        """What has collapsed, how that shows, and the remedy."""
-        bounds, what, fix = self.config.guard, "the projections have collapsed", remedy(self.config)
+    def _of_projections(self, metrics: Mapping[str, float]) -> tuple[str, str] | None:
+        """What has collapsed, and how that shows."""
+        bounds, what = self.config.guard, "the projections have collapsed"
         std, rank = metrics["std"], metrics["effective_rank/projection"]
         if std < bounds.min_std:
             bound = f"(std {std:.2g}, under guard.min_std={bounds.min_std:g})"
-            return what, f"all rows are nearly alike {bound}", fix
+            return what, f"all rows are nearly alike {bound}"
         share = metrics["effective_rank/share"]
         attainable = rank / share if share > 0 else 0.0
         if rank < min(bounds.min_rank, SHARE * attainable) or rank == 0:
             bound = f"(guard.min_rank={bounds.min_rank:g})"
-            return what, f"effective rank {rank:.2g} of at most {attainable:.0f} {bound}", fix
+            return what, f"effective rank {rank:.2g} of at most {attainable:.0f} {bound}"
         return None
 
-    def _of_targets(self, metrics: Mapping[str, float]) -> tuple[str, str, str] | None:
+    def _of_targets(self, metrics: Mapping[str, float]) -> tuple[str, str] | None:
         """The same of DINO's and SwAV's assignments."""
         if "perplexity/target" not in metrics:
             return None
         used, most = metrics["perplexity/target"], self.config.prototypes.count
         if used < (bound := min(self.config.guard.min_rank, SHARE * most)):
             reason = f"all images have one prototype ({used:.2g} in use, under {bound:g} of {most})"
-            return "the targets have collapsed", reason, remedy(self.config)
+            return "the targets have collapsed", reason
         soft = metrics["entropy/target"]
         if soft > UNIFORM or abs(metrics["loss"] - log(most)) < STUCK:
             reason = f"they are uniform (entropy {soft:.3f}, loss close to ln K = {log(most):.3f})"
-            return "the targets have collapsed", reason, remedy(self.config)
+            return "the targets have collapsed", reason
         return None
 
 
